@@ -36,6 +36,7 @@ from aurora_rl.serving.server import InferenceServer
 from aurora_rl.serving.sglang import AttachedServer, SGLangServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
+from aurora_rl.training.states import newest_valid
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,10 @@ def sglang_server(
                 max_message=config.wire.max_message,
             )
 
-        published = run_dir / "learner" / "drafter"
+        def published() -> Path | None:
+            state, _ = newest_valid(run_dir / "learner")
+            return None if state is None else state / "drafter"
+
         try:
             if requests is None:
                 return AttachedServer(client, attach, log=log, published=published)

@@ -85,7 +85,11 @@ class LearnerProcess:
         self._due = 0.0
         try:
             config = replace(self._config)
-            go_on(config, self._run_dir)
+            if broken := go_on(config, self._run_dir):
+                logger.warning(
+                    "the learner starts anew from %s, as no training state can be used: %s",
+                    *(config.drafter.path, "; ".join(broken)),
+                )
             self.child = self._start(config)
         except (OSError, ValueError) as error:
             if not self._obstacle:

@@ -182,6 +182,15 @@ EVENTS: dict[str, Event] = {
     # Events of the learner; both write `refused`.
     "refused": Event("Server and learner do not fit: another target, head, draft vocabulary or drafter.", _REASON),
     "learner_ready": Event("The learner listens.", {"pid": "Its process.", "seen": _SEEN["seen"]}),
+    "resumed": Event(
+        "The learner goes on from a training state.",
+        {
+            "state": "Its folder.",
+            "skipped": "What is wrong with each newer state, which is broken.",
+            "seen": _SEEN["seen"],
+            "steps": _SEEN["steps"],
+        },
+    ),
     "train": Event(
         "An optimizer step was taken.",
         {

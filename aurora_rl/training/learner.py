@@ -21,14 +21,16 @@ from torchrl.objectives import LossModule
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import Drafter
+from aurora_rl.policies.drafter import check_weights
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
-from aurora_rl.training.checkpoint import load_training_state, save_training_state
+from aurora_rl.training.checkpoint import newest_training_state, save_training_state
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.replay import NewestTrajectories
 from aurora_rl.training.served_weights import WeightAudit, with_weights
+from aurora_rl.training.states import add_state
 from aurora_rl.training.steps import has_finite_step, train_step
 from aurora_rl.trajectories import pack
 
@@ -101,8 +103,9 @@ class Learner:
         replay: Most replayed batches for each batch of new trajectories, taken while nothing new waits.
         publish_every: New trajectories between two candidates.
         max_skipped: Steps in a row that may come out without a finite loss and gradient, for no trajectory's sake.
-        checkpoint: Folder of the training state. Published drafters are kept next to it, in ``versions``.
+        checkpoint: Folder of the training states. Published drafters are kept next to it, in ``versions``.
         keep: Published drafters that are kept.
+        keep_states: Training states that are kept.
         outputs: Writes the training state.
 
     Attributes:
@@ -130,6 +133,7 @@ class Learner:
         max_skipped: int,
         checkpoint: str | os.PathLike[str],
         keep: int = 5,
+        keep_states: int = 3,
         outputs: Outputs,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
@@ -139,6 +143,7 @@ class Learner:
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
         self._max_skipped, self._skipped_in_a_row = max_skipped, 0
         self.outputs, self._keep, self._versions = outputs, keep, self._checkpoint.parent / "versions"
+        self._keep_states = keep_states
         self._new: list[TensorDictBase] = []
         self._credit = 0
         self._since_candidate = self._decided_steps = 0
@@ -153,21 +158,43 @@ class Learner:
 
     def _frozen(self) -> dict[str, Tensor]:
         """Return a copy of the weights as they would be served."""
+        return self._as_served(self._drafter.published())
+
+    def _as_served(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device = self._drafter.draft_vocab.device
         return {
-            name: t.to(self._dtype, copy=True) if t.is_floating_point() else t.clone()
-            for name, t in self._drafter.published().items()
+            name: t.to(device, self._dtype if t.is_floating_point() else t.dtype, copy=True)
+            for name, t in weights.items()
         }
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
-        """Continue from a training checkpoint, and publish its weights, since an engine may have started over."""
-        progress = load_training_state(folder, self._drafter, self._optimizers)
+        """Continue from the newest training state of a folder that is whole.
+
+        What was served when it was written is published again, since an engine may have started over. The weights in
+        training go on from where they were, and are published once they pass the gate.
+
+        Raises:
+            CheckpointError: There is no such state, or it is of another drafter. Nothing is changed then.
+        """
+        state, skipped = newest_training_state(folder)
+        progress, serving = state.progress, state.weights("serving")
+        put = state.stage(self._drafter, self._optimizers)
         if progress.get("draft_vocab") != self._draft_vocab():
             raise CheckpointError(
                 f"{folder} was trained with another draft vocabulary; set drafter.path to the drafter of that run"
             )
+        if serving is not None:
+            try:
+                check_weights(self._serving, serving)
+            except ValueError as error:
+                raise CheckpointError(f"{state.folder}: of the served weights {error}") from error
+        put()
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
-        self._decided_steps = self.steps
-        self._publish(self._frozen())
+        self._decided_steps = progress.get("decided_steps", 0)
+        self._log.write("resumed", state=str(state.folder), skipped=skipped, seen=self.seen, steps=self.steps)
+        if serving is not None:  # else it is of aurora-rl train, and nothing was served
+            self._serving = self._as_served(state.weights("replaced") or serving)
+            self._publish(self._as_served(serving))
 
     def step(self, wait_s: float = 0.2) -> bool:
         """Take what arrived, and learn from one batch. Return False if there was nothing to do."""
@@ -342,19 +369,30 @@ class Learner:
         self.outputs.failures.pop("the version", None)
 
     def _save_drafter(self, folder: Path) -> None:
-        save_drafter(with_weights(self._drafter, self._serving, self._dtype), folder)
+        if self._drafter.formats:
+            save_drafter(with_weights(self._drafter, self._serving, self._dtype), folder)
 
     def save(self) -> None:
-        """Write the training state, and the drafter that was published last.
+        """Add the training state, with the drafter that was published last, to those on disk.
 
         Raises:
-            OSError: A folder cannot be written; the earlier one is left as it was.
+            OSError: It cannot be written; the earlier ones are left as they were.
         """
-        progress = {"seen": self.seen, "steps": self.steps, "version": self.version, "draft_vocab": self._draft_vocab()}
-        save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
-        self._save_drafter(self._checkpoint / "drafter")
+        add_state(self._checkpoint, self._write_state, self._keep_states)
         self.outputs.failures.pop(_STATE, None)  # a later state makes good for an earlier one
         self._log.write("checkpoint", seen=self.seen, steps=self.steps, version=self.version)
+
+    def _write_state(self, folder: Path) -> None:
+        progress = {
+            "seen": self.seen,
+            "steps": self.steps,
+            "decided_steps": self._decided_steps,
+            "version": self.version,
+            "draft_vocab": self._draft_vocab(),
+        }
+        weights = {"serving": self._serving, **({} if self._replaced is None else {"replaced": self._replaced})}
+        save_training_state(folder, self._drafter, self._optimizers, progress, weights)
+        self._save_drafter(folder / "drafter")
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that decides what it does next: other than a training state, with replay buffer and gate.

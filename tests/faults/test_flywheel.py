@@ -22,6 +22,7 @@ from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.storage import read_folder
 from aurora_rl.telemetry.log import MetricsReader
+from aurora_rl.training.states import states
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("signal_handlers")]
 
@@ -64,7 +65,7 @@ def test_ctrl_c_while_serving_and_again_and_again_while_it_ends(start: Start) ->
     check_interrupted(flywheel, serving=True)
     assert flywheel.summary["requests"] > 0
     (over,) = flywheel.events("learner_done")
-    assert read_folder(flywheel.run / "learner", "progress.json")[1]["steps"] == over["steps"] > 0
+    assert read_folder(states(flywheel.run / "learner")[0], "progress.json")[1]["steps"] == over["steps"] > 0
 
 
 def test_a_killed_flywheel_leaves_no_learner(start: Start) -> None:
@@ -73,7 +74,7 @@ def test_a_killed_flywheel_leaves_no_learner(start: Start) -> None:
     flywheel.process.kill()
     wait(lambda: not flywheel.children)
     (over,) = flywheel.events("learner_done")  # and what it learned is kept
-    assert read_folder(flywheel.run / "learner", "progress.json")[1]["steps"] == over["steps"] > 0
+    assert read_folder(states(flywheel.run / "learner")[0], "progress.json")[1]["steps"] == over["steps"] > 0
 
 
 def test_a_learner_whose_flywheel_is_killed_while_it_starts_ends_too(arguments: list[str], tmp_path: Path) -> None:
