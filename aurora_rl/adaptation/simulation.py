@@ -59,6 +59,7 @@ class LocalTarget:
 
     error: str | None = None
     refused = 0
+    served: tuple[()] = ()  # what is published is taken
 
     def __init__(self) -> None:
         self.next_version = 1

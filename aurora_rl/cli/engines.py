@@ -13,7 +13,7 @@ from aurora_rl.cli.assembly import Target, opening, wire_keys
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
-from aurora_rl.collectors.codec import Limits
+from aurora_rl.collectors.codec import Limits, checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import control_client_keys, engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
@@ -128,7 +128,13 @@ def embedded_server(
             limits=limits,
         )
     with opening("wire.weights", config.wire.weights):
-        receiver = WeightReceiver(config.wire.weights, handshake=greeting, keys=keys, limits=limits)
+        receiver = WeightReceiver(
+            config.wire.weights,
+            handshake=greeting,
+            keys=keys,
+            checksum=checksum(policy.drafter.published()),
+            limits=limits,
+        )
     windows = BaselineWindows(config.baseline.share, config.baseline.window, config.seed)
     server = InferenceServer(
         env,

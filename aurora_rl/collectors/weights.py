@@ -5,7 +5,7 @@ The engine speaks first and repeats itself; so either side may start, vanish or 
 - engine (DEALER, connects): ``serving`` {version, checksum, received, handshake} when connected, after each change and
   as heartbeat; ``ack`` {version, checksum, swap_ms} of what was loaded, or ``nack`` {version, reason}.
 - learner (ROUTER, binds): ``accepted`` {}, or ``refused`` {reason} where the handshake differs; ``weights`` {version,
-  checksum} and tensors, if newer than what the engine serves.
+  checksum, identity} and tensors, if newer than what the engine serves. The identity is the handshake's.
 
 The learner keeps the newest weights only. It sends an engine no more before the last ones have arrived there (its
 ``received`` tells). So a slow engine skips versions, and no queue grows. Over one connection ZeroMQ loses nothing. A
@@ -38,6 +38,7 @@ from aurora_rl.collectors.codec import (
     encode,
     field,
     leaves,
+    short,
 )
 from aurora_rl.collectors.engine_book import EngineBook, EngineStatus
 from aurora_rl.collectors.handshake import Handshake
@@ -99,6 +100,11 @@ class WeightPublisher:
         return self._book.engines
 
     @property
+    def served(self) -> list[tuple[str, int, str]]:
+        """Name, version and checksum of what each engine says that it serves, of those that say a checksum."""
+        return [(s.name, s.serving, s.checksum) for s in self.engines.values() if s.checksum is not None]
+
+    @property
     def next_version(self) -> int:
         """Above everything published here and served by engines that are heard; a fresh learner goes on from here."""
         return self._book.next_version
@@ -118,7 +124,8 @@ class WeightPublisher:
         """
         owned: dict[str | Key, Tensor] = {k: leaf.detach().to("cpu", copy=True) for k, leaf in leaves(tensors)}
         digest = checksum(owned)
-        frames = encode("weights", {"version": version, "checksum": digest}, owned)
+        meta = {"version": version, "checksum": digest, "identity": self._handshake.identity}
+        frames = encode("weights", meta, owned)
         size = sum(len(frame) for frame in frames)
         if size > self._limits.max_bytes or len(owned) > self._limits.max_leaves:
             raise ValueError(
@@ -198,6 +205,7 @@ class WeightReceiver:
         handshake: What this engine is; a learner that differs refuses it, see `error`.
         keys: Keys for CurveZMQ, if the learner has keys.
         version: Version of the weights served at the start.
+        checksum: Their `codec.checksum`, so that a learner can tell whether it has them; None says nothing of them.
         name: Name of this engine at the learner; the default is unique to the process.
         limits: Limits of a weights message.
         heartbeat_s: Seconds between ``serving`` messages; a restarted learner knows this engine after at most so long.
@@ -213,6 +221,7 @@ class WeightReceiver:
         handshake: Handshake,
         keys: ClientKeys | None = None,
         version: int = 0,
+        checksum: str | None = None,
         name: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
         heartbeat_s: float = 1.0,
@@ -223,11 +232,11 @@ class WeightReceiver:
         self.rejected = 0
         """Messages dropped because they were malformed or their checksum was wrong."""
         self._key = f"engines/{keys.name}.key" if keys is not None else ""
-        self._handshake_meta = handshake.to_meta()
+        self._handshake_meta, self._identity = handshake.to_meta(), handshake.identity
         self._limits, self._heartbeat_s = limits, heartbeat_s
         self._lock, self._log = threading.Lock(), Throttle(logging.getLogger(__name__))
         self._version = version
-        self._checksum: str | None = None
+        self._checksum = checksum
         self._received: int | None = None
         self._pending: tuple[int, TensorDict] | None = None
         self._replies: deque[list[Buffer]] = deque(maxlen=_MAX_REPLIES)
@@ -323,7 +332,7 @@ class WeightReceiver:
             self.error = reason
         elif message.kind == "weights":
             version, declared = field(message.meta, "version", int), field(message.meta, "checksum", str)
-            refusal = self._refusal(message.tensors, version, declared)
+            refusal = self._refusal(message, version, declared)
             with self._lock:
                 self._received = version
                 self._next_beat = 0.0
@@ -335,8 +344,14 @@ class WeightReceiver:
         else:
             raise CodecError(f"a learner sends accepted, refused or weights, not {message.kind!r}")
 
-    def _refusal(self, tensors: TensorDict, version: int, declared: str) -> str | None:
+    def _refusal(self, message: Message, version: int, declared: str) -> str | None:
         """Return why these weights are not to be served; None if they may be."""
+        tensors, identity = message.tensors, message.meta.get("identity")
+        if identity != self._identity:
+            return (
+                f"weights of another target or drafter: their identity is {short(identity)}, this engine's "
+                f"{self._identity!r}; start learner and engine with the same model, dtype and drafter"
+            )
         if (actual := checksum(tensors)) != declared:
             return f"received checksum {actual}, declared {declared}"
         if version > self._version + _MAX_JUMP:

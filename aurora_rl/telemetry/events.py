@@ -191,6 +191,14 @@ EVENTS: dict[str, Event] = {
             "steps": _SEEN["steps"],
         },
     ),
+    "gate_against": Event(
+        "An engine serves weights of an earlier learner, or others than this one started from, and it did not resume.",
+        {
+            "engine": "What the engine calls itself.",
+            "version": "Version that it serves.",
+            "same": "True if the gate compares with these weights; else it compares with the drafter of the start.",
+        },
+    ),
     "train": Event(
         "An optimizer step was taken.",
         {

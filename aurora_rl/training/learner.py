@@ -7,19 +7,20 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import LossModule
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.memory import return_freed_memory
+from aurora_rl.objectives import Objective
 from aurora_rl.policies import Drafter
 from aurora_rl.policies.drafter import check_weights
 from aurora_rl.policies.formats.files import save_drafter
@@ -28,62 +29,19 @@ from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.checkpoint import newest_training_state, save_training_state
 from aurora_rl.training.gate import Gate
-from aurora_rl.training.replay import NewestTrajectories
-from aurora_rl.training.served_weights import WeightAudit, with_weights
+from aurora_rl.training.replay import NewestTrajectories, as_state, of_state
+from aurora_rl.training.served_weights import StartCheck, WeightAudit, with_weights
 from aurora_rl.training.states import add_state
 from aurora_rl.training.steps import has_finite_step, train_step
+from aurora_rl.training.wire_ends import TrajectorySource, WeightTarget
 from aurora_rl.trajectories import pack
 
 logger = logging.getLogger(__name__)
 
 _STATE = "the training state"
+_STREAM = "stream.pt"  # of a training state: the replay buffer, and what else the trajectories left
 _NOTE_S = 1.0  # a peer may send junk without an end
 _COUNTS = "seen steps skipped version _skipped_in_a_row _credit _since_candidate _decided_steps _unlearned".split()
-
-
-class TrajectorySource(Protocol):
-    """Where trajectories come from, such as :class:`~aurora_rl.collectors.collector.ZMQCollector`.
-
-    Attributes:
-        handshake_error: How the latest engine of another deployment differed.
-        rejections: Messages dropped so far, by kind.
-    """
-
-    handshake_error: str | None
-    rejections: Counter[str]
-
-    @property
-    def refused(self) -> int:
-        """Connections refused so far for their keys."""
-
-    def poll(self, timeout_s: float = 0.0) -> Sequence[TensorDictBase]:
-        """Take the trajectories that have arrived, oldest first."""
-
-    def shutdown(self) -> None:
-        """Take no more."""
-
-
-class WeightTarget(Protocol):
-    """Where weights go, such as :class:`~aurora_rl.collectors.weights.WeightPublisher`."""
-
-    error: str | None
-
-    @property
-    def refused(self) -> int:
-        """Connections refused so far for their keys."""
-
-    @property
-    def next_version(self) -> int:
-        """The least version that may be published next."""
-
-    def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> object:
-        """Hand weights on."""
-
-    def rejection(self, version: int) -> str | None:
-        """Return why an engine did not load a version, or rolled it back; None if none did."""
-
-    def close(self) -> None:
-        """Hand nothing on any more."""
 
 
 class Learner:
@@ -106,6 +64,8 @@ class Learner:
         checkpoint: Folder of the training states. Published drafters are kept next to it, in ``versions``.
         keep: Published drafters that are kept.
         keep_states: Training states that are kept.
+        save_buffer: Whether a training state holds the replay buffer, which has users' text. A learner that resumes
+            from such a state goes on exactly as if it had not stopped.
         outputs: Writes the training state.
 
     Attributes:
@@ -134,6 +94,7 @@ class Learner:
         checkpoint: str | os.PathLike[str],
         keep: int = 5,
         keep_states: int = 3,
+        save_buffer: bool = False,
         outputs: Outputs,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
@@ -143,7 +104,7 @@ class Learner:
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
         self._max_skipped, self._skipped_in_a_row = max_skipped, 0
         self.outputs, self._keep, self._versions = outputs, keep, self._checkpoint.parent / "versions"
-        self._keep_states = keep_states
+        self._keep_states, self._save_buffer = keep_states, save_buffer
         self._new: list[TensorDictBase] = []
         self._credit = 0
         self._since_candidate = self._decided_steps = 0
@@ -153,6 +114,7 @@ class Learner:
         self._quarantined = self._refused = 0
         self._serving = self._frozen()
         self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is rejected
+        self._start_check = StartCheck(self._serving, log)
         self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
         self.seen = self.steps = self.skipped = self.version = 0
 
@@ -189,6 +151,8 @@ class Learner:
             except ValueError as error:
                 raise CheckpointError(f"{state.folder}: of the served weights {error}") from error
         put()
+        if self._save_buffer and (state.folder / _STREAM).exists():
+            self._load_stream(torch.load(state.folder / _STREAM, weights_only=True))
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
         self._decided_steps = progress.get("decided_steps", 0)
         self._log.write("resumed", state=str(state.folder), skipped=skipped, seen=self.seen, steps=self.steps)
@@ -205,6 +169,8 @@ class Learner:
         self._note_refusal()
         if time.monotonic() >= self._next_note:
             self._note_drops()
+            if not self.version:
+                self._start_check.check(self._publisher.served)
         self._note_rejection()
         if self._gate.ready:
             self._decide()
@@ -393,6 +359,9 @@ class Learner:
         weights = {"serving": self._serving, **({} if self._replaced is None else {"replaced": self._replaced})}
         save_training_state(folder, self._drafter, self._optimizers, progress, weights)
         self._save_drafter(folder / "drafter")
+        if self._save_buffer:
+            stream = {key: v for key, v in self.state_dict().items() if key not in ("drafter", "optimizers", "serving")}
+            torch.save(stream, folder / _STREAM)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that decides what it does next: other than a training state, with replay buffer and gate.
@@ -405,9 +374,14 @@ class Learner:
             "serving": self._serving,
             "buffer": self._buffer.state_dict(),
             "gate": self._gate.state_dict(),
-            "new": [trajectory.state_dict() for trajectory in self._new],
+            "new": [as_state(each) for each in self._new],
+            "objectives": [dict(each.named_buffers(recurse=False)) for each in self._objectives()],
+            "random": torch.get_rng_state(),
             "counts": {name: getattr(self, name) for name in _COUNTS},
         }
+
+    def _objectives(self) -> list[Objective]:
+        return [each for each in self._loss.modules() if isinstance(each, Objective)]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where a learner of the same settings was, whose :meth:`state_dict` this is."""
@@ -415,12 +389,20 @@ class Learner:
         for optimizer, values in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         self._serving = state["serving"]
+        self._load_stream(state)
+        self._audit.published(self.version, self._serving)
+
+    def _load_stream(self, state: Mapping[str, Any]) -> None:
+        """Go on in the stream of trajectories where :meth:`state_dict` was taken."""
         self._buffer.load_state_dict(state["buffer"])
         self._gate.load_state_dict(state["gate"])
-        self._new = [TensorDict().load_state_dict(trajectory, strict=False) for trajectory in state["new"]]
+        self._new = [of_state(each) for each in state["new"]]
+        for objective, values in zip(self._objectives(), state["objectives"], strict=True):
+            for name, value in values.items():
+                objective.get_buffer(name).copy_(value)
+        torch.set_rng_state(state["random"])
         for name, value in state["counts"].items():
             setattr(self, name, value)
-        self._audit.published(self.version, self._serving)
 
     def _draft_vocab(self) -> str:
         return checksum({"draft_vocab": self._drafter.draft_vocab})

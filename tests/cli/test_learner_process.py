@@ -99,7 +99,7 @@ def test_a_learner_that_dies_is_started_again_after_a_wait_that_grows(
     learner = LearnerProcess(load_config(), tmp_path)
     for _ in range(200):
         if len(started) == 2 and not (tmp_path / "learner").exists():
-            add_state(tmp_path / "learner", Path.mkdir, keep=1)  # it has left a checkpoint
+            add_state(tmp_path / "learner", lambda state: state.mkdir(parents=True), keep=1)  # it has left a checkpoint
         learner.tend()
         clock[0] += 0.125
     waits = [later - earlier for (earlier, _), (later, _) in zip(started, started[1:], strict=False)]
@@ -120,7 +120,7 @@ def test_a_learner_whose_training_states_are_broken_starts_anew_from_what_was_pu
     learner = learner_of(SimpleNamespace(poll=lambda: -9, returncode=-9), tmp_path)
     monkeypatch.setattr(learner_process.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(LearnerProcess, "_start", start)
-    state = add_state(tmp_path / "learner", Path.mkdir, keep=1)
+    state = add_state(tmp_path / "learner", lambda state: state.mkdir(parents=True), keep=1)
     (state / "manifest.json").write_text("{")
     (tmp_path / "versions" / "4").mkdir(parents=True)
     (tmp_path / "versions" / "4" / "config.json").write_text("{}")

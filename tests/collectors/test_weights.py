@@ -73,7 +73,7 @@ class FakeLearner:
 
     def send(self, identity: bytes, version: int) -> None:
         tensors = weights(float(version))
-        meta = {"version": version, "checksum": checksum(tensors)}
+        meta = {"version": version, "checksum": checksum(tensors), "identity": HANDSHAKE.identity}
         self.socket.send_multipart([identity, *encode("weights", meta, tensors)])
 
     def await_received(self, version: int) -> None:
@@ -276,7 +276,8 @@ def test_corrupted_weights_are_rejected_by_the_receiver() -> None:
     learner = FakeLearner()
     receiver = engine(learner.address)
     identity, _ = learner.receive("serving")
-    learner.socket.send_multipart([identity, *encode("weights", {"version": 1, "checksum": "0" * 32}, weights(1.0))])
+    meta = {"version": 1, "checksum": "0" * 32, "identity": HANDSHAKE.identity}
+    learner.socket.send_multipart([identity, *encode("weights", meta, weights(1.0))])
     nack = learner.receive("nack")[1]
     assert nack["version"] == 1 and "declared 00000" in nack["reason"]
     learner.socket.send_multipart([identity, b"garbage"])
@@ -410,7 +411,7 @@ def test_weights_that_must_not_serve_are_refused_as_they_arrive(version: int, va
     receiver = engine(learner.address)
     identity, _ = learner.receive("serving")
     tensors = weights(value)
-    meta = {"version": version, "checksum": checksum(tensors)}
+    meta = {"version": version, "checksum": checksum(tensors), "identity": HANDSHAKE.identity}
     learner.socket.send_multipart([identity, *encode("weights", meta, tensors)])
     assert says in learner.receive("nack")[1]["reason"]
     assert receiver.latest() is None and receiver.version == 0
@@ -418,6 +419,40 @@ def test_weights_that_must_not_serve_are_refused_as_they_arrive(version: int, va
     assert load(receiver) == 2
     receiver.close()
     learner.close()
+
+
+@pytest.mark.parametrize("field", ["target", "head_checksum", "drafter", None])
+def test_weights_of_another_model_are_refused_although_they_fit(field: str | None) -> None:
+    """As of a learner that takes every engine for its own; None is one that says no identity."""
+    learner = FakeLearner()
+    receiver = engine(learner.address)
+    identity, _ = learner.receive("serving")
+    learner.send(identity, 1)
+    assert load(receiver) == 1
+    tensors = weights(2.0)
+    stated = {} if field is None else {"identity": replace(HANDSHAKE, **{field: "another"}).identity}
+    meta = {"version": 2, "checksum": checksum(tensors), **stated}
+    learner.socket.send_multipart([identity, *encode("weights", meta, tensors)])
+    nack = learner.receive("nack")[1]
+    assert nack["version"] == 2
+    assert nack["reason"].startswith("weights of another target or drafter: their identity is ")
+    assert nack["reason"].endswith("; start learner and engine with the same model, dtype and drafter")
+    assert receiver.latest() is None and receiver.version == 1
+    learner.send(identity, 3)
+    assert load(receiver) == 3
+    receiver.close()
+    learner.close()
+
+
+def test_a_learner_hears_which_weights_an_engine_serves() -> None:
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
+    silent, receiver = engine(publisher.address), engine(publisher.address, name="second", version=4, checksum="abc")
+    deadline = time.monotonic() + 5
+    while len(publisher.engines) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert publisher.served == [("second", 4, "abc")]  # the other says no checksum
+    for each in (silent, receiver, publisher):
+        each.close()
 
 
 def serving(**fields: object) -> dict[str, object]:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from learner_loops import Make, drain, send, step_until, wait
+from learner_loops import PARTS, SHAPE, Make, day0, drain, send, step_until, wait
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor
 
+from aurora_rl.adaptation.simulation import LocalSource, LocalTarget
+from aurora_rl.collectors.codec import checksum
+from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.storage import CheckpointError
+from aurora_rl.telemetry.log import MetricsLog, MetricsReader
+from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training import learner as learners
+from aurora_rl.training.gate import Gate
+from aurora_rl.training.learner import Learner
+from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.replay import trajectory_buffer
 from aurora_rl.training.states import states
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def as_tensors(values: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(value) for name, value in values.items()}
 
 
 def received(loop: SimpleNamespace, version: int) -> dict[str, Tensor]:
@@ -129,6 +145,110 @@ def test_a_state_that_does_not_fit_changes_nothing(make: Make) -> None:
     with pytest.raises(CheckpointError, match="trained with another draft vocabulary; set drafter.path"):
         second.learner.resume(first.checkpoint)
     assert second.learner.version == 0 and same(second.drafter.state_dict(), before)
+
+
+def test_a_learner_that_did_not_resume_says_what_its_gate_compares_with(
+    make: Make, first: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(learners, "_NOTE_S", 0.0)
+    day0, published = make().learner._serving, first.learner._serving
+    for number, (version, weights, says) in enumerate(
+        [(0, day0, []), (7, day0, [(7, True)]), (7, published, [(7, False)]), (0, published, [(0, False)])]
+    ):
+        loop = make(version=version, checksum=checksum(weights))
+        before = len(loop.events("gate_against"))
+        wait(lambda loop=loop: loop.publisher.served)
+        for _ in range(3):
+            loop.learner.step(wait_s=0.0)
+        told = [(event["version"], event["same"]) for event in loop.events("gate_against")[before:]]
+        assert told == says, number
+    warned = [record.message for record in caplog.records]
+    assert len(warned) == 2 and "serves version 7, whose weights this learner does not have: until it" in warned[0]
+    assert "start it with --resume, or with drafter.path set to" in warned[0]
+
+
+def local_learner(folder: Path) -> SimpleNamespace:
+    """A learner without sockets, whose training states hold the replay buffer."""
+    drafter, source, target = day0(), LocalSource(), LocalTarget()
+    log = MetricsLog(folder / "metrics.jsonl", "learner")
+    learner = Learner(
+        drafter=drafter,
+        loss=ImitationLoss(drafter, PARTS.head, steps=3),
+        optimizers=drafter_optimizers(drafter, muon_lr=0.02, adam_lr=3e-3),
+        buffer=trajectory_buffer(5, 2),
+        collector=source,
+        publisher=target,
+        gate=Gate(2, 0.0, SHAPE, drafter.serving_copy(torch.float32)),
+        log=log,
+        serving_dtype=torch.float32,
+        batch_size=2,
+        replay=2,
+        publish_every=3,
+        max_skipped=0,
+        checkpoint=folder / "learner",
+        save_buffer=True,
+        outputs=Outputs(log),
+    )
+    return SimpleNamespace(learner=learner, drafter=drafter, source=source, folder=folder)
+
+
+def feed(loop: SimpleNamespace, stream: list[TensorDict]) -> list[int]:
+    """Feed a stream; return how many of it the gate held after each."""
+    held = []
+    for trajectory in stream:
+        loop.source.waiting.append(trajectory)
+        for _ in range(2):  # less than it could learn, so that something always waits
+            loop.learner.step(wait_s=0.0)
+        held.append(len(loop.learner._gate._held))
+    return held
+
+
+def decisions(loop: SimpleNamespace) -> list[tuple[bool, float, int]]:
+    events = MetricsReader(loop.folder / "metrics.jsonl")
+    return [(e["publish"], e["difference"], e["steps"]) for e in events if e["event"] == "gate"]
+
+
+def test_with_the_buffer_in_the_state_a_continued_run_equals_the_uninterrupted_one_bit_for_bit(
+    served: list[TensorDict], tmp_path: Path
+) -> None:
+    stream = [trajectory.copy() for trajectory in served[:14]]
+    for number, trajectory in enumerate(stream):
+        trajectory.set_non_tensor("source", f"engine-{number % 2}")
+    straight = local_learner(tmp_path / "straight")
+    held = feed(straight, stream)
+    state = straight.learner.state_dict()
+    found = decisions(straight)
+    assert len(found) >= 2 and any(publish for publish, _, _ in found)
+    waiting = set()
+    for cut in (1 + held.index(1), 6, 11):
+        part = local_learner(tmp_path / str(cut))
+        feed(part, stream[:cut])
+        part.learner.save()
+        left = {"new": part.learner._new, "replay": part.learner._credit, "held": part.learner._gate._held}
+        waiting |= {name for name, value in left.items() if value}
+        again = local_learner(tmp_path / str(cut))
+        torch.manual_seed(cut)  # as a process that starts
+        again.learner.resume(part.folder / "learner")
+        feed(again, stream[cut:])
+        later = again.learner.state_dict()
+        assert same(later["drafter"], state["drafter"]), cut
+        assert same(later["serving"], state["serving"]), cut
+        for one, other in zip(later["optimizers"], state["optimizers"], strict=True):
+            for index, values in one["state"].items():
+                assert same(as_tensors(values), as_tensors(other["state"][index])), cut
+        assert decisions(again) == found, cut
+        sources = [[each["source"] for each in of["buffer"]["_storage"]["trajectories"]] for of in (later, state)]
+        assert sources[0] == sources[1] and set(sources[0]) == {"engine-0", "engine-1"}
+    assert waiting == {"new", "replay", "held"}  # what a state must hold was there to be held
+
+
+def test_without_it_no_trajectory_is_saved_and_the_run_goes_on_all_the_same(make: Make, first: SimpleNamespace) -> None:
+    newest = states(first.checkpoint)[0]
+    files = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
+    drafter = {"drafter/config.json", "drafter/model.safetensors"}
+    assert files == {"manifest.json", "model.safetensors", "progress.json"} | drafter
+    names = set(load_file(newest / "model.safetensors"))
+    assert {name.split(".")[0] for name in names} == {"module", "optimizer", "serving", "replaced"}
 
 
 def test_only_so_many_states_are_kept(make: Make, tmp_path: object) -> None:
