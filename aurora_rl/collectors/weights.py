@@ -47,6 +47,8 @@ from aurora_rl.collectors.sockets import SocketThread, bind, connect, engine_nam
 from aurora_rl.plausible import implausible
 from aurora_rl.telemetry.throttle import Throttle
 
+logger = logging.getLogger(__name__)
+
 _TURN_MS = 20
 _CONTROL = Limits(max_bytes=1 << 16, max_leaves=0, max_header_bytes=1 << 16)
 _MAX_REPLIES = 64
@@ -209,6 +211,7 @@ class WeightReceiver:
         name: Name of this engine at the learner; the default is unique to the process.
         limits: Limits of a weights message.
         heartbeat_s: Seconds between ``serving`` messages; a restarted learner knows this engine after at most so long.
+        silence_s: Seconds without an answer after which a warning says that the learner is silent.
 
     Raises:
         OSError: ``address`` is malformed. An absent learner is no error.
@@ -225,6 +228,7 @@ class WeightReceiver:
         name: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
         heartbeat_s: float = 1.0,
+        silence_s: float = 5.0,
     ) -> None:
         self.name = name or engine_name()
         self.error: str | None = None
@@ -233,7 +237,9 @@ class WeightReceiver:
         """Messages dropped because they were malformed or their checksum was wrong."""
         self._key = f"engines/{keys.name}.key" if keys is not None else ""
         self._handshake_meta, self._identity = handshake.to_meta(), handshake.identity
-        self._limits, self._heartbeat_s = limits, heartbeat_s
+        self._limits, self._heartbeat_s, self._silence_s = limits, heartbeat_s, silence_s
+        self._heard: float | None = None  # when the learner said something last
+        self._silent = False
         self._lock, self._log = threading.Lock(), Throttle(logging.getLogger(__name__))
         self._version = version
         self._checksum = checksum
@@ -287,8 +293,10 @@ class WeightReceiver:
     def _step(self) -> bool:
         self._note_refused_key()
         self._speak()
+        self._note_silence()
         if self._socket.poll(_TURN_MS):
             try:
+                self._note_heard()
                 self._handle(decode(self._socket.recv_multipart(copy=False), limits=self._limits))
             except CodecError as error:
                 self.rejected += 1
@@ -303,6 +311,20 @@ class WeightReceiver:
                 f"the learner does not know the key of this engine; copy {self._key} to the folder of its wire.keys"
             )
             self._log.warning("key", "%s", self.error)
+
+    def _note_silence(self) -> None:
+        if self._heard is not None and not self._silent and time.monotonic() - self._heard > self._silence_s:
+            self._silent = True
+            logger.warning(
+                "the learner has not answered for %.0f s; serving goes on with version %d",
+                *(self._silence_s, self._version),
+            )
+
+    def _note_heard(self) -> None:
+        now = time.monotonic()
+        if self._silent and self._heard is not None:
+            logger.warning("the learner answers again, after %.0f s", now - self._heard)
+        self._heard, self._silent = now, False
 
     def _speak(self) -> None:
         with self._lock:
@@ -337,6 +359,7 @@ class WeightReceiver:
                 self._received = version
                 self._next_beat = 0.0
                 if refusal is not None:
+                    self._log.warning("weights", "version %d is refused, %d stays: %s", version, self._version, refusal)
                     self.rejected += 1
                     self._reply("nack", version=version, reason=refusal)
                 elif version > max(self._version, self._pending[0] if self._pending else 0):
