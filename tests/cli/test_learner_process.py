@@ -6,6 +6,7 @@ import errno
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,23 @@ def test_a_learner_whose_training_states_are_broken_starts_anew_from_what_was_pu
     (line,) = [record.message for record in caplog.records]
     assert line.startswith(f"the learner starts anew from {tmp_path}/versions/4, as no training state can be used: ")
     assert "manifest.json cannot be read" in line and states(tmp_path / "learner")
+
+
+def test_serving_does_not_wait_until_a_large_training_state_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learner_of: Handle
+) -> None:
+    clock, read = [100.0], threading.Event()
+    learner = learner_of(SimpleNamespace(poll=lambda: -9, returncode=-9), tmp_path)
+    monkeypatch.setattr(learner_process.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(LearnerProcess, "_start", lambda self, config: SimpleNamespace(poll=lambda: None))
+    monkeypatch.setattr(learner_process, "go_on", lambda config, run: [] if read.wait(60) else ["never"])
+    for _ in range(4):  # due after the second
+        assert not learner.tend()
+        clock[0] += 1
+    read.set()
+    while not learner.tend():
+        pass
+    assert learner.restarts == 1
 
 
 def test_a_learner_that_cannot_be_started_again_is_tried_again_and_told_once(

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,30 +19,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from http_clients import ask, ask_until, client
 from processes import wait
 from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.faults
 Start = Callable[..., Any]
-
-
-def client(server: Any) -> openai.OpenAI:
-    """A client of a server that has started."""
-    found: list[str] = []
-
-    def listens() -> bool:
-        assert server.process.poll() is None, server.text
-        found[:] = re.findall(r"listening at (\S+)", server.text)
-        return bool(found)
-
-    wait(listens, 120)
-    return openai.OpenAI(base_url=found[0], api_key="none", timeout=60, max_retries=0)
-
-
-def ask(api: openai.OpenAI, text: str, **options: Any) -> Any:
-    return api.chat.completions.create(
-        model=api.models.list().data[0].id, messages=[{"role": "user", "content": text}], **options
-    )
 
 
 def server_page(api: openai.OpenAI) -> dict[str, Any]:
@@ -58,18 +39,6 @@ def scrape(api: openai.OpenAI) -> dict[str, float]:
     text = httpx.get(str(api.base_url.join("/metrics")), timeout=30).text
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return {sample.name: sample.value for sample in samples if not sample.labels}
-
-
-def ask_until(server: Any, api: openai.OpenAI, happened: Callable[[], object], limit: int = 600) -> int:
-    """Ask, four at a time, until something has happened; return how often."""
-    with ThreadPoolExecutor(4) as pool:
-        for asked in range(0, limit, 4):
-            if happened():
-                return asked
-            answers = pool.map(lambda number: ask(api, f"Number {number}?", max_tokens=8), range(asked, asked + 4))
-            assert all(answer.usage.completion_tokens == 8 for answer in answers)
-            assert server.process.poll() is None, server.text
-    raise AssertionError("it did not happen in time")
 
 
 def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None:
