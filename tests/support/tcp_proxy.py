@@ -20,7 +20,8 @@ class TCPProxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self._sockets: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
 
     def cut(self) -> None:
         """Let nothing through: neither bytes of connections that there are, nor new ones, and nobody is told."""
@@ -29,15 +30,19 @@ class TCPProxy:
     def heal(self) -> None:
         """Let everything through again. What was connected finds its connection broken, as after a long cut."""
         for each in self._sockets:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it is shut down already
                 each.shutdown(socket.SHUT_RDWR)
-        self._sockets.clear()
         self._cut.clear()
 
     def close(self) -> None:
         self._closed.set()
-        self._listener.close()
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # which ends a thread that accepts
         self.heal()
+        for thread in self._threads:
+            thread.join(10)
+        for each in (self._listener, *self._sockets):
+            each.close()
 
     def _accept(self) -> None:
         while not self._closed.is_set():
@@ -54,7 +59,8 @@ class TCPProxy:
                 continue
             self._sockets += [client, server]
             for pair in ((client, server), (server, client)):
-                threading.Thread(target=self._relay, args=pair, daemon=True).start()
+                self._threads.append(threading.Thread(target=self._relay, args=pair, daemon=True))
+                self._threads[-1].start()
 
     def _relay(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
