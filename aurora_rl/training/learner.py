@@ -150,9 +150,17 @@ class Learner:
                 check_weights(self._serving, serving)
             except ValueError as error:
                 raise CheckpointError(f"{state.folder}: of the served weights {error}") from error
-        put()
+        stream: Mapping[str, Any] | None = None
         if self._save_buffer and (state.folder / _STREAM).exists():
-            self._load_stream(torch.load(state.folder / _STREAM, weights_only=True))
+            stream = torch.load(state.folder / _STREAM, weights_only=True)
+            if len(stream["objectives"]) != len(self._objectives()):
+                raise CheckpointError(
+                    f"{state.folder / _STREAM} is of a run with {len(stream['objectives'])} objectives, this one has "
+                    f"{len(self._objectives())}; set checkpoint.buffer=false to go on without its replay buffer"
+                )
+        put()
+        if stream is not None:
+            self._load_stream(stream)
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
         self._decided_steps = progress.get("decided_steps", 0)
         self._log.write("resumed", state=str(state.folder), skipped=skipped, seen=self.seen, steps=self.steps)

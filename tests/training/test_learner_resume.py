@@ -242,6 +242,22 @@ def test_with_the_buffer_in_the_state_a_continued_run_equals_the_uninterrupted_o
     assert waiting == {"new", "replay", "held"}  # what a state must hold was there to be held
 
 
+def test_a_buffer_of_other_objectives_is_refused_before_anything_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = local_learner(tmp_path)
+    first.learner.save()
+    monkeypatch.setattr(Learner, "_objectives", lambda learner: [])
+    with torch.no_grad():
+        first.drafter.fc.weight.add_(1)
+    before = {name: value.clone() for name, value in first.drafter.state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r"stream.pt is of a run with 1 objectives, this one has 0; set checkpoint"
+    ):
+        first.learner.resume(tmp_path / "learner")
+    assert same(first.drafter.state_dict(), before)
+
+
 def test_without_it_no_trajectory_is_saved_and_the_run_goes_on_all_the_same(make: Make, first: SimpleNamespace) -> None:
     newest = states(first.checkpoint)[0]
     files = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
