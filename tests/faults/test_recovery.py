@@ -98,9 +98,11 @@ def test_a_learner_that_stops_clocks_that_jump_and_a_broken_training_state(start
             file.write(b"?")
         os.kill(pid, signal.SIGKILL)
         (again,) = server.wait_for("learner_restarted")
-        assert again["resumed"]
+        assert again["restarts"] == 1 and again["resumed"]
         (resumed,) = server.wait_for("resumed")
+        served = server.events("swap")[-1]["version"]
         learns_again(server, asker)
+        assert server.events("swap")[-1]["version"] > served and server.children != [pid]
         assert resumed["state"] == str(older) and "model.safetensors is not what was written" in resumed["skipped"][0]
         assert (server.run / "learner.log").read_text().count(f"learning goes on from the older state {older}") == 1
     ends(server)

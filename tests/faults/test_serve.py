@@ -68,25 +68,6 @@ def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None
     assert not (server.run / "answers.jsonl").exists()  # what clients ask is theirs
 
 
-def test_a_learner_that_dies_is_started_again_and_goes_on_from_its_checkpoint(start: Start) -> None:
-    server = start("serve", "http.port=0", "drafter.adaptive=true")
-    api = client(server)
-
-    ask_until(server, api, lambda: server.events("swap") and server.events("checkpoint"))
-    published = server.events("swap")[-1]
-    (pid,) = server.children
-    os.kill(pid, signal.SIGKILL)
-    (again,) = server.wait_for("learner_restarted")
-    assert again["restarts"] == 1 and again["resumed"]
-    server.wait_for("learner_ready", 2)
-    assert server.children and server.children != [pid]
-    swaps = len(server.events("swap"))
-    ask_until(server, api, lambda: len(server.events("swap")) > swaps)  # clients never noticed
-    assert server.events("swap")[-1]["version"] > published["version"]
-    server.interrupt()
-    assert server.ended() == 0, server.text
-
-
 def test_what_a_dead_learner_missed_is_counted_and_what_waited_for_the_next_is_not(start: Start) -> None:
     server = start("serve", "http.port=0", "wire.queue=2")
     api = client(server)
