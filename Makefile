@@ -52,7 +52,7 @@ lint: $(STAMP)  ## ruff and mypy
 IN_TWO := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 unit: $(STAMP)  ## tests and doctests on tiny models
-	$(IN_TWO) -m 'not smollm2 and not faults and not sglang and not vllm' --doctest-modules tests aurora_rl kernels
+	$(IN_TWO) -m 'not smollm2 and not faults and not sglang and not vllm and not stress' --doctest-modules tests aurora_rl kernels
 
 smollm2: $(STAMP)  ## tests on the embedded model
 	$(IN_TWO) -m smollm2
@@ -76,7 +76,7 @@ ROUNDS ?= 20
 stress: $(STAMP)  ## random tests and faults again and again, ROUNDS=20 times with other random numbers, a million messages, and a soak; not in CI
 	for round in $$(seq $(ROUNDS)); do \
 		$(BIN)/python -m pytest -q -n 2 -m 'hypothesis and not sglang' --hypothesis-seed=$$round tests || exit 1; \
-		$(BIN)/python -m pytest -q -m faults || exit 1; \
+		$(BIN)/python -m pytest -q -m 'faults or stress' tests/faults || exit 1; \
 	done
 	$(BIN)/python benchmarks/canary.py --name canary_stress
 	AURORA_RL_FRAMES=1000000 $(BIN)/python -m pytest -q tests/collectors/test_codec_fuzz.py

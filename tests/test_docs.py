@@ -234,7 +234,14 @@ def test_files_in_the_text_exist(page: Path) -> None:
             assert any((home / path).exists() for home in homes), path
 
 
-RUN = {"config.json", "generation_config.json", "summary.json", "results.json"}  # of models and of runs
+RUN = {
+    "config.json",
+    "generation_config.json",
+    "summary.json",
+    "results.json",
+    "progress.json",
+    "manifest.json",
+}  # of models and of runs
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -200,6 +200,16 @@ class LearnerConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """Training states, from which a learner goes on."""
+
+    keep: int = 3
+    """States that are kept, the newest."""
+    buffer: bool = False
+    """Save the replay buffer too, so that a learner goes on exactly as if it had not stopped. It has users' text."""
+
+
+@dataclass
 class GateConfig:
     """What a candidate has to show before it is served."""
 
@@ -275,6 +285,7 @@ class Config:
     objectives: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "imitation"}])
     """Name and settings of each objective; their losses are summed."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

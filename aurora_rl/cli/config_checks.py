@@ -20,7 +20,7 @@ _POSITIVE = """
     engine.slots engine.max_length engine.threads http.max_body http.max_waiting drafter.vocab_size
     drafter.depth drafter.width
     baseline.window wire.queue wire.queue_bytes learner.threads learner.batch_size learner.buffer learner.buffer_bytes
-    learner.max_skipped learner.publish_every gate.requests traffic.requests
+    learner.max_skipped learner.publish_every checkpoint.keep gate.requests traffic.requests
 """
 
 _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {

@@ -13,7 +13,7 @@ from aurora_rl.cli.assembly import Target, opening, wire_keys
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
-from aurora_rl.collectors.codec import Limits
+from aurora_rl.collectors.codec import Limits, checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import control_client_keys, engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
@@ -36,6 +36,7 @@ from aurora_rl.serving.server import InferenceServer
 from aurora_rl.serving.sglang import AttachedServer, SGLangServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
+from aurora_rl.training.states import newest_valid
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,13 @@ def embedded_server(
             limits=limits,
         )
     with opening("wire.weights", config.wire.weights):
-        receiver = WeightReceiver(config.wire.weights, handshake=greeting, keys=keys, limits=limits)
+        receiver = WeightReceiver(
+            config.wire.weights,
+            handshake=greeting,
+            keys=keys,
+            checksum=checksum(policy.drafter.published()),
+            limits=limits,
+        )
     windows = BaselineWindows(config.baseline.share, config.baseline.window, config.seed)
     server = InferenceServer(
         env,
@@ -194,7 +201,10 @@ def sglang_server(
                 max_message=config.wire.max_message,
             )
 
-        published = run_dir / "learner" / "drafter"
+        def published() -> Path | None:
+            state, _ = newest_valid(run_dir / "learner")
+            return None if state is None else state / "drafter"
+
         try:
             if requests is None:
                 return AttachedServer(client, attach, log=log, published=published)

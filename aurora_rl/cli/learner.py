@@ -25,9 +25,10 @@ from aurora_rl.policies import Drafter
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.gate import Gate
-from aurora_rl.training.learner import Learner, TrajectorySource, WeightTarget
+from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.replay import trajectory_buffer
+from aurora_rl.training.wire_ends import TrajectorySource, WeightTarget
 from aurora_rl.trajectories import validate
 
 
@@ -123,5 +124,7 @@ def assembled(
         max_skipped=settings.max_skipped,
         checkpoint=checkpoint,
         keep=settings.keep,
+        keep_states=config.checkpoint.keep,
+        save_buffer=config.checkpoint.buffer,
         outputs=outputs,
     )

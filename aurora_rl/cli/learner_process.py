@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 _READY_S = 300.0
 _END_S = 60.0
 _LONGEST_WAIT_S = 60.0
+_LOOK_S = 0.1
 
 
 class LearnerProcess:
@@ -41,6 +43,8 @@ class LearnerProcess:
         self.restarts, self._failures, self._due, self._started = 0, 0, 0.0, time.monotonic()
         self.resumed = config.learner.resume is not None
         self._obstacle = ""  # why it could not be started again
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="learner")
+        self._plan: Future[tuple[Config, list[str]]] | None = None
         self.child = self._start(config)
 
     def _start(self, config: Config) -> subprocess.Popen:
@@ -78,10 +82,18 @@ class LearnerProcess:
             self._failures += 1
         if now < self._due:
             return False
-        self._due = 0.0
+        # It reads every byte of the training state, while requests are served.
+        plan = self._plan = self._plan or self._worker.submit(self._from_where)
+        if not wait([plan], _LOOK_S).done:
+            return False
+        self._due, self._plan = 0.0, None
         try:
-            config = replace(self._config)
-            go_on(config, self._run_dir)
+            config, broken = plan.result()
+            if broken:
+                logger.warning(
+                    "the learner starts anew from %s, as no training state can be used: %s",
+                    *(config.drafter.path, "; ".join(broken)),
+                )
             self.child = self._start(config)
         except (OSError, ValueError) as error:
             if not self._obstacle:
@@ -90,6 +102,11 @@ class LearnerProcess:
             return False
         self.restarts, self.resumed, self._obstacle = self.restarts + 1, config.learner.resume is not None, ""
         return True
+
+    def _from_where(self) -> tuple[Config, list[str]]:
+        """Return the next configuration, and what is wrong with the training states if all are broken."""
+        config = replace(self._config)
+        return config, go_on(config, self._run_dir)
 
     def wait_ready(self, events: MetricsReader) -> None:
         """Wait until the learner listens, so that a configuration that it refuses is told before a request is served.

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from aurora_rl.cli.config import Config, load_config, to_yaml
 from aurora_rl.cli.errors import ConfigError
-
-_DRAFTERS = ("learner/drafter", "drafter", "drafter-day0")  # newest first
+from aurora_rl.training.states import newest_valid
 
 
 class RunDir:
@@ -67,9 +66,12 @@ class RunDir:
                 # "x": of two runs that find the folder empty at the same time, one is refused here.
                 with open(self.path / documents[0], "x", encoding="utf-8") as file:
                     file.write(to_yaml(config, run_dir=False))
-            if resume:
-                go_on(config, self.path)
-            else:
+            if resume and (broken := go_on(config, self.path)):
+                raise ConfigError(
+                    f"--resume {self.path}: no training state can be used: {'; '.join(broken)}; remove "
+                    f"{self.path / 'learner'} to learn anew from the drafter that was served"
+                )
+            if not resume:
                 self._lock = _locked(self.path)
         except OSError as error:
             raise ConfigError(f"run_dir={str(self.path)!r} cannot be used: {error.strerror}") from error
@@ -161,14 +163,22 @@ def resumed_config(
     return replace(config, run_dir=folder)
 
 
-def go_on(config: Config, run: Path) -> None:
-    """Set the drafter and the checkpoint in the folder of a run as those to start from."""
-    drafters = [run / name for name in _DRAFTERS if (run / name / "config.json").is_file()]
-    if drafters:
-        config.drafter = replace(config.drafter, path=str(drafters[0]))
-    # The second is where a learner that was killed while it wrote left its last state.
-    if (run / "learner").is_dir() or (run / ".learner-old").is_dir():
-        config.learner = replace(config.learner, resume=str(run / "learner"))
+def go_on(config: Config, run: Path) -> list[str]:
+    """Set the drafter and the training states in the folder of a run as those to start from.
+
+    Returns:
+        What is wrong with each training state, if there are some and none can be used: the learner then starts anew,
+        from the drafter that was published last.
+    """
+    state, broken = newest_valid(run / "learner")
+    published = sorted((run / "versions").glob("[0-9]*"), key=lambda folder: int(folder.name), reverse=True)
+    drafters = [*([] if state is None else [state / "drafter"]), *published, run / "drafter", run / "drafter-day0"]
+    if found := [drafter for drafter in drafters if (drafter / "config.json").is_file()]:
+        config.drafter = replace(config.drafter, path=str(found[0]))
+    if state is None:
+        return broken
+    config.learner = replace(config.learner, resume=str(run / "learner"))
+    return []
 
 
 def write_traceback(error: Exception, run_dir: str | None, command: str) -> Path:

@@ -27,7 +27,8 @@ class EngineStatus:
 
     `acknowledged` is the newest version whose checksum, after loading, was the published one. `rejected` is the last
     version that was refused or loaded wrong, with the reason. Its version is None if the message could not be read.
-    `ahead`: it serves a version newer than any published here, from an earlier learner, and ignores the published ones.
+    `checksum` is that of the weights that it serves, as it says. `ahead`: it serves a version newer than any published
+    here, from an earlier learner, and ignores the published ones.
     """
 
     name: str
@@ -38,6 +39,7 @@ class EngineStatus:
     rejected: tuple[int | None, str] | None = None
     offered: int | None = None
     in_flight: bool = False
+    checksum: str | None = None
     ahead: bool = False
 
 
@@ -131,6 +133,7 @@ class EngineBook:
             if len(self._engines) > _MAX_ENGINES:
                 self._engines.popitem(last=False)
             status.name, status.serving, status.last_seen = name, version, time.monotonic()
+            status.checksum = digest
             if received is not None and received == status.offered:
                 status.in_flight = False
             ahead = 0 < self._published < version

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -57,6 +59,11 @@ class Handshake:
             draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),
             drafter=name,
         )
+
+    @property
+    def identity(self) -> str:
+        """Digest of the fields, the same on both sides; weights carry it, so that no other deployment's are loaded."""
+        return hashlib.blake2b(json.dumps(self.to_meta(), sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def to_meta(self) -> dict[str, Any]:
         """Return the fields as JSON values."""

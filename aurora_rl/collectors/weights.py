@@ -5,7 +5,7 @@ The engine speaks first and repeats itself; so either side may start, vanish or 
 - engine (DEALER, connects): ``serving`` {version, checksum, received, handshake} when connected, after each change and
   as heartbeat; ``ack`` {version, checksum, swap_ms} of what was loaded, or ``nack`` {version, reason}.
 - learner (ROUTER, binds): ``accepted`` {}, or ``refused`` {reason} where the handshake differs; ``weights`` {version,
-  checksum} and tensors, if newer than what the engine serves.
+  checksum, identity} and tensors, if newer than what the engine serves. The identity is the handshake's.
 
 The learner keeps the newest weights only. It sends an engine no more before the last ones have arrived there (its
 ``received`` tells). So a slow engine skips versions, and no queue grows. Over one connection ZeroMQ loses nothing. A
@@ -38,6 +38,7 @@ from aurora_rl.collectors.codec import (
     encode,
     field,
     leaves,
+    short,
 )
 from aurora_rl.collectors.engine_book import EngineBook, EngineStatus
 from aurora_rl.collectors.handshake import Handshake
@@ -45,6 +46,8 @@ from aurora_rl.collectors.keys import ClientKeys, ServerKeys
 from aurora_rl.collectors.sockets import SocketThread, bind, connect, engine_name, open_socket
 from aurora_rl.plausible import implausible
 from aurora_rl.telemetry.throttle import Throttle
+
+logger = logging.getLogger(__name__)
 
 _TURN_MS = 20
 _CONTROL = Limits(max_bytes=1 << 16, max_leaves=0, max_header_bytes=1 << 16)
@@ -99,6 +102,11 @@ class WeightPublisher:
         return self._book.engines
 
     @property
+    def served(self) -> list[tuple[str, int, str]]:
+        """Name, version and checksum of what each engine says that it serves, of those that say a checksum."""
+        return [(s.name, s.serving, s.checksum) for s in self.engines.values() if s.checksum is not None]
+
+    @property
     def next_version(self) -> int:
         """Above everything published here and served by engines that are heard; a fresh learner goes on from here."""
         return self._book.next_version
@@ -118,7 +126,8 @@ class WeightPublisher:
         """
         owned: dict[str | Key, Tensor] = {k: leaf.detach().to("cpu", copy=True) for k, leaf in leaves(tensors)}
         digest = checksum(owned)
-        frames = encode("weights", {"version": version, "checksum": digest}, owned)
+        meta = {"version": version, "checksum": digest, "identity": self._handshake.identity}
+        frames = encode("weights", meta, owned)
         size = sum(len(frame) for frame in frames)
         if size > self._limits.max_bytes or len(owned) > self._limits.max_leaves:
             raise ValueError(
@@ -198,9 +207,11 @@ class WeightReceiver:
         handshake: What this engine is; a learner that differs refuses it, see `error`.
         keys: Keys for CurveZMQ, if the learner has keys.
         version: Version of the weights served at the start.
+        checksum: Their `codec.checksum`, so that a learner can tell whether it has them; None says nothing of them.
         name: Name of this engine at the learner; the default is unique to the process.
         limits: Limits of a weights message.
         heartbeat_s: Seconds between ``serving`` messages; a restarted learner knows this engine after at most so long.
+        silence_s: Seconds without an answer after which a warning says that the learner is silent.
 
     Raises:
         OSError: ``address`` is malformed. An absent learner is no error.
@@ -213,9 +224,11 @@ class WeightReceiver:
         handshake: Handshake,
         keys: ClientKeys | None = None,
         version: int = 0,
+        checksum: str | None = None,
         name: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
         heartbeat_s: float = 1.0,
+        silence_s: float = 5.0,
     ) -> None:
         self.name = name or engine_name()
         self.error: str | None = None
@@ -223,11 +236,13 @@ class WeightReceiver:
         self.rejected = 0
         """Messages dropped because they were malformed or their checksum was wrong."""
         self._key = f"engines/{keys.name}.key" if keys is not None else ""
-        self._handshake_meta = handshake.to_meta()
-        self._limits, self._heartbeat_s = limits, heartbeat_s
+        self._handshake_meta, self._identity = handshake.to_meta(), handshake.identity
+        self._limits, self._heartbeat_s, self._silence_s = limits, heartbeat_s, silence_s
+        self._heard: float | None = None  # when the learner said something last
+        self._silent = False
         self._lock, self._log = threading.Lock(), Throttle(logging.getLogger(__name__))
         self._version = version
-        self._checksum: str | None = None
+        self._checksum = checksum
         self._received: int | None = None
         self._pending: tuple[int, TensorDict] | None = None
         self._replies: deque[list[Buffer]] = deque(maxlen=_MAX_REPLIES)
@@ -278,8 +293,10 @@ class WeightReceiver:
     def _step(self) -> bool:
         self._note_refused_key()
         self._speak()
+        self._note_silence()
         if self._socket.poll(_TURN_MS):
             try:
+                self._note_heard()
                 self._handle(decode(self._socket.recv_multipart(copy=False), limits=self._limits))
             except CodecError as error:
                 self.rejected += 1
@@ -294,6 +311,20 @@ class WeightReceiver:
                 f"the learner does not know the key of this engine; copy {self._key} to the folder of its wire.keys"
             )
             self._log.warning("key", "%s", self.error)
+
+    def _note_silence(self) -> None:
+        if self._heard is not None and not self._silent and time.monotonic() - self._heard > self._silence_s:
+            self._silent = True
+            logger.warning(
+                "the learner has not answered for %.0f s; serving goes on with version %d",
+                *(self._silence_s, self._version),
+            )
+
+    def _note_heard(self) -> None:
+        now = time.monotonic()
+        if self._silent and self._heard is not None:
+            logger.warning("the learner answers again, after %.0f s", now - self._heard)
+        self._heard, self._silent = now, False
 
     def _speak(self) -> None:
         with self._lock:
@@ -323,11 +354,12 @@ class WeightReceiver:
             self.error = reason
         elif message.kind == "weights":
             version, declared = field(message.meta, "version", int), field(message.meta, "checksum", str)
-            refusal = self._refusal(message.tensors, version, declared)
+            refusal = self._refusal(message, version, declared)
             with self._lock:
                 self._received = version
                 self._next_beat = 0.0
                 if refusal is not None:
+                    self._log.warning("weights", "version %d is refused, %d stays: %s", version, self._version, refusal)
                     self.rejected += 1
                     self._reply("nack", version=version, reason=refusal)
                 elif version > max(self._version, self._pending[0] if self._pending else 0):
@@ -335,8 +367,14 @@ class WeightReceiver:
         else:
             raise CodecError(f"a learner sends accepted, refused or weights, not {message.kind!r}")
 
-    def _refusal(self, tensors: TensorDict, version: int, declared: str) -> str | None:
+    def _refusal(self, message: Message, version: int, declared: str) -> str | None:
         """Return why these weights are not to be served; None if they may be."""
+        tensors, identity = message.tensors, message.meta.get("identity")
+        if identity != self._identity:
+            return (
+                f"weights of another target or drafter: their identity is {short(identity)}, this engine's "
+                f"{self._identity!r}; start learner and engine with the same model, dtype and drafter"
+            )
         if (actual := checksum(tensors)) != declared:
             return f"received checksum {actual}, declared {declared}"
         if version > self._version + _MAX_JUMP:

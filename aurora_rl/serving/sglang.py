@@ -38,7 +38,7 @@ class AttachedServer:
         engine: Client of the engine.
         attach: Attaches the learner to the engine; called now, and again when the engine was restarted.
         log: Log of requests and swaps.
-        published: Folder where the learner saves the drafter that it published last; None if that is not known.
+        published: Returns the folder of the drafter that the learner published last; None if that is not known.
 
     Attributes:
         stats: Statistics of the run so far.
@@ -52,7 +52,7 @@ class AttachedServer:
         attach: Callable[[], dict[str, Any]],
         *,
         log: MetricsLog,
-        published: Path | None = None,
+        published: Callable[[], Path | None] = lambda: None,
     ) -> None:
         self.stats, self.engine, self.detached = Stats(0), engine, False
         self._attach, self._log, self._published = attach, log, published
@@ -151,8 +151,8 @@ class AttachedServer:
 
     def save_drafter(self, folder: str | os.PathLike[str]) -> None:
         """Copy the drafter that the learner published last, if there is one."""
-        if self._published is not None and self._published.is_dir():
-            shutil.copytree(self._published, folder, dirs_exist_ok=True)
+        if (published := self._published()) is not None:
+            shutil.copytree(published, folder, dirs_exist_ok=True)
 
     def close(self) -> None:
         """Detach so that the records are sent, and end the engine if it is ours."""
@@ -177,7 +177,7 @@ class SGLangServer(AttachedServer):
         log: Log of requests and swaps.
         note: Called with each completion; returns its domain.
         on_refused: Called with each request that the engine did not answer, and the reason.
-        published: Folder where the learner saves the drafter that it published last; None if that is not known.
+        published: Returns the folder of the drafter that the learner published last; None if that is not known.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class SGLangServer(AttachedServer):
         log: MetricsLog,
         note: Callable[[Completion], str],
         on_refused: Callable[[Request, str], None],
-        published: Path | None = None,
+        published: Callable[[], Path | None] = lambda: None,
     ) -> None:
         super().__init__(engine, attach, log=log, published=published)
         self._requests, self._slots = requests, slots

@@ -182,6 +182,23 @@ EVENTS: dict[str, Event] = {
     # Events of the learner; both write `refused`.
     "refused": Event("Server and learner do not fit: another target, head, draft vocabulary or drafter.", _REASON),
     "learner_ready": Event("The learner listens.", {"pid": "Its process.", "seen": _SEEN["seen"]}),
+    "resumed": Event(
+        "The learner goes on from a training state.",
+        {
+            "state": "Its folder.",
+            "skipped": "What is wrong with each newer state, which is broken.",
+            "seen": _SEEN["seen"],
+            "steps": _SEEN["steps"],
+        },
+    ),
+    "gate_against": Event(
+        "An engine serves weights of an earlier learner, or others than this one started from, and it did not resume.",
+        {
+            "engine": "What the engine calls itself.",
+            "version": "Version that it serves.",
+            "same": "True if the gate compares with these weights; else it compares with the drafter of the start.",
+        },
+    ),
     "train": Event(
         "An optimizer step was taken.",
         {

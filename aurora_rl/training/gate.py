@@ -18,6 +18,7 @@ from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.policy import DrafterPolicy, not_finite
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.statistics import mean_interval
+from aurora_rl.training.replay import as_state, of_state
 from aurora_rl.trajectories import check_features
 from aurora_rl.trees import depths, walk
 
@@ -208,9 +209,9 @@ class Gate:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it holds back."""
-        return {"holding": self.holding, "held": [trajectory.state_dict() for trajectory in self._held]}
+        return {"holding": self.holding, "held": [as_state(each) for each in self._held]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Hold back what :meth:`state_dict` returned."""
         self.holding = state["holding"]
-        self._held = [TensorDict().load_state_dict(trajectory, strict=False) for trajectory in state["held"]]
+        self._held = [of_state(each) for each in state["held"]]

@@ -7,81 +7,41 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 from torchrl.objectives import LossModule
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.memory import return_freed_memory
+from aurora_rl.objectives import Objective
 from aurora_rl.policies import Drafter
+from aurora_rl.policies.drafter import check_weights
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
-from aurora_rl.training.checkpoint import load_training_state, save_training_state
+from aurora_rl.training.checkpoint import newest_training_state, save_training_state
 from aurora_rl.training.gate import Gate
-from aurora_rl.training.replay import NewestTrajectories
-from aurora_rl.training.served_weights import WeightAudit, with_weights
+from aurora_rl.training.replay import NewestTrajectories, as_state, of_state
+from aurora_rl.training.served_weights import StartCheck, WeightAudit, with_weights
+from aurora_rl.training.states import add_state
 from aurora_rl.training.steps import has_finite_step, train_step
+from aurora_rl.training.wire_ends import TrajectorySource, WeightTarget
 from aurora_rl.trajectories import pack
 
 logger = logging.getLogger(__name__)
 
 _STATE = "the training state"
+_STREAM = "stream.pt"  # of a training state: the replay buffer, and what else the trajectories left
 _NOTE_S = 1.0  # a peer may send junk without an end
 _COUNTS = "seen steps skipped version _skipped_in_a_row _credit _since_candidate _decided_steps _unlearned".split()
-
-
-class TrajectorySource(Protocol):
-    """Where trajectories come from, such as :class:`~aurora_rl.collectors.collector.ZMQCollector`.
-
-    Attributes:
-        handshake_error: How the latest engine of another deployment differed.
-        rejections: Messages dropped so far, by kind.
-    """
-
-    handshake_error: str | None
-    rejections: Counter[str]
-
-    @property
-    def refused(self) -> int:
-        """Connections refused so far for their keys."""
-
-    def poll(self, timeout_s: float = 0.0) -> Sequence[TensorDictBase]:
-        """Take the trajectories that have arrived, oldest first."""
-
-    def shutdown(self) -> None:
-        """Take no more."""
-
-
-class WeightTarget(Protocol):
-    """Where weights go, such as :class:`~aurora_rl.collectors.weights.WeightPublisher`."""
-
-    error: str | None
-
-    @property
-    def refused(self) -> int:
-        """Connections refused so far for their keys."""
-
-    @property
-    def next_version(self) -> int:
-        """The least version that may be published next."""
-
-    def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> object:
-        """Hand weights on."""
-
-    def rejection(self, version: int) -> str | None:
-        """Return why an engine did not load a version, or rolled it back; None if none did."""
-
-    def close(self) -> None:
-        """Hand nothing on any more."""
 
 
 class Learner:
@@ -101,8 +61,11 @@ class Learner:
         replay: Most replayed batches for each batch of new trajectories, taken while nothing new waits.
         publish_every: New trajectories between two candidates.
         max_skipped: Steps in a row that may come out without a finite loss and gradient, for no trajectory's sake.
-        checkpoint: Folder of the training state. Published drafters are kept next to it, in ``versions``.
+        checkpoint: Folder of the training states. Published drafters are kept next to it, in ``versions``.
         keep: Published drafters that are kept.
+        keep_states: Training states that are kept.
+        save_buffer: Whether a training state holds the replay buffer, which has users' text. A learner that resumes
+            from such a state goes on exactly as if it had not stopped.
         outputs: Writes the training state.
 
     Attributes:
@@ -130,6 +93,8 @@ class Learner:
         max_skipped: int,
         checkpoint: str | os.PathLike[str],
         keep: int = 5,
+        keep_states: int = 3,
+        save_buffer: bool = False,
         outputs: Outputs,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
@@ -139,6 +104,7 @@ class Learner:
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
         self._max_skipped, self._skipped_in_a_row = max_skipped, 0
         self.outputs, self._keep, self._versions = outputs, keep, self._checkpoint.parent / "versions"
+        self._keep_states, self._save_buffer = keep_states, save_buffer
         self._new: list[TensorDictBase] = []
         self._credit = 0
         self._since_candidate = self._decided_steps = 0
@@ -148,26 +114,59 @@ class Learner:
         self._quarantined = self._refused = 0
         self._serving = self._frozen()
         self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is rejected
+        self._start_check = StartCheck(self._serving, log)
         self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
         self.seen = self.steps = self.skipped = self.version = 0
 
     def _frozen(self) -> dict[str, Tensor]:
         """Return a copy of the weights as they would be served."""
+        return self._as_served(self._drafter.published())
+
+    def _as_served(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device = self._drafter.draft_vocab.device
         return {
-            name: t.to(self._dtype, copy=True) if t.is_floating_point() else t.clone()
-            for name, t in self._drafter.published().items()
+            name: t.to(device, self._dtype if t.is_floating_point() else t.dtype, copy=True)
+            for name, t in weights.items()
         }
 
     def resume(self, folder: str | os.PathLike[str]) -> None:
-        """Continue from a training checkpoint, and publish its weights, since an engine may have started over."""
-        progress = load_training_state(folder, self._drafter, self._optimizers)
+        """Continue from the newest training state of a folder that is whole.
+
+        What was served when it was written is published again, since an engine may have started over. The weights in
+        training go on from where they were, and are published once they pass the gate.
+
+        Raises:
+            CheckpointError: There is no such state, or it is of another drafter. Nothing is changed then.
+        """
+        state, skipped = newest_training_state(folder)
+        progress, serving = state.progress, state.weights("serving")
+        put = state.stage(self._drafter, self._optimizers)
         if progress.get("draft_vocab") != self._draft_vocab():
             raise CheckpointError(
                 f"{folder} was trained with another draft vocabulary; set drafter.path to the drafter of that run"
             )
+        if serving is not None:
+            try:
+                check_weights(self._serving, serving)
+            except ValueError as error:
+                raise CheckpointError(f"{state.folder}: of the served weights {error}") from error
+        stream: Mapping[str, Any] | None = None
+        if self._save_buffer and (state.folder / _STREAM).exists():
+            stream = torch.load(state.folder / _STREAM, weights_only=True)
+            if len(stream["objectives"]) != len(self._objectives()):
+                raise CheckpointError(
+                    f"{state.folder / _STREAM} is of a run with {len(stream['objectives'])} objectives, this one has "
+                    f"{len(self._objectives())}; set checkpoint.buffer=false to go on without its replay buffer"
+                )
+        put()
+        if stream is not None:
+            self._load_stream(stream)
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
-        self._decided_steps = self.steps
-        self._publish(self._frozen())
+        self._decided_steps = progress.get("decided_steps", 0)
+        self._log.write("resumed", state=str(state.folder), skipped=skipped, seen=self.seen, steps=self.steps)
+        if serving is not None:  # else it is of aurora-rl train, and nothing was served
+            self._serving = self._as_served(state.weights("replaced") or serving)
+            self._publish(self._as_served(serving))
 
     def step(self, wait_s: float = 0.2) -> bool:
         """Take what arrived, and learn from one batch. Return False if there was nothing to do."""
@@ -178,6 +177,8 @@ class Learner:
         self._note_refusal()
         if time.monotonic() >= self._next_note:
             self._note_drops()
+            if not self.version:
+                self._start_check.check(self._publisher.served)
         self._note_rejection()
         if self._gate.ready:
             self._decide()
@@ -342,19 +343,33 @@ class Learner:
         self.outputs.failures.pop("the version", None)
 
     def _save_drafter(self, folder: Path) -> None:
-        save_drafter(with_weights(self._drafter, self._serving, self._dtype), folder)
+        if self._drafter.formats:
+            save_drafter(with_weights(self._drafter, self._serving, self._dtype), folder)
 
     def save(self) -> None:
-        """Write the training state, and the drafter that was published last.
+        """Add the training state, with the drafter that was published last, to those on disk.
 
         Raises:
-            OSError: A folder cannot be written; the earlier one is left as it was.
+            OSError: It cannot be written; the earlier ones are left as they were.
         """
-        progress = {"seen": self.seen, "steps": self.steps, "version": self.version, "draft_vocab": self._draft_vocab()}
-        save_training_state(self._checkpoint, self._drafter, self._optimizers, progress)
-        self._save_drafter(self._checkpoint / "drafter")
+        add_state(self._checkpoint, self._write_state, self._keep_states)
         self.outputs.failures.pop(_STATE, None)  # a later state makes good for an earlier one
         self._log.write("checkpoint", seen=self.seen, steps=self.steps, version=self.version)
+
+    def _write_state(self, folder: Path) -> None:
+        progress = {
+            "seen": self.seen,
+            "steps": self.steps,
+            "decided_steps": self._decided_steps,
+            "version": self.version,
+            "draft_vocab": self._draft_vocab(),
+        }
+        weights = {"serving": self._serving, **({} if self._replaced is None else {"replaced": self._replaced})}
+        save_training_state(folder, self._drafter, self._optimizers, progress, weights)
+        self._save_drafter(folder / "drafter")
+        if self._save_buffer:
+            stream = {key: v for key, v in self.state_dict().items() if key not in ("drafter", "optimizers", "serving")}
+            torch.save(stream, folder / _STREAM)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that decides what it does next: other than a training state, with replay buffer and gate.
@@ -367,9 +382,14 @@ class Learner:
             "serving": self._serving,
             "buffer": self._buffer.state_dict(),
             "gate": self._gate.state_dict(),
-            "new": [trajectory.state_dict() for trajectory in self._new],
+            "new": [as_state(each) for each in self._new],
+            "objectives": [dict(each.named_buffers(recurse=False)) for each in self._objectives()],
+            "random": torch.get_rng_state(),
             "counts": {name: getattr(self, name) for name in _COUNTS},
         }
+
+    def _objectives(self) -> list[Objective]:
+        return [each for each in self._loss.modules() if isinstance(each, Objective)]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where a learner of the same settings was, whose :meth:`state_dict` this is."""
@@ -377,12 +397,20 @@ class Learner:
         for optimizer, values in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         self._serving = state["serving"]
+        self._load_stream(state)
+        self._audit.published(self.version, self._serving)
+
+    def _load_stream(self, state: Mapping[str, Any]) -> None:
+        """Go on in the stream of trajectories where :meth:`state_dict` was taken."""
         self._buffer.load_state_dict(state["buffer"])
         self._gate.load_state_dict(state["gate"])
-        self._new = [TensorDict().load_state_dict(trajectory, strict=False) for trajectory in state["new"]]
+        self._new = [of_state(each) for each in state["new"]]
+        for objective, values in zip(self._objectives(), state["objectives"], strict=True):
+            for name, value in values.items():
+                objective.get_buffer(name).copy_(value)
+        torch.set_rng_state(state["random"])
         for name, value in state["counts"].items():
             setattr(self, name, value)
-        self._audit.published(self.version, self._serving)
 
     def _draft_vocab(self) -> str:
         return checksum({"draft_vocab": self._drafter.draft_vocab})

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torchrl.data import ListStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import RandomSampler
 from typing_extensions import override
 
 from aurora_rl.trajectories import pack, size_of
+
+
+def as_state(trajectory: TensorDictBase) -> dict[str, Any]:
+    """Return a trajectory as tensors by name, with its source, which a ``state_dict`` of it would lose."""
+    source = trajectory.get_non_tensor("source", default="")
+    return {"source": source, "tensors": dict(trajectory.exclude("source").flatten_keys(".").items())}
+
+
+def of_state(state: Mapping[str, Any]) -> TensorDict:
+    """Return the trajectory of :func:`as_state`."""
+    trajectory = TensorDict(state["tensors"], batch_size=[]).unflatten_keys(".")
+    if state["source"]:
+        trajectory.set_non_tensor("source", state["source"])
+    return trajectory
 
 
 class NewestTrajectories(ListStorage):
@@ -39,9 +53,14 @@ class NewestTrajectories(ListStorage):
         self._bump_mutation_revision()
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"trajectories": [as_state(each) for each in self._storage]}
+
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        self._storage = [of_state(each) for each in state_dict["trajectories"]]
         self._bytes = sum(map(size_of, self._storage))
+        self._bump_mutation_revision()
 
     def _over(self) -> bool:
         return self._max_bytes is not None and self._bytes > self._max_bytes

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from aurora_rl.collectors.codec import checksum
 from aurora_rl.policies.drafter import Drafter, draft_rows
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.trajectories import pack
@@ -80,6 +81,38 @@ class WeightAudit:
 
     def _with(self, weights: dict[str, Tensor]) -> Drafter:
         return with_weights(self._drafter, weights, self._dtype)
+
+
+class StartCheck:
+    """Says whether the gate of a learner that has published nothing compares with what engines serve.
+
+    A learner that did not resume compares with the drafter that it started from. An engine may serve what an earlier
+    learner published.
+
+    Args:
+        weights: Weights that the gate compares with, as they are served.
+        log: Metrics of the run; gets an event "gate_against" for each answer of an engine.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], log: MetricsLog) -> None:
+        self._digest, self._log = checksum(weights), log
+        self._told: set[tuple[str, int, str]] = set()
+
+    def check(self, served: Sequence[tuple[str, int, str]]) -> None:
+        """Take in the name, version and checksum that engines say; see ``WeightPublisher.served``."""
+        for name, version, digest in served:
+            same = digest == self._digest
+            if (name, version, digest) in self._told or (same and not version):  # as both started
+                continue
+            self._told.add((name, version, digest))
+            self._log.write("gate_against", engine=name, version=version, same=same)
+            if not same:
+                logger.warning(
+                    "engine %r serves version %d, whose weights this learner does not have: until it publishes, its "
+                    "gate compares with the drafter that it started from; to compare with what is served, start it "
+                    "with --resume, or with drafter.path set to that version's drafter",
+                    *(name, version),
+                )
 
 
 @torch.inference_mode()

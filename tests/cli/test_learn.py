@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from aurora_rl.cli import main as cli
 from aurora_rl.training.learner import Learner
+from aurora_rl.training.states import check_state, states
 
 
 def test_learn_with_a_port_in_use(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -21,6 +23,23 @@ def test_learn_with_a_port_in_use(arguments: list[str], tmp_path: Path, capsys: 
     assert line.startswith(f"aurora-rl: {address} is in use;")
     assert "set wire.weights to another address" in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_a_training_state_within_ten_seconds_of_the_step_under_way(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    came: list[float] = []
+
+    def step(learner: Learner) -> None:
+        os.kill(os.getpid(), number)
+        came.append(time.monotonic())
+
+    monkeypatch.setattr(Learner, "step", step)
+    assert cli.main(["learn", *arguments, "checkpoint.buffer=true"]) == 0
+    (state,) = states(tmp_path / "run" / "learner")
+    check_state(state)
+    assert len(came) == 1 and time.monotonic() - came[0] < 10 and (state / "stream.pt").exists()
 
 
 def test_a_last_training_state_that_is_not_written_is_no_error_of_the_users(

@@ -6,6 +6,7 @@ import errno
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError, may_pass
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.telemetry.log import MetricsReader
+from aurora_rl.training.states import add_state, states
 
 Handle = Callable[[Any, Path], LearnerProcess]
 
@@ -98,13 +100,54 @@ def test_a_learner_that_dies_is_started_again_after_a_wait_that_grows(
     learner = LearnerProcess(load_config(), tmp_path)
     for _ in range(200):
         if len(started) == 2 and not (tmp_path / "learner").exists():
-            (tmp_path / "learner").mkdir()  # it has left a checkpoint
+            add_state(tmp_path / "learner", lambda state: state.mkdir(parents=True), keep=1)  # it has left a checkpoint
         learner.tend()
         clock[0] += 0.125
     waits = [later - earlier for (earlier, _), (later, _) in zip(started, started[1:], strict=False)]
     assert waits == [1.0, 2.125, 4.125]  # one, two and four seconds, to the next look
     assert [resume for _, resume in started] == [None, None, str(tmp_path / "learner"), str(tmp_path / "learner")]
     assert learner.restarts == 3 and not learner.tend() and learner.state == "running"
+
+
+def test_a_learner_whose_training_states_are_broken_starts_anew_from_what_was_published_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, learner_of: Handle
+) -> None:
+    clock, started = [100.0], []
+
+    def start(self: LearnerProcess, config: Config) -> Any:
+        started.append((config.learner.resume, config.drafter.path))
+        return SimpleNamespace(poll=lambda: None)
+
+    learner = learner_of(SimpleNamespace(poll=lambda: -9, returncode=-9), tmp_path)
+    monkeypatch.setattr(learner_process.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(LearnerProcess, "_start", start)
+    state = add_state(tmp_path / "learner", lambda state: state.mkdir(parents=True), keep=1)
+    (state / "manifest.json").write_text("{")
+    (tmp_path / "versions" / "4").mkdir(parents=True)
+    (tmp_path / "versions" / "4" / "config.json").write_text("{}")
+    while not learner.tend():
+        clock[0] += 1
+    assert started == [(None, str(tmp_path / "versions" / "4"))] and not learner.resumed
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith(f"the learner starts anew from {tmp_path}/versions/4, as no training state can be used: ")
+    assert "manifest.json cannot be read" in line and states(tmp_path / "learner")
+
+
+def test_serving_does_not_wait_until_a_large_training_state_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learner_of: Handle
+) -> None:
+    clock, read = [100.0], threading.Event()
+    learner = learner_of(SimpleNamespace(poll=lambda: -9, returncode=-9), tmp_path)
+    monkeypatch.setattr(learner_process.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(LearnerProcess, "_start", lambda self, config: SimpleNamespace(poll=lambda: None))
+    monkeypatch.setattr(learner_process, "go_on", lambda config, run: [] if read.wait(60) else ["never"])
+    for _ in range(4):  # due after the second
+        assert not learner.tend()
+        clock[0] += 1
+    read.set()
+    while not learner.tend():
+        pass
+    assert learner.restarts == 1
 
 
 def test_a_learner_that_cannot_be_started_again_is_tried_again_and_told_once(

@@ -11,6 +11,7 @@ from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.main import main
 from aurora_rl.cli.run_dir import RunDir, go_on, resumed_config
+from aurora_rl.training.states import add_state, states
 
 
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,25 +57,51 @@ def earlier(tmp_path: Path) -> Path:
     run = RunDir(config, ["config.yaml"])
     run.close()
     folder = run.path
-    for name in ("drafter-day0", "learner/drafter"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "config.json").write_text("{}")
+    for number in (1, 2):
+        add_state(folder / "learner", write_state, keep=3)
+        save_drafter(folder / "versions" / str(number))
+    save_drafter(folder / "drafter-day0")
     return folder
+
+
+def save_drafter(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+
+
+def write_state(folder: Path) -> None:
+    save_drafter(folder / "drafter")
+    (folder / "progress.json").write_text("{}")
 
 
 def test_a_run_goes_on_by_its_own_configuration(earlier: Path) -> None:
     config = resumed_config("serve", str(earlier), None, ["gate.requests=5"])
     assert (config.engine.slots, config.gate.requests, config.run_dir) == (3, 5, str(earlier))
     RunDir(config, ["config.yaml"], resume=True).close()
-    assert config.drafter.path == str(earlier / "learner" / "drafter")
+    assert config.drafter.path == str(earlier / "learner" / "000002" / "drafter")
     assert config.learner.resume == str(earlier / "learner")
     # What is saved starts another run elsewhere: it names nothing of this one.
     saved = load_config(earlier / "config.yaml")
     assert (saved.gate.requests, saved.run_dir, saved.drafter.path, saved.learner.resume) == (5, None, None, None)
-    (earlier / "learner").rename(earlier / ".learner-old")  # killed while it wrote
-    config = resumed_config("serve", str(earlier), None, [])
-    go_on(config, earlier)
-    assert (config.drafter.path, config.learner.resume) == (str(earlier / "drafter-day0"), str(earlier / "learner"))
+
+
+def test_a_broken_training_state_is_passed_over_and_of_all_of_them_one_error_tells(earlier: Path) -> None:
+    newest, older = states(earlier / "learner")
+    (newest / "drafter" / "config.json").write_text("{ }")
+    config = load_config()
+    assert go_on(config, earlier) == []
+    assert (config.drafter.path, config.learner.resume) == (str(older / "drafter"), str(earlier / "learner"))
+    (older / "progress.json").unlink()
+    config = load_config()
+    broken = go_on(config, earlier)
+    assert broken == [
+        f"{newest}: drafter/config.json is not what was written",
+        f"{older}: progress.json cannot be read (No such file or directory)",
+    ]
+    # What was published last is the start, and nothing is resumed.
+    assert (config.drafter.path, config.learner.resume) == (str(earlier / "versions" / "2"), None)
+    with pytest.raises(ConfigError, match="--resume .*run: no training state can be used: .*; .*; remove .*learner to"):
+        RunDir(resumed_config("serve", str(earlier), None, []), ["config.yaml"], resume=True)
 
 
 @pytest.mark.parametrize("command", ["serve", "flywheel", "learn"])

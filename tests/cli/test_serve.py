@@ -27,6 +27,7 @@ from aurora_rl.policies import MedusaDrafter, NgramDrafter
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.telemetry.stats import Stats
+from aurora_rl.training.states import states
 
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
 
@@ -183,7 +184,7 @@ def test_a_run_goes_on_from_what_it_learned(
     assert cli.main(["flywheel", *arguments, *pairs, "traffic.requests=30"]) == 0
     first, (over,) = summary(run), events(run, "learner_done")
     assert over["version"] and first["requests"] == 30
-    saved = load_file(run / "learner" / "drafter" / "model.safetensors")
+    saved = load_file(states(run / "learner")[0] / "drafter" / "model.safetensors")
 
     assert cli.main(["flywheel", "--resume", str(run), "traffic.requests=10"]) == 0
     assert json.loads((run / "part-1" / "summary.json").read_text()) == first
@@ -192,7 +193,7 @@ def test_a_run_goes_on_from_what_it_learned(
     config = load_config(run / "config.yaml")
     assert (config.traffic.requests, config.gate.requests, config.run_dir) == (10, 3, None)
     assert (config.drafter.path, config.learner.resume) == (None, None)  # as before: it starts another run elsewhere
-    assert saved.keys() == load_file(run / "learner" / "drafter" / "model.safetensors").keys()
+    assert saved.keys() == load_file(states(run / "learner")[0] / "drafter" / "model.safetensors").keys()
     assert summary(run)["requests"] == 10 and len(events(run, "request")) == 40
     assert len((run / "answers.jsonl").read_text().splitlines()) == 40
     last = events(run, "learner_done")[-1]

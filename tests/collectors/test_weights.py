@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 
@@ -10,78 +9,10 @@ import pytest
 import torch
 import zmq
 from processes import wait as until
-from tensordict import TensorDict
+from weight_ends import HANDSHAKE, LOCAL, FakeLearner, engine, free_address, load, take, weights
 
 from aurora_rl.collectors.codec import CodecError, Limits, checksum, decode, encode
-from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.sockets import bind, open_socket
-from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
-
-HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
-LOCAL = "tcp://127.0.0.1:*"
-
-
-def weights(value: float) -> TensorDict:
-    return TensorDict({"layer": {"w": torch.full((2, 3), value)}}, batch_size=[])
-
-
-def engine(address: str, **options: object) -> WeightReceiver:
-    return WeightReceiver(address, **{"handshake": HANDSHAKE, "heartbeat_s": 0.05, "name": "engine", **options})
-
-
-def take(receiver: WeightReceiver) -> tuple[int, TensorDict]:
-    got: list[tuple[int, TensorDict]] = []
-
-    def arrived() -> bool:
-        latest = receiver.latest()
-        got.extend([latest] if latest else [])
-        return bool(got)
-
-    until(arrived)
-    return got[0]
-
-
-def load(receiver: WeightReceiver) -> int:
-    version, tensors = take(receiver)
-    receiver.acknowledge(version, checksum(tensors), swap_ms=1.5)
-    return version
-
-
-def free_address() -> str:
-    socket = open_socket(zmq.ROUTER)
-    address = bind(socket, LOCAL)
-    socket.close()
-    return address
-
-
-class FakeLearner:
-    """A bare ROUTER, to send what a `WeightPublisher` would not."""
-
-    def __init__(self) -> None:
-        self.socket = open_socket(zmq.ROUTER)
-        self.address = bind(self.socket, LOCAL)
-
-    def receive(self, kind: str) -> tuple[bytes, dict]:
-        deadline = time.monotonic() + 5  # other messages, heartbeats among them, do not prolong it
-        while time.monotonic() < deadline:
-            if self.socket.poll(100):
-                identity, *frames = self.socket.recv_multipart()
-                message = decode(frames)
-                if message.kind == kind:
-                    return identity, message.meta
-        raise AssertionError("timed out")
-
-    def send(self, identity: bytes, version: int) -> None:
-        tensors = weights(float(version))
-        meta = {"version": version, "checksum": checksum(tensors)}
-        self.socket.send_multipart([identity, *encode("weights", meta, tensors)])
-
-    def await_received(self, version: int) -> None:
-        """Until the engine says that these weights have arrived."""
-        until(lambda: self.receive("serving")[1]["received"] == version)
-
-    def close(self) -> None:
-        self.socket.close()
+from aurora_rl.collectors.weights import WeightPublisher
 
 
 def test_publish_load_acknowledge() -> None:
@@ -272,40 +203,6 @@ def test_a_swap_that_did_nothing_is_found() -> None:
     publisher.close()
 
 
-def test_corrupted_weights_are_rejected_by_the_receiver() -> None:
-    learner = FakeLearner()
-    receiver = engine(learner.address)
-    identity, _ = learner.receive("serving")
-    learner.socket.send_multipart([identity, *encode("weights", {"version": 1, "checksum": "0" * 32}, weights(1.0))])
-    nack = learner.receive("nack")[1]
-    assert nack["version"] == 1 and "declared 00000" in nack["reason"]
-    learner.socket.send_multipart([identity, b"garbage"])
-    assert learner.receive("nack")[1]["version"] is None
-    learner.socket.send_multipart([identity, *encode("weights", {"version": True, "checksum": ""})])
-    assert "field version is not a int" in learner.receive("nack")[1]["reason"]
-    assert receiver.latest() is None and receiver.rejected == 3
-    receiver.close()
-    learner.close()
-
-
-def test_weights_older_than_those_served_are_ignored() -> None:
-    learner = FakeLearner()
-    receiver = engine(learner.address, version=2)
-    identity, _ = learner.receive("serving")
-    for version in (1, 2):  # replayed: older than what is served, and that itself
-        learner.send(identity, version)
-        learner.await_received(version)
-        assert receiver.latest() is None
-    learner.send(identity, 5)
-    learner.await_received(5)
-    learner.send(identity, 7)  # a newer one takes the place of a waiting one
-    learner.await_received(7)
-    version, tensors = take(receiver)
-    assert version == 7 and (tensors["layer", "w"] == 7).all() and receiver.latest() is None
-    receiver.close()
-    learner.close()
-
-
 def test_weights_older_than_those_that_wait_are_ignored() -> None:
     learner = FakeLearner()
     receiver = engine(learner.address, version=3)
@@ -397,27 +294,29 @@ def test_a_version_that_nobody_can_have_published_is_not_believed(version: int) 
     publisher.close()
 
 
-@pytest.mark.parametrize(
-    ("version", "value", "says"),
-    [
-        (1, math.nan, "tensor 'layer.w' has 6 values that are infinite or not a number"),
-        (1, 3e37, "tensor 'layer.w' has 6 values beyond 1e"),
-        (2**53, 1.0, "version 9007199254740992 leaves no room for later ones"),
-    ],
-)
-def test_weights_that_must_not_serve_are_refused_as_they_arrive(version: int, value: float, says: str) -> None:
+def test_a_learner_that_is_silent_is_told_once_and_again_when_it_answers(caplog: pytest.LogCaptureFixture) -> None:
     learner = FakeLearner()
-    receiver = engine(learner.address)
+    receiver = engine(learner.address, version=3, silence_s=0.3)
+    time.sleep(0.5)
+    assert not caplog.records  # who was never heard is not missed
     identity, _ = learner.receive("serving")
-    tensors = weights(value)
-    meta = {"version": version, "checksum": checksum(tensors)}
-    learner.socket.send_multipart([identity, *encode("weights", meta, tensors)])
-    assert says in learner.receive("nack")[1]["reason"]
-    assert receiver.latest() is None and receiver.version == 0
-    learner.send(identity, 2)
-    assert load(receiver) == 2
+    for text in ("the learner has not answered for 0 s; serving goes on with version 3", "the learner answers again, "):
+        learner.socket.send_multipart([identity, *encode("accepted")])
+        until(lambda text=text: any(record.message.startswith(text) for record in caplog.records))
+    assert len(caplog.records) == 2
     receiver.close()
     learner.close()
+
+
+def test_a_learner_hears_which_weights_an_engine_serves() -> None:
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
+    silent, receiver = engine(publisher.address), engine(publisher.address, name="second", version=4, checksum="abc")
+    deadline = time.monotonic() + 5
+    while len(publisher.engines) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert publisher.served == [("second", 4, "abc")]  # the other says no checksum
+    for each in (silent, receiver, publisher):
+        each.close()
 
 
 def serving(**fields: object) -> dict[str, object]:

@@ -19,17 +19,21 @@ from aurora_rl.telemetry.log import MetricsReader
 
 
 class Command:
-    """A running `aurora-rl` and its run folder."""
+    """A running `aurora-rl` and its run folder, which may be that of an earlier run to go on with."""
 
-    def __init__(self, folder: Path, command: str, pairs: list[str]) -> None:
-        self.run, self.output = folder / "run", folder / "output"
+    def __init__(
+        self, folder: Path, command: str, pairs: list[str], resume: Path | None, environment: dict[str, str]
+    ) -> None:
+        self.run, self.output = resume or folder / "run", folder / "output"
         folder.mkdir()
+        where = [f"run_dir={self.run}"] if resume is None else ["--resume", str(resume)]
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "aurora_rl.cli.main", *command.split(), *pairs, f"run_dir={self.run}"],
+                [sys.executable, "-m", "aurora_rl.cli.main", *command.split(), *pairs, *where],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=os.environ | environment,
             )
 
     def events(self, kind: str) -> list[dict[str, Any]]:
@@ -94,11 +98,15 @@ def arguments(tiny_folder: Path) -> list[str]:
 
 @pytest.fixture
 def start(arguments: list[str], tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    """Starts commands that share a wire: `start("learn", "key=value", ...)`. What is left at the end is killed."""
+    """Starts commands that share a wire: `start("learn", "key=value", ...)`. What is left at the end is killed.
+
+    `resume` is the folder of a run to go on with; other names are variables of the environment.
+    """
     started: list[Command] = []
 
-    def begin(command: str, *more: str) -> Command:
-        started.append(Command(tmp_path / f"{len(started)}-{command.split()[0]}", command, [*arguments, *more]))
+    def begin(command: str, *more: str, resume: Path | None = None, **environment: str) -> Command:
+        folder = tmp_path / f"{len(started)}-{command.split()[0]}"
+        started.append(Command(folder, command, [*arguments, *more], resume, environment))
         return started[-1]
 
     yield begin

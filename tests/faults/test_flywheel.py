@@ -22,6 +22,7 @@ from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.storage import read_folder
 from aurora_rl.telemetry.log import MetricsReader
+from aurora_rl.training.states import states
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("signal_handlers")]
 
@@ -64,7 +65,7 @@ def test_ctrl_c_while_serving_and_again_and_again_while_it_ends(start: Start) ->
     check_interrupted(flywheel, serving=True)
     assert flywheel.summary["requests"] > 0
     (over,) = flywheel.events("learner_done")
-    assert read_folder(flywheel.run / "learner", "progress.json")[1]["steps"] == over["steps"] > 0
+    assert read_folder(states(flywheel.run / "learner")[0], "progress.json")[1]["steps"] == over["steps"] > 0
 
 
 def test_a_killed_flywheel_leaves_no_learner(start: Start) -> None:
@@ -73,7 +74,7 @@ def test_a_killed_flywheel_leaves_no_learner(start: Start) -> None:
     flywheel.process.kill()
     wait(lambda: not flywheel.children)
     (over,) = flywheel.events("learner_done")  # and what it learned is kept
-    assert read_folder(flywheel.run / "learner", "progress.json")[1]["steps"] == over["steps"] > 0
+    assert read_folder(states(flywheel.run / "learner")[0], "progress.json")[1]["steps"] == over["steps"] > 0
 
 
 def test_a_learner_whose_flywheel_is_killed_while_it_starts_ends_too(arguments: list[str], tmp_path: Path) -> None:
@@ -180,11 +181,11 @@ def test_a_hangup_ends_a_run_in_good_order(start: Start) -> None:
 def test_a_training_state_that_was_not_written_is_told_unless_a_later_one_was(start: Start, end: str) -> None:
     flywheel = start("flywheel", ENDLESS)
     (ready,) = flywheel.wait_for("learner_ready")
-    (flywheel.run / ".learner-new").touch()  # where the next state is written
+    (flywheel.run / "learner").touch()  # where the folder of states is to be
     flywheel.wait_for("not_written")
     wait(lambda: "the learner could not write the training state, and goes on" in " ".join(flywheel.text.split()))
     if end == "saved":
-        (flywheel.run / ".learner-new").unlink()
+        (flywheel.run / "learner").unlink()
     else:
         os.kill(ready["pid"], signal.SIGKILL)
         flywheel.wait_for("learner_died")
@@ -192,7 +193,7 @@ def test_a_training_state_that_was_not_written_is_told_unless_a_later_one_was(st
     assert flywheel.ended() == (130 if end == "saved" else 1), flywheel.text
     lost = "aurora-rl: the learner's last training state was not written: "
     assert flywheel.text.splitlines()[-1].startswith(lost) == (end == "killed")
-    assert bool(flywheel.events("checkpoint")) == (flywheel.run / "learner").exists() == (end == "saved")
+    assert bool(flywheel.events("checkpoint")) == (flywheel.run / "learner").is_dir() == (end == "saved")
 
 
 def test_a_learner_that_cannot_save_is_told_by_the_flywheel(start: Start) -> None:

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,30 +19,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from http_clients import ask, ask_until, client
 from processes import wait
 from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = pytest.mark.faults
 Start = Callable[..., Any]
-
-
-def client(server: Any) -> openai.OpenAI:
-    """A client of a server that has started."""
-    found: list[str] = []
-
-    def listens() -> bool:
-        assert server.process.poll() is None, server.text
-        found[:] = re.findall(r"listening at (\S+)", server.text)
-        return bool(found)
-
-    wait(listens, 120)
-    return openai.OpenAI(base_url=found[0], api_key="none", timeout=60, max_retries=0)
-
-
-def ask(api: openai.OpenAI, text: str, **options: Any) -> Any:
-    return api.chat.completions.create(
-        model=api.models.list().data[0].id, messages=[{"role": "user", "content": text}], **options
-    )
 
 
 def server_page(api: openai.OpenAI) -> dict[str, Any]:
@@ -58,18 +39,6 @@ def scrape(api: openai.OpenAI) -> dict[str, float]:
     text = httpx.get(str(api.base_url.join("/metrics")), timeout=30).text
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
     return {sample.name: sample.value for sample in samples if not sample.labels}
-
-
-def ask_until(server: Any, api: openai.OpenAI, happened: Callable[[], object], limit: int = 600) -> int:
-    """Ask, four at a time, until something has happened; return how often."""
-    with ThreadPoolExecutor(4) as pool:
-        for asked in range(0, limit, 4):
-            if happened():
-                return asked
-            answers = pool.map(lambda number: ask(api, f"Number {number}?", max_tokens=8), range(asked, asked + 4))
-            assert all(answer.usage.completion_tokens == 8 for answer in answers)
-            assert server.process.poll() is None, server.text
-    raise AssertionError("it did not happen in time")
 
 
 def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None:
@@ -97,25 +66,6 @@ def test_clients_are_served_and_learned_from_until_the_end(start: Start) -> None
     assert server.summary["requests"] == served + 1 and server.summary["failed"] == 0
     assert not server.children
     assert not (server.run / "answers.jsonl").exists()  # what clients ask is theirs
-
-
-def test_a_learner_that_dies_is_started_again_and_goes_on_from_its_checkpoint(start: Start) -> None:
-    server = start("serve", "http.port=0", "drafter.adaptive=true")
-    api = client(server)
-
-    ask_until(server, api, lambda: server.events("swap") and server.events("checkpoint"))
-    published = server.events("swap")[-1]
-    (pid,) = server.children
-    os.kill(pid, signal.SIGKILL)
-    (again,) = server.wait_for("learner_restarted")
-    assert again["restarts"] == 1 and again["resumed"]
-    server.wait_for("learner_ready", 2)
-    assert server.children and server.children != [pid]
-    swaps = len(server.events("swap"))
-    ask_until(server, api, lambda: len(server.events("swap")) > swaps)  # clients never noticed
-    assert server.events("swap")[-1]["version"] > published["version"]
-    server.interrupt()
-    assert server.ended() == 0, server.text
 
 
 def test_what_a_dead_learner_missed_is_counted_and_what_waited_for_the_next_is_not(start: Start) -> None:

@@ -219,7 +219,7 @@ def test_the_drafter_that_the_learner_published_last_is_kept(run, tmp_path):
         log=MetricsLog(tmp_path / "metrics.jsonl", "server"),
         note=lambda completion: "",
         on_refused=lambda request, reason: None,
-        published=published,
+        published=lambda: published if published.exists() else None,
     )
     server.save_drafter(tmp_path / "drafter")
     assert not (tmp_path / "drafter").exists()

@@ -47,6 +47,9 @@ class Loss:
         self.losses: list[float] = []
         self.poison: Callable[[Eagle3Drafter], Tensor] | None = None
 
+    def modules(self) -> Iterator[torch.nn.Module]:
+        return self._loss.modules()
+
     def __call__(self, batch: TensorDict) -> TensorDict:
         self.batches.append(batch["request"].tolist())
         out = self._loss(batch)
@@ -75,13 +78,16 @@ def make(tmp_path: Path) -> Iterator[Make]:
             adam_lr: float = 3e-3,
             engine: Handshake = HANDSHAKE,
             version: int = 0,
+            checksum: str | None = None,
             keep: int = 5,
         ) -> SimpleNamespace:
             drafter, log = day0(vocab), MetricsLog(tmp_path / "metrics.jsonl", "learner")
             collector = ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)
             publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=HANDSHAKE)
             sink = TrajectorySink(collector.address, handshake=engine)
-            receiver = WeightReceiver(publisher.address, handshake=engine, version=version, heartbeat_s=0.05)
+            receiver = WeightReceiver(
+                publisher.address, handshake=engine, version=version, checksum=checksum, heartbeat_s=0.05
+            )
             loss = Loss(drafter)
             scratch = copy.deepcopy(drafter).to(dtype).requires_grad_(False)
             learner = Learner(

@@ -16,6 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.policies import Eagle3Drafter
+from aurora_rl.training.states import states
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_st
     ):
         drain(loop)
     assert loop.learner.skipped == 3
-    kept = load_file(loop.learner._checkpoint / "model.safetensors")
+    kept = load_file(states(loop.checkpoint)[0] / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
     # Those of the last good step, and not of the last that was published.
     published = loop.learner._serving

@@ -1,0 +1,59 @@
+"""The two ends of the wire, as a learner uses them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+
+class TrajectorySource(Protocol):
+    """Where trajectories come from, such as :class:`~aurora_rl.collectors.collector.ZMQCollector`.
+
+    Attributes:
+        handshake_error: How the latest engine of another deployment differed.
+        rejections: Messages dropped so far, by kind.
+    """
+
+    handshake_error: str | None
+    rejections: Counter[str]
+
+    @property
+    def refused(self) -> int:
+        """Connections refused so far for their keys."""
+
+    def poll(self, timeout_s: float = 0.0) -> Sequence[TensorDictBase]:
+        """Take the trajectories that have arrived, oldest first."""
+
+    def shutdown(self) -> None:
+        """Take no more."""
+
+
+class WeightTarget(Protocol):
+    """Where weights go, such as :class:`~aurora_rl.collectors.weights.WeightPublisher`."""
+
+    error: str | None
+
+    @property
+    def refused(self) -> int:
+        """Connections refused so far for their keys."""
+
+    @property
+    def served(self) -> Sequence[tuple[str, int, str]]:
+        """Name, version and checksum of what each engine says that it serves."""
+
+    @property
+    def next_version(self) -> int:
+        """The least version that may be published next."""
+
+    def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> object:
+        """Hand weights on."""
+
+    def rejection(self, version: int) -> str | None:
+        """Return why an engine did not load a version, or rolled it back; None if none did."""
+
+    def close(self) -> None:
+        """Hand nothing on any more."""
