@@ -13,9 +13,9 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aurora_kernels import Target, TopKTarget
+from aurora_kernels.trees import sibling_ranks
 from aurora_rl.objectives import DiscardSamplingLoss, ExpectedLengthLoss, ImitationLoss, Objective, Values
 from aurora_rl.testing import check_objective
-from aurora_rl.trees import sibling_ranks
 
 TEMPERATURE, ACCEPTED = ("sampling", "temperature"), ("nodes", "accepted")
 
