@@ -127,6 +127,8 @@ class TreeMask:
             seen = self.seen
         own, visible = torch.cat([before, of_tree], 1), torch.cat([seen_before, seen], 2)
         visible = visible & ((own >= 0) & (own < columns))[:, None]
+        if not own.shape[1]:  # PyTorch's attention on a CPU crashes without keys: one that nothing sees
+            own, visible = F.pad(own, (0, 1)), F.pad(visible, (0, 1))
         own_bias = _bias(visible, dtype).repeat(1, group, 1)[:, None]
         return MaskParts(text, text_bias, own.clamp(0, columns - 1), own_bias)
 

@@ -38,6 +38,15 @@ def test_ragged_batches_of_random_trees(attend: Any, heads: int, groups: int) ->
 
 
 @both
+def test_no_tree_is_the_text_alone(attend: Any) -> None:
+    query, key, value, mask = problem([9, 4], 2)
+    mask = TreeMask(mask.prefix, mask.seen[:, :, :0])
+    assert_same(attend(query, key, value, mask), reference(query, key, value, mask))
+    nothing = TreeMask(torch.zeros_like(mask.prefix), mask.seen)
+    assert not bool(attend(query, key, value, nothing).any())
+
+
+@both
 @pytest.mark.parametrize("nodes", [0, 1, 63, 64])
 def test_trees_of_any_size(attend: Any, nodes: int) -> None:
     query, key, value, mask = problem([33, 5], nodes, d=8)
@@ -45,7 +54,7 @@ def test_trees_of_any_size(attend: Any, nodes: int) -> None:
 
 
 @both
-@pytest.mark.parametrize(("d", "dv"), [(32, 32), (80, 80), (96, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize(("d", "dv"), [(32, 32), (64, 64), (80, 80), (96, 64), (128, 128), (256, 256)])
 def test_head_sizes(attend: Any, d: int, dv: int) -> None:
     query, key, value, mask = problem([40, 3], 3, d=d, dv=dv)
     assert_same(attend(query, key, value, mask), reference(query, key, value, mask))
