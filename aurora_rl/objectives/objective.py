@@ -293,14 +293,13 @@ class Objective(LossModule):
         """
         if greedy:
             temperature, top_k = torch.zeros(len(request), device=request.device), torch.zeros_like(request)
-            sampling = temperature, top_k, torch.ones_like(temperature)
+            top_p = torch.ones_like(temperature)
         else:
-            sampling = tuple(batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
+            temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
         dtype, vocab = next(self.drafter.parameters()).dtype, self.drafter.draft_vocab
-        size = chunk_rows(request.device, len(self.head), len(request))
-        parts = [slice(start, start + size) for start in range(0, max(len(request), 1), size)]
-        log_p = [  # logits of the whole vocabulary for a few rows at a time
-            served_log_probs(target_logits(rows[part], self.head), *(each[part] for each in sampling), vocab)
-            for part in parts
-        ]
+        size, log_p = chunk_rows(request.device, len(self.head), len(request)), []
+        for start in range(0, max(len(request), 1), size):  # logits of the whole vocabulary for a few rows at a time
+            part = slice(start, start + size)
+            logits = target_logits(rows[part], self.head)
+            log_p.append(served_log_probs(logits, temperature[part], top_k[part], top_p[part], vocab))
         return torch.cat(log_p).to(torch.promote_types(dtype, torch.float32))

@@ -143,7 +143,8 @@ def _in_parts(query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, scale: 
     """Attend to the text without a mask of rows, and to the tree and the edge of a window with a small one."""
     parts = mask.parts(query.shape[1] // key.shape[1], query.shape[2], key.shape[2], query.dtype)
     rows = _packed(query, key)
-    out, weight = _fused(rows, *(_columns(each, parts.own) for each in (key, value)), scale, parts.own_bias)
+    own_key, own_value = _columns(key, parts.own), _columns(value, parts.own)
+    out, weight = _fused(rows, own_key, own_value, scale, parts.own_bias)
     if parts.text.stop > parts.text.start:
         text_key, text_value = key[:, :, parts.text], value[:, :, parts.text]
         text, text_weight = _fused(rows, text_key, text_value, scale, parts.text_bias)

@@ -116,7 +116,8 @@ def _attend_kernel(
     if CAUSAL:
         stop = tl.minimum(stop, (block * ROWS + ROWS - 1) // GROUP + 1)
     words += slot * s_slot + token * s_row
-    word = tl.load(words, mask=live, other=0) if ONE_WORD else 0
+    if ONE_WORD:
+        word = tl.load(words, mask=live, other=0)
     for at in range(start, stop, COLUMNS):
         node = at + tl.arange(0, COLUMNS)
         inside = node < stop
@@ -257,4 +258,5 @@ def _shared_memory(device: torch.device) -> int:
     """Return the bytes of shared memory that a program may have: 101,376 on Ada, 232,448 on Hopper."""
     if device.type != "cuda":
         return 2**17  # the interpreter has no limit
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
