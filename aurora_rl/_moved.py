@@ -46,7 +46,7 @@ MOVED = {
     "training.offline.train_on": "training.steps.train_on",
     **{f"policies.formats.{name}": f"policies.formats.files.{name}" for name in (
         "load_drafter", "save_drafter", "written")},
-    "envs.exactness.quiet": "models.loading.quiet_transformers", "trees.depth_first": "trees.reorder_depth_first",
+    "envs.exactness.quiet": "models.loading.quiet_transformers",
     "policies.eagle3.Eagle3Layer": "policies.recurrent.DraftLayer",
     "cli.spec.handshake": "collectors.handshake.Handshake.of",
     **{f"cli.spec.{name}": f"cli.assembly.{name}" for name in (
@@ -64,7 +64,10 @@ GONE = {
     "objectives.ImitationValues": "objectives.imitation.imitation returns values and agreement as a pair",
     "objectives.imitation.ImitationValues": "objectives.imitation.imitation returns values and agreement as a pair",
     "models.is_embedded_model_installed": "models.loading.load_target says what to install",
-    "trees.chain_parents": "a chain of n nodes has the parents torch.arange(-1, n - 1)",
+    "trees": "aurora_kernels.trees has draft trees as parent arrays",
+    "envs.verification.sampling.gumbel": "aurora_kernels.noise.gumbel is the noise",
+    "envs.verification.sampling.uniform": "aurora_kernels.noise.uniform has the numbers under it",
+    "envs.verification.sampling.argmax": "aurora_kernels.noise.argmax takes the first of equals",
     "testing.drafter_serving.check_from_text": "testing.check_drafter checks whatever is drafted",
     "testing.families.page": "docs/generate.py writes the page",
 }

@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from aurora_rl.trees import depths
+from aurora_kernels.trees import depths
 
 SEQUENCE_KEYS: list[NestedKey] = [("sequence", key) for key in ("tokens", "offset", "prompt_length", "features")]
 """Entries of a batch that ``Drafter.unroll`` reads."""

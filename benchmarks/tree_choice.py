@@ -21,6 +21,7 @@ from common import arguments, parse, write_result
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from aurora_kernels.trees import depths
 from aurora_rl import Request, SamplingParams, SpecDecodeEnv, TargetParts, TreeShape
 from aurora_rl.adaptation.recorded_stream import RecordedPhase
 from aurora_rl.context import ContextStore
@@ -34,7 +35,6 @@ from aurora_rl.serving import server as server_module
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
-from aurora_rl.trees import depths
 
 # Milliseconds: of a pass, of a slot and of a row in it; of a drafter's call, and of each depth, alone and a slot.
 BASE, LEAST, SLOT, ROW = 31.0, 37.5, 0.8, 1.57

@@ -83,10 +83,6 @@ OLD_NAMES = {
         ContextStore DRAFT_MODES RULE_CODES Sampling TOPK_ENTRIES TrajectoryRecorder acceptance_length
         accepted_per_round pack pad_rows validate
     """,
-    "trees": """
-        accepted_path ancestor_mask depths last_accepted reorder_depth_first repeated_siblings
-        sibling_ranks tree_fault valid_nodes walk
-    """,
 }
 
 
@@ -100,7 +96,7 @@ def test_what_moved_names_the_new_place(old: str) -> None:
         exec(f"from {room} import {name}")
     of_modules = (
         *("cli.spec.", "collectors.dataset.", "trajectories.", "training.offline.", "objectives.objective."),
-        *("envs.exactness.", "policies.eagle3.", "trees.", "serving.http.app.", "serving.http.proxy."),
+        *("envs.exactness.", "policies.eagle3.", "serving.http.app.", "serving.http.proxy."),
     )
     if not old.startswith(of_modules):  # modules, which have no modules
         with pytest.raises(ModuleNotFoundError, match=told):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from aurora_kernels.trees import reorder_depth_first
 from aurora_rl.policies import TargetParts, TreeShape, get_drafter
 from aurora_rl.testing import serve, tiny_target
 from aurora_rl.trajectories import pack
 from aurora_rl.tree_index import TreeIndex
-from aurora_rl.trees import reorder_depth_first
 
 
 def batch_of(trees: list[list[int]]) -> TensorDict:

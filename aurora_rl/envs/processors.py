@@ -168,7 +168,7 @@ def process(
         texts: Committed tokens of each tree, the root last, ``[length]`` int64.
         tokens: Token of each node, ``[b, n]`` int64.
         parents: Parent of each node, −1 = root, ``[b, n]`` int64.
-        valid: Result of `aurora_rl.trees.valid_nodes`, ``[b, n]`` bool.
+        valid: Result of `aurora_kernels.trees.valid_nodes`, ``[b, n]`` bool.
         processors: Processors of each tree.
 
     Returns:

@@ -16,6 +16,7 @@ from torchrl.data import Binary, Composite, Unbounded
 from torchrl.envs import EnvBase
 from transformers import LogitsProcessorList
 
+from aurora_kernels.trees import accepted_path, valid_nodes
 from aurora_rl.context import TrajectoryRecorder
 from aurora_rl.envs.chunked_prefill import ChunkedPrefill
 from aurora_rl.envs.engine import Engine
@@ -28,7 +29,6 @@ from aurora_rl.models.detokenizer import StopStrings
 from aurora_rl.models.kv_cache import Packing
 from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.trajectories import DRAFT_MODES
-from aurora_rl.trees import accepted_path, valid_nodes
 
 
 @dataclass(slots=True)

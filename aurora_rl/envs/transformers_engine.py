@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
+from aurora_kernels.trees import ancestor_mask, depths
 from aurora_rl.context import ContextStore
 from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
@@ -39,7 +40,6 @@ from aurora_rl.models.inference_modules import FusedDecoderLayer, fuse_decoder_l
 from aurora_rl.models.kv_cache import SlotCache, column_positions, path_order
 from aurora_rl.models.loading import quiet_transformers
 from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
-from aurora_rl.trees import ancestor_mask, depths
 
 logger = logging.getLogger(__name__)
 

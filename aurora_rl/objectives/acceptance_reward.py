@@ -11,6 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
+from aurora_kernels.trees import sibling_ranks
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
@@ -20,7 +21,6 @@ from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.tree_index import TREE_KEYS, TreeIndex
-from aurora_rl.trees import sibling_ranks
 
 # Batches in a row without a fresh round before that is an error.
 _NOTHING_FRESH = 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +12,16 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_rl.envs.verification.sampling import argmax
+from aurora_kernels import Target
+from aurora_kernels.rows import Rows, log_softmax
+from aurora_kernels.targets import Reader
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.distillation import DistillationObjective
 from aurora_rl.objectives.divergences import Divergence, get_divergence, reverse_kl, wants_renormalized
 from aurora_rl.objectives.objective import SAMPLING_KEYS, Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target_rows import context_rows, target_logits, target_rows
-from aurora_rl.policies.drafter import Drafter, log_softmax
+from aurora_rl.objectives.target_rows import context_rows, target_rows, token_log_probs
+from aurora_rl.policies.drafter import Drafter
 from aurora_rl.tree_index import TREE_KEYS, TreeIndex
 
 
@@ -116,18 +119,15 @@ class DiscardSamplingLoss(DistillationObjective):
             discarded &= batch[keys.log_probs] != -torch.inf
         wanted = torch.zeros_like(trees.depth, dtype=torch.bool)
         wanted[nodes] = discarded
-        log_q = log_softmax(self.drafter.context_logits(batch, trees, wanted))
+        logits = self.drafter.context_logits(batch, trees, wanted)
         rows = target_rows(batch, keys.node_hidden)[discarded]
-        log_p, covered = self.target_law(batch, rows, trees.request[wanted])
-        agreement = (argmax(log_p) == argmax(log_q)).float().mean() if len(log_q) else log_q.new_zeros(())
-        if self.top_k is not None and self.top_k < log_p.shape[-1]:
-            least = log_p.topk(self.top_k, dim=-1).values[:, -1:]
-            log_p = log_p.masked_fill(log_p < least, -torch.inf)
-            if self.renormalize:
-                log_p = log_softmax(log_p)
-        metrics = {"discarded": discarded.sum().to(agreement.dtype), "discard_agreement": agreement}
+        law, covered = self.target_law(batch, rows, trees.request[wanted])
+        if self.top_k is not None and self.top_k < len(self.drafter.draft_vocab):
+            law = _Likeliest(law, self.top_k)
         weight = self._weights(batch, trees)[discarded]
-        value = self.divergence(log_p, log_q)[None]
+        value, agrees = self.compare([logits], law, torch.where(covered, weight, 0.0)[None])
+        count = discarded.sum().to(value.dtype)
+        metrics = {"discarded": count, "discard_agreement": (agrees & covered).sum() / count.clamp(min=1)}
         return Values(value, weight, covered[None], metrics)
 
     @torch.no_grad()
@@ -138,6 +138,29 @@ class DiscardSamplingLoss(DistillationObjective):
             precise = torch.promote_types(self.head.weight.dtype, torch.float32)
             return (self.decay if self.weighting == "decay" else 1.0) ** depth.to(precise)
         rows = context_rows(batch, trees, trees.drawn_from, self.tensor_keys.hidden, self.tensor_keys.node_hidden)
-        log_p = log_softmax(target_logits(rows, self.head))
-        chance = log_p[trees.context, batch["nodes", "tokens"]].exp()
-        return trees.path_products(chance)
+        log_p = token_log_probs(rows, self.head, trees.context, batch["nodes", "tokens"])
+        return trees.path_products(log_p.exp())
+
+
+@dataclass(frozen=True)
+class _Likeliest:
+    """The ``k`` likeliest tokens, among those that are asked for, of another target."""
+
+    target: Target
+    k: int
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.target)
+
+    def reader(self, draft_vocab: Tensor | None, *, renormalize: bool, temperature: float) -> Reader:
+        """Return a function that reads rows, see ``aurora_kernels.Target``."""
+        read = self.target.reader(draft_vocab, renormalize=renormalize, temperature=temperature)
+
+        def read_likeliest(rows: Rows) -> Tensor:
+            log_p = read(rows)
+            least = log_p.topk(self.k, dim=-1).values[:, -1:]
+            log_p = log_p.masked_fill(log_p < least, -torch.inf)
+            return log_softmax(log_p) if renormalize else log_p
+
+        return read_likeliest

@@ -11,10 +11,13 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
+from aurora_kernels import LogProbTarget, Target
 from aurora_rl.models.target_head import TargetHead
+from aurora_rl.objectives.comparison import compare, whole
+from aurora_rl.objectives.divergences import Divergence
 from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective
-from aurora_rl.objectives.target_rows import target_logits
-from aurora_rl.policies.drafter import Drafter, log_softmax
+from aurora_rl.objectives.target_rows import row_target
+from aurora_rl.policies.drafter import Drafter
 from aurora_rl.tree_index import SEQUENCE_KEYS
 
 
@@ -35,6 +38,7 @@ class DistillationObjective(Objective):
     """
 
     metrics: Sequence[str] = ("agreement",)
+    divergence: Divergence
 
     def __init__(
         self,
@@ -57,7 +61,7 @@ class DistillationObjective(Objective):
         return [*SEQUENCE_KEYS, self.tensor_keys.hidden, *(SAMPLING_KEYS if self.served else [])]
 
     @torch.no_grad()
-    def target_law(self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor) -> tuple[Tensor, Tensor]:
+    def target_law(self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor) -> tuple[Target, Tensor]:
         """Return the distribution that the drafter is compared with.
 
         Args:
@@ -66,24 +70,40 @@ class DistillationObjective(Objective):
             request: Request of each row, ``[X]`` int64.
 
         Returns:
-            Log-probabilities ``[X, Vd]``; and ``[X]`` bool, whether the draft vocabulary has any of the mass. Rows
-            without are uniform.
+            The distribution at the rows, for :meth:`compare`; and ``[X]`` bool, whether the draft vocabulary has any of
+            the mass. Rows without are uniform.
         """
         if not self.served:
-            log_p = self.target_log_probs(rows, renormalize=self.renormalize)
-            return log_p, torch.ones(len(log_p), dtype=torch.bool, device=log_p.device)
+            return row_target(rows, self.head), torch.ones_like(request, dtype=torch.bool)
         log_p = self.served_log_probs(batch, rows, request)
         covered = log_p.amax(-1) != -torch.inf  # what is not a number is to show in the loss
-        log_p = log_p.masked_fill(~covered[:, None], -math.log(log_p.shape[-1]))
-        return log_softmax(log_p) if self.renormalize else log_p, covered
+        return LogProbTarget(log_p.masked_fill_(~covered[:, None], -math.log(log_p.shape[-1]))), covered
 
-    @torch.no_grad()
-    def target_log_probs(self, rows: TensorDictBase, *, renormalize: bool) -> Tensor:
-        """Return the target's log-probabilities at temperature 1 on the draft vocabulary, ``[X, Vd]``.
+    def compare(
+        self, logits: Sequence[Tensor], law: Target, row_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the divergence and the agreement at every row, ``[J, X]`` each, see ``comparison.compare``.
 
-        ``rows`` are of ``target_rows``. Unless renormalised, they sum to the mass that the draft vocabulary covers.
+        Args:
+            logits: The drafter's logits, ``J`` tensors ``[X, Vd]``.
+            law: Distribution of :meth:`target_law`.
+            row_weights: Gradient that the values will receive, up to a factor, ``[J, X]``.
         """
-        vocab = self.drafter.draft_vocab
-        if renormalize:
-            return self._as_drafted(log_softmax(target_logits(rows, self.head, vocab)))
-        return self._as_drafted(log_softmax(target_logits(rows, self.head))[:, vocab])
+        return compare(
+            logits,
+            law,
+            self.divergence,
+            draft_vocab=self._columns,
+            renormalize=self.renormalize,
+            row_weights=row_weights,
+        )
+
+    def log_probs(self, law: Target) -> Tensor:
+        """Return a distribution of :meth:`target_law` on the draft vocabulary, ``[X, Vd]``, as ``renormalize`` says."""
+        log_p = whole(law, self._columns, renormalize=self.renormalize)
+        return log_p.to(torch.promote_types(next(self.drafter.parameters()).dtype, torch.float32))
+
+    @property
+    def _columns(self) -> Tensor | None:
+        """Tokens to read of a distribution of :meth:`target_law`: the served one has the draft vocabulary's alone."""
+        return None if self.served else self.drafter.draft_vocab

@@ -10,15 +10,16 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
+from aurora_kernels import LogProbTarget
 from aurora_rl.envs.verification.rules import get_rule, rule_of_code
-from aurora_rl.envs.verification.sampling import argmax
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives.divergences import overlap
+from aurora_rl.objectives.comparison import compare
+from aurora_rl.objectives.divergences import missed_probability, total_variation
 from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target_rows import context_rows, target_logits, target_rows
+from aurora_rl.objectives.target_rows import context_rows, target_rows, token_log_probs
 from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
-from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
+from aurora_rl.policies.drafter import Drafter, draft_rows
 from aurora_rl.tree_index import SEQUENCE_KEYS, TREE_KEYS, TreeIndex
 
 
@@ -107,11 +108,8 @@ class ExpectedLengthLoss(Objective):
         rows = target_rows(batch, self.tensor_keys.hidden)
         log_p = self.served_log_probs(batch, rows, request, greedy=self.rule == "greedy")
         row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
-        chance = [self._acceptance(batch, log_p, log_softmax(logits), request) for logits in unroll.logits]
-        right = [(argmax(logits) == row).to(log_p.dtype) for logits in unroll.logits]
-        relaxed, top1 = (
-            by_window(torch.where(unroll.valid, torch.stack(part), 0.0)).cumprod(0).sum(0) for part in (chance, right)
-        )
+        chance, right = self._acceptance(batch, log_p, unroll.logits, request, unroll.valid, row)
+        relaxed, top1 = (by_window(part).cumprod(0).sum(0) for part in (chance, right.to(chance.dtype)))
         return relaxed, top1, unroll.valid[0]
 
     def _trees(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,11 +120,11 @@ class ExpectedLengthLoss(Objective):
         drawn_from, context = trees.drawn_from, trees.context
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         request = trees.request[drawn_from]
-        log_q = log_softmax(self.drafter.context_logits(batch, trees, drawn_from))
+        logits = self.drafter.context_logits(batch, trees, drawn_from)
         log_p = self.served_log_probs(batch, rows, request, greedy=self.rule == "greedy")
         # Where the drafter predicts nothing (below its depth, before the first pair) nothing is accepted of it.
         predicted = ((trees.root >= 0) & (trees.depth < self.drafter.max_depth))[drawn_from]
-        chance = torch.where(predicted, self._acceptance(batch, log_p, log_q, request), 0.0)
+        (chance,), _ = self._acceptance(batch, log_p, [logits], request, predicted[None])
         # A node counts with the probability that all contexts before it accept, on the paths that lead through it.
         passed = trees.path_products(chance[context]) * self._share_of_leaves(batch, trees, rows, context)
         relaxed = trees.subtree_sums(passed)[rounds]
@@ -138,7 +136,7 @@ class ExpectedLengthLoss(Objective):
         self, batch: TensorDictBase, trees: TreeIndex, rows: TensorDictBase, context: Tensor
     ) -> Tensor:
         """Return the share of its tree's root-to-leaf paths that leads through each node, by reach, ``[M]``."""
-        log_p = log_softmax(target_logits(rows, self.head))[context, batch["nodes", "tokens"]]
+        log_p = token_log_probs(rows, self.head, context, batch["nodes", "tokens"])
         # In float64: the product of many small probabilities of a path must not vanish.
         reach = trees.path_products(log_p.double().exp())
         leaf = torch.ones_like(trees.depth, dtype=torch.bool)
@@ -147,16 +145,33 @@ class ExpectedLengthLoss(Objective):
         tree = torch.repeat_interleave(batch["rounds", "offset"].diff())
         return (below[trees.num_rounds :] / below[tree].clamp(min=torch.finfo(below.dtype).tiny)).to(log_p.dtype)
 
-    def _acceptance(self, batch: TensorDictBase, log_p: Tensor, log_q: Tensor, request: Tensor) -> Tensor:
-        """Return the probability that each context accepts a draft from ``q``, ``[X]``."""
-        matched = torch.linalg.vecdot(log_p.exp().to(log_q.dtype), log_q.exp())
+    def _acceptance(
+        self,
+        batch: TensorDictBase,
+        log_p: Tensor,
+        logits: Sequence[Tensor],
+        request: Tensor,
+        valid: Tensor,
+        row: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the probability that each context accepts a draft from ``q``, and whether ``row`` is its likeliest.
+
+        Both are ``[J, X]`` and 0 where ``valid`` ``[J, X]`` is false; ``logits`` are ``J`` of ``[X, Vd]``. ``row``
+        ``[X]`` int64 is a draft row, or −1; None stands for that of the served distribution's likeliest token.
+        """
         if self.rule is not None:
             rejects = torch.full_like(request, get_rule(self.rule).needs_q, dtype=torch.bool)
         else:
             codes = batch["sampling", "rule"]
-            rejects = torch.tensor([rule_of_code(code).needs_q for code in codes.tolist()], device=codes.device)[
-                request
-            ]
-        if not bool(rejects.any()):
-            return matched
-        return torch.where(rejects, overlap(log_p.to(log_q.dtype), log_q), matched)
+            needs_q = [rule_of_code(code).needs_q for code in codes.tolist()]
+            rejects = torch.tensor(needs_q, device=codes.device)[request]
+        chance, right = log_p.new_zeros(valid.shape), torch.zeros_like(valid)
+        for divergence, here in ((missed_probability, ~rejects), (total_variation, rejects)):
+            if bool(here.any()):
+                asked = valid & here
+                rejected, agrees = compare(
+                    logits, LogProbTarget(log_p), divergence,
+                    draft_vocab=None, renormalize=False, row_weights=asked, choices=row,
+                )  # fmt: skip
+                chance, right = torch.where(asked, 1 - rejected, chance), right | (agrees & asked)
+        return chance, right

@@ -89,11 +89,11 @@ class FunctionObjective(DistillationObjective):
     @override
     def values(self, batch: TensorDictBase) -> Values:
         request = completion_requests(batch)
-        log_p, covered = self.target_law(batch, target_rows(batch, self.tensor_keys.hidden), request)
+        law, covered = self.target_law(batch, target_rows(batch, self.tensor_keys.hidden), request)
         row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
         unroll = self.drafter.unroll(batch, self.steps)
         log_q = by_window([log_softmax(logits) for logits in unroll.logits])
-        log_p = by_window([log_p] * self.steps)
+        log_p = by_window([self.log_probs(law)] * self.steps)
         windows = Windows(by_window([row] * self.steps), request, by_window(unroll.valid & covered))
         value, mask = self._call(log_p, log_q, windows)
         valid = windows.valid & mask

@@ -12,16 +12,21 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_kernels import two_head_loss
+from aurora_kernels import LogProbTarget, Target
 from aurora_rl.models.target_head import TargetHead
+from aurora_rl.objectives.comparison import compare, row_log_probs
 from aurora_rl.objectives.distillation import DistillationObjective
-from aurora_rl.objectives.divergences import Divergence, forward_kl, get_divergence, wants_renormalized, with_gradient
+from aurora_rl.objectives.divergences import (
+    Divergence,
+    forward_kl,
+    get_divergence,
+    wants_renormalized,
+)
 from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.registry import register_objective
-from aurora_rl.objectives.target_rows import row_target, target_rows
+from aurora_rl.objectives.target_rows import target_rows
 from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
-from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows, log_softmax
-from aurora_rl.policies.head_logits import HeadLogits
+from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
 _GRANTED = 0.5
@@ -34,12 +39,7 @@ def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl
         ``[J, C]`` nats at each unroll step and completion token; and ``[J, C]`` bool, whether the target's likeliest
         token is the drafter's too.
     """
-    best = log_p.max(-1).indices[:, None]
-    with torch.no_grad():
-        # Whether the target's choice is a likeliest token of the drafter: its argmax would take several times longer.
-        agreement = [logits.gather(1, best)[:, 0] >= logits.amax(-1) for logits in unroll.logits]
-    values = [divergence(log_p, log_softmax(logits)) for logits in unroll.logits]
-    return torch.stack(values), torch.stack(agreement)
+    return compare(unroll.logits, LogProbTarget(log_p), divergence, draft_vocab=None, renormalize=False)
 
 
 def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:
@@ -141,58 +141,33 @@ class ImitationLoss(DistillationObjective):
     @override
     def values(self, batch: TensorDictBase) -> Values:
         unroll, rows = self.drafter.unroll(batch, self.steps), target_rows(batch, self.tensor_keys.hidden)
-        heads = [logits for logits in unroll.logits if isinstance(logits, HeadLogits)]
-        if len(heads) == len(unroll.logits) and self._weights_are_known:
-            valid, weight = unroll.valid, self._powers_of_decay(unroll)
-            value, agrees = self._in_chunks(heads, rows, torch.where(valid, weight, 0.0))
-        else:
-            log_p, covered = self.target_law(batch, rows, completion_requests(batch))
-            value, agrees = imitation(unroll, log_p, self.divergence)
-            valid, weight = unroll.valid & covered, self.position_weights(batch, unroll, log_p)
+        law, covered = self.target_law(batch, rows, completion_requests(batch))
+        valid, weight = unroll.valid & covered, self.position_weights(batch, unroll, law)
+        self._check_weight(weight, valid)
+        rows_weight = torch.where(valid, weight.detach(), 0.0)
+        if self.reduction == "mean":
+            rows_weight = rows_weight / valid.sum(1, keepdim=True).clamp(min=1)
+        value, agrees = self.compare(unroll.logits, law, rows_weight)
         if self.regression:
             value = value + self.regression * _distance(unroll, rows)
         agreement = (agrees & valid).sum(1) / valid.sum(1).clamp(min=1)
         return Values(value, weight, valid, {"agreement": agreement})
 
-    @property
-    def _weights_are_known(self) -> bool:
-        """Whether positions count by their step alone, whatever drafter and target say there."""
-        own = type(self).position_weights is not ImitationLoss.position_weights
-        return self.weighting == "decay" and not self.served and not own
-
-    def _in_chunks(self, heads: list[HeadLogits], rows: TensorDictBase, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute what :func:`imitation` does, by chunks of rows; positions of weight 0 in ``[J, C]`` are left out."""
-        if self.reduction == "mean":
-            weight = weight / (weight != 0).sum(1, keepdim=True).clamp(min=1)
-        return two_head_loss(
-            [logits.states for logits in heads],
-            [logits.weight for logits in heads],
-            row_target(rows, self.head),
-            with_gradient(self.divergence),
-            draft_vocab=self.drafter.draft_vocab,
-            renormalize=self.renormalize,
-            row_weights=weight,
-        )
-
-    def position_weights(self, batch: TensorDictBase, unroll: Unroll, log_p: Tensor) -> Tensor:
+    def position_weights(self, batch: TensorDictBase, unroll: Unroll, law: Target) -> Tensor:
         """Return the weight of each position, as ``weighting`` says; a subclass may choose its own.
 
-        Weights broadcast to ``[J, C]`` and are detached; entries at invalid positions do not matter. ``log_p`` is
-        ``[C, Vd]``, the target's log-probabilities, renormalised or not as ``renormalize`` says.
+        Weights broadcast to ``[J, C]`` and are detached; entries at invalid positions do not matter. ``law`` is the
+        target's distribution, of which :meth:`log_probs` returns all.
         """
         if self.weighting == "expected_length":
             return expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)
-        return self._powers_of_decay(unroll)
-
-    def _powers_of_decay(self, unroll: Unroll) -> Tensor:
         return self.decay ** torch.arange(len(unroll.logits), device=unroll.valid.device)[:, None]
 
     @torch.no_grad()
     def _log_q_of_text(self, batch: TensorDictBase, unroll: Unroll) -> Tensor:
         """Return the log-probability of every completion token at every step, ``[J, C]``; −inf if it has no row."""
         row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
-        picked = [log_softmax(logits).gather(1, row.clamp(min=0)[:, None])[:, 0] for logits in unroll.logits]
-        return torch.stack(picked).masked_fill(row < 0, -torch.inf)
+        return torch.stack([row_log_probs(logits, row) for logits in unroll.logits])
 
 
 def _distance(unroll: Unroll, rows: TensorDictBase) -> Tensor:

@@ -14,6 +14,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
+from aurora_kernels.rows import chunk_rows
 from aurora_rl.envs.verification.sampling import served_log_probs
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.target_rows import target_keys, target_logits
@@ -275,10 +276,6 @@ class Objective(LossModule):
                 "drafter.adaptive=false if drafts do not pay there yet"
             )
 
-    def _as_drafted(self, log_p: Tensor) -> Tensor:
-        """Cast to the dtype that :func:`log_softmax` returns for the drafter's logits; the head may have another."""
-        return log_p.to(torch.promote_types(next(self.drafter.parameters()).dtype, torch.float32))
-
     @torch.no_grad()
     def served_log_probs(
         self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, greedy: bool = False
@@ -294,10 +291,15 @@ class Objective(LossModule):
             request: Request of each row, ``[X]`` int64.
             greedy: Whether to take every request as decoded greedily, and read nothing of "sampling".
         """
-        logits = target_logits(rows, self.head)
         if greedy:
-            temperature, top_k = logits.new_zeros(len(logits)), torch.zeros_like(request)
+            temperature, top_k = torch.zeros(len(request), device=request.device), torch.zeros_like(request)
             top_p = torch.ones_like(temperature)
         else:
             temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
-        return self._as_drafted(served_log_probs(logits, temperature, top_k, top_p, self.drafter.draft_vocab))
+        dtype, vocab = next(self.drafter.parameters()).dtype, self.drafter.draft_vocab
+        size, log_p = chunk_rows(request.device, len(self.head), len(request)), []
+        for start in range(0, max(len(request), 1), size):  # logits of the whole vocabulary for a few rows at a time
+            part = slice(start, start + size)
+            logits = target_logits(rows[part], self.head)
+            log_p.append(served_log_probs(logits, temperature[part], top_k[part], top_p[part], vocab))
+        return torch.cat(log_p).to(torch.promote_types(dtype, torch.float32))

@@ -19,6 +19,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aurora_kernels import HeadTarget, Target, TopKTarget
+from aurora_kernels.rows import chunk_rows, log_softmax
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.drafter import draft_rows
 from aurora_rl.trajectories import TOPK_ENTRIES
@@ -116,6 +117,25 @@ def target_logits(rows: TensorDictBase, head: TargetHead, tokens: Tensor | None 
     place = ids if tokens is None else draft_rows(tokens, ids)
     logits = each[:, None].repeat(1, width + 1)
     return logits.scatter_(1, torch.where(place < 0, width, place), log_probs.to(dtype))[:, :width]
+
+
+@torch.no_grad()
+def token_log_probs(rows: TensorDictBase, head: TargetHead, row: Tensor, tokens: Tensor) -> Tensor:
+    """Return the target's log-probability of tokens at temperature 1, ``[M]``, without logits of all rows.
+
+    Args:
+        rows: Rows of :func:`target_rows` or :func:`context_rows`, ``[X]``.
+        head: Output head of the target.
+        row: Row that predicts each token, ``[M]`` int64.
+        tokens: Tokens, ``[M]`` int64.
+    """
+    out = torch.empty(len(tokens), dtype=torch.promote_types(head.weight.dtype, torch.float32), device=tokens.device)
+    size = chunk_rows(tokens.device, len(head), len(rows))
+    for start in range(0, len(rows), size):
+        here = ((row >= start) & (row < start + size)).nonzero()[:, 0]
+        log_p = log_softmax(target_logits(rows[start : start + size], head))
+        out[here] = log_p[row[here] - start, tokens[here]]
+    return out
 
 
 def row_target(rows: TensorDictBase, head: TargetHead) -> Target:

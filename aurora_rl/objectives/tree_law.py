@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from aurora_kernels.trees import sibling_ranks
 from aurora_rl.envs.verification.rules import VerificationRule, rule_of_code
 from aurora_rl.tree_index import TreeIndex
-from aurora_rl.trees import sibling_ranks
 
 # A sum of recorded float32 probabilities loses less than this to rounding.
 _RESOLVED = 1e-5

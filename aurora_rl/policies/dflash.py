@@ -279,7 +279,7 @@ class DFlashDrafter(Drafter):
         asked, block = rounds[wanted].unique(return_inverse=True)
         depth = trees.depth[wanted].clamp(max=self.block_size - 2)
         states = self._blocks(batch, trees.request[asked], trees.root[asked])
-        return F.linear(states[block, depth], self.head)
+        return HeadLogits(states[block, depth], self.head)
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 

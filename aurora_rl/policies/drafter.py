@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from aurora_rl.models.inference_modules import stage
 from aurora_rl.models.parts import TargetParts
+from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.hub import HubMixin
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.settings import check, settings_of
@@ -188,7 +189,7 @@ class Drafter(HubMixin, nn.Module, ABC):
                 prediction (a ``root`` of −1, a depth of ``max_depth`` or more) mean nothing.
 
         Returns:
-            ``[number wanted, Vd]``, with gradients.
+            ``[number wanted, Vd]``, with gradients; :class:`~aurora_rl.policies.HeadLogits` if the head is one matrix.
         """
 
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
@@ -209,6 +210,8 @@ class Drafter(HubMixin, nn.Module, ABC):
         wanted[contexts[valid]] = True
         predicted = self.context_logits(chains, trees, wanted)
         rows = (wanted.cumsum(0) - 1).clamp(min=0)[contexts]
+        if isinstance(predicted, HeadLogits):
+            return Unroll([HeadLogits(predicted.states[row], predicted.weight) for row in rows], valid)
         return Unroll([predicted[row] for row in rows], valid)
 
     def score(self, batch: TensorDictBase) -> Tensor:

@@ -268,8 +268,7 @@ class RecurrentDrafter(Drafter):
             order.append(here[asked])
         if not states:
             return x.new_zeros(0, len(self.draft_vocab))
-        # Put in order before the head: a state is shorter than its logits.
-        return self._head(torch.cat(states)[torch.cat(order).argsort()])
+        return HeadLogits(torch.cat(states)[torch.cat(order).argsort()], self._head_weight)
 
 
 def _next_row(x: Tensor) -> Tensor:

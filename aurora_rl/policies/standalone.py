@@ -32,6 +32,7 @@ from aurora_rl.policies.formats.causal_lm import (
     read_causal_lm,
     write_causal_lm,
 )
+from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.policies.tree_shape import TreeShape
@@ -267,13 +268,13 @@ class StandaloneDrafter(Drafter):
         chains, _, valid = true_chains(batch, steps)
         trees = TreeIndex.of(chains)
         states = self._states(chains, trees, trees.depth == 0)
-        logits = self.lm_head(states)
+        logits = HeadLogits(states, self.lm_head.weight)
         same_width = states.shape[1] == self._target_width
         return Unroll([logits] * steps, valid, [states] * steps if same_width else None)
 
     @override
     def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
-        return self.lm_head(self._states(batch, trees, wanted))
+        return HeadLogits(self._states(batch, trees, wanted), self.lm_head.weight)
 
     def _states(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
         """Return the head's inputs at the wanted contexts, ``[number wanted, H]``."""

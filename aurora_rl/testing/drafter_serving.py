@@ -8,10 +8,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from aurora_kernels.trees import depths, valid_nodes
 from aurora_rl.policies import Drafter, Proposal, TreeShape
 from aurora_rl.testing.asserts import RECORDED, close, require
 from aurora_rl.testing.tiny import dtype_of
-from aurora_rl.trees import depths, valid_nodes
 
 
 def check_draws(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, seed: int) -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from aurora_kernels.trees import valid_nodes
 from aurora_rl.envs import Engine
 from aurora_rl.testing.asserts import require
-from aurora_rl.trees import valid_nodes
 
 # Relative to the largest value. Hugging Face norms compute in float32 whatever the dtype, so float64 may differ by
 # one that was rounded the other way.

@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from aurora_kernels.trees import depths, walk
 from aurora_rl.context import ContextStore
 from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.policies.drafter import Drafter
@@ -20,7 +21,6 @@ from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.statistics import mean_interval
 from aurora_rl.training.replay import as_state, of_state
 from aurora_rl.trajectories import check_features
-from aurora_rl.trees import depths, walk
 
 
 class Replay(NamedTuple):

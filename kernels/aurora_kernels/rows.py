@@ -44,6 +44,18 @@ def blocks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
+def agreeing(logits: Tensor, chosen: Tensor) -> Tensor:
+    """Return whether a chosen column ``[r]`` has the largest logit of its row of ``[r, Vd]``; −1 has not, ``[r]`` bool.
+
+    The argmax would take several times longer.
+
+    Example:
+        >>> agreeing(torch.tensor([[0.0, 2.0], [0.0, 2.0], [0.0, 2.0]]), torch.tensor([0, 1, -1]))
+        tensor([False,  True, False])
+    """
+    return (logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0] >= logits.amax(-1)) & (chosen >= 0)
+
+
 def log_softmax(logits: Tensor) -> Tensor:
     """Return the log-softmax over the last dimension in float32, or in float64 of a float64 input."""
     return logits.log_softmax(-1, dtype=row_dtype(logits.dtype))

@@ -18,6 +18,8 @@ from torch import Tensor
 from aurora_kernels.tree_mask import TreeMask
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Entries of the largest mask of the text that a CPU makes: up to there one call under it is faster than two without.
+_BIAS = 2**18
 # Scores that the form with a cap or with sinks has at a time.
 _SCORES = 2**24
 
@@ -76,6 +78,9 @@ def tree_attention(
     a_chunk = len(query) == 1 and mask.seen is None and mask.first is None and query.shape[-1] == value.shape[-1]
     if a_chunk and query.device.type == "cpu" and not learns:
         return _chunk(query, key, value, int(mask.prefix), scale)
+    entries = len(query) * query.shape[1] // key.shape[1] * query.shape[2] * key.shape[2]
+    if entries > _BIAS and query.device.type == "cpu" and not learns and query.shape[-1] == value.shape[-1]:
+        return _in_parts(query, key, value, mask, scale)
     bias = mask.bias(query.shape[1] // key.shape[1], query.shape[2], key.shape[2], query.dtype)
     out = F.scaled_dot_product_attention(_packed(query, key), key, value, attn_mask=bias, scale=scale)
     return out.reshape(*query.shape[:3], -1)
@@ -97,10 +102,11 @@ def _by_scores(
 ) -> Tensor:
     """Attend with a cap or with sinks, which no fused attention of PyTorch knows."""
     b, heads, length, _ = query.shape
-    group, columns = heads // key.shape[1], key.shape[2]
+    group = heads // key.shape[1]
     precise = torch.promote_types(query.dtype, torch.float32)
-    bias = mask.bias(group, length, columns, query.dtype)
-    rows = _packed(query, key)
+    parts = mask.parts(group, length, key.shape[2], query.dtype)
+    key, value = (torch.cat([each[:, :, parts.text], _columns(each, parts.own)], 2) for each in (key, value))
+    rows, texts, columns = _packed(query, key), parts.text.stop - parts.text.start, key.shape[2]
     of_nothing = rows.new_full((heads,), -torch.inf, dtype=precise) if sinks is None else sinks.to(precise)
     of_nothing = of_nothing.view(-1, group, 1).expand(-1, -1, length).reshape(1, -1, group * length, 1)
     size, out = max(_SCORES // (b * key.shape[1] * columns), 1), []
@@ -109,7 +115,10 @@ def _by_scores(
         scores = rows[:, :, few] @ key.mT * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        scores = torch.cat([(scores + bias[:, :, few]).to(precise), of_nothing[:, :, few].expand(b, -1, -1, -1)], -1)
+        if parts.text_bias is not None:
+            scores[..., :texts] += parts.text_bias
+        scores[..., texts:] += parts.own_bias[:, :, few]
+        scores = torch.cat([scores.to(precise), of_nothing[:, :, few].expand(b, -1, -1, -1)], -1)
         weights = torch.special.softmax(scores, -1)[..., :columns].nan_to_num(0.0)
         out.append(weights.to(value.dtype) @ value)
     return torch.cat(out, dim=2).reshape(b, heads, length, -1)
@@ -122,17 +131,48 @@ def _chunk(query: Tensor, key: Tensor, value: Tensor, prefix: int, scale: float)
     # A key head serves its group through a stride of 0.
     key, value = (part[0, :, None].expand(-1, group, -1, -1) for part in (key, value))
     chunk = slice(prefix, prefix + length)
-    own, own_weight = _fused(rows, key[:, :, chunk], value[:, :, chunk], scale, True)
+    own, own_weight = _fused(rows, key[:, :, chunk], value[:, :, chunk], scale, causal=True)
     if prefix:
-        text, text_weight = _fused(rows, key[:, :, :prefix], value[:, :, :prefix], scale, False)
+        text, text_weight = _fused(rows, key[:, :, :prefix], value[:, :, :prefix], scale)
         share = (text_weight - own_weight).sigmoid()[..., None]
         own = own.lerp(text, share.to(own.dtype))
     return own.flatten(0, 1)[None]
 
 
-def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return attention ``[g, G, T, d]`` and the logarithm of the sum of its exponentials, ``[g, G, T]``."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+def _in_parts(query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, scale: float) -> Tensor:
+    """Attend to the text without a mask of rows, and to the tree and the edge of a window with a small one."""
+    parts = mask.parts(query.shape[1] // key.shape[1], query.shape[2], key.shape[2], query.dtype)
+    rows = _packed(query, key)
+    own_key, own_value = _columns(key, parts.own), _columns(value, parts.own)
+    out, weight = _fused(rows, own_key, own_value, scale, parts.own_bias)
+    if parts.text.stop > parts.text.start:
+        text_key, text_value = key[:, :, parts.text], value[:, :, parts.text]
+        text, text_weight = _fused(rows, text_key, text_value, scale, parts.text_bias)
+        share = (text_weight - weight).sigmoid().nan_to_num_(0.0)[..., None]  # not a number where nothing is seen
+        out = out.lerp(text, share.to(out.dtype))
+    return out.reshape(*query.shape[:3], -1)
+
+
+def _columns(x: Tensor, columns: Tensor) -> Tensor:
+    """Return columns ``[b, Y]`` of keys or values ``[b, g, L, d]``: ``[b, g, Y, d]``."""
+    if len(x) == 1:
+        return x.index_select(2, columns[0])
+    return x.transpose(1, 2)[torch.arange(len(x), device=x.device)[:, None], columns].transpose(1, 2)
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor | None = None, *, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return attention ``[b, g, R, d]`` and the logarithm of the sum of its exponentials, ``[b, g, R]``.
+
+    Rows that see nothing are 0, and −inf.
+    """
+    out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    if bias is not None:  # for which PyTorch says 0
+        weight = weight.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
+    return out, weight
 
 
 def _check(

@@ -57,14 +57,14 @@ def _add_block(
 
 
 # Neither a tree's size nor a text's length compiles it anew.
-@triton.jit(do_not_specialize=["slots", "length", "width", "per_range", "end", "blocks"])
+@triton.jit(do_not_specialize=["s_slot", "s_row", "slots", "length", "width", "per_range", "end", "blocks"])
 def _attend_kernel(
-    query, key, value, prefix, seen, first, table, sinks, out, sums,
+    query, key, value, prefix, words, first, table, sinks, out, sums,
     q_slot, q_head, q_row, k_slot, k_head, k_column, v_slot, v_head, v_column, s_slot, s_row,
     inner, outer, slots, length, width, per_range, end, blocks,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    SINKS: tl.constexpr, PAGE: tl.constexpr,
+    SINKS: tl.constexpr, PAGE: tl.constexpr, ONE_WORD: tl.constexpr,
 ):  # fmt: skip
     """Attend from a block of rows of a key head (program 0 and 1) to a range of columns (program 2)."""
     block, split = tl.program_id(0), tl.program_id(2)
@@ -115,14 +115,20 @@ def _attend_kernel(
     stop = tl.minimum(tl.minimum((split + 1) * per_range, end) - text, width)
     if CAUSAL:
         stop = tl.minimum(stop, (block * ROWS + ROWS - 1) // GROUP + 1)
+    words += slot * s_slot + token * s_row
+    if ONE_WORD:
+        word = tl.load(words, mask=live, other=0)
     for at in range(start, stop, COLUMNS):
         node = at + tl.arange(0, COLUMNS)
         inside = node < stop
         if CAUSAL:
             visible = inside[None, :] & (node[None, :] <= token[:, None])
         else:
-            cell = seen + slot * s_slot + token[:, None] * s_row + node[None, :]
-            visible = tl.load(cell, mask=live[:, None] & inside[None, :], other=0) != 0
+            if ONE_WORD:
+                bits = word[:, None]
+            else:
+                bits = tl.load(words[:, None] + node[None, :] // 64, mask=live[:, None] & inside[None, :], other=0)
+            visible = inside[None, :] & (((bits >> (node[None, :] % 64).to(tl.int64)) & 1) != 0)
         acc, largest, total = _add_block(
             acc, largest, total, rows, text + node, inside, visible, key, value, table, k_slot, v_slot, k_column,
             v_column, inner, outer, D, DV, BLOCK_D, BLOCK_DV, CAPPED, PAGE,
@@ -192,8 +198,9 @@ def attend(
     columns = page if block_table is None else page * block_table.shape[1]
     group = heads // groups
     block_d, block_dv = (max(triton.next_power_of_2(size), 16) for size in (d, dv))
-    rows = min(max(triton.next_power_of_2(group * length), 16), 128)
-    block = min(max(_BLOCK_BYTES // (max(block_d, block_dv) * key.element_size()), 16), 128)
+    column_bytes = max(block_d, block_dv) * key.element_size()
+    block = min(max(_BLOCK_BYTES // column_bytes, 16), 128)
+    rows = row_block(group * length, column_bytes, block, _shared_memory(query.device))
     programs = triton.cdiv(group * length, rows) * b * groups
     if splits is None:
         wanted = triton.cdiv(2 * _processors(query.device), programs)
@@ -204,19 +211,20 @@ def attend(
     out = query.new_empty(b, length, heads, dv)
     parts = out if splits == 1 else query.new_empty(splits, b, length, heads, dv, dtype=torch.float32)
     sums = query.new_empty(splits, b, length, heads, dtype=torch.float32)
-    seen = query if mask.seen is None else mask.seen.contiguous().view(torch.uint8)
+    words = torch.zeros(1, 1, 1, dtype=torch.int64, device=query.device) if mask.seen is None else mask.words
     first = query if mask.first is None else mask.first.contiguous()
     inner, outer = (scale * _LOG2E, 0.0) if softcap is None else (scale / softcap, softcap * _LOG2E)
     with torch.cuda.device_of(query):
         _attend_kernel[triton.cdiv(group * length, rows), b * groups, splits](
-            query, key, value, mask.prefix, seen, first,
+            query, key, value, mask.prefix, words, first,
             query if block_table is None else block_table.contiguous(), query if sinks is None else sinks,
-            parts, sums, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *seen.stride()[:2],
-            inner, outer, b, length, length if mask.seen is None else seen.shape[2], per_range, columns,
+            parts, sums, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *words.stride()[:2],
+            inner, outer, b, length, length if mask.seen is None else mask.seen.shape[2], per_range, columns,
             0 if block_table is None else block_table.shape[1],
             GROUP=group, D=d, DV=dv, BLOCK_D=block_d, BLOCK_DV=block_dv, ROWS=rows, COLUMNS=block,
             CAUSAL=mask.seen is None, WINDOW=mask.first is not None, CAPPED=softcap is not None,
             SINKS=sinks is not None, PAGE=0 if block_table is None else page,
+            ONE_WORD=mask.seen is not None and words.shape[2] == 1,
             num_warps=8 if rows == 128 else 4, num_stages=2,
         )  # fmt: skip
         if splits > 1:
@@ -224,6 +232,31 @@ def attend(
     return out.transpose(1, 2)
 
 
+def row_block(count: int, row_bytes: int, columns: int, shared: int) -> int:
+    """Return the rows of a program: at most 128, and so few that they fit into shared memory with its keys and values.
+
+    Args:
+        count: Rows of a key head.
+        row_bytes: Bytes of a row, of a key or of a value.
+        columns: Columns of a block, two of which are under way at a time.
+        shared: Bytes of shared memory that a program may have.
+
+    Example:
+        >>> [row_block(256, 512, 32, shared) for shared in (101376, 232448)]  # float32, head size 128: Ada and Hopper
+        [64, 128]
+    """
+    fitting = max(shared // row_bytes - 4 * columns, 16)
+    return min(max(triton.next_power_of_2(count), 16), 128, 1 << (fitting.bit_length() - 1))
+
+
 def _processors(device: torch.device) -> int:
     """Return the number of programs that run at a time, or 1 in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may have: 101,376 on Ada, 232,448 on Hopper."""
+    if device.type != "cuda":
+        return 2**17  # the interpreter has no limit
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))

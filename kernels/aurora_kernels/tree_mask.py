@@ -6,9 +6,27 @@ Legend: ``b`` slots, ``T`` queries of each, ``W`` keys of its tree, ``L`` column
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+class MaskParts(NamedTuple):
+    """A mask in two parts: columns of the text that all queries of a slot see, and those that only some see.
+
+    Attributes:
+        text: Columns of the first part, of all slots.
+        text_bias: What is added to their scores, 0 or −inf, ``[b, 1, 1, X]``; None if every slot sees them all.
+        own: Columns of the second part, ``[b, Y]`` int64: the edge of a window, and the tree.
+        own_bias: What is added to their scores, with the rows of each head of a group, ``[b, 1, group * T, Y]``.
+    """
+
+    text: slice
+    text_bias: Tensor | None
+    own: Tensor
+    own_bias: Tensor
 
 
 @dataclass(eq=False)
@@ -38,7 +56,7 @@ class TreeMask:
     prefix: Tensor
     seen: Tensor | None = None
     first: Tensor | None = None
-    _bias: dict[tuple[int, int, int, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check shapes and dtypes."""
@@ -73,8 +91,68 @@ class TreeMask:
         It is kept, since all layers of a pass that see the same add the same.
         """
         key = group, length, columns, dtype
-        if key not in self._bias:
-            dense = self.dense(length, columns)
-            bias = torch.zeros_like(dense, dtype=dtype).masked_fill_(~dense, -torch.inf)
-            self._bias[key] = bias.repeat(1, group, 1)[:, None]
-        return self._bias[key]
+        if key not in self._kept:
+            self._kept[key] = _bias(self.dense(length, columns), dtype).repeat(1, group, 1)[:, None]
+        kept: Tensor = self._kept[key]
+        return kept
+
+    def parts(self, group: int, length: int, columns: int, dtype: torch.dtype) -> MaskParts:
+        """Return the mask of :meth:`bias` without rows for the text, which all queries see alike up to a window's edge.
+
+        It is kept as :meth:`bias` is.
+        """
+        key = "parts", group, length, columns, dtype
+        if key not in self._kept:
+            self._kept[key] = self._parts(group, length, columns, dtype)
+        kept: MaskParts = self._kept[key]
+        return kept
+
+    def _parts(self, group: int, length: int, columns: int, dtype: torch.dtype) -> MaskParts:
+        device, prefix = self.prefix.device, self.prefix
+        first = torch.zeros_like(prefix)[:, None] if self.first is None else self.first.clamp(min=0)
+        start = first.amax(1).minimum(prefix)  # from here on every query of the slot sees the text
+        edge = int((start - first.amin(1).minimum(start)).max())
+        text = slice(int(start.min()), int(prefix.max()))
+        column = torch.arange(text.start, text.stop, device=device)
+        whole = (column >= start[:, None]) & (column < prefix[:, None])
+        text_bias = None if bool(whole.all()) else _bias(whole, dtype)[:, None, None]
+        before = start[:, None] - edge + torch.arange(edge, device=device)
+        seen_before = (before[:, None] >= first[:, :, None]).expand(-1, length, -1)
+        width = length if self.seen is None else self.seen.shape[2]
+        node = torch.arange(width, device=device)
+        of_tree = prefix[:, None] + node
+        if self.seen is None:
+            seen = (node <= torch.arange(length, device=device)[:, None]).expand(len(prefix), -1, -1)
+        else:
+            seen = self.seen
+        own, visible = torch.cat([before, of_tree], 1), torch.cat([seen_before, seen], 2)
+        visible = visible & ((own >= 0) & (own < columns))[:, None]
+        if not own.shape[1]:  # PyTorch's attention on a CPU crashes without keys: one that nothing sees
+            own, visible = F.pad(own, (0, 1)), F.pad(visible, (0, 1))
+        own_bias = _bias(visible, dtype).repeat(1, group, 1)[:, None]
+        return MaskParts(text, text_bias, own.clamp(0, columns - 1), own_bias)
+
+    @property
+    def words(self) -> Tensor:
+        """What each query sees of its tree as bits, ``[b, T, ⌈W / 64⌉]`` int64.
+
+        Key ``j`` is bit ``j % 64`` of word ``j // 64``. The words are kept, so that all layers of a pass share them.
+
+        Raises:
+            ValueError: ``seen`` is None: a chain needs no bits.
+
+        Example:
+            >>> TreeMask(torch.tensor([5]), torch.tensor([[[True, False, True]]])).words
+            tensor([[[5]]])
+        """
+        if self.seen is None:
+            raise ValueError("a mask without seen is causal and has no bits; give seen")
+        if "words" not in self._kept:
+            words = F.pad(self.seen, (0, -self.seen.shape[2] % 64)).unflatten(2, (-1, 64))
+            self._kept["words"] = (words.long() << torch.arange(64, device=words.device)).sum(-1)
+        kept: Tensor = self._kept["words"]
+        return kept
+
+
+def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, -torch.inf)

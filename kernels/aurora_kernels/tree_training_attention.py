@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def tree_training_attention(
     size = length - nodes
     if query.is_cuda and d >= _SMALLEST_HEAD and importlib.util.find_spec("triton"):
         blocks = training_block_mask(size, text_seen, ends)
-        return _compiled()(query, key, value, block_mask=blocks, scale=scale, enable_gqa=heads > groups)
+        return compiled_attention()(query, key, value, block_mask=blocks, scale=scale, enable_gqa=heads > groups)
     text = F.scaled_dot_product_attention(
         query[:, :, :size], key[:, :, :size], value[:, :, :size], is_causal=True, scale=scale, enable_gqa=heads > groups
     )
@@ -93,8 +93,9 @@ def _by_rows(
 
 
 @functools.cache
-def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+def compiled_attention(backend: str | Callable[..., Any] = "inductor") -> Any:
+    """Return FlexAttention compiled for texts and trees of all sizes, by a backend of ``torch.compile``."""
+    return torch.compile(flex_attention, dynamic=True, backend=backend)
 
 
 def training_block_mask(size: int, text_seen: Tensor, ends: Tensor) -> BlockMask:

@@ -8,7 +8,8 @@ once, in the forward pass, so that nothing is computed twice:
 
 - The gradient in the states belongs to single rows. It is kept for an upstream gradient of 1 and scaled by row.
 - The gradient in a head sums over rows, so the upstream gradient must be known. ``row_weights`` says what it will be,
-  up to a factor. If backward brings anything else, the chunks are walked again.
+  up to a factor. If backward brings anything else, the chunks are walked again. If they only say which rows count, a
+  head's gradient is left to backward.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from aurora_kernels.closed_forms import ClosedForm
-from aurora_kernels.rows import Rows, blocks, chunk_rows, log_softmax, product_dtype, row_dtype
+from aurora_kernels.rows import Rows, agreeing, blocks, chunk_rows, log_softmax, product_dtype, row_dtype
 from aurora_kernels.targets import Reader, Target
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -39,6 +40,7 @@ def two_head_loss(
     renormalize: bool = True,
     temperature: float = 1.0,
     row_weights: Tensor | None = None,
+    choices: Tensor | None = None,
     rows_per_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute a divergence between target and drafter at every row, without logits of all rows.
@@ -60,12 +62,15 @@ def two_head_loss(
         temperature: Temperature of both distributions.
         row_weights: Gradient that the values will receive, ``[n]`` or ``[J, n]``, up to a common factor; None for that
             of a sum or mean. With any other gradient backward is as exact, and takes as long as forward once more if
-            a head learns. Rows of weight 0 are left out: their value is 0, whatever they hold.
+            a head learns. Rows of weight 0 are left out: their value is 0, whatever they hold. If the gradient is not
+            known before the values are, bool says which rows count, and no head's gradient is computed in vain.
+        choices: Rows of the draft vocabulary to look for among the drafter's likeliest, ``[n]`` int64, −1 for none;
+            None for the target's likeliest.
         rows_per_chunk: Rows of a chunk; None chooses by device and vocabulary.
 
     Returns:
         Values ``[n]``, or ``[J, n]`` of a sequence; and bool of the same shape, whether the target's likeliest token
-        of the draft vocabulary is the drafter's too.
+        of the draft vocabulary, or that of ``choices``, is the drafter's likeliest.
 
     Raises:
         ValueError: Shapes do not fit, ``temperature`` is not positive, ``rows_per_chunk`` is below 1, or the divergence
@@ -82,7 +87,7 @@ def two_head_loss(
     """
     steps = [states] if isinstance(states, Tensor) else list(states)
     weights = [weight] * len(steps) if isinstance(weight, Tensor) else list(weight)
-    _check(steps, weights, target, draft_vocab, temperature, row_weights, rows_per_chunk)
+    _check(steps, weights, target, draft_vocab, temperature, row_weights, choices, rows_per_chunk)
     count, device = len(steps[0]), steps[0].device
     hint = torch.ones((), device=device) if row_weights is None else row_weights.detach()
     hint = hint.to(row_dtype(weights[0].dtype)).expand(len(steps), count)
@@ -98,6 +103,8 @@ def two_head_loss(
         head_of=tuple(head_of),
         size=rows_per_chunk or chunk_rows(device, len(weights[0]), count),
         sparse=row_weights is not None,
+        foreseen=row_weights is None or row_weights.dtype != torch.bool,
+        choices=choices,
     )
     values, agreement = _TwoHeadLoss.apply(plan, torch.is_grad_enabled(), hint, *steps, *heads)
     return (values[0], agreement[0]) if isinstance(states, Tensor) else (values, agreement)
@@ -115,6 +122,8 @@ class _Plan:
         head_of: Head of each of the ``J`` steps.
         size: Rows of a chunk.
         sparse: Whether some rows may have weight 0.
+        foreseen: Whether the rows' weights are those of the upstream gradient, up to a factor.
+        choices: See :func:`two_head_loss`.
     """
 
     read: Reader
@@ -124,6 +133,8 @@ class _Plan:
     head_of: tuple[int, ...]
     size: int
     sparse: bool
+    foreseen: bool
+    choices: Tensor | None
 
     def chunks(self, weights: Tensor) -> list[Rows]:
         """Return the rows of each chunk, without those that have no weight at any step."""
@@ -151,9 +162,11 @@ class _TwoHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, grad: bool, hint: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         steps = len(plan.head_of)
         learns = [grad and needed for needed in ctx.needs_input_grad[3:]]
-        walked = _walk(plan, tensors[:steps], tensors[steps:], hint, learns)
+        now = learns if plan.foreseen else learns[:steps] + [False] * (len(learns) - steps)
+        walked = _walk(plan, tensors[:steps], tensors[steps:], hint, now)
         ctx.save_for_backward(hint, *tensors)
-        ctx.plan, ctx.learns, ctx.states, ctx.heads = plan, learns, walked.states, walked.heads
+        ctx.plan, ctx.learns, ctx.states = plan, learns, walked.states
+        ctx.heads = walked.heads if plan.foreseen else None
         ctx.mark_non_differentiable(walked.agreement)
         return walked.values, walked.agreement
 
@@ -229,13 +242,14 @@ def _walk(
         for rows in plan.chunks(weights):
             log_p = plan.read(rows)
             best = torch.cat([log_p[part].max(-1).indices for part in blocks(log_p)])
+            chosen = best if plan.choices is None else plan.choices[rows]
             for step, index in enumerate(plan.head_of):
                 weight, x = weights[step, rows], states[step][rows].to(dtype)
                 if plan.sparse:
                     x = x.masked_fill((weight == 0)[:, None], 0.0)  # what is discarded may hold anything
                 logits = x @ products[index].T
                 gradient = state_learns[step] or head_learns[index]
-                value, agrees = _row_values(plan, log_p, best, logits, gradient=gradient)
+                value, agrees = _row_values(plan, log_p, best, chosen, logits, gradient=gradient)
                 values[step, rows], agreement[step, rows] = value.masked_fill(weight == 0, 0.0), agrees & (weight != 0)
                 kept, summed = state_gradients[step], head_gradients[index]
                 if kept is not None:
@@ -250,21 +264,23 @@ def _walk(
     return _Walked(values, agreement, state_gradients, head_gradients)
 
 
-def _row_values(plan: _Plan, log_p: Tensor, best: Tensor, logits: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor]:
+def _row_values(
+    plan: _Plan, log_p: Tensor, best: Tensor, chosen: Tensor, logits: Tensor, *, gradient: bool
+) -> tuple[Tensor, Tensor]:
     """Return values and agreement ``[r]`` of a chunk; overwrite its logits with the values' gradient if wanted.
 
     The gradient is that in the logits after the temperature. Log-probabilities of the target are ``log_p`` ``[r, Vd]``,
-    its likeliest rows ``best`` ``[r]``.
+    its likeliest rows ``best`` ``[r]``, and those that agreement asks for ``chosen`` ``[r]``.
     """
     if _has_row_kernel(plan.divergence, logits):
         from aurora_kernels.two_head_loss_triton import row_values  # imports Triton, which takes a second
 
         assert isinstance(plan.divergence, ClosedForm)
-        return row_values(plan.divergence, log_p, best, logits, temperature=plan.temperature, gradient=gradient)
+        return row_values(plan.divergence, log_p, best, chosen, logits, temperature=plan.temperature, gradient=gradient)
     values, agreement = [], []
     for rows in blocks(logits):
         part, target = logits[rows], log_p[rows]
-        agreement.append(part.gather(1, best[rows, None])[:, 0] >= part.amax(-1))
+        agreement.append(agreeing(part, chosen[rows]))
         scaled = part if plan.temperature == 1.0 else part / plan.temperature
         target = target.to(row_dtype(part.dtype))
         if isinstance(plan.divergence, ClosedForm):
@@ -304,6 +320,7 @@ def _check(
     draft_vocab: Tensor | None,
     temperature: float,
     row_weights: Tensor | None,
+    choices: Tensor | None,
     rows_per_chunk: int | None,
 ) -> None:
     if not states or len(states) != len(weights):
@@ -323,5 +340,7 @@ def _check(
         raise ValueError(
             f"row_weights must be [n] or [J, n] = {[len(states), len(states[0])]}, got {list(row_weights.shape)}"
         )
+    if choices is not None and choices.shape != (len(target),):
+        raise ValueError(f"choices must be [n] = [{len(target)}], got {list(choices.shape)}")
     if rows_per_chunk is not None and rows_per_chunk < 1:
         raise ValueError(f"rows_per_chunk must be at least 1, got {rows_per_chunk}")

@@ -25,7 +25,14 @@ _ALL = tl.constexpr(tl.PropagateNan.ALL)
 
 
 def row_values(
-    form: ClosedForm, log_p: Tensor, best: Tensor, logits: Tensor, *, temperature: float, gradient: bool
+    form: ClosedForm,
+    log_p: Tensor,
+    best: Tensor,
+    chosen: Tensor,
+    logits: Tensor,
+    *,
+    temperature: float,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Compute a divergence of each row, and overwrite the logits with its gradient.
 
@@ -35,19 +42,20 @@ def row_values(
         form: A named closed form.
         log_p: The target's log-probabilities, ``[r, Vd]`` float32; −inf is allowed.
         best: The target's likeliest column of each row, ``[r]`` int64.
+        chosen: Column of each row that agreement asks for, ``[r]`` int64; −1 agrees with none.
         logits: The drafter's logits before the temperature, ``[r, Vd]`` float32, bfloat16 or float16.
         temperature: Temperature of the drafter's distribution.
         gradient: Whether to overwrite ``logits`` with the gradient in the logits after the temperature.
 
     Returns:
-        Values, ``[r]`` float32; and whether ``best`` has the drafter's largest logit, ``[r]`` bool.
+        Values, ``[r]`` float32; and whether ``chosen`` has the drafter's largest logit, ``[r]`` bool.
     """
     count, width = logits.shape
     values, agreement = logits.new_empty(count, dtype=torch.float32), logits.new_empty(count, dtype=torch.bool)
     block = min(_BLOCK, triton.next_power_of_2(width))
     if count:
         _rows[(count,)](
-            logits, log_p, best, values, agreement, logits.stride(0), log_p.stride(0), width, 1 / temperature,
+            logits, log_p, best, chosen, values, agreement, logits.stride(0), log_p.stride(0), width, 1 / temperature,
             form.setting, form.name, gradient, block, num_warps=8,
         )  # fmt: skip
     return values, agreement
@@ -156,7 +164,7 @@ def _slope(log_p, log_q, chosen, a, b, d, setting, log_overlap, FORM: tl.constex
 
 @triton.jit
 def _rows(
-    logits, log_p, best, values, agreement, logits_stride, log_p_stride, width,
+    logits, log_p, best, chosen, values, agreement, logits_stride, log_p_stride, width,
     inverse_temperature, setting, FORM: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -170,8 +178,9 @@ def _rows(
         x = tl.load(logits + at, mask=at < width, other=-float("inf")).to(tl.float32) * inverse_temperature
         highest, total = _add(highest, total, x)
     log_sum = _log_sum(highest, total)
-    chosen_logit = tl.load(logits + choice).to(tl.float32) * inverse_temperature
-    tl.store(agreement + row, chosen_logit >= tl.max(highest, 0))
+    asked = tl.load(chosen + row)
+    chosen_logit = tl.load(logits + asked, mask=asked >= 0, other=-float("inf")).to(tl.float32) * inverse_temperature
+    tl.store(agreement + row, (chosen_logit >= tl.max(highest, 0)) & (asked >= 0))
 
     log_overlap = 0.0
     if FORM == "negative_log_overlap":

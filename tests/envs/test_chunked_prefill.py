@@ -20,6 +20,7 @@ from transformers import (
 )
 from warped import warp_logits
 
+from aurora_kernels.noise import gumbel
 from aurora_rl.envs import (
     Completion,
     Engine,
@@ -30,7 +31,6 @@ from aurora_rl.envs import (
     chunked_prefill,
 )
 from aurora_rl.envs.chunked_prefill import ChunkedPrefill
-from aurora_rl.envs.verification.sampling import gumbel
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.testing import tiny_target
 

@@ -11,12 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from attention_problems import assert_same, kernel, problem, reference
+from attention_problems import assert_same, kernel, problem, random_trees, reference
 from tensor_sizes import largest_tensor
+from torch import Tensor
 
 from aurora_kernels import TreeMask, tree_attention
 
-both = pytest.mark.parametrize("attend", [tree_attention, kernel], ids=["plain", "triton"])
+module = sys.modules[tree_attention.__module__]
+
+
+def in_parts(*args: Any, **terms: Any) -> Tensor:
+    """The form of a CPU for many rows and columns: the text without a mask of rows."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "_BIAS", 0)
+        return tree_attention(*args, **terms)
+
+
+both = pytest.mark.parametrize("attend", [tree_attention, in_parts, kernel], ids=["plain", "in parts", "triton"])
 
 
 @both
@@ -27,6 +38,15 @@ def test_ragged_batches_of_random_trees(attend: Any, heads: int, groups: int) ->
 
 
 @both
+def test_no_tree_is_the_text_alone(attend: Any) -> None:
+    query, key, value, mask = problem([9, 4], 2)
+    mask = TreeMask(mask.prefix, mask.seen[:, :, :0])
+    assert_same(attend(query, key, value, mask), reference(query, key, value, mask))
+    nothing = TreeMask(torch.zeros_like(mask.prefix), mask.seen)
+    assert not bool(attend(query, key, value, nothing).any())
+
+
+@both
 @pytest.mark.parametrize("nodes", [0, 1, 63, 64])
 def test_trees_of_any_size(attend: Any, nodes: int) -> None:
     query, key, value, mask = problem([33, 5], nodes, d=8)
@@ -34,7 +54,7 @@ def test_trees_of_any_size(attend: Any, nodes: int) -> None:
 
 
 @both
-@pytest.mark.parametrize(("d", "dv"), [(32, 32), (80, 80), (96, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize(("d", "dv"), [(32, 32), (64, 64), (80, 80), (96, 64), (128, 128), (256, 256)])
 def test_head_sizes(attend: Any, d: int, dv: int) -> None:
     query, key, value, mask = problem([40, 3], 3, d=d, dv=dv)
     assert_same(attend(query, key, value, mask), reference(query, key, value, mask))
@@ -70,7 +90,7 @@ def test_caps_and_sinks(attend: Any, terms: dict[str, Any], causal: bool) -> Non
 
 def test_scores_of_a_cap_are_made_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value, mask = problem([40, 9], 6)
-    monkeypatch.setattr(sys.modules[tree_attention.__module__], "_SCORES", 2**9)
+    monkeypatch.setattr(module, "_SCORES", 2**9)
     out = tree_attention(query, key, value, mask, softcap=1.5)
     assert_same(out, reference(query, key, value, mask, softcap=1.5))
 
@@ -141,6 +161,48 @@ def test_a_prompt_takes_memory_linear_in_its_length() -> None:
         return largest_tensor(lambda: tree_attention(query, key, key, TreeMask(torch.tensor([columns - 32]))))
 
     assert elements(4096) <= 2 * 4096 * 8
+
+
+@pytest.mark.parametrize("terms", [{}, {"window": True}, {"softcap": 2.0}, {"sinks": True}], ids=str)
+def test_trees_in_several_slots_take_memory_linear_in_their_texts(
+    terms: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns, nodes = 8192, 32
+    query, key = torch.randn(2, 4, nodes, 8), torch.randn(2, 2, columns + nodes, 8)
+    prefix = torch.tensor([columns, columns - 100])
+    first = (prefix[:, None] // 2 + torch.arange(nodes)) if terms.pop("window", False) else None
+    mask = TreeMask(prefix, random_trees(2, nodes - 1), first)
+    if "sinks" in terms:
+        terms["sinks"] = torch.zeros(4)
+    monkeypatch.setattr(module, "_SCORES", 2**16)  # scores of a few rows are made for a cap or sinks
+    # A mask has 2 slots * 64 rows * 8,224 columns.
+    assert largest_tensor(lambda: tree_attention(query, key, key, mask, **terms)) <= key.numel()
+
+
+@both
+def test_what_is_not_a_number_reaches_what_sees_it_alone(attend: Any) -> None:
+    query, key, value, mask = problem([21, 4], 9)
+    expected = attend(query, key, value, mask)
+    spoiled = query.clone()
+    spoiled[0, :, 3] = torch.nan
+    out = attend(spoiled, key, value, mask)
+    assert bool(out[0, :, 3].isnan().all()), "a query that is not a number has no result"
+    out[0, :, 3] = expected[0, :, 3]
+    assert torch.equal(out, expected)
+    text = key.clone()
+    text[0, :, 5] = torch.nan  # every query of the slot sees it
+    out = attend(query, text, value, mask)
+    assert bool(out[0].isnan().all())
+    assert torch.equal(out[1], expected[1])
+
+
+@both
+def test_a_value_without_a_key_to_see_it_may_be_anything(attend: Any) -> None:
+    query, key, value, mask = problem([21, 4], 9)
+    expected = attend(query, key, value, mask)
+    for junk in (key, value):
+        junk[1, :, 4 + 10 :] = -1e30  # after the second slot's tree
+    assert torch.equal(attend(query, key, value, mask), expected)
 
 
 @pytest.mark.parametrize(

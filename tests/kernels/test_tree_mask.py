@@ -54,3 +54,30 @@ def test_shapes_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         TreeMask(prefix, seen, first)
+
+
+def test_words_hold_a_bit_for_each_key_of_the_tree() -> None:
+    seen = torch.rand(2, 3, 130) < 0.5
+    seen[0, 0] = True
+    words = TreeMask(PREFIX, seen).words
+    assert words.shape == (2, 3, 3) and words[0, 0, 0] == -1  # 64 bits
+    key = torch.arange(130)
+    assert torch.equal(((words[:, :, key // 64] >> key % 64) & 1).bool(), seen)
+    with pytest.raises(ValueError, match="without seen is causal and has no bits"):
+        TreeMask(PREFIX).words  # noqa: B018
+
+
+@pytest.mark.parametrize("first", [None, torch.tensor([[0, 0], [3, 7]]), torch.tensor([[2, 0], [30, 1]])])
+@pytest.mark.parametrize("seen", [None, torch.tensor([[[True, False], [True, True]]] * 2)])
+def test_both_parts_together_are_the_whole(seen: Tensor | None, first: Tensor | None) -> None:
+    mask = TreeMask(torch.tensor([2, 9]), seen, first)
+    parts = mask.parts(1, 2, 11, torch.float32)
+    whole = torch.zeros(2, 2, 11, dtype=torch.bool)
+    if parts.text.stop > parts.text.start:
+        text = parts.text_bias if parts.text_bias is not None else torch.zeros(1, 1, 1, 1)
+        whole[:, :, parts.text] = text[:, 0].expand(2, 2, parts.text.stop - parts.text.start) == 0
+    for slot, row in ((slot, row) for slot in range(2) for row in range(2)):
+        columns = parts.own[slot][parts.own_bias[slot, 0, row] == 0]
+        assert not bool(whole[slot, row, columns].any()) and len(columns.unique()) == len(columns), "seen twice"
+        whole[slot, row, columns] = True
+    assert torch.equal(whole, mask.dense(2, 11))

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from aurora_kernels import tree_training_attention
-from aurora_kernels.tree_training_attention import training_block_mask
+from aurora_kernels.tree_training_attention import compiled_attention, training_block_mask
 
 
 class World(NamedTuple):
@@ -136,6 +137,20 @@ def test_the_block_mask_is_the_one_that_asks_for_every_pair(
         assert torch.equal(getattr(found, name), getattr(right, name)), name
     out = flex_attention(*(part.detach() for part in w.parts), block_mask=found, scale=0.5)
     torch.testing.assert_close(out, reference(w).detach())
+
+
+def test_random_trees_are_compiled_twice_at_most() -> None:
+    torch.manual_seed(0)
+    counter = CompileCounter()  # Dynamo's part, which does not need a GPU
+    attend = compiled_attention(counter)
+    for tree in range(50):
+        size, trees, nodes = (int(torch.randint(1, most, ())) for most in (200, 8, 9))
+        w = world(size, trees, nodes, heads=2, groups=1, d=16)
+        blocks = training_block_mask(size, w.text_seen, w.ends)
+        out = attend(*(part.detach() for part in w.parts), block_mask=blocks, scale=0.5, enable_gqa=True)
+        if tree % 10 == 0:
+            torch.testing.assert_close(out, reference(w).detach())
+    assert 1 <= counter.frame_count <= 2  # one of fixed sizes, and one of any
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

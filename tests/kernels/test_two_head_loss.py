@@ -304,3 +304,26 @@ def test_bad_arguments_are_refused(change: dict[str, Any], message: str) -> None
     }
     with pytest.raises(ValueError, match=message):
         two_head_loss(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("rows", [torch.tensor([True, False, True, True, True]), torch.ones(5, dtype=torch.bool)])
+def test_rows_whose_weights_come_later_have_exact_gradients_and_one_product_for_the_head(rows: Tensor) -> None:
+    states, head = (torch.randn(size, 4, dtype=torch.float64, requires_grad=True) for size in (5, 7))
+    target = LogProbTarget(torch.randn(5, 7, dtype=torch.float64).log_softmax(-1))
+    found = []
+    for weights in (rows, rows.double()):
+        values, _ = two_head_loss(states, head, target, closed_form("total_variation"), row_weights=weights)
+        found.append([values, *torch.autograd.grad(values.square().sum(), (states, head))])
+    torch.testing.assert_close(found[0], found[1])
+    values, _ = two_head_loss(states, head, target, closed_form("total_variation"), row_weights=rows)
+    node = values.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    assert node.heads is None and node.states[0] is not None  # type: ignore[union-attr]
+
+
+def test_agreement_with_rows_of_ones_choice() -> None:
+    states, head = torch.eye(3), torch.tensor([[0.0, 1.0, 2.0], [1.0, 0.0, 0.0], [0.0, 2.0, 1.0]])
+    target, choices = LogProbTarget(torch.zeros(3, 3)), torch.tensor([1, 0, -1])
+    _, agreement = two_head_loss(states, head, target, closed_form("forward_kl"), choices=choices)
+    assert agreement.tolist() == [True, False, False]
+    with pytest.raises(ValueError, match=r"choices must be \[n\] = \[3\], got \[2\]"):
+        two_head_loss(states, head, target, closed_form("forward_kl"), choices=choices[:2])

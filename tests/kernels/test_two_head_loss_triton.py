@@ -40,7 +40,7 @@ def run(form: ClosedForm, log_p: Tensor, logits: Tensor, temperature: float = 1.
 
     gradient, best = logits.clone(), log_p.argmax(-1)
     values, agreement = two_head_loss_triton.row_values(
-        form, log_p, best, gradient, temperature=temperature, gradient=True
+        form, log_p, best, best, gradient, temperature=temperature, gradient=True
     )
     return values, agreement, gradient
 
@@ -97,10 +97,10 @@ def test_the_two_head_loss_uses_it(dtype: torch.dtype, renormalize: bool, monkey
 def test_the_kernel_is_for_named_forms_on_a_gpu() -> None:
     from aurora_kernels import two_head_loss_triton
 
-    form, logits = closed_form("forward_kl"), torch.zeros(2, 3)
+    form, logits, none = closed_form("forward_kl"), torch.zeros(2, 3), torch.zeros(0, dtype=torch.int64)
     assert not module._has_row_kernel(form, logits)  # on a CPU
     values, agreement = two_head_loss_triton.row_values(
-        form, logits[:0], torch.zeros(0, dtype=torch.int64), logits[:0], temperature=1.0, gradient=True
+        form, logits[:0], none, none, logits[:0], temperature=1.0, gradient=True
     )
     assert values.shape == agreement.shape == (0,)
 
@@ -109,9 +109,9 @@ def test_logits_stay_where_no_gradient_is_wanted() -> None:
     from aurora_kernels import two_head_loss_triton
 
     log_p, logits = laws(16)
-    kept = logits.clone()
+    kept, best = logits.clone(), log_p.argmax(-1)
     two_head_loss_triton.row_values(
-        closed_form("forward_kl"), log_p, log_p.argmax(-1), logits, temperature=1.0, gradient=False
+        closed_form("forward_kl"), log_p, best, best, logits, temperature=1.0, gradient=False
     )
     assert torch.equal(logits, kept)
 
@@ -131,7 +131,7 @@ triton.runtime.driver.set_active(types.SimpleNamespace(
 JITFunction.__getitem__ = lambda self, grid: lambda *args, **more: self.run(*args, grid=grid, warmup=True, **more)
 for name in CLOSED_FORMS:
     logits, choices = torch.zeros(2, 300, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.int64)
-    row_values(closed_form(name), torch.zeros(2, 300), choices, logits, temperature=1.0, gradient=True)
+    row_values(closed_form(name), torch.zeros(2, 300), choices, choices, logits, temperature=1.0, gradient=True)
     print(name)
 """
 

@@ -39,7 +39,9 @@ class World:
         self.log_p = self.head(self.batch["sequence", "hidden"]).double().log_softmax(-1)
 
     def law(self, kind: type[DistillationObjective] = ImitationLoss, **settings: object) -> tuple[Tensor, Tensor]:
-        return kind(self.drafter, self.head, **settings).target_law(self.batch, self.rows, self.request)
+        loss = kind(self.drafter, self.head, **settings)
+        law, covered = loss.target_law(self.batch, self.rows, self.request)
+        return loss.log_probs(law), covered
 
     def served(self) -> Tensor:
         """The served distributions by their definition, `[X, V]`; a point mass where the request is greedy."""

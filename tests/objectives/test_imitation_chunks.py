@@ -11,7 +11,9 @@ from tensor_sizes import largest_tensor
 from tensordict import TensorDict
 from torch import Tensor
 
+from aurora_kernels import Target
 from aurora_kernels import rows as kernel_rows
+from aurora_rl.envs import SamplingParams
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import (
@@ -73,12 +75,13 @@ def learn(
     batch: TensorDict,
     *,
     plain: bool,
+    kind: type[ImitationLoss] = ImitationLoss,
     **settings: Any,
 ) -> tuple[TensorDict, list[Tensor], bool]:
     """Loss and metrics, gradients of all parameters, and whether whole logits were made."""
     with monkeypatch.context() as patched:
         patched.setattr(drafter, "unroll", unrolled := Unrolled(drafter, plain))
-        out = ImitationLoss(drafter, head, **settings)(batch)
+        out = kind(drafter, head, **settings)(batch)
     drafter.zero_grad()
     out["loss_imitation"].sum().backward()
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in drafter.parameters()]
@@ -143,18 +146,33 @@ def test_every_form_of_the_target(target: str, renormalize: bool, monkeypatch: p
 
 
 class OwnWeights(ImitationLoss):
-    def position_weights(self, batch: TensorDict, unroll: Unroll, log_p: Tensor) -> Tensor:
-        return log_p.exp().amax(-1)[None]
+    def position_weights(self, batch: TensorDict, unroll: Unroll, law: Target) -> Tensor:
+        return self.log_probs(law).exp().amax(-1)[None]
 
 
-def test_weights_that_depend_on_the_distributions_need_whole_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    (drafter, head), batch = make(Eagle3Drafter), batch_of(Eagle3Drafter)
-    settings: list[dict[str, Any]] = [{"target": "served"}, {"weighting": "expected_length"}]
-    for loss in [OwnWeights(drafter, head), *(ImitationLoss(drafter, head, **each) for each in settings)]:
-        with monkeypatch.context() as patched:
-            patched.setattr(drafter, "unroll", unrolled := Unrolled(drafter, False))
-            assert loss(batch)["loss_imitation"].isfinite()
-        assert unrolled.multiplied
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (ImitationLoss, {"weighting": "expected_length"}),
+        (ImitationLoss, {"target": "served"}),
+        (ImitationLoss, {"target": "served", "divergence": "total_variation", "weighting": "expected_length"}),
+        (OwnWeights, {}),
+    ],
+    ids=str,
+)
+def test_weights_that_depend_on_the_distributions_and_what_is_served(
+    kind: type[ImitationLoss], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter, head = make(Eagle3Drafter)
+    samplings = [SamplingParams(temperature=0.7, top_p=0.6), SamplingParams()]
+    batch = pack([tiny_trajectory(drafter, sampling=how, request=i) for i, how in enumerate(samplings)])
+    (out, gradients, multiplied), (expected, wanted, _) = (
+        learn(monkeypatch, drafter, head, batch, plain=plain, kind=kind, **settings) for plain in (False, True)
+    )
+    assert not multiplied
+    torch.testing.assert_close(out.to_dict(), expected.to_dict())
+    for got, each in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(got, each)
 
 
 def test_it_makes_no_tensor_of_all_positions_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from tensordict import TensorDictBase
 from tiny_drafters import eagle3_and_head
 from torch import Tensor
 
+from aurora_kernels import Target
 from aurora_rl.envs import SamplingParams
 from aurora_rl.objectives import (
     DIVERGENCES,
@@ -311,8 +312,8 @@ def test_weights_fit_the_values_and_do_not_learn(case: str) -> None:
     change, message = WEIGHTS[case]
 
     class Weighted(ImitationLoss):
-        def position_weights(self, batch: TensorDictBase, unroll: Unroll, log_p: Tensor) -> Tensor:
-            return change(super().position_weights(batch, unroll, log_p))
+        def position_weights(self, batch: TensorDictBase, unroll: Unroll, law: Target) -> Tensor:
+            return change(super().position_weights(batch, unroll, law))
 
     drafter, head = eagle3_and_head()
     with pytest.raises(ValueError, match=rf"objective 'imitation': {message}"):

@@ -10,12 +10,12 @@ import torch
 from tensordict.utils import NestedKey
 from tiny_drafters import eagle3_and_head
 
+from aurora_kernels.trees import depths
 from aurora_rl import tree_index
 from aurora_rl.objectives import DiscardSamplingLoss, ImitationLoss, Objective, SumLoss, make_objectives
 from aurora_rl.policies import TreeShape
 from aurora_rl.testing import tiny_trajectory
 from aurora_rl.trajectories import pack
-from aurora_rl.trees import depths
 
 
 def test_a_sum_is_its_parts() -> None:

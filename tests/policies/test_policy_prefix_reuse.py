@@ -12,8 +12,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from warped import warp_logits
 
+from aurora_kernels.noise import gumbel
 from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
-from aurora_rl.envs.verification.sampling import gumbel
 from aurora_rl.policies import DrafterPolicy, TargetParts, TreeShape, get_drafter
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.prefix_cache import PrefixCache

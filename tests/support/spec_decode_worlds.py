@@ -11,8 +11,8 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from warped import warp_logits
 
+from aurora_kernels.noise import gumbel
 from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
-from aurora_rl.envs.verification.sampling import gumbel
 from aurora_rl.policies import TargetParts
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.testing import tiny_target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from aurora_kernels import Target, TopKTarget
+from aurora_kernels.trees import sibling_ranks
 from aurora_rl.objectives import DiscardSamplingLoss, ExpectedLengthLoss, ImitationLoss, Objective, Values
 from aurora_rl.testing import check_objective
-from aurora_rl.trees import sibling_ranks
 
 TEMPERATURE, ACCEPTED = ("sampling", "temperature"), ("nodes", "accepted")
 
@@ -234,9 +236,9 @@ class TakesARootWhereNoneIsRejected(MindsTheAcceptBits):
 class TrustsTheLikeliest(ImitationLoss):
     """Reads one form rightly and the other wrongly."""
 
-    def target_log_probs(self, rows: TensorDictBase, *, renormalize: bool) -> Tensor:
-        found = super().target_log_probs(rows, renormalize=renormalize)
-        return found if "hidden" in rows.keys() else 1.1 * found
+    def target_law(self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor) -> tuple[Target, Tensor]:
+        law, covered = super().target_law(batch, rows, request)
+        return (replace(law, log_probs=1.1 * law.log_probs) if isinstance(law, TopKTarget) else law), covered
 
 
 class ForgetsTheTail(ImitationLoss):

@@ -14,9 +14,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from aurora_kernels.trees import reorder_depth_first
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.trajectories import acceptance_length, accepted_per_round, make_trajectory
-from aurora_rl.trees import reorder_depth_first
 
 logger = logging.getLogger(__name__)
 

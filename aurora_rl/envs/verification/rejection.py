@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from aurora_kernels.noise import gumbel, uniform
+from aurora_kernels.trees import depths, sibling_ranks
 from aurora_rl.envs.verification.rules import Verdict, VerificationRule, check_shapes, register_rule
-from aurora_rl.envs.verification.sampling import gumbel, served_log_probs, uniform
+from aurora_rl.envs.verification.sampling import served_log_probs
 from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.trajectories import DRAFT_MODES
-from aurora_rl.trees import depths, sibling_ranks
 
 # Coins have a stream of their own; the bonus token is drawn with the noise that plain sampling has at its position.
 _COINS = 1

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_rl.envs.verification.sampling import argmax, gumbel, warp
+from aurora_kernels.noise import argmax, gumbel_argmax
+from aurora_kernels.trees import last_accepted, repeated_siblings, walk
+from aurora_rl.envs.verification.sampling import warp
 from aurora_rl.registry import Registry
 from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.trajectories import DRAFT_MODES, rule_code
-from aurora_rl.trees import last_accepted, repeated_siblings, walk
 
 
 class Verdict(NamedTuple):
@@ -74,7 +75,7 @@ class VerificationRule(ABC):
             logits: The target's raw logits at the root and at every node, `[B, N + 1, V]` floating.
             tokens: Token of each node, `[B, N]` int64.
             parents: Parent of each node, `[B, N]` int64.
-            valid: Result of `aurora_rl.trees.valid_nodes`, `[B, N]` bool.
+            valid: Result of `aurora_kernels.trees.valid_nodes`, `[B, N]` bool.
             positions: Absolute position of the root token, `[B]` int64. The choice at a node of depth d decides the
                 token at position root + d + 1.
             sampling: Parameters of the requests.
@@ -165,7 +166,7 @@ def check_shapes(logits: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor)
 
 
 def settle(choices: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Verdict:
-    """Settle a round by the target's choices; arguments as of `aurora_rl.trees.walk`.
+    """Settle a round by the target's choices; arguments as of `aurora_kernels.trees.walk`.
 
     >>> tokens, parents = torch.tensor([[4, 6]]), torch.tensor([[-1, 0]])
     >>> settle(torch.tensor([[4, 7, 9]]), tokens, parents, torch.ones(1, 2, dtype=torch.bool))
@@ -279,8 +280,7 @@ class SampleAndMatch(VerificationRule):
             if len(drawn):
                 these = slots[drawn]
                 scores = warp(rows[drawn], sampling.temperature[these], sampling.top_k[these], sampling.top_p[these])
-                noise = gumbel(sampling.seed[these], at[drawn], logits.shape[-1])
-                choice[drawn] = argmax(scores + noise)
+                choice[drawn] = gumbel_argmax(scores, sampling.seed[these], at[drawn])
             return choice
 
         return descend(choose, tokens, parents, valid, positions)

@@ -1,4 +1,4 @@
-"""How a request's tokens are drawn: the distribution that is served, and noise that replays."""
+"""How a request's tokens are drawn: the distribution that is served."""
 
 from __future__ import annotations
 
@@ -59,17 +59,6 @@ def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> T
     return scores
 
 
-def argmax(scores: Tensor) -> Tensor:
-    """Return the index of the largest of each row, the first of equals: `[..., V]` to `[...]` int64.
-
-    `Tensor.argmax` gives the same and takes, on a CPU in bfloat16, five to ten times as long.
-
-    >>> argmax(torch.tensor([[1.0, 3.0, 3.0]]))
-    tensor([1])
-    """
-    return scores.max(-1).indices
-
-
 def served_log_probs(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, tokens: Tensor | None = None
 ) -> Tensor:
@@ -97,69 +86,3 @@ def served_log_probs(
         scores = warp(logits[drawn], temperature[drawn], top_k[drawn], top_p[drawn]).log_softmax(-1)
         log_p[drawn] = scores if tokens is None else scores[:, tokens]
     return log_p
-
-
-_LOW_32_BITS = 0xFFFFFFFF
-# Fractional bits of the square roots of 2 and 3: no structure in common with token ids or positions.
-_LANE_SALTS = (0x6A09E667, 0xBB67AE85)
-# The golden ratio's, by which streams are told apart.
-_STREAM_STEP = 0x9E3779B9
-
-
-def _fold(x: Tensor, shift: int) -> Tensor:
-    """Xor the high bits onto the low ones, in place."""
-    return x.bitwise_xor_(x >> shift)
-
-
-def _multiply(x: Tensor, factor: int) -> Tensor:
-    """Multiply modulo 2**32, in place. `x` is int64 in 0 .. 2**32 - 1 and `factor` has 32 bits."""
-    # A factor of 2**31 or more is taken less 2**32, so that no product leaves int64.
-    return x.mul_(factor - 2**32 if factor >= 2**31 else factor).bitwise_and_(_LOW_32_BITS)
-
-
-def _hash(x: Tensor, key: Tensor | int = 0) -> Tensor:
-    """Hash in place by triple32 of C. Wellons' Hash Prospector, a bijection on 32 bits; `key` enters after a third."""
-    _fold(_multiply(_fold(x, 17), 0xED5AD4BB), 11)
-    x.bitwise_xor_(key)
-    return _fold(_multiply(_fold(_multiply(x, 0xAC4C1B51), 15), 0x31848BAB), 14)
-
-
-def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = 0) -> Tensor:
-    """Return uniform numbers in (0, 1) as a pure function of (request seed, absolute position, token id).
-
-    The noise is a hash of its coordinates, by integers, hence the same on every device and in any batch or tree. Seed
-    and position are hashed into a 64-bit key, key and token id into 32 bits h. The number is (h + 1/2) / 2**32.
-
-    Args:
-        seed: Seeds, int64, >= 0.
-        position: Positions, int64 that broadcast with `seed`, in 0 .. 2**32 - 1.
-        token: Token ids, int64 that broadcast with both, in 0 .. 2**32 - 1.
-        stream: Number of the stream. Streams are independent of each other at the same coordinates.
-
-    Returns:
-        float64 of the broadcast shape.
-
-    >>> uniform(torch.tensor(1), torch.tensor(0), torch.arange(3))
-    tensor([0.4995, 0.1412, 0.5899], dtype=torch.float64)
-    """
-    low, high, at = seed & _LOW_32_BITS, seed >> 32 & _LOW_32_BITS, position & _LOW_32_BITS
-    # Two lanes, since 32 bits of key would make two of a long text's positions share their noise.
-    first, second = (
-        _hash(_hash(low ^ (salt + stream * _STREAM_STEP & _LOW_32_BITS), key=high) ^ at) for salt in _LANE_SALTS
-    )
-    return _hash(token ^ first, key=second).double().add_(0.5).mul_(2.0**-32)
-
-
-def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """Return standard Gumbel noise for every token, `[..., V]` float32 between -3.2 and 22.9.
-
-    The argmax over tokens of log-probability plus this noise is a sample of the distribution (Gumbel-max, Maddison et
-    al. 2014). It is -log(-log u), with u from `uniform`, whose arguments these are. Float64 logarithms of two devices
-    may differ in the last bit, which decides the rounding to float32 about once in 10**8 numbers.
-
-    >>> gumbel(torch.tensor([1, 1]), torch.tensor([0, 1]), vocab_size=3)
-    tensor([[ 0.3650, -0.6717,  0.6390],
-            [-0.7713,  1.7553,  0.1837]])
-    """
-    u = uniform(seed[..., None], position[..., None], torch.arange(vocab_size, device=seed.device))
-    return u.log_().neg_().log_().neg_().float()

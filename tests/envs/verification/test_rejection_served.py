@@ -41,7 +41,7 @@ def draw_and_verify(rule: VerificationRule, count: int, seen: bool = False) -> T
     sampling = SamplingBatch.from_params([SamplingParams(1.0, seed=seed) for seed in range(count)])
     position = torch.full((count,), 40)
     if seen:
-        from aurora_rl.envs.verification.sampling import uniform
+        from aurora_kernels.noise import uniform
 
         coins = uniform(sampling.seed[:, None], position[:, None] + 1, torch.arange(4), 1)
         tokens = coins.argsort(-1)[:, :2]  # tokens whose coin is low are accepted

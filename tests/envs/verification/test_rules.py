@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tree_contexts import contexts
 
+from aurora_kernels.trees import accepted_path, depths, last_accepted, valid_nodes
 from aurora_rl.envs.verification.rules import (
     Greedy,
     SampleAndMatch,
@@ -31,7 +32,6 @@ from aurora_rl.envs.verification.rules import (
 )
 from aurora_rl.sampling_params import SamplingBatch
 from aurora_rl.trajectories import rule_code
-from aurora_rl.trees import accepted_path, depths, last_accepted, valid_nodes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Registry and shapes

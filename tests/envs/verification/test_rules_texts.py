@@ -10,15 +10,15 @@ import torch
 from tree_contexts import contexts
 from warped import warp_logits
 
+from aurora_kernels.noise import gumbel
+from aurora_kernels.trees import accepted_path, valid_nodes
 from aurora_rl.envs.verification import rules as verification
 from aurora_rl.envs.verification.rules import (
     Greedy,
     SampleAndMatch,
     VerificationRule,
 )
-from aurora_rl.envs.verification.sampling import gumbel
 from aurora_rl.sampling_params import SamplingBatch, SamplingParams
-from aurora_rl.trees import accepted_path, valid_nodes
 
 WORDS, LENGTH, FIRST = 6, 16, 1000
 TABLE = torch.randn(WORDS, WORDS, WORDS, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) * 2
@@ -95,16 +95,16 @@ def next_position(descend: Callable) -> Callable:
     return lambda choose, tokens, parents, valid, positions: descend(choose, tokens, parents, valid, positions + 1)
 
 
-def same_position(gumbel: Callable) -> Callable:
-    return lambda seed, position, vocab_size: gumbel(seed, position * 0 + FIRST + 1, vocab_size)
+def same_position(draw: Callable) -> Callable:
+    return lambda scores, seed, position: draw(scores, seed, position * 0 + FIRST + 1)
 
 
-def fresh_noise(gumbel: Callable) -> Callable:
-    return lambda seed, position, vocab_size: gumbel(torch.randint_like(seed, 2**62), position, vocab_size)
+def fresh_noise(draw: Callable) -> Callable:
+    return lambda scores, seed, position: draw(scores, torch.randint_like(seed, 2**62), position)
 
 
-def seed_of_the_slot(gumbel: Callable) -> Callable:
-    return lambda seed, position, vocab_size: gumbel(torch.arange(len(seed)), position, vocab_size)
+def seed_of_the_slot(draw: Callable) -> Callable:
+    return lambda scores, seed, position: draw(scores, torch.arange(len(seed)), position)
 
 
 def ancestors_skipped(walk: Callable) -> Callable:
@@ -120,9 +120,9 @@ def shallowest(last_accepted: Callable) -> Callable:
     [
         ("descend", relative_positions),
         ("descend", next_position),
-        ("gumbel", same_position),
-        ("gumbel", fresh_noise),
-        ("gumbel", seed_of_the_slot),
+        ("gumbel_argmax", same_position),
+        ("gumbel_argmax", fresh_noise),
+        ("gumbel_argmax", seed_of_the_slot),
         ("walk", ancestors_skipped),
         ("last_accepted", shallowest),
     ],

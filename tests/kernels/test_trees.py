@@ -1,4 +1,4 @@
-"""`aurora_rl.trees` against plain Python over lists, and against answers derived by hand."""
+"""`aurora_kernels.trees` against plain Python over lists, and against answers derived by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_rl.trees import (
+from aurora_kernels.trees import (
     accepted_path,
     ancestor_mask,
     depths,

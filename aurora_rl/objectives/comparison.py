@@ -1,0 +1,107 @@
+"""Divergences between target and drafter at rows of a batch, by chunks of rows where the draft head is a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aurora_kernels import Target, two_head_loss
+from aurora_kernels.rows import agreeing, chunk_rows
+from aurora_rl.objectives.divergences import Divergence, with_gradient
+from aurora_rl.policies.drafter import log_softmax
+from aurora_rl.policies.head_logits import HeadLogits
+
+
+def compare(
+    logits: Sequence[Tensor],
+    target: Target,
+    divergence: Divergence,
+    *,
+    draft_vocab: Tensor | None,
+    renormalize: bool,
+    row_weights: Tensor | None = None,
+    choices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute a divergence to the target at every row of ``J`` predictions.
+
+    Logits that are :class:`~aurora_rl.policies.HeadLogits` throughout are never multiplied out for all rows.
+
+    Args:
+        logits: The drafter's logits, ``J`` tensors ``[X, Vd]``.
+        target: The target's distribution at the rows, which all ``J`` share.
+        divergence: Divergence of log-probabilities, see ``aurora_rl.objectives.divergences``.
+        draft_vocab: The target's tokens that the drafter's rows stand for, ``[Vd]`` int64; None for all.
+        renormalize: Whether the target's distribution is renormalised over the draft vocabulary.
+        row_weights: Gradient that the values will receive, up to a factor, or which of them count (bool), ``[J, X]``.
+            Values of rows of weight 0 mean nothing. See ``two_head_loss``.
+        choices: Draft rows to look for among the drafter's likeliest, ``[X]`` int64, −1 for none; None for the target's
+            likeliest.
+
+    Returns:
+        Values ``[J, X]``; and ``[J, X]`` bool, whether the target's likeliest token, or the choice, is the drafter's.
+
+    Example:
+        >>> from aurora_kernels import LogProbTarget
+        >>> from aurora_rl.objectives import forward_kl
+        >>> half, quarter = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+        >>> compare([half, quarter], LogProbTarget(half), forward_kl, draft_vocab=None, renormalize=True)
+        (tensor([[0.0000],
+                [0.1438]]), tensor([[ True],
+                [False]]))
+    """
+    # A drafter may predict alike at several steps, which are compared once.
+    distinct = list({id(each): each for each in logits}.values())
+    place = [next(i for i, other in enumerate(distinct) if other is each) for each in logits]
+    heads = [each for each in distinct if isinstance(each, HeadLogits)]
+    if len(heads) == len(distinct):
+        if row_weights is not None and len(distinct) < len(logits):
+            alike = [[step for step, at in enumerate(place) if at == i] for i in range(len(distinct))]
+            row_weights = torch.stack([row_weights[steps].sum(0).to(row_weights.dtype) for steps in alike])
+        values, agreement = two_head_loss(
+            [each.states for each in heads],
+            [each.weight for each in heads],
+            target,
+            with_gradient(divergence),
+            draft_vocab=draft_vocab,
+            renormalize=renormalize,
+            row_weights=row_weights,
+            choices=choices,
+        )
+        return values[place], agreement[place]
+    log_p = whole(target, draft_vocab, renormalize=renormalize)
+    chosen = log_p.max(-1).indices if choices is None else choices
+    with torch.no_grad():
+        agreement = torch.stack([agreeing(each, chosen) for each in distinct])
+    log_q = [log_softmax(each) for each in distinct]
+    values = torch.stack([divergence(log_p.to(each.dtype), each) for each in log_q])
+    return values[place], agreement[place]
+
+
+@torch.no_grad()
+def whole(target: Target, draft_vocab: Tensor | None, *, renormalize: bool) -> Tensor:
+    """Return the target's log-probabilities at all rows, ``[X, Vd]``; arguments as of :func:`compare`."""
+    return target.reader(draft_vocab, renormalize=renormalize, temperature=1.0)(slice(0, len(target)))
+
+
+@torch.no_grad()
+def row_log_probs(logits: Tensor, row: Tensor) -> Tensor:
+    """Return the drafter's log-probability of a draft row at every position, ``[X]``; −inf where the row is −1.
+
+    Args:
+        logits: The drafter's logits, ``[X, Vd]``; those that are :class:`~aurora_rl.policies.HeadLogits` are multiplied
+            out for a few positions at a time.
+        row: Draft rows, ``[X]`` int64.
+
+    Example:
+        >>> row_log_probs(HeadLogits(torch.zeros(2, 3), torch.ones(4, 3)), torch.tensor([3, -1])).exp()
+        tensor([0.2500, 0.0000])
+    """
+    if not isinstance(logits, HeadLogits):
+        picked = log_softmax(logits).gather(1, row.clamp(min=0)[:, None])[:, 0]
+        return picked.masked_fill(row < 0, -torch.inf)
+    size = chunk_rows(row.device, len(logits.weight), len(row))
+    parts = zip(logits.states.split(size), row.split(size), strict=True)
+    return torch.cat([row_log_probs(F.linear(states, logits.weight), few) for states, few in parts])
