@@ -136,6 +136,7 @@ class HttpFront:
             max_body=http.max_body,
             timeout=http.timeout,
             cors_origins=http.cors_origins,
+            opt_out=spec.config.privacy.opt_out,
         )
         self._start(app)
 

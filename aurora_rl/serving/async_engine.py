@@ -65,6 +65,7 @@ class Job:
         learn: Whether the learner may see it.
         counted: Whether statistics and metrics count it.
         cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
+        tenant: Name of whom it is for.
     """
 
     prompt: Tensor
@@ -73,6 +74,7 @@ class Job:
     learn: bool = True
     counted: bool = True
     cache_salt: str | None = None
+    tenant: str | None = None
 
 
 @dataclass(slots=True, eq=False)

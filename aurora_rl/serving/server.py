@@ -15,11 +15,12 @@ from torch import Tensor
 
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs import Completion, SpecDecodeEnv
+from aurora_rl.envs import Completion, Request, SpecDecodeEnv
 from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import Outcome, TreeController
 from aurora_rl.serving.canary import Canary
+from aurora_rl.serving.capture import Capture
 from aurora_rl.serving.versions import Versions
 from aurora_rl.serving.watchdog import Watchdog
 from aurora_rl.telemetry.log import MetricsLog
@@ -45,6 +46,8 @@ class InferenceServer:
         second: Policy of another copy of the drafter on the same engine, for trials.
         watched: Whether the drafter is checked while it serves.
         note: Called with each completion; returns its domain.
+        captures: Called with each request that ended; returns whether it is captured. None captures
+            all whose ``learn`` is true.
 
     Attributes:
         stats: Statistics of the run so far.
@@ -65,6 +68,7 @@ class InferenceServer:
         second: DrafterPolicy | None = None,
         watched: bool = False,
         note: Callable[[Completion], str] = lambda completion: "",
+        captures: Callable[[Request], bool] | None = None,
     ) -> None:
         self.env, self.stats = env, Stats(policy.version)
         self.versions = Versions(
@@ -79,6 +83,7 @@ class InferenceServer:
         )
         env.on_completion = self.completed
         self._windows, self._log, self._sink, self._note = windows, log, sink, note
+        self._captures = Capture() if captures is None else captures
         self._td: TensorDictBase | None = None
         self._recording = 0.0
         self._asked: dict[int, list[bool]] = {}  # of the requests in flight: in which rounds drafts were asked for
@@ -235,9 +240,9 @@ class InferenceServer:
             depth=self.policy.shape.depth,
             coverage=round(float(covered), 4),
         )
-        if completion.request.learn:
+        if self._captures(completion.request):
             if self.policy.earlier is not None:
-                self.policy.earlier.add(completion.tokens.numpy(), completion.request.cache_salt)
+                self.policy.earlier.add(completion.tokens.numpy(), completion.request.salt)
             if self._sink is not None:
                 self._sink.extend(trajectory)
         self._recording += time.perf_counter() - began

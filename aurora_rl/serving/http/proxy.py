@@ -24,13 +24,14 @@ from aurora_rl.serving.http.app import application
 from aurora_rl.serving.http.errors import GONE, ApiError, of_engine, timed_out
 from aurora_rl.serving.http.generation import ClientGoneError, while_connected
 from aurora_rl.serving.http.live_page import page_routes
-from aurora_rl.serving.http.prompts import switch
+from aurora_rl.serving.http.prompts import switch, tenant_of
 from aurora_rl.serving.http.reading import read_body
 from aurora_rl.serving.http.schemas import json_object
 from aurora_rl.serving.http.sglang_answer import SGLangAnswer
 from aurora_rl.serving.http.streams import EventStream, event
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
+from aurora_rl.tenants import joint_salt
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def create_proxy(
     max_body: int = 1 << 20,
     timeout: float = 600.0,
     cors_origins: Sequence[str] = (),
+    opt_out: Collection[str] = (),
 ) -> Starlette:
     """Build the application that passes requests on to SGLang.
 
@@ -68,6 +70,7 @@ def create_proxy(
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
         cors_origins: Origins whose pages may call the server from a browser.
+        opt_out: Tenants whose requests are never captured.
     """
     proxy = Proxy(
         url,
@@ -79,6 +82,7 @@ def create_proxy(
         drafter_version=drafter_version,
         max_body=max_body,
         timeout=timeout,
+        opt_out=opt_out,
     )
     return application(
         [*proxy.routes(), *page_routes(proxy.load, history, model)],
@@ -102,6 +106,7 @@ class Proxy:
         drafter_version: Returns the version of the weights that draft.
         max_body: Most bytes of a body.
         timeout: Most seconds of a request.
+        opt_out: Tenants whose requests are never captured.
     """
 
     def __init__(
@@ -116,7 +121,9 @@ class Proxy:
         drafter_version: Callable[[], int],
         max_body: int,
         timeout: float,
+        opt_out: Collection[str],
     ) -> None:
+        self._opt_out = frozenset(opt_out)
         self._url, self._model, self._metrics = url.rstrip("/"), model, metrics
         self._num_spec_tokens, self._drafter_version = num_spec_tokens, drafter_version
         self._max_body, self._timeout = max_body, timeout
@@ -157,7 +164,7 @@ class Proxy:
         try:
             body = await read_body(request, self._max_body, self._timeout)
             answer = SGLangAnswer(
-                translated(json_object(body), request.headers),
+                translated(json_object(body), request.headers, self._opt_out),
                 observe=self._metrics.observe,
                 num_spec_tokens=self._num_spec_tokens(),
                 drafter_version=self._drafter_version,
@@ -301,19 +308,20 @@ def _is_stream(answer: httpx.Response) -> bool:
     return answer.is_success and answer.headers.get("content-type", "").startswith("text/event-stream")
 
 
-def translated(fields: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
-    """Return a request's fields as SGLang takes them: ``learn`` becomes an entry of ``custom_params``.
+def translated(fields: Mapping[str, Any], headers: Mapping[str, str], opt_out: Collection[str] = ()) -> dict[str, Any]:
+    """Return a request's fields as SGLang takes them: ``learn`` is in ``custom_params``, the tenant in ``cache_salt``.
 
     Args:
         fields: Fields of the request's body.
         headers: Headers of the request, by lower-case name.
+        opt_out: Tenants whose requests are never captured.
 
     Raises:
-        ApiError: Status 400, for a switch that is none, or ``speculative=false``.
+        ApiError: Status 400, for a switch or a tenant that is none, or ``speculative=false``.
 
     Example:
-        >>> translated({"prompt": "a", "learn": False}, {})
-        {'prompt': 'a', 'custom_params': {'aurora_rl': False}}
+        >>> translated({"prompt": "a", "learn": False}, {"x-aurora-tenant": "b"})
+        {'prompt': 'a', 'cache_salt': 'b@', 'custom_params': {'aurora_rl': False}}
     """
     passed = {name: value for name, value in fields.items() if name not in ("speculative", "learn")}
     for name in ("speculative", "learn"):
@@ -324,9 +332,20 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str]) -> dict[st
             "speculative=false is not supported with engine.name=sglang, which drafts for all requests: leave it out"
         )
         raise ApiError(400, message, param="speculative", code="unsupported_field")
-    if not switch(fields.get("learn"), headers, "x-aurora-learn"):
+    tenant, salt = tenant_of(headers), fields.get("cache_salt")
+    if tenant is not None or salt is not None:
+        passed["cache_salt"] = [_salt(tenant, s) for s in salt] if isinstance(salt, list) else _salt(tenant, salt)
+    if not switch(fields.get("learn"), headers, "x-aurora-learn") or tenant in opt_out:
         params = fields.get("custom_params") or {}
         if not isinstance(params, dict):
             raise ApiError(400, "custom_params must be an object", param="custom_params", code="invalid_value")
         passed["custom_params"] = {**params, "aurora_rl": False}
     return passed
+
+
+def _salt(tenant: str | None, salt: Any) -> str | None:
+    """Return a salt of a tenant's among those of all requests."""
+    if not isinstance(salt, str | None):
+        message = f"cache_salt is {salt!r:.60}: give a string, or a list of one for each prompt"
+        raise ApiError(400, message, param="cache_salt", code="invalid_value")
+    return joint_salt(tenant, salt)
