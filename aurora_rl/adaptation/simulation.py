@@ -45,6 +45,10 @@ class LocalSource:
         taken, self.waiting = self.waiting, []
         return taken
 
+    def take_deletions(self) -> dict[str, float]:
+        """Return none: nobody asks for any."""
+        return {}
+
     def shutdown(self) -> None:
         """Forget what waits."""
         self.waiting.clear()

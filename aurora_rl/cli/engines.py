@@ -126,6 +126,7 @@ def embedded_server(
             capacity=config.wire.queue,
             max_bytes=config.wire.queue_bytes,
             limits=limits,
+            max_age=config.privacy.max_age,
         )
     with opening("wire.weights", config.wire.weights):
         receiver = WeightReceiver(config.wire.weights, handshake=greeting, keys=keys, limits=limits)

@@ -127,5 +127,7 @@ def assembled(
         max_skipped=settings.max_skipped,
         checkpoint=checkpoint,
         keep=settings.keep,
+        max_age=config.privacy.max_age,
+        once=config.privacy.zero_retention,
         outputs=outputs,
     )

@@ -244,7 +244,7 @@ class InferenceServer:
             if self.policy.earlier is not None:
                 self.policy.earlier.add(completion.tokens.numpy(), completion.request.salt)
             if self._sink is not None:
-                self._sink.extend(trajectory)
+                self._sink.extend(trajectory, completion.request.tenant)
         self._recording += time.perf_counter() - began
 
     def cancel(self, request: int) -> None:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -28,6 +28,7 @@ from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.checkpoint import load_training_state, save_training_state
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.replay import NewestTrajectories
+from aurora_rl.training.retention import AgeLimit, is_deleted
 from aurora_rl.training.served_weights import WeightAudit, with_weights
 from aurora_rl.training.steps import has_finite_step, train_step
 from aurora_rl.trajectories import pack
@@ -56,6 +57,9 @@ class TrajectorySource(Protocol):
 
     def poll(self, timeout_s: float = 0.0) -> Sequence[TensorDictBase]:
         """Take the trajectories that have arrived, oldest first."""
+
+    def take_deletions(self) -> Mapping[str, float]:
+        """Take the tenants whose data is to be deleted, with the Unix times up to which."""
 
     def shutdown(self) -> None:
         """Take no more."""
@@ -103,6 +107,8 @@ class Learner:
         max_skipped: Steps in a row that may come out without a finite loss and gradient, for no trajectory's sake.
         checkpoint: Folder of the training state. Published drafters are kept next to it, in ``versions``.
         keep: Published drafters that are kept.
+        max_age: Seconds from the end of a request after which its trajectory is dropped; None keeps it.
+        once: Whether a trajectory is dropped after the gradient step that it was taken for.
         outputs: Writes the training state.
 
     Attributes:
@@ -130,6 +136,8 @@ class Learner:
         max_skipped: int,
         checkpoint: str | os.PathLike[str],
         keep: int = 5,
+        max_age: float | None = None,
+        once: bool = False,
         outputs: Outputs,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
@@ -145,7 +153,8 @@ class Learner:
         self._refusal: str | None = None
         self._unlearned, self._noted, self._next_note = 0, Counter[str](), 0.0
         self._sound: TensorDictBase | None = None  # the last new trajectory on which a step was taken
-        self._quarantined = self._refused = 0
+        self._quarantined = self._refused = self._expired = 0
+        self._age_limit, self._once = AgeLimit(max_age), once
         self._serving = self._frozen()
         self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is rejected
         self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
@@ -173,6 +182,7 @@ class Learner:
         """Take what arrived, and learn from one batch. Return False if there was nothing to do."""
         busy = len(self._new) >= self._batch_size or self._credit > 0
         arrivals = self._collector.poll(timeout_s=0.0 if busy else wait_s)
+        arrivals = self._retained(arrivals)
         self._audit.check(arrivals)
         self._admit(self._gate.admit(arrivals))
         self._note_refusal()
@@ -189,8 +199,10 @@ class Learner:
         if len(self._new) >= self._batch_size:
             batch, self._new = self._new[: self._batch_size], self._new[self._batch_size :]
             self._credit = min(self._credit + self._replay, 4 * self._replay)
-            if self._train(pack(batch), new=len(batch)):
+            if self._train(pack(batch), new=len(batch)) and not self._once:
                 self._sound = batch[-1]
+            if self._once:
+                self._replayed.remove(batch)
             return_freed_memory()
         elif self._credit > 0:
             self._credit -= 1
@@ -200,6 +212,31 @@ class Learner:
         else:
             return bool(arrivals)
         return True
+
+    def _retained(self, arrivals: Sequence[TensorDictBase]) -> list[TensorDictBase]:
+        """Drop what was deleted or is too old, wherever it is kept. Return the arrivals without it."""
+        if deletions := self._collector.take_deletions():
+            gone, number = is_deleted(deletions), len(arrivals)
+            arrivals = [each for each in arrivals if not gone(each)]
+            dropped = number - len(arrivals) + self._drop(gone)[1]
+            self._log.write("deleted", tenants=len(deletions), trajectories=dropped, steps=self.steps)
+        look, number = self._age_limit.due(), len(arrivals)
+        arrivals = [each for each in arrivals if not self._age_limit.passed(each)]
+        self._expired += number - len(arrivals) + (self._drop(self._age_limit.passed)[0] if look else 0)
+        return arrivals
+
+    def _drop(self, gone: Callable[[TensorDictBase], bool]) -> tuple[int, int]:
+        """Drop trajectories. Return how many of them were not learned from, and how many they were."""
+        new, held = (
+            [each for each in self._new if not gone(each)],
+            self._gate.drop(gone),
+        )  # what is held is in no buffer
+        unlearned, self._new = held + len(self._new) - len(new), new
+        if self._sound is not None and gone(self._sound):
+            self._sound = None
+        dropped = held + self._replayed.drop(gone)
+        self._credit *= len(self._buffer) > 0  # else there is nothing to replay
+        return unlearned, dropped
 
     def _admit(self, trajectories: list[TensorDictBase]) -> None:
         if trajectories:
@@ -229,7 +266,9 @@ class Learner:
     def _note_drops(self) -> None:
         """Log what was dropped, and who was refused, since the last such events."""
         self._next_note = time.monotonic() + _NOTE_S
-        dropped = self._collector.rejections + Counter(buffer_full=self._unlearned, quarantined=self._quarantined)
+        dropped = self._collector.rejections + Counter(
+            buffer_full=self._unlearned, quarantined=self._quarantined, expired=self._expired
+        )
         if dropped != self._noted:
             self._log.write("drops", reasons=dict(dropped - self._noted), steps=self.steps)
             self._noted = dropped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -53,9 +53,15 @@ class NewestTrajectories(ListStorage):
     def remove(self, trajectories: Sequence[TensorDictBase]) -> None:
         """Remove these very objects."""
         gone = {id(each) for each in trajectories}
-        self._storage = [each for each in self._storage if id(each) not in gone]
-        self._bytes = sum(map(size_of, self._storage))
-        self._bump_mutation_revision()
+        self.drop(lambda each: id(each) in gone)
+
+    def drop(self, gone: Callable[[TensorDictBase], bool]) -> int:
+        """Remove the trajectories that meet a condition, and return how many they were."""
+        kept = [each for each in self._storage if not gone(each)]
+        if dropped := len(self._storage) - len(kept):
+            self._storage, self._bytes = kept, sum(map(size_of, kept))
+            self._bump_mutation_revision()
+        return dropped
 
 
 def trajectory_buffer(capacity: int, batch_size: int, seed: int = 0, max_bytes: int | None = None) -> ReplayBuffer:

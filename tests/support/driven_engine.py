@@ -69,7 +69,7 @@ class ClientRig:
             note=self.clients.completed,
         )
 
-    def extend(self, trajectory: Any) -> None:
+    def extend(self, trajectory: Any, tenant: str | None = None) -> None:
         self.learned.append(int(trajectory["request"]))
 
 
