@@ -101,6 +101,11 @@ class TrajectorySink:
         self._thread.start()
 
     @property
+    def connected(self) -> bool:
+        """Whether a learner is connected, as of the last turn of the thread, a second ago at most."""
+        return self._connected
+
+    @property
     def queued(self) -> int:
         """Trajectories waiting now."""
         return len(self._queue)

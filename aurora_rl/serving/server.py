@@ -7,7 +7,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -29,6 +31,24 @@ from aurora_rl.telemetry.stats import Stats
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """What a server has dropped of a tenant's.
+
+    Attributes:
+        prefixes: Texts whose rows were in the engine's prefix cache.
+        answers: Answers in which lookup searched.
+        trajectories: Trajectories that waited for the learner.
+        learner: "told" if a learner was connected, which drops what it has, and "absent" if none was: it is told when
+            one connects, as long as this server runs.
+    """
+
+    prefixes: int
+    answers: int
+    trajectories: int
+    learner: Literal["told", "absent"]
 
 
 class InferenceServer:
@@ -246,6 +266,18 @@ class InferenceServer:
             if self._sink is not None:
                 self._sink.extend(trajectory, completion.request.tenant)
         self._recording += time.perf_counter() - began
+
+    def delete(self, tenant: str) -> Deleted:
+        """Drop between two rounds what is kept of a tenant's requests that ended, and tell the learner to do so."""
+        engine, sink, earlier = self.env.engine, self._sink, self.policy.earlier
+        for policy in self.versions.policies:
+            policy.delete(tenant)
+        return Deleted(
+            prefixes=0 if engine.prefix_cache is None else engine.prefix_cache.delete(tenant),
+            answers=0 if earlier is None else earlier.delete(tenant),
+            trajectories=0 if sink is None else sink.delete(tenant),
+            learner="absent" if sink is None or not sink.connected else "told",
+        )
 
     def cancel(self, request: int) -> None:
         """Drop a request between two rounds, and its record with it; its slot is free for the next."""

@@ -27,6 +27,8 @@ class ClientRig:
 
     Attributes:
         learned: Ids of the requests whose trajectories were handed on.
+        deleted: Tenants whose data the learner was told to delete.
+        connected: Whether there is a learner.
         queued: Trajectories that wait to be sent.
         drops: Trajectories that no learner took, by reason.
         sent: Trajectories handed to a learner.
@@ -57,6 +59,8 @@ class ClientRig:
             on_refused=self.clients.refused,
         )
         self.learned: list[int] = []
+        self.deleted: list[str] = []
+        self.connected = True
         self.queued = self.sent = 0
         self.drops: Counter[str] = Counter()
         self.log = MetricsLog(folder / "metrics.jsonl", "server")
@@ -71,6 +75,10 @@ class ClientRig:
 
     def extend(self, trajectory: Any, tenant: str | None = None) -> None:
         self.learned.append(int(trajectory["request"]))
+
+    def delete(self, tenant: str) -> int:
+        self.deleted.append(tenant)
+        return 0
 
 
 @contextlib.contextmanager

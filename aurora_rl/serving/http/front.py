@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import torch
@@ -19,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 import aurora_rl
 from aurora_rl.envs import SamplingParams
-from aurora_rl.serving.async_engine import AsyncEngine, Job, QueueFullError
+from aurora_rl.serving.async_engine import AsyncEngine, EngineDeadError, Job, QueueFullError
 from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
 from aurora_rl.serving.http.errors import GONE, ApiError, of_engine
 from aurora_rl.serving.http.generation import ClientGoneError, complete, generate, while_connected
-from aurora_rl.serving.http.prompts import Encoder
+from aurora_rl.serving.http.prompts import Encoder, tenant_to_delete
 from aurora_rl.serving.http.reading import read_body
 from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Tokenize, parse
 from aurora_rl.serving.http.streams import EventStream, events
@@ -84,6 +85,7 @@ class Front:
             Route("/detokenize", self.detokenize, methods=post),
             Route("/health", self.health, methods=get),
             Route("/health_generate", self.health_generate, methods=get),
+            Route("/tenant_data", self.delete_tenant_data, methods=["DELETE"]),
             Route("/server_info", self.server_info, methods=get),
             Route("/metrics", self.metrics, methods=get),
         ]
@@ -157,6 +159,21 @@ class Front:
         finally:
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
+
+    async def delete_tenant_data(self, request: Request) -> Response:
+        """Delete what is kept of a tenant's requests that ended."""
+        tenant = tenant_to_delete(request.headers)
+        try:
+            async with asyncio.timeout(self._timeout):
+                deleted = await while_connected(request.receive, self._engine.delete(tenant))
+        except ClientGoneError:
+            return GONE
+        except TimeoutError:
+            message = "the tenant's requests in flight took longer than http.timeout; they go on, and deletion follows"
+            raise ApiError(504, message) from None
+        except EngineDeadError as error:
+            raise of_engine(error) from error
+        return JSONResponse({"tenant": tenant, **asdict(deleted)})
 
     async def server_info(self, request: Request) -> Response:
         """Tell what is served and how busy it is."""

@@ -197,3 +197,10 @@ def tenant_of(headers: Mapping[str, str]) -> str | None:
         return check_tenant(names[0]) if names else None
     except ValueError as error:
         raise ApiError(400, f"the header {TENANT_HEADER}: {error}", code="invalid_value") from error
+
+
+def tenant_to_delete(headers: Mapping[str, str]) -> str:
+    """Return the tenant whose data a request deletes; arguments and errors are those of :func:`tenant_of`."""
+    if (tenant := tenant_of(headers)) is None:
+        raise ApiError(400, f"whose data is to be deleted? name the tenant in the header {TENANT_HEADER}")
+    return tenant

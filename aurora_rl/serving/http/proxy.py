@@ -149,6 +149,7 @@ class Proxy:
             *(Route(path, self.fetch, methods=get) for path in ("/v1/models", "/health_generate")),
             Route("/v1/models/{model:path}", self.model, methods=get),
             Route("/health", self.health, methods=get),
+            Route("/tenant_data", self.delete_tenant_data, methods=["DELETE"]),
             Route("/server_info", self.server_info, methods=get),
             Route("/metrics", self.metrics, methods=get),
         ]
@@ -206,6 +207,16 @@ class Proxy:
         if not healthy:
             raise ApiError(503, "SGLang does not answer, or not in good order; see its log")
         return Response()
+
+    async def delete_tenant_data(self, request: Request) -> Response:
+        """Say why nothing is deleted, and what to do."""
+        raise ApiError(
+            501,
+            "SGLang's prefix cache and the plugin's records are not kept by tenant, so nothing was deleted. SGLang's "
+            "/flush_cache empties the first; trajectories are gone from the learner once privacy.max_age has passed, "
+            "or once it is started again",
+            code="not_supported",
+        )
 
     async def server_info(self, request: Request) -> Response:
         """Tell what is served. SGLang's own answer has all of its arguments, keys included."""

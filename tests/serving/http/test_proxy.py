@@ -82,6 +82,15 @@ def test_what_sglang_cannot_do_is_refused_by_name(
     assert upstream.bodies == []
 
 
+def test_a_deletion_that_sglang_cannot_do_is_refused_and_not_passed_on(
+    upstream: Upstream, serve: Callable[..., str]
+) -> None:
+    answer = httpx.delete(f"{serve()}/tenant_data", headers={"X-Aurora-Tenant": "a"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (501, "not_supported") and "/flush_cache" in error["message"]
+    assert not upstream.paths
+
+
 def test_sglangs_refusals_come_back_as_they_are(serve: Callable[..., str]) -> None:
     for stream in (False, True):
         answer = post(serve(), {"do": "refuse", "stream": stream})
