@@ -43,6 +43,14 @@ def keep_nothing(merged: DictConfig, named: Collection[str]) -> None:
             OmegaConf.update(merged, key, 0)
 
 
+def check_records(config: Config) -> None:
+    """Raise ConfigError where a command whose purpose is a recording is to keep nothing."""
+    if config.privacy.zero_retention:
+        raise ConfigError(
+            "privacy.zero_retention=true writes no text to disk, and this command records what it serves; leave it out"
+        )
+
+
 def check_privacy(config: Config) -> None:
     """Raise ConfigError if a tenant's name is none, an age is out of range, or a key keeps what must not be kept."""
     with naming("privacy.opt_out"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from aurora_rl.cli.config import load_config, to_yaml
+from aurora_rl.cli.config_privacy import check_records
 from aurora_rl.cli.errors import ConfigError
 
 ZERO = "privacy.zero_retention=true"
@@ -52,3 +53,9 @@ def test_a_saved_configuration_is_read_back(tmp_path: Path) -> None:
 def test_a_value_out_of_range_is_named(pair: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         load_config(overrides=[pair])
+
+
+def test_a_command_that_records_is_refused_with_zero_retention() -> None:
+    check_records(load_config())
+    with pytest.raises(ConfigError, match="^privacy.zero_retention=true writes no text to disk, and this command"):
+        check_records(load_config(overrides=[ZERO]))
