@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aurora_rl.tenants import is_salt_of
+
 
 class _Kept(NamedTuple):
     """A text, its rows, and the salt of the request that left them."""
@@ -85,6 +87,13 @@ class PrefixCache:
     def clear(self) -> None:
         """Drop all rows."""
         self._kept, self.num_tokens = [], 0
+
+    def delete(self, tenant: str) -> int:
+        """Drop the rows that a tenant's requests left, and return of how many texts they were."""
+        kept = [each for each in self._kept if not is_salt_of(tenant, each.salt)]
+        deleted, self._kept = len(self._kept) - len(kept), kept
+        self.num_tokens = sum(len(each.text) for each in kept)
+        return deleted
 
     def _longest(self, text: np.ndarray, salt: str | None) -> tuple[int, int]:
         """Return the length of the longest beginning that is kept of a text, and its place, the latest of several."""

@@ -74,3 +74,14 @@ def test_a_text_that_begins_another_is_dropped_for_it() -> None:
 def test_a_bound_that_keeps_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0; leave the cache out"):
         PrefixCache(0)
+
+
+def test_a_tenants_rows_are_deleted_and_leave_room() -> None:
+    cache, rows = PrefixCache(max_tokens=10), torch.arange(4.0)
+    for first, salt in ((1, "a@x"), (1, "b@"), (1, None)):
+        cache.save(torch.tensor([first, 2, 3]), [rows], salt)
+    assert (cache.delete("a"), cache.delete("a"), cache.num_tokens) == (1, 0, 6)
+    text = torch.tensor([1, 2, 3])
+    assert [cache.load(text, [torch.zeros(4)], salt) for salt in ("a@x", "b@", None)] == [0, 3, 3]
+    cache.save(torch.tensor([5, 6, 7]), [rows], "a@")
+    assert cache.num_tokens == 9

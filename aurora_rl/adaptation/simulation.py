@@ -50,6 +50,10 @@ class LocalWire:
         taken, self.waiting = self.waiting, []
         return taken
 
+    def take_deletions(self) -> dict[str, float]:
+        """Return none: nobody asks for any."""
+        return {}
+
     def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> None:
         """Keep weights to be taken."""
         self.newest, self.next_version = (version, dict(tensors)), version + 1

@@ -29,6 +29,7 @@ from aurora_rl.adaptation.simulation import ArmRun, LocalWire, add_answers, simu
 from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, load, request_queue, start_drafter
 from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.config_privacy import check_records
 from aurora_rl.cli.engines import embedded_server
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.learner import assembled, learning
@@ -168,6 +169,7 @@ class _Bench:
     # ---- the stream -------------------------------------------------------------------------------------------------
 
     def _record(self, name: str, phase: Phase | None, prompts: Sequence[Prompt], layers: Sequence[int]) -> None:
+        check_records(self._base.config)
         recording = ShownRecording(self._out / "stream" / name, layers)
         if len(recording) == len(prompts):
             return

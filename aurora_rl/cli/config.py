@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.cli.config_checks import check
+from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
 from aurora_rl.cli.cpus import usable_cpus
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.settings import nearest
@@ -49,7 +50,7 @@ class EngineConfig:
     arguments: list[str] = field(default_factory=list)
     """More arguments of ``sglang.launch_server``."""
     capture_rate: float = 1.0
-    """Share of SGLang's requests that are recorded."""
+    """Share of the requests that are captured: that go to the learner, and whose answers lookup searches."""
     batch_invariant: bool = False
     """Compute a token's logits to the same bits whatever else is in the pass, so that speculative text is plain text in
     bfloat16 too. It takes time (docs/kernels.md). For the embedded engine; SGLang has an option of its own,
@@ -288,6 +289,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     run_dir: str | None = None
     """New or empty folder of the run; null is ``runs/<time>``."""
@@ -354,6 +356,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
                 ) from error
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     try:
+        keep_nothing(merged, {key for _, values in sources for key in _keys(values)})
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(str(error).replace("\n", " ")) from error

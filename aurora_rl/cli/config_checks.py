@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from aurora_rl.addresses import is_local
+from aurora_rl.cli.config_privacy import check_privacy
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.telemetry.loggers import LOGGERS
 
@@ -96,6 +97,7 @@ def check(config: Config) -> None:
         )
     _check_engine(config)
     _check_wire(config)
+    check_privacy(config)
     if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
         raise ConfigError(
             "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "

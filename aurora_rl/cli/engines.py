@@ -31,6 +31,7 @@ from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.serving.canary import Canary
+from aurora_rl.serving.capture import Capture
 from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.serving.sglang import AttachedServer, SGLangServer
@@ -120,6 +121,7 @@ def embedded_server(
             capacity=config.wire.queue,
             max_bytes=config.wire.queue_bytes,
             limits=limits,
+            max_age=config.privacy.max_age,
         )
     with opening("wire.weights", config.wire.weights):
         receiver = WeightReceiver(
@@ -142,6 +144,7 @@ def embedded_server(
         second=policies[-1],
         watched=True,
         note=requests.completed,
+        captures=Capture(config.engine.capture_rate, config.privacy.opt_out, config.seed),
     )
     if fault is not None:
         server.note_fault(str(fault), None, "every request is served without the drafter")

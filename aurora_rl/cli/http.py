@@ -120,6 +120,7 @@ class HttpFront:
             max_waiting=spec.config.http.max_waiting,
             slots=lambda: server.slots,
             num_spec_tokens=lambda: server.depth,
+            opt_out=spec.config.privacy.opt_out,
             **self._common(spec.config, server, history),
         )
         self._start(proxy)

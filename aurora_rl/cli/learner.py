@@ -126,5 +126,7 @@ def assembled(
         keep=settings.keep,
         keep_states=config.checkpoint.keep,
         save_buffer=config.checkpoint.buffer,
+        max_age=config.privacy.max_age,
+        once=config.privacy.zero_retention,
         outputs=outputs,
     )

@@ -143,7 +143,7 @@ class _Session:
             if config.learner.spawn:
                 with self._stop.held():
                     self._learner = LearnerProcess(learner_config, run_dir)
-            if self._requests is not None:
+            if self._requests is not None and not config.privacy.zero_retention:
                 self._requests.answers = JsonLines(run_dir / "answers.jsonl")
             clients = self._clients = AsyncEngine(
                 max_waiting=config.http.max_waiting, workload=self._requests, first_id=first_id

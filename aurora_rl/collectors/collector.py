@@ -11,13 +11,14 @@ from collections.abc import Callable
 import zmq
 from tensordict import TensorDict, TensorDictBase
 
-from aurora_rl.collectors.codec import DEFAULT_LIMITS, CodecError, Limits, decode
+from aurora_rl.collectors.codec import DEFAULT_LIMITS, CodecError, Limits, Message, decode, field
 from aurora_rl.collectors.gatekeeper import KEY_NAME
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import ServerKeys
-from aurora_rl.collectors.sink import TRAJECTORY
+from aurora_rl.collectors.sink import DELETION, TRAJECTORY
 from aurora_rl.collectors.sockets import bind, open_socket, source_of
 from aurora_rl.telemetry.throttle import Throttle
+from aurora_rl.tenants import check_tenant
 
 _TURN_S = 0.1
 _MAX_NAME = 64
@@ -69,6 +70,7 @@ class ZMQCollector:
         self._limits = limits
         self._high_water = high_water
         self._closed = False
+        self._deletions: dict[str, float] = {}
         self._log = Throttle(logging.getLogger(__name__))
         self._lock = threading.Lock()  # shutdown may come from another thread than poll
         self._socket = open_socket(zmq.PULL)
@@ -94,7 +96,8 @@ class ZMQCollector:
 
         Returns:
             Valid trajectories that own their memory; empty if none arrived, or after `shutdown`. "source" of each is
-            the name of its engine's key or, without keys, the name that the engine gives itself.
+            the name of its engine's key or, without keys, the name that the engine gives itself. "tenant" is whom its
+            request was for, empty if it named nobody, and "captured" the Unix time at which the request ended.
         """
         deadline = time.monotonic() + timeout_s
         trajectories: list[TensorDict] = []
@@ -109,6 +112,11 @@ class ZMQCollector:
             if trajectory is not None:
                 trajectories.append(trajectory)
         return trajectories
+
+    def take_deletions(self) -> dict[str, float]:
+        """Take the tenants whose data is to be deleted, with the Unix times up to which; :meth:`poll` receives them."""
+        deletions, self._deletions = self._deletions, {}
+        return deletions
 
     def shutdown(self) -> None:
         """Close the socket. Idempotent; ends a `poll` in another thread within 0.1 s."""
@@ -132,12 +140,13 @@ class ZMQCollector:
         source = source_of(frames, KEY_NAME)  # without keys, what it says
         try:
             message = decode(frames, limits=self._limits)
-            if message.kind != TRAJECTORY:
-                raise CodecError(f"expected a {TRAJECTORY!r} message, got {message.kind!r}")
+            if message.kind not in (TRAJECTORY, DELETION):
+                raise CodecError(f"expected a {TRAJECTORY!r} or {DELETION!r} message, got {message.kind!r}")
             # Equal JSON spares parsing the same handshake with every trajectory.
             meta = message.meta.get("handshake")
             source = source or _name(message.meta.get("engine"))
             engine = self._handshake if meta == self._handshake_meta else Handshake.from_meta(meta)
+            tenant, time_s = _retention(message)
         except CodecError as error:
             self._reject("malformed", source, error)
             return None
@@ -145,6 +154,9 @@ class ZMQCollector:
         if mismatch is not None:
             self.handshake_error = mismatch
             self._reject("handshake", source, mismatch)
+            return None
+        if message.kind == DELETION:
+            self._deletions[tenant] = max(time_s, self._deletions.get(tenant, 0.0))
             return None
         if self._validate is not None:
             try:
@@ -154,12 +166,38 @@ class ZMQCollector:
                 return None
         if self._on_trajectory is not None:
             self._on_trajectory(message.tensors)
-        message.tensors.set_non_tensor("source", source)
+        for name, value in (("source", source), ("tenant", tenant), ("captured", time_s)):
+            message.tensors.set_non_tensor(name, value)
         return message.tensors
 
     def _reject(self, kind: str, source: str, reason: object) -> None:
         self.rejections[kind] += 1
         self._log.warning(kind, "a trajectory of %s is dropped, %s: %s", source or "a peer", kind, reason)
+
+
+def _retention(message: Message) -> tuple[str, float]:
+    """Return the tenant of a message, empty if there is none, and the time of its request's end or of its deletion.
+
+    Raises:
+        CodecError: A field is malformed, or a deletion lacks its tenant or has tensors.
+    """
+    meta, now = {"tenant": None, "captured": None} | message.meta, time.time()
+    deletes = message.kind == DELETION
+    tenant = field(meta, "tenant", str) if deletes else field(meta, "tenant", str, type(None))
+    if tenant is not None:
+        try:
+            check_tenant(tenant)
+        except ValueError as error:
+            raise CodecError(str(error)) from error
+    if deletes and len(message.tensors.keys()):
+        raise CodecError(f"a {DELETION!r} message has no tensors, this one has {len(message.tensors.keys())}")
+    # None is an engine of an earlier release. A clock ahead of ours must not make a trajectory live longer.
+    when = (
+        float(field(meta, "before", float, int))
+        if deletes
+        else min(field(meta, "captured", float, int, type(None)) or now, now)
+    )
+    return tenant or "", when
 
 
 def _name(claimed: object) -> str:

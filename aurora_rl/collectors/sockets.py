@@ -45,6 +45,8 @@ class Socket(zmq.Socket[bytes]):
     folder: str | None = None  # of the address between the two
     key_refused = False
     """Whether the watched peer has refused our key at the last attempt."""
+    connections = 0
+    """Connections to the watched peer so far."""
     _handshakes: zmq.Socket[bytes] | None = None
     _connected = False
 
@@ -59,6 +61,7 @@ class Socket(zmq.Socket[bytes]):
         while self._handshakes is not None and self._handshakes.poll(0):
             event = recv_monitor_message(self._handshakes)["event"]
             self._connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self.connections += self._connected
             if event != zmq.EVENT_DISCONNECTED:
                 self.key_refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
         return self._connected

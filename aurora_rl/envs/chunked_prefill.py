@@ -52,7 +52,7 @@ class ChunkedPrefill:
 
     def add(self, slot: int, request: Request) -> None:
         """Let a request's prompt be read into a free slot."""
-        self._engine.store.cache_salts[slot] = request.cache_salt
+        self._engine.store.cache_salts[slot] = request.salt
         self._reading[slot] = (request, 0)
 
     def clear(self) -> None:

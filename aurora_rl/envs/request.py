@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aurora_rl.envs.logprobs import TokenLogprobs
 from aurora_rl.sampling_params import SamplingParams
+from aurora_rl.tenants import joint_salt
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class Request:
         counted: Whether a server's statistics count it.
         cache_salt: Key of what requests share: a request finds rows in the prefix cache, and answers to look up, of
             requests with its own salt alone. Requests without one, None, share theirs.
+        tenant: Name of whom it is for; tenants share nothing, whatever their salts. None names none.
 
     Example:
         >>> import torch
@@ -38,6 +40,12 @@ class Request:
     learn: bool = True
     counted: bool = True
     cache_salt: str | None = None
+    tenant: str | None = None
+
+    @property
+    def salt(self) -> str | None:
+        """Key of what it shares: its own ``cache_salt`` among its tenant's requests."""
+        return joint_salt(self.tenant, self.cache_salt)
 
 
 @dataclass(slots=True)

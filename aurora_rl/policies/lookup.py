@@ -22,6 +22,7 @@ from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Drafter, Proposal
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_shape import TreeShape
+from aurora_rl.tenants import is_salt_of
 from aurora_rl.tree_index import TreeIndex
 
 # Measured on 300 answers of the built-in traffic (docs/results.md): tokens of the longest context; how many occurrences
@@ -78,6 +79,14 @@ class EarlierAnswers:
         self._texts[salt] = np.concatenate([self.tokens(salt), new])
         self._lengths.append((salt, len(new)))
         self._held += len(new)
+
+    def delete(self, tenant: str) -> int:
+        """Forget the answers to a tenant's requests, and return how many they were."""
+        kept = deque(each for each in self._lengths if not is_salt_of(tenant, each[0]))
+        deleted, self._lengths = len(self._lengths) - len(kept), kept
+        self._texts = {salt: text for salt, text in self._texts.items() if not is_salt_of(tenant, salt)}
+        self._held = sum(length for _, length in kept)
+        return deleted
 
 
 def continuations(text: Sequence[int] | np.ndarray, earlier: np.ndarray | None = None) -> dict[int, float]:

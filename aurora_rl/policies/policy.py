@@ -19,6 +19,7 @@ from aurora_rl.policies.lookup import EarlierAnswers, Tree, merged, ngram_tree, 
 from aurora_rl.policies.row_budget import RowBudget
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.prefix_cache import PrefixCache
+from aurora_rl.tenants import is_salt_of
 from aurora_rl.trajectories import DRAFT_MODES
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
@@ -235,6 +236,12 @@ class DrafterPolicy(TensorDictModuleBase):
         self._unsaved.zero_()
         self._refused.zero_()
         self._forget(self._store.occupied)  # the others are forgotten when they get a request
+
+    def delete(self, tenant: str) -> None:
+        """Drop the rows that a tenant's requests left, and those of such requests that ended since the last round."""
+        if self.prefix_cache is not None:
+            self.prefix_cache.delete(tenant)
+        self._unsaved &= torch.tensor([not is_salt_of(tenant, salt) for salt in self._salts])
 
     def _fill(self, draft: dict[str, Tensor], slots: Tensor, rows: int | None = None) -> None:
         """Draft for the slots, and read about so many ``rows`` of long texts for it; None reads all.

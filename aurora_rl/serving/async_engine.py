@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
@@ -16,7 +17,7 @@ from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.envs.logprobs import TokenLogprobs
 from aurora_rl.serving.request_times import RequestTimes, Wait
 from aurora_rl.serving.requests import RequestSource
-from aurora_rl.serving.server import InferenceServer
+from aurora_rl.serving.server import Deleted, InferenceServer
 
 
 class QueueFullError(RuntimeError):
@@ -65,6 +66,7 @@ class Job:
         learn: Whether the learner may see it.
         counted: Whether statistics and metrics count it.
         cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
+        tenant: Name of whom it is for.
     """
 
     prompt: Tensor
@@ -73,6 +75,7 @@ class Job:
     learn: bool = True
     counted: bool = True
     cache_salt: str | None = None
+    tenant: str | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +87,29 @@ class _Stream:
     queue: asyncio.Queue[tuple[_Stream, Update | Exception]]
     loop: asyncio.AbstractEventLoop
     times: RequestTimes
+
+
+@dataclass(slots=True, eq=False)
+class _Deletion:
+    """A tenant whose data is to be deleted once these requests have ended, and who waits for it, in which loop."""
+
+    tenant: str
+    requests: set[int]
+    answer: asyncio.Future[Deleted]
+    loop: asyncio.AbstractEventLoop
+
+    def end(self, outcome: Deleted | Exception) -> None:
+        """Tell who waits what was deleted, or why nothing was."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+            self.loop.call_soon_threadsafe(self._tell, outcome)
+
+    def _tell(self, outcome: Deleted | Exception) -> None:
+        if self.answer.done():  # the client has left
+            return
+        if isinstance(outcome, Exception):
+            self.answer.set_exception(outcome)
+        else:
+            self.answer.set_result(outcome)
 
 
 class AsyncEngine:
@@ -113,6 +139,7 @@ class AsyncEngine:
         self._waiting: deque[Request] = deque()
         self._cancelled: set[int] = set()
         self._streams: dict[int, _Stream] = {}
+        self._deletions: list[_Deletion] = []
         self._updates: list[tuple[_Stream, Update | Exception]] = []  # from the round that runs
         self._arrived = threading.Event()
         self._closed = ""  # why no more requests are taken
@@ -187,6 +214,24 @@ class AsyncEngine:
             for stream in left:
                 self._cancel(stream)
 
+    async def delete(self, tenant: str) -> Deleted:
+        """Drop what is kept of a tenant's requests. Those in flight are completed first, and are not captured.
+
+        Raises:
+            EngineDeadError: Rounds have ended.
+        """
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Deleted] = loop.create_future()
+        with self._lock:
+            if not self.alive:
+                raise EngineDeadError(self._closed or "the engine does not run; see the server's log")
+            requests = [each.request for each in list(self._streams.values()) if each.request.tenant == tenant]
+            for request in requests:
+                request.learn = False
+            self._deletions.append(_Deletion(tenant, {request.id for request in requests}, answer, loop))
+        self._arrived.set()
+        return await answer
+
     def _cancel(self, stream: _Stream) -> None:
         request = stream.request
         with self._lock:
@@ -207,6 +252,7 @@ class AsyncEngine:
         """Serve one round. False if there was nothing to decode."""
         assert self._server is not None, "call attach first"
         self._drop_cancelled(self._server)
+        self._delete(self._server)
         worked = self._server.step()
         self._deliver()
         return worked
@@ -232,6 +278,9 @@ class AsyncEngine:
             self._closed = reason
             self._updates += [(stream, EngineDeadError(reason)) for stream in self._streams.values()]
             self._streams.clear()
+            deletions, self._deletions = self._deletions, []
+        for deletion in deletions:
+            deletion.end(EngineDeadError(reason))
         self._deliver()
 
     def __call__(self) -> Request | None:
@@ -275,6 +324,14 @@ class AsyncEngine:
             self._waiting = deque(kept)
         for request in cancelled:
             server.cancel(request)
+
+    def _delete(self, server: InferenceServer) -> None:
+        """Do the deletions whose requests have ended."""
+        with self._lock:
+            due = [each for each in self._deletions if not each.requests & self._streams.keys()]
+            self._deletions = [each for each in self._deletions if each not in due]
+        for deletion in due:
+            deletion.end(server.delete(deletion.tenant))
 
     def _deliver(self) -> None:
         """Wake each event loop once for all that a round added."""

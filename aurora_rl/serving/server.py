@@ -7,7 +7,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs import Completion, SpecDecodeEnv
+from aurora_rl.envs import Completion, Request, SpecDecodeEnv
 from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import Outcome, TreeController
 from aurora_rl.serving.canary import Canary
+from aurora_rl.serving.capture import Capture
 from aurora_rl.serving.versions import Versions
 from aurora_rl.serving.watchdog import Watchdog
 from aurora_rl.telemetry.log import MetricsLog
@@ -28,6 +31,24 @@ from aurora_rl.telemetry.stats import Stats
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """What a server has dropped of a tenant's.
+
+    Attributes:
+        prefixes: Texts whose rows were in the engine's prefix cache.
+        answers: Answers in which lookup searched.
+        trajectories: Trajectories that waited for the learner.
+        learner: "told" if a learner was connected, which drops what it has, and "absent" if none was: it is told when
+            one connects, as long as this server runs.
+    """
+
+    prefixes: int
+    answers: int
+    trajectories: int
+    learner: Literal["told", "absent"]
 
 
 class InferenceServer:
@@ -45,6 +66,8 @@ class InferenceServer:
         second: Policy of another copy of the drafter on the same engine, for trials.
         watched: Whether the drafter is checked while it serves.
         note: Called with each completion; returns its domain.
+        captures: Called with each request that ended; returns whether it is captured. None captures
+            all whose ``learn`` is true.
 
     Attributes:
         stats: Statistics of the run so far.
@@ -65,6 +88,7 @@ class InferenceServer:
         second: DrafterPolicy | None = None,
         watched: bool = False,
         note: Callable[[Completion], str] = lambda completion: "",
+        captures: Callable[[Request], bool] | None = None,
     ) -> None:
         self.env, self.stats = env, Stats(policy.version)
         self.versions = Versions(
@@ -79,6 +103,7 @@ class InferenceServer:
         )
         env.on_completion = self.completed
         self._windows, self._log, self._sink, self._note = windows, log, sink, note
+        self._captures = Capture() if captures is None else captures
         self._td: TensorDictBase | None = None
         self._recording = 0.0
         self._asked: dict[int, list[bool]] = {}  # of the requests in flight: in which rounds drafts were asked for
@@ -235,12 +260,24 @@ class InferenceServer:
             depth=self.policy.shape.depth,
             coverage=round(float(covered), 4),
         )
-        if completion.request.learn:
+        if self._captures(completion.request):
             if self.policy.earlier is not None:
-                self.policy.earlier.add(completion.tokens.numpy(), completion.request.cache_salt)
+                self.policy.earlier.add(completion.tokens.numpy(), completion.request.salt)
             if self._sink is not None:
-                self._sink.extend(trajectory)
+                self._sink.extend(trajectory, completion.request.tenant)
         self._recording += time.perf_counter() - began
+
+    def delete(self, tenant: str) -> Deleted:
+        """Drop between two rounds what is kept of a tenant's requests that ended, and tell the learner to do so."""
+        engine, sink, earlier = self.env.engine, self._sink, self.policy.earlier
+        for policy in self.versions.policies:
+            policy.delete(tenant)
+        return Deleted(
+            prefixes=0 if engine.prefix_cache is None else engine.prefix_cache.delete(tenant),
+            answers=0 if earlier is None else earlier.delete(tenant),
+            trajectories=0 if sink is None else sink.delete(tenant),
+            learner="absent" if sink is None or not sink.connected else "told",
+        )
 
     def cancel(self, request: int) -> None:
         """Drop a request between two rounds, and its record with it; its slot is free for the next."""

@@ -151,9 +151,9 @@ class Watchdog:
         if self._question is None or self._question.version != self._policy.version:
             if (fault := self._tensors(weights, earlier, list(weights))) is not None:
                 return fault
-            if (pairs := self._pairs(_PAIRS)) is not None:
-                self._question = _Question(self._policy.version, *pairs, self._ask(*pairs))
-                self._frozen = {name: _sample(tensor).clone() for name, tensor in self._fixed()}
+            pairs = self._made_up()
+            self._question = _Question(self._policy.version, *pairs, self._ask(*pairs))
+            self._frozen = {name: _sample(tensor).clone() for name, tensor in self._fixed()}
             return None
         version, tokens, features, before = self._question
         now = self._ask(tokens, features)
@@ -198,13 +198,15 @@ class Watchdog:
         slots = [slot for slot in self._store.occupied.tolist() if int(lengths[slot]) >= _FEWEST]
         return slots[self._turn // EVERY % len(slots)] if slots else None
 
-    def _pairs(self, most: int) -> tuple[Tensor, Tensor] | None:
-        """Return copies of the first pairs of a slot's text: tokens ``[n + 1]`` and features ``[n, F]``."""
-        pairs = self._store.lengths - 1
-        if (slot := self._next(pairs)) is None:
-            return None
-        count = min(int(pairs[slot]), most)
-        return self._store.tokens[slot, : count + 1].clone(), self._store.features[slot, :count].clone()
+    def _made_up(self) -> tuple[Tensor, Tensor]:
+        """Return pairs of no text, the same each time: tokens ``[n + 1]`` and features ``[n, F]``.
+
+        They are kept as long as the version drafts, which no user's text may be.
+        """
+        generator, features = torch.Generator().manual_seed(0), self._store.features
+        tokens = torch.randint(self._policy.drafter.vocab_size, (_PAIRS + 1,), generator=generator)
+        noise = torch.randn(_PAIRS, features.shape[-1], generator=generator)
+        return tokens.to(features.device), noise.to(features.device, features.dtype)
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ EVENTS: dict[str, Event] = {
             "staleness": "Versions that were published after the one that drafts; null if that is not known.",
             "queue": "Trajectories that wait for the learner.",
             "dropped": "Trajectories lost so far, by reason. Given up here: no_learner while none was connected, "
-            "slow_learner while one was, not_encodable, too_large (for `wire.queue_bytes` or `wire.max_message`). By "
+            "slow_learner while one was, not_encodable, too_large (for `wire.queue_bytes` or `wire.max_message`), "
+            "expired (older than `privacy.max_age`, here or at the learner before it was learned from). By "
             "the server's own learner: malformed, handshake (of another deployment), invalid, buffer_full (its full "
             "buffer let go of what it had not learned from), quarantined (no step could be taken on it), and "
             "learner_died (sent to one that died, and in none of its checkpoints).",
@@ -236,6 +237,14 @@ EVENTS: dict[str, Event] = {
     "drops": Event(
         "The learner dropped trajectories since the last such line; once a second at most.",
         {"reasons": "Trajectories by reason; see `dropped` in `status`.", "steps": _SEEN["steps"]},
+    ),
+    "deleted": Event(
+        "The learner has dropped the trajectories of tenants whose data was to be deleted.",
+        {
+            "tenants": "Number of tenants.",
+            "trajectories": "Trajectories that were dropped, learned from or not.",
+            "steps": _SEEN["steps"],
+        },
     ),
     "candidate": Event("The gate holds back the next requests, to decide about a candidate.", _SEEN),
     "gate": Event(

@@ -135,6 +135,7 @@ METRICS: dict[str, Metric] = {
             "slow_learner",
             "not_encodable",
             "too_large",
+            "expired",
             "malformed",
             "handshake",
             "invalid",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -169,6 +169,12 @@ class Gate:
         wanted = self._requests - len(self._held) if self.holding else 0
         self._held += arrivals[:wanted]
         return list(arrivals[wanted:])
+
+    def drop(self, gone: Callable[[TensorDictBase], bool]) -> int:
+        """Hold the arrivals that meet a condition no longer, and return how many they were; others take their place."""
+        kept = [each for each in self._held if not gone(each)]
+        dropped, self._held = len(self._held) - len(kept), kept
+        return dropped
 
     @property
     def ready(self) -> bool:

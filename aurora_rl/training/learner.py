@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.checkpoint import newest_training_state, save_training_state
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.replay import NewestTrajectories, as_state, of_state
+from aurora_rl.training.retention import AgeLimit, is_deleted
 from aurora_rl.training.served_weights import StartCheck, WeightAudit, with_weights
 from aurora_rl.training.states import add_state
 from aurora_rl.training.steps import has_finite_step, train_step
@@ -66,6 +67,8 @@ class Learner:
         keep_states: Training states that are kept.
         save_buffer: Whether a training state holds the replay buffer, which has users' text. A learner that resumes
             from such a state goes on exactly as if it had not stopped.
+        max_age: Seconds from the end of a request after which its trajectory is dropped; None keeps it.
+        once: Whether a trajectory is dropped after the gradient step that it was taken for.
         outputs: Writes the training state.
 
     Attributes:
@@ -95,6 +98,8 @@ class Learner:
         keep: int = 5,
         keep_states: int = 3,
         save_buffer: bool = False,
+        max_age: float | None = None,
+        once: bool = False,
         outputs: Outputs,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
@@ -111,7 +116,8 @@ class Learner:
         self._refusal: str | None = None
         self._unlearned, self._noted, self._next_note = 0, Counter[str](), 0.0
         self._sound: TensorDictBase | None = None  # the last new trajectory on which a step was taken
-        self._quarantined = self._refused = 0
+        self._quarantined = self._refused = self._expired = 0
+        self._age_limit, self._once = AgeLimit(max_age), once
         self._serving = self._frozen()
         self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is rejected
         self._start_check = StartCheck(self._serving, log)
@@ -171,7 +177,7 @@ class Learner:
     def step(self, wait_s: float = 0.2) -> bool:
         """Take what arrived, and learn from one batch. Return False if there was nothing to do."""
         busy = len(self._new) >= self._batch_size or self._credit > 0
-        arrivals = self._collector.poll(timeout_s=0.0 if busy else wait_s)
+        arrivals = self._retained(self._collector.poll(timeout_s=0.0 if busy else wait_s))
         self._audit.check(arrivals)
         self._admit(self._gate.admit(arrivals))
         self._note_refusal()
@@ -190,8 +196,10 @@ class Learner:
         if len(self._new) >= self._batch_size:
             batch, self._new = self._new[: self._batch_size], self._new[self._batch_size :]
             self._credit = min(self._credit + self._replay, 4 * self._replay)
-            if self._train(pack(batch), new=len(batch)):
+            if self._train(pack(batch), new=len(batch)) and not self._once:
                 self._sound = batch[-1]
+            if self._once:
+                self._replayed.remove(batch)
             return_freed_memory()
         elif self._credit > 0:
             self._credit -= 1
@@ -201,6 +209,29 @@ class Learner:
         else:
             return bool(arrivals)
         return True
+
+    def _retained(self, arrivals: Sequence[TensorDictBase]) -> list[TensorDictBase]:
+        """Drop what was deleted or is too old, wherever it is kept. Return the arrivals without it."""
+        if deletions := self._collector.take_deletions():
+            gone, number = is_deleted(deletions), len(arrivals)
+            arrivals = [each for each in arrivals if not gone(each)]
+            dropped = number - len(arrivals) + self._drop(gone)[1]
+            self._log.write("deleted", tenants=len(deletions), trajectories=dropped, steps=self.steps)
+        look, number = self._age_limit.due(), len(arrivals)
+        arrivals = [each for each in arrivals if not self._age_limit.passed(each)]
+        self._expired += number - len(arrivals) + (self._drop(self._age_limit.passed)[0] if look else 0)
+        return arrivals
+
+    def _drop(self, gone: Callable[[TensorDictBase], bool]) -> tuple[int, int]:
+        """Drop trajectories. Return how many of them were not learned from, and how many they were."""
+        held, number = self._gate.drop(gone), len(self._new)  # what is held is in no buffer
+        self._new = [each for each in self._new if not gone(each)]
+        unlearned = held + number - len(self._new)
+        if self._sound is not None and gone(self._sound):
+            self._sound = None
+        dropped = held + self._replayed.drop(gone)
+        self._credit *= len(self._buffer) > 0  # else there is nothing to replay
+        return unlearned, dropped
 
     def _admit(self, trajectories: list[TensorDictBase]) -> None:
         if trajectories:
@@ -230,7 +261,9 @@ class Learner:
     def _note_drops(self) -> None:
         """Log what was dropped, and who was refused, since the last such events."""
         self._next_note = time.monotonic() + _NOTE_S
-        dropped = self._collector.rejections + Counter(buffer_full=self._unlearned, quarantined=self._quarantined)
+        dropped = self._collector.rejections + Counter(
+            buffer_full=self._unlearned, quarantined=self._quarantined, expired=self._expired
+        )
         if dropped != self._noted:
             self._log.write("drops", reasons=dict(dropped - self._noted), steps=self.steps)
             self._noted = dropped
@@ -253,14 +286,9 @@ class Learner:
         self.seen += new
         self._log.write(
             "train",
-            loss=round(loss, 4),
-            objectives={key: _rounded(value) for key, value in out.items()},
-            seen=self.seen,
-            steps=self.steps,
-            new=new,
-            seconds=round(time.perf_counter() - began, 3),
-            waiting=len(self._new),
-        )
+            loss=round(loss, 4), objectives={key: _rounded(value) for key, value in out.items()}, seen=self.seen,
+            steps=self.steps, new=new, seconds=round(time.perf_counter() - began, 3), waiting=len(self._new),
+        )  # fmt: skip
         return True
 
     def _quarantine(self, requests: list[int], reason: str) -> bool:
@@ -311,13 +339,9 @@ class Learner:
         if decision.publish:
             self._publish(candidate)
         self._log.write(
-            "gate",
-            **asdict(decision),
-            version=self.version,
-            seconds=round(time.perf_counter() - began, 3),
-            seen=self.seen,
-            steps=self.steps,
-        )
+            "gate", **asdict(decision), version=self.version, seconds=round(time.perf_counter() - began, 3),
+            seen=self.seen, steps=self.steps,
+        )  # fmt: skip
         self._admit(released)
 
     def _publish(self, weights: dict[str, Tensor]) -> None:
@@ -357,13 +381,8 @@ class Learner:
         self._log.write("checkpoint", seen=self.seen, steps=self.steps, version=self.version)
 
     def _write_state(self, folder: Path) -> None:
-        progress = {
-            "seen": self.seen,
-            "steps": self.steps,
-            "decided_steps": self._decided_steps,
-            "version": self.version,
-            "draft_vocab": self._draft_vocab(),
-        }
+        counts = {"seen": self.seen, "steps": self.steps, "decided_steps": self._decided_steps, "version": self.version}
+        progress = {**counts, "draft_vocab": self._draft_vocab()}
         weights = {"serving": self._serving, **({} if self._replaced is None else {"replaced": self._replaced})}
         save_training_state(folder, self._drafter, self._optimizers, progress, weights)
         self._save_drafter(folder / "drafter")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,21 @@ from typing_extensions import override
 
 from aurora_rl.trajectories import pack, size_of
 
+_NOTES = ("source", "tenant", "captured")  # of the collector, on each trajectory
+
 
 def as_state(trajectory: TensorDictBase) -> dict[str, Any]:
-    """Return a trajectory as tensors by name, with its source, which a ``state_dict`` of it would lose."""
-    source = trajectory.get_non_tensor("source", default="")
-    return {"source": source, "tensors": dict(trajectory.exclude("source").flatten_keys(".").items())}
+    """Return a trajectory as tensors by name, and what the collector noted, which a ``state_dict`` of it would lose."""
+    found = {name: trajectory.get_non_tensor(name, default=None) for name in _NOTES}
+    notes = {name: note for name, note in found.items() if note is not None}
+    return {"notes": notes, "tensors": dict(trajectory.exclude(*_NOTES).flatten_keys(".").items())}
 
 
 def of_state(state: Mapping[str, Any]) -> TensorDict:
     """Return the trajectory of :func:`as_state`."""
     trajectory = TensorDict(state["tensors"], batch_size=[]).unflatten_keys(".")
-    if state["source"]:
-        trajectory.set_non_tensor("source", state["source"])
+    for name, note in state["notes"].items():
+        trajectory.set_non_tensor(name, note)
     return trajectory
 
 
@@ -72,9 +75,15 @@ class NewestTrajectories(ListStorage):
     def remove(self, trajectories: Sequence[TensorDictBase]) -> None:
         """Remove these very objects."""
         gone = {id(each) for each in trajectories}
-        self._storage = [each for each in self._storage if id(each) not in gone]
-        self._bytes = sum(map(size_of, self._storage))
-        self._bump_mutation_revision()
+        self.drop(lambda each: id(each) in gone)
+
+    def drop(self, gone: Callable[[TensorDictBase], bool]) -> int:
+        """Remove the trajectories that meet a condition, and return how many they were."""
+        kept = [each for each in self._storage if not gone(each)]
+        if dropped := len(self._storage) - len(kept):
+            self._storage, self._bytes = kept, sum(map(size_of, kept))
+            self._bump_mutation_revision()
+        return dropped
 
 
 def trajectory_buffer(capacity: int, batch_size: int, seed: int = 0, max_bytes: int | None = None) -> ReplayBuffer:

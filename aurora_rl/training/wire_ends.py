@@ -28,6 +28,9 @@ class TrajectorySource(Protocol):
     def poll(self, timeout_s: float = 0.0) -> Sequence[TensorDictBase]:
         """Take the trajectories that have arrived, oldest first."""
 
+    def take_deletions(self) -> Mapping[str, float]:
+        """Take the tenants whose data is to be deleted, with the Unix times up to which."""
+
     def shutdown(self) -> None:
         """Take no more."""
 

@@ -56,6 +56,7 @@ def test_the_keys_are_frozen() -> None:
         *("learner.keep", "learner.resume", "learner.record"),
         *("gate.requests", "gate.margin"),
         *("canary.share", "canary.window", "canary.false_alarm_rate", "canary.margin", "canary.most_rounds"),
+        *("privacy.opt_out", "privacy.max_age", "privacy.zero_retention"),
         "telemetry.logger",
         "telemetry.max_log",
         "run_dir",

@@ -17,7 +17,7 @@ from tensordict import TensorDict, TensorDictBase
 from aurora_rl.collectors.codec import encode
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.sink import TRAJECTORY, TrajectorySink
+from aurora_rl.collectors.sink import DELETION, TRAJECTORY, TrajectorySink
 
 HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"
@@ -172,3 +172,54 @@ def test_shutdown_from_another_thread_ends_a_poll(collector: ZMQCollector) -> No
 def test_errors_of_the_caller() -> None:
     with pytest.raises(ValueError, match="must be positive, got 0"):
         ZMQCollector(LOCAL, handshake=HANDSHAKE, high_water=0)
+
+
+def test_a_trajectory_has_its_tenant_and_time_and_a_deletion_its_bound(collector: ZMQCollector) -> None:
+    got: list[TensorDict] = []
+    with closing(TrajectorySink(collector.address, handshake=HANDSHAKE)) as sink:
+        began = time.time()
+        sink.extend(item(1), "a")
+        sink.extend(item(2))
+        while len(got) < 2:
+            got += collector.poll(1.0)
+        assert [each.get_non_tensor("tenant") for each in got] == ["a", ""]
+        assert began <= got[0].get_non_tensor("captured") <= got[1].get_non_tensor("captured") <= time.time()
+        sink.delete("a")
+        deadline = time.monotonic() + 10
+        while not (deletions := collector.take_deletions()) and time.monotonic() < deadline:
+            assert collector.poll(0.05) == []
+    assert deletions.keys() == {"a"} and got[1].get_non_tensor("captured") <= deletions["a"] <= time.time()
+    assert collector.take_deletions() == {} and collector.rejected == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "meta"),
+    [
+        (DELETION, {"before": 1.0}),
+        (DELETION, {"tenant": None, "before": 1.0}),
+        (DELETION, {"tenant": "a/b", "before": 1.0}),
+        (DELETION, {"tenant": "a" * 129, "before": 1.0}),
+        (DELETION, {"tenant": "a"}),
+        (DELETION, {"tenant": "a", "before": "now"}),
+        (DELETION, {"tenant": "a", "before": 1e300}),
+        (DELETION, {"tenant": "a", "before": True}),
+        (DELETION, {"tenant": "a", "before": 1.0, "tensors": True}),
+        (DELETION, {"tenant": "a", "before": 1.0, "handshake": {}}),
+        (TRAJECTORY, {"tenant": ["a"]}),
+        (TRAJECTORY, {"tenant": ""}),
+        (TRAJECTORY, {"captured": "now"}),
+    ],
+)
+def test_a_malformed_deletion_or_mark_of_a_trajectory_is_dropped(
+    collector: ZMQCollector, kind: str, meta: dict[str, object]
+) -> None:
+    has_tensors = kind == TRAJECTORY or meta.pop("tensors", False)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push:
+        push.linger = 0
+        push.connect(collector.address)
+        push.send_multipart(encode(kind, {"handshake": HANDSHAKE.to_meta(), **meta}, item(1) if has_tensors else None))
+        push.send_multipart(encode(TRAJECTORY, {"handshake": HANDSHAKE.to_meta(), "captured": 1e18}, item(9)))
+        (last,) = [each for _ in range(10) for each in collector.poll(0.1 if collector.rejected else 5.0)][-1:]
+    assert collector.rejections == {"malformed": 1} and collector.take_deletions() == {}
+    # What an engine of an earlier release leaves out; and a clock that is ahead makes nothing live longer.
+    assert last.get_non_tensor("tenant") == "" and time.time() - 20 < last.get_non_tensor("captured") <= time.time()

@@ -13,9 +13,9 @@ from tensordict import NonTensorData, TensorDict
 from torchrl.collectors import Collector
 from torchrl.testing.mocking_classes import CountingEnv
 
-from aurora_rl.collectors.codec import Limits, decode
+from aurora_rl.collectors.codec import Limits, Message, decode
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.sink import TRAJECTORY, TrajectorySink
+from aurora_rl.collectors.sink import DELETION, TRAJECTORY, TrajectorySink
 from aurora_rl.collectors.sockets import bind, open_socket
 
 HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
@@ -217,3 +217,55 @@ def test_a_trajectory_that_no_message_can_hold_is_dropped_here(free: str) -> Non
     sink.extend(item(1, 6_000))
     assert (sink.queued, sink.drops["too_large"]) == (1, 1)
     sink.close()
+
+
+def messages(learner: Learner, count: int) -> list[Message]:
+    return [decode(learner.socket.recv_multipart(copy=False)) for _ in range(count) if learner.socket.poll(10_000)]
+
+
+def test_a_deletion_drops_what_waits_of_the_tenant_and_reaches_whoever_connects(free: str) -> None:
+    began, sink = time.time(), TrajectorySink(free, handshake=HANDSHAKE, max_bytes=2_400)
+    for number, tenant in enumerate(["a", None, "b", "a"]):
+        sink.extend(item(number, 50), tenant)
+    assert (sink.delete("a"), sink.delete("a"), sink.queued) == (2, 0, 2)
+    sink.extend(item(4, 200), "a")  # newer, and there is room for it again
+    assert (sink.queued, sink.drops.total()) == (3, 0)
+    first = Learner(free)
+    deletion, *kept = sorted(messages(first, 4), key=lambda message: message.kind)
+    assert (deletion.kind, deletion.meta["tenant"], deletion.tensors.keys()) == (DELETION, "a", {}.keys())
+    assert Handshake.from_meta(deletion.meta["handshake"]) == HANDSHAKE
+    assert [each.meta["tenant"] for each in kept] == [None, "b", "a"]
+    times = [each.meta["captured"] for each in kept]
+    assert began <= times[0] <= times[1] <= deletion.meta["before"] <= times[2] <= time.time()
+
+    first.close()
+    until(lambda: not sink._connected)
+    sink.delete("b")
+    second = Learner(free)  # another, or one that has lost what was on its way
+    told = {each.meta["tenant"]: (each.kind, each.meta["before"]) for each in messages(second, 2)}
+    assert told["a"] == (DELETION, deletion.meta["before"]) and told["b"][1] > times[2]
+    sink.extend(item(5))
+    assert second.receive(1) == [5] and not second.socket.poll(50)  # each once
+    sink.close()
+    second.close()
+
+
+def test_what_waits_for_too_long_is_dropped(free: str) -> None:
+    sink = TrajectorySink(free, handshake=HANDSHAKE, max_age=0.2)
+    sink.extend(item(0))
+    until(lambda: not sink.queued)
+    assert (sink.drops["expired"], sink.drops.total()) == (1, 1)
+    sink.extend(item(1))
+    learner = Learner(free)
+    assert learner.receive(1) == [1]
+    sink.close()
+    learner.close()
+
+
+def test_the_deletions_that_are_told_again_are_bounded(free: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aurora_rl.collectors.sink._MOST_DELETIONS", 3)
+    sink = TrajectorySink(free, handshake=HANDSHAKE)
+    for tenant in ("a", "b", "a", "c", "d"):
+        sink.delete(tenant)
+    assert list(sink._deletions) == ["a", "c", "d"]
+    sink.close(0.0)

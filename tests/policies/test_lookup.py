@@ -258,3 +258,15 @@ def test_lookup_alone_needs_the_text_only(depth: int) -> None:
     assert draft["log_probs"][0, :depth].tolist() == [-math.inf] * depth  # the drafter did not draw them
     assert policy.looked_up.tolist() == [True, True] and not policy.drafted.any()
     assert policy.drafter.cached.tolist() == [0, 0]
+
+
+def test_a_tenants_answers_are_deleted_and_leave_room() -> None:
+    answers = EarlierAnswers(capacity=12)
+    for answer, salt in (([1, 2], "a@x"), ([3], "b@"), ([4, 5], "a@"), ([6], None)):
+        answers.add(answer, salt)
+    assert (answers.delete("a"), answers.delete("a"), answers.delete("x")) == (2, 0, 0)
+    assert [answers.tokens(salt).tolist() for salt in ("a@x", "a@", "b@", None)] == [[], [], [3, -1], [6, -1]]
+    answers.add([7] * 7, "a@")
+    assert answers.tokens("b@").tolist() == [3, -1] and len(answers.tokens("a@")) == 8
+    answers.add([8])
+    assert not len(answers.tokens("b@"))  # the oldest goes first, as before

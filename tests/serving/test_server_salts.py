@@ -24,8 +24,10 @@ class Tenants:
         hits: Tokens that were found in the engine's prefix cache, and rows that were found in the drafter's.
     """
 
-    def __init__(self, folder: Path, *salts: str | None, slots: int = 1) -> None:
-        self._salts, self.done = salts, {}  # type: ignore[var-annotated]
+    def __init__(
+        self, folder: Path, *salts: str | None, slots: int = 1, names: tuple[str | None, ...] = (None,) * 4
+    ) -> None:
+        self._salts, self._names, self.done = salts, names, {}  # type: ignore[var-annotated]
         self._serving = serving = Serving(folder, [], eagle(), slots=slots, note=self._completed)
         serving.queue = [self._turn(tenant, 0, torch.tensor([3, 7, 1, 4])) for tenant in range(len(salts))]
         serving.engine.prefix_cache, serving.policy.prefix_cache = rows = PrefixCache(1000), PrefixCache(1000)
@@ -38,7 +40,8 @@ class Tenants:
     def _turn(self, tenant: int, turn: int, history: torch.Tensor) -> Request:
         words = torch.randint(VOCAB, (2,), generator=torch.Generator().manual_seed(turn))
         sampling = SamplingParams(max_tokens=10)
-        return Request(10 * tenant + turn, torch.cat([history, words]), sampling, cache_salt=self._salts[tenant])
+        salt, name = self._salts[tenant], self._names[tenant]
+        return Request(10 * tenant + turn, torch.cat([history, words]), sampling, cache_salt=salt, tenant=name)
 
     def _completed(self, completion: Completion) -> str:
         tenant, turn = divmod(completion.request.id, 10)
@@ -64,11 +67,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
     return Tenants(tmp_path_factory.mktemp("alone"), "a")
 
 
-@pytest.mark.parametrize("slots", [1, 2])
-def test_a_tenant_finds_nothing_of_tenants_with_another_salt_or_none(
-    tmp_path: Path, alone: Tenants, slots: int
+@pytest.mark.parametrize(
+    ("slots", "salts", "names"),
+    [(1, ("b", "a", None), (None, None, None)), (2, ("a", "a", None), ("x", None, "y"))],
+)
+def test_a_tenant_finds_nothing_of_tenants_with_another_salt_or_name_or_none(
+    tmp_path: Path, alone: Tenants, slots: int, salts: tuple[str | None, ...], names: tuple[str | None, ...]
 ) -> None:
-    tenants = Tenants(tmp_path, "b", "a", None, slots=slots)
+    tenants = Tenants(tmp_path, *salts, slots=slots, names=names)
     for (tenant, turn), completion in tenants.done.items():
         assert same(completion, alone.done[0, turn]), (tenant, turn)
     assert len(tenants.done) == 3 * TURNS and tenants.hits == tuple(3 * hits for hits in alone.hits)

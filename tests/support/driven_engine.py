@@ -27,6 +27,8 @@ class ClientRig:
 
     Attributes:
         learned: Ids of the requests whose trajectories were handed on.
+        deleted: Tenants whose data the learner was told to delete.
+        connected: Whether there is a learner.
         queued: Trajectories that wait to be sent.
         drops: Trajectories that no learner took, by reason.
         sent: Trajectories handed to a learner.
@@ -59,6 +61,8 @@ class ClientRig:
         self.env = decoder.env
         assert decoder.policy is not None
         self.learned: list[int] = []
+        self.deleted: list[str] = []
+        self.connected = True
         self.queued = self.sent = 0
         self.drops: Counter[str] = Counter()
         self.log = MetricsLog(folder / "metrics.jsonl", "server")
@@ -71,8 +75,12 @@ class ClientRig:
             note=self.clients.completed,
         )
 
-    def extend(self, trajectory: Any) -> None:
+    def extend(self, trajectory: Any, tenant: str | None = None) -> None:
         self.learned.append(int(trajectory["request"]))
+
+    def delete(self, tenant: str) -> int:
+        self.deleted.append(tenant)
+        return 0
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.replay import trajectory_buffer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def served() -> list[TensorDict]:
     """Trajectories of one request each, numbered from 0."""
     generator = torch.Generator().manual_seed(0)
@@ -80,6 +80,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
             version: int = 0,
             checksum: str | None = None,
             keep: int = 5,
+            max_age: float | None = None,
+            once: bool = False,
         ) -> SimpleNamespace:
             drafter, log = day0(vocab), MetricsLog(tmp_path / "metrics.jsonl", "learner")
             collector = ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)
@@ -106,6 +108,8 @@ def make(tmp_path: Path) -> Iterator[Make]:
                 max_skipped=max_skipped,
                 checkpoint=tmp_path / "learner",
                 keep=keep,
+                max_age=max_age,
+                once=once,
                 outputs=Outputs(log),
             )
             for close in (sink.close, receiver.close, learner.close):

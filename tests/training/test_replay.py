@@ -6,7 +6,7 @@ from tensordict import TensorDict
 
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import serve, tiny_target
-from aurora_rl.training.replay import NewestTrajectories, trajectory_buffer
+from aurora_rl.training.replay import NewestTrajectories, as_state, of_state, trajectory_buffer
 from aurora_rl.trajectories import size_of
 
 
@@ -70,3 +70,14 @@ def test_what_is_removed_leaves_room(trajectories: list[TensorDict]) -> None:
     assert set(buffer.sample()["request"].tolist()) == {0, 2, 4, 5}
     buffer.extend([trajectories[1]])
     assert len(buffer) == 5
+
+
+def test_a_state_keeps_what_the_collector_noted(trajectories: list[TensorDict]) -> None:
+    noted = trajectories[0].copy()
+    notes = {"source": "engine-1", "tenant": "a", "captured": 5.0}
+    for name, note in notes.items():
+        noted.set_non_tensor(name, note)
+    read = of_state(as_state(noted))
+    assert {name: read.get_non_tensor(name) for name in notes} == notes
+    assert (read.exclude(*notes) == trajectories[0]).all()
+    assert set(of_state(as_state(trajectories[0])).keys()) == set(trajectories[0].keys())  # nothing is made up

@@ -241,7 +241,7 @@ class SGLangClient:
                 "input_ids": request.prompt.tolist(),
                 "sampling_params": params,
                 "rid": str(request.id),
-                "cache_salt": request.cache_salt,
+                "cache_salt": request.salt,
             },
             timeout,
         )

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import asdict
 from functools import lru_cache, partial
 from typing import Any, TypeVar
 
@@ -20,12 +21,12 @@ from typing_extensions import override
 
 from aurora_rl.envs import SamplingParams
 from aurora_rl.models.detokenizer import token_bytes
-from aurora_rl.serving.async_engine import AsyncEngine, Job, QueueFullError
+from aurora_rl.serving.async_engine import AsyncEngine, EngineDeadError, Job, QueueFullError
 from aurora_rl.serving.http.app import Application
 from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
 from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine
 from aurora_rl.serving.http.generation import complete, generate, while_connected
-from aurora_rl.serving.http.prompts import Encoder
+from aurora_rl.serving.http.prompts import Encoder, tenant_to_delete
 from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Tokenize, parse
 from aurora_rl.serving.http.streams import EventStream, events
 
@@ -97,6 +98,7 @@ class Front(Application):
             Route("/detokenize", self.detokenize, methods=post),
             Route("/health", self.health, methods=get),
             Route("/health_generate", self.health_generate, methods=get),
+            Route("/tenant_data", self.delete_tenant_data, methods=["DELETE"]),
         ]
 
     @override
@@ -177,6 +179,19 @@ class Front(Application):
         finally:
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
+
+    async def delete_tenant_data(self, request: Request) -> Response:
+        """Delete what is kept of a tenant's requests that ended."""
+        tenant = tenant_to_delete(request.headers)
+        try:
+            async with asyncio.timeout(self._timeout):
+                deleted = await while_connected(request.receive, self._engine.delete(tenant))
+        except TimeoutError:
+            message = "the tenant's requests in flight took longer than http.timeout; they go on, and deletion follows"
+            raise ApiError(504, message) from None
+        except EngineDeadError as error:
+            raise of_engine(error) from error
+        return JSONResponse({"tenant": tenant, **asdict(deleted)})
 
     async def _answer(
         self, request: Request, schema: type[ChatCompletion | Completion], kind: type[Bodies]

@@ -15,6 +15,7 @@ from aurora_rl.models.loading import encode_chat
 from aurora_rl.serving.async_engine import Job
 from aurora_rl.serving.http.errors import ApiError
 from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Generation, Tokenize
+from aurora_rl.tenants import TENANT_HEADER, check_tenant
 from aurora_rl.workload.request_fields import FieldError
 from aurora_rl.workload.request_values import Message
 
@@ -60,14 +61,14 @@ class Encoder:
                 "n" if isinstance(body, ChatCompletion) else "prompt",
             )
         speculative = switch(body.speculative, headers, "x-aurora-speculative")
-        learn = switch(body.learn, headers, "x-aurora-learn")
+        learn, tenant = switch(body.learn, headers, "x-aurora-learn"), tenant_of(headers)
         jobs, first = [], body.sampling.get("seed")
         for tokens in self._prompts(body):
             sampling, prompt = self._params(body, len(tokens)), torch.tensor(tokens, dtype=torch.int64)
             for index in range(n):
                 seed = secrets.randbits(63) if first is None else (first + index) % 2**63
                 sampled = replace(sampling, seed=seed)
-                jobs.append(Job(prompt, sampled, speculative, learn, cache_salt=body.cache_salt))
+                jobs.append(Job(prompt, sampled, speculative, learn, cache_salt=body.cache_salt, tenant=tenant))
         return jobs
 
     def tokenize(self, body: Tokenize) -> list[int]:
@@ -156,3 +157,29 @@ def switch(value: bool | None, headers: Mapping[str, str], name: str) -> bool:
     if text not in _SWITCHES:
         raise ApiError(400, f"the header {name} is {text[:50]!r}; give true or false", code="invalid_value")
     return _SWITCHES[text]
+
+
+def tenant_of(headers: Mapping[str, str]) -> str | None:
+    """Return the tenant that a request names, None if it names none.
+
+    Args:
+        headers: Headers of the request, by lower-case name.
+
+    Raises:
+        ApiError: Status 400, for a name that is none.
+    """
+    names = [value for name, value in headers.items() if name == TENANT_HEADER.lower()]
+    if len(names) > 1:  # a gateway's and, before it, what its client sent
+        message = f"the header {TENANT_HEADER} is there {len(names)} times; send it once"
+        raise ApiError(400, message, code="invalid_value")
+    try:
+        return check_tenant(names[0]) if names else None
+    except ValueError as error:
+        raise ApiError(400, f"the header {TENANT_HEADER}: {error}", code="invalid_value") from error
+
+
+def tenant_to_delete(headers: Mapping[str, str]) -> str:
+    """Return the tenant whose data a request deletes; arguments and errors are those of :func:`tenant_of`."""
+    if (tenant := tenant_of(headers)) is None:
+        raise ApiError(400, f"whose data is to be deleted? name the tenant in the header {TENANT_HEADER}")
+    return tenant

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
@@ -21,10 +21,11 @@ from aurora_rl.serving.async_engine import QueueFullError
 from aurora_rl.serving.http.app import Application
 from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine, timed_out
 from aurora_rl.serving.http.generation import while_connected
-from aurora_rl.serving.http.prompts import switch
+from aurora_rl.serving.http.prompts import switch, tenant_of
 from aurora_rl.serving.http.schemas import json_object
 from aurora_rl.serving.http.sglang_answer import SGLangAnswer
 from aurora_rl.serving.http.streams import EventStream, event
+from aurora_rl.tenants import joint_salt
 from aurora_rl.workload.request_fields import FieldError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Proxy(Application):
         max_waiting: Requests that may wait at SGLang.
         slots: Returns how many requests SGLang decodes at the same time.
         num_spec_tokens: Returns the tokens of the longest path that is drafted.
+        opt_out: Tenants whose requests are never captured.
         **common: Further arguments of :class:`~aurora_rl.serving.http.app.Application`.
     """
 
@@ -51,10 +53,12 @@ class Proxy(Application):
         max_waiting: int,
         slots: Callable[[], int],
         num_spec_tokens: Callable[[], int] = lambda: 0,
+        opt_out: Collection[str] = (),
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self._url, self._num_spec_tokens = url.rstrip("/"), num_spec_tokens
+        self._opt_out = frozenset(opt_out)
         self._max_waiting, self._slots, self._open = max_waiting, slots, 0  # requests that SGLang has of us
         self._cancelled = 0
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
@@ -77,6 +81,7 @@ class Proxy(Application):
             *(Route(path, self.fetch, methods=get) for path in ("/v1/models", "/health_generate")),
             Route("/v1/models/{model:path}", self.model, methods=get),
             Route("/health", self.health, methods=get),
+            Route("/tenant_data", self.delete_tenant_data, methods=["DELETE"]),
         ]
 
     @override
@@ -90,7 +95,7 @@ class Proxy(Application):
         try:
             body = await self._body(request)
             answer = SGLangAnswer(
-                translated(json_object(body), request.headers),
+                translated(json_object(body), request.headers, self._opt_out),
                 observe=self._metrics.observe,
                 num_spec_tokens=self._num_spec_tokens(),
                 drafter_version=self._drafter_version,
@@ -125,6 +130,16 @@ class Proxy(Application):
         if not healthy:
             raise ApiError(503, "SGLang does not answer, or not in good order; see its log")
         return Response()
+
+    async def delete_tenant_data(self, request: Request) -> Response:
+        """Say why nothing is deleted, and what to do."""
+        raise ApiError(
+            501,
+            "SGLang's prefix cache and the plugin's records are not kept by tenant, so nothing was deleted. SGLang's "
+            "/flush_cache empties the first; trajectories are gone from the learner once privacy.max_age has passed, "
+            "or once it is started again",
+            code="not_supported",
+        )
 
     @override
     def info(self) -> dict[str, Any]:
@@ -221,19 +236,21 @@ def _is_stream(answer: httpx.Response) -> bool:
     return answer.is_success and answer.headers.get("content-type", "").startswith("text/event-stream")
 
 
-def translated(fields: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
-    """Return a request's fields as SGLang takes them: ``learn`` becomes an entry of ``custom_params``.
+def translated(fields: Mapping[str, Any], headers: Mapping[str, str], opt_out: Collection[str] = ()) -> dict[str, Any]:
+    """Return a request's fields as SGLang takes them: ``learn`` is in ``custom_params``, the tenant in ``cache_salt``.
 
     Args:
         fields: Fields of the request's body.
         headers: Headers of the request, by lower-case name.
+        opt_out: Tenants whose requests are never captured.
 
     Raises:
-        FieldError: A switch that is none, or ``speculative=false``.
+        FieldError: A switch or a salt that is none, or ``speculative=false``.
+        ApiError: Status 400, for a tenant that is none.
 
     Example:
-        >>> translated({"prompt": "a", "learn": False}, {})
-        {'prompt': 'a', 'custom_params': {'aurora_rl': False}}
+        >>> translated({"prompt": "a", "learn": False}, {"x-aurora-tenant": "b"})
+        {'prompt': 'a', 'cache_salt': 'b@', 'custom_params': {'aurora_rl': False}}
     """
     passed = {name: value for name, value in fields.items() if name not in ("speculative", "learn")}
     for name in ("speculative", "learn"):
@@ -242,9 +259,19 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str]) -> dict[st
     if not switch(fields.get("speculative"), headers, "x-aurora-speculative"):
         message = "speculative=false is not supported with engine.name=sglang, which drafts for all requests"
         raise FieldError(f"{message}: leave it out", "speculative", "unsupported_field")
-    if not switch(fields.get("learn"), headers, "x-aurora-learn"):
+    tenant, salt = tenant_of(headers), fields.get("cache_salt")
+    if tenant is not None or salt is not None:
+        passed["cache_salt"] = [_salt(tenant, s) for s in salt] if isinstance(salt, list) else _salt(tenant, salt)
+    if not switch(fields.get("learn"), headers, "x-aurora-learn") or tenant in opt_out:
         params = fields.get("custom_params") or {}
         if not isinstance(params, dict):
             raise FieldError("custom_params must be an object", "custom_params")
         passed["custom_params"] = {**params, "aurora_rl": False}
     return passed
+
+
+def _salt(tenant: str | None, salt: Any) -> str | None:
+    """Return a salt of a tenant's among those of all requests."""
+    if not isinstance(salt, str | None):
+        raise FieldError(f"cache_salt is {salt!r:.60}: give a string, or a list of one for each prompt", "cache_salt")
+    return joint_salt(tenant, salt)

@@ -92,19 +92,22 @@ def test_the_usage_says_how_much_of_the_prompt_was_kept_from_earlier_requests(ri
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_a_prompt_is_found_by_requests_of_its_salt_alone(rig: Any, path: str) -> None:
+def test_a_prompt_is_found_by_requests_of_its_salt_and_tenant_alone(rig: Any, path: str) -> None:
     body = {"messages": CHAT} if "chat" in path else {"prompt": "Once upon a time"}
 
-    def cached(salt: str | None) -> int:
-        answer = httpx.post(rig.url + path, json=body | {"max_tokens": 4, "cache_salt": salt}, timeout=30)
+    def cached(salt: str | None, tenant: str | None = None) -> int:
+        headers = {} if tenant is None else {"X-Aurora-Tenant": tenant}
+        asked = body | {"max_tokens": 4, "cache_salt": salt}
+        answer = httpx.post(rig.url + path, json=asked, headers=headers, timeout=30)
         return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
 
     rig.env.engine.prefix_cache = PrefixCache(1024)
     try:
-        first, again = ([cached(salt) for salt in ("a", "b", None)] for _ in range(2))
+        askers = [("a",), ("b",), (None,), ("a", "x"), (None, "x")]
+        first, again = ([cached(*asker) for asker in askers] for _ in range(2))
     finally:
         rig.env.engine.prefix_cache = None
-    assert first == [0, 0, 0] and len(set(again)) == 1 and again[0] > 10
+    assert first == [0] * 5 and len(set(again)) == 1 and again[0] > 10
 
 
 def test_a_stream_is_server_sent_events(rig: Any) -> None:

@@ -47,12 +47,16 @@ def test_an_unmodified_client_is_answered_whole_and_in_pieces(serve: Callable[..
         ({"learn": None, "speculative": True}, {}, {}),
         ({"learn": False, "custom_params": {"a": 1}}, {}, {"custom_params": {"a": 1, "aurora_rl": False}}),
         ({"learn": False, "custom_params": None}, {}, {"custom_params": {"aurora_rl": False}}),
+        ({}, {"X-Aurora-Tenant": "out"}, {"cache_salt": "out@", "custom_params": {"aurora_rl": False}}),
+        ({"cache_salt": "s"}, {"X-Aurora-Tenant": "in"}, {"cache_salt": "in@s"}),
+        ({"cache_salt": ["s", None]}, {"X-Aurora-Tenant": "in"}, {"cache_salt": ["in@s", "in@"]}),
+        ({"cache_salt": ["s", "in@s"]}, {}, {"cache_salt": ["s", "@in@s"]}),
     ],
 )
 def test_what_is_not_to_be_learned_says_so_in_sglangs_words(
     upstream: Upstream, serve: Callable[..., str], fields: Any, headers: Any, expected: Any
 ) -> None:
-    assert post(serve(), {"seed": 3, **fields}, **headers).status_code == 200
+    assert post(serve(opt_out=["out"]), {"seed": 3, **fields}, **headers).status_code == 200
     assert json.loads(upstream.bodies[-1]) == {"seed": 3, "return_spec_tokens_details": True, **expected}
 
 
@@ -65,6 +69,8 @@ def test_what_is_not_to_be_learned_says_so_in_sglangs_words(
         ({"learn": 0}, {}, "learn", "invalid_value"),
         ({}, {"X-Aurora-Learn": "never"}, None, "invalid_value"),
         ({"learn": False, "custom_params": [1]}, {}, "custom_params", "invalid_value"),
+        ({}, {"X-Aurora-Tenant": "a/b"}, None, "invalid_value"),
+        ({"cache_salt": 3}, {}, "cache_salt", "invalid_value"),
     ],
 )
 def test_what_sglang_cannot_do_is_refused_by_name(
@@ -74,6 +80,15 @@ def test_what_sglang_cannot_do_is_refused_by_name(
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
     assert upstream.bodies == []
+
+
+def test_a_deletion_that_sglang_cannot_do_is_refused_and_not_passed_on(
+    upstream: Upstream, serve: Callable[..., str]
+) -> None:
+    answer = httpx.delete(f"{serve()}/tenant_data", headers={"X-Aurora-Tenant": "a"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (501, "not_supported") and "/flush_cache" in error["message"]
+    assert not upstream.paths
 
 
 def test_sglangs_refusals_come_back_as_they_are(serve: Callable[..., str]) -> None:

@@ -192,6 +192,12 @@ def test_headers_that_are_no_switch_are_refused(http: httpx.Client) -> None:
     assert "x-aurora-learn is 'maybe'; give true or false" in refused(answer)["message"]
 
 
+def test_headers_that_name_no_tenant_or_several_are_refused(http: httpx.Client) -> None:
+    for names, message in ((["a b"], "X-Aurora-Tenant: the tenant is 'a b'; give 1 to 128"), (["a", "b"], "2 times")):
+        headers = [("X-Aurora-Tenant", name) for name in names]
+        assert message in refused(http.post("/v1/completions", json={"prompt": "a"}, headers=headers))["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

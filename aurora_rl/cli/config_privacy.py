@@ -1,0 +1,80 @@
+"""The configuration of what is kept of users' texts, and what it demands of other keys."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.tenants import check_tenant
+
+if TYPE_CHECKING:
+    from aurora_rl.cli.config import Config
+
+_KEPT = (
+    "engine.prefix_cache_tokens",
+    "drafter.history",
+    "learner.replay",
+)  # each keeps texts after their gradient step
+
+
+@dataclass
+class PrivacyConfig:
+    """What is kept of users' texts, and for how long (docs/privacy.md). Server and learner need the same."""
+
+    opt_out: list[str] = field(default_factory=list)
+    """Tenants whose requests are never captured, by their names in the header X-Aurora-Tenant."""
+    max_age: float | None = None
+    """Seconds from the end of a request after which its trajectory is dropped, whether the server's queue, the replay
+    buffer or the gate holds it. null keeps it until a newer one takes its place."""
+    zero_retention: bool = False
+    """Drop each trajectory after its gradient step, keep no answers, rows or texts of ended requests for others, and
+    write no text to disk: ``learner.replay``, ``drafter.history`` and ``engine.prefix_cache_tokens`` are 0, and
+    recordings are refused. For the embedded engine."""
+
+
+def keep_nothing(merged: DictConfig, named: Collection[str]) -> None:
+    """Set to 0 what zero retention does without, but for keys that were named: :func:`check_privacy` refuses those."""
+    if merged.privacy.zero_retention:
+        for key in set(_KEPT) - set(named):
+            OmegaConf.update(merged, key, 0)
+
+
+def check_records(config: Config) -> None:
+    """Raise ConfigError where a command whose purpose is a recording is to keep nothing."""
+    if config.privacy.zero_retention:
+        raise ConfigError(
+            "privacy.zero_retention=true writes no text to disk, and this command records what it serves; leave it out"
+        )
+
+
+def check_privacy(config: Config) -> None:
+    """Raise ConfigError if a tenant's name is none, an age is out of range, or a key keeps what must not be kept."""
+    with naming("privacy.opt_out"):
+        for name in config.privacy.opt_out:
+            check_tenant(name)
+    if config.privacy.max_age is not None and not 0 < config.privacy.max_age < float("inf"):
+        raise ConfigError(f"privacy.max_age={config.privacy.max_age} must be a number of seconds above 0, or null")
+    if not config.privacy.zero_retention:
+        return
+    tree = OmegaConf.structured(config)
+    for key in _KEPT:
+        if value := OmegaConf.select(tree, key):
+            raise ConfigError(f"privacy.zero_retention=true keeps nothing, got {key}={value}; set {key}=0")
+    if config.learner.record is not None:
+        raise ConfigError(
+            f"privacy.zero_retention=true writes no text to disk, got learner.record={config.learner.record}; leave it "
+            "out"
+        )
+    if config.checkpoint.buffer:
+        raise ConfigError(
+            "privacy.zero_retention=true writes no text to disk, got checkpoint.buffer=true; set it to false"
+        )
+    if config.engine.name == "sglang":
+        raise ConfigError(
+            "privacy.zero_retention=true needs an engine in this process, got engine.name=sglang, whose prefix cache "
+            "and log are out of reach; set engine.name=transformers"
+        )

@@ -1,0 +1,54 @@
+"""Tenants: names of those whose requests share a server, and the salt that keeps what they leave there apart."""
+
+from __future__ import annotations
+
+import re
+
+TENANT_HEADER = "X-Aurora-Tenant"
+"""Header of an HTTP request that names its tenant."""
+
+_NAME = re.compile(r"[A-Za-z0-9._:+=-]{1,128}")
+_JOINT = "@"  # in no name
+
+
+def check_tenant(name: object) -> str:
+    """Return the name of a tenant.
+
+    Raises:
+        ValueError: It is no name.
+
+    Example:
+        >>> check_tenant("tenant-7")
+        'tenant-7'
+    """
+    if isinstance(name, str) and _NAME.fullmatch(name):
+        return name
+    raise ValueError(
+        f"the tenant is {str(name)[:50]!r}; give 1 to 128 letters, digits and characters of ._:+=-, such as a digest"
+    )
+
+
+def joint_salt(tenant: str | None, salt: str | None) -> str | None:
+    """Return the salt by which caches keep requests apart: that of a tenant's requests is no other tenant's.
+
+    Args:
+        tenant: Tenant of the request; None if it names none.
+        salt: The request's own ``cache_salt``.
+
+    Example:
+        >>> joint_salt("a", "x"), joint_salt("a", None), joint_salt(None, "x"), joint_salt(None, "a@x")
+        ('a@x', 'a@', 'x', '@a@x')
+    """
+    if tenant is None:
+        return salt if salt is None or _JOINT not in salt else _JOINT + salt
+    return f"{tenant}{_JOINT}{salt or ''}"
+
+
+def is_salt_of(tenant: str, salt: str | None) -> bool:
+    """Return whether a salt of :func:`joint_salt` is a tenant's.
+
+    Example:
+        >>> is_salt_of("a", joint_salt("a", "x")), is_salt_of("a", joint_salt(None, "a@x"))
+        (True, False)
+    """
+    return salt is not None and salt.startswith(tenant + _JOINT)
