@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.adaptation.simulation import LocalSource, LocalTarget
+from aurora_rl.adaptation.simulation import LocalWire
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.storage import CheckpointError
@@ -169,15 +169,15 @@ def test_a_learner_that_did_not_resume_says_what_its_gate_compares_with(
 
 def local_learner(folder: Path) -> SimpleNamespace:
     """A learner without sockets, whose training states hold the replay buffer."""
-    drafter, source, target = day0(), LocalSource(), LocalTarget()
+    drafter, wire = day0(), LocalWire()
     log = MetricsLog(folder / "metrics.jsonl", "learner")
     learner = Learner(
         drafter=drafter,
         loss=ImitationLoss(drafter, PARTS.head, steps=3),
         optimizers=drafter_optimizers(drafter, muon_lr=0.02, adam_lr=3e-3),
         buffer=trajectory_buffer(5, 2),
-        collector=source,
-        publisher=target,
+        collector=wire,
+        publisher=wire,
         gate=Gate(2, 0.0, SHAPE, drafter.serving_copy(torch.float32)),
         log=log,
         serving_dtype=torch.float32,
@@ -189,7 +189,7 @@ def local_learner(folder: Path) -> SimpleNamespace:
         save_buffer=True,
         outputs=Outputs(log),
     )
-    return SimpleNamespace(learner=learner, drafter=drafter, source=source, folder=folder)
+    return SimpleNamespace(learner=learner, drafter=drafter, source=wire, folder=folder)
 
 
 def feed(loop: SimpleNamespace, stream: list[TensorDict]) -> list[int]:
@@ -237,7 +237,9 @@ def test_with_the_buffer_in_the_state_a_continued_run_equals_the_uninterrupted_o
             for index, values in one["state"].items():
                 assert same(as_tensors(values), as_tensors(other["state"][index])), cut
         assert decisions(again) == found, cut
-        sources = [[each["source"] for each in of["buffer"]["_storage"]["trajectories"]] for of in (later, state)]
+        sources = [
+            [each["notes"]["source"] for each in of["buffer"]["_storage"]["trajectories"]] for of in (later, state)
+        ]
         assert sources[0] == sources[1] and set(sources[0]) == {"engine-0", "engine-1"}
     assert waiting == {"new", "replay", "held"}  # what a state must hold was there to be held
 

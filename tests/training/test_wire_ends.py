@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from aurora_rl.adaptation.simulation import LocalSource, LocalTarget
+from aurora_rl.adaptation.simulation import LocalWire
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weights import WeightPublisher
@@ -12,8 +12,8 @@ from aurora_rl.training.wire_ends import TrajectorySource, WeightTarget
 
 HANDSHAKE = Handshake(1, "tiny", "", (0, 1), "", "eagle3")
 ENDS = {
-    TrajectorySource: [LocalSource, lambda: ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)],
-    WeightTarget: [LocalTarget, lambda: WeightPublisher("tcp://127.0.0.1:*", handshake=HANDSHAKE)],
+    TrajectorySource: [LocalWire, lambda: ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)],
+    WeightTarget: [LocalWire, lambda: WeightPublisher("tcp://127.0.0.1:*", handshake=HANDSHAKE)],
 }
 
 
