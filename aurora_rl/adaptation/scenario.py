@@ -93,7 +93,7 @@ class Scenario:
     """Runs of each arm that learns."""
     window: int = 20
     """Requests of a point of a curve."""
-    pace: float = 4.0
+    pace: float = 3.0
     """Optimizer steps that a learner takes in the time of a request: those that one next to the server affords."""
     live: Live = field(default_factory=Live)
 

@@ -40,7 +40,7 @@ class FunctionObjective(DistillationObjective):
     Args:
         drafter: Drafter whose parameters learn.
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
-        steps: Depth ``J`` of the windows.
+        steps: Depth ``J`` of the windows, at most the drafter's; None takes the drafter's ``unroll_depth``.
         renormalize: See ``ImitationLoss``; false keeps the share of the whole vocabulary, as overlaps need it.
         target: See ``ImitationLoss``.
         weight: Factor on the loss, see :class:`Objective`.
@@ -61,18 +61,19 @@ class FunctionObjective(DistillationObjective):
         drafter: Drafter,
         head: TargetHead | Tensor,
         *,
-        steps: int = 3,
+        steps: int | None = None,
         renormalize: bool = True,
         target: str = "model",
         weight: float = 1.0,
         reduction: str = "mean",
         **settings: Any,
     ) -> None:
-        if steps < 1:
+        if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         super().__init__(drafter, head, renormalize=renormalize, target=target, weight=weight, reduction=reduction)
-        self.steps, self._settings = steps, settings
-        shape, even = (steps, 2), torch.full((steps, 2, 2), -math.log(2))
+        self._steps, self._settings = steps, settings
+        shape = (steps or Drafter.unroll_depth, 2)
+        even = torch.full((*shape, 2), -math.log(2))
         rows, request = torch.zeros(shape, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
         try:  # better now than at the first batch, when a model is loaded
             self._call(even, even, Windows(rows, request, torch.ones(shape, dtype=torch.bool)))
@@ -80,6 +81,11 @@ class FunctionObjective(DistillationObjective):
             if isinstance(error, ValueError):
                 raise
             raise ValueError(f"its function fails on two tokens: {type(error).__name__}: {error}") from error
+
+    @property
+    def steps(self) -> int:
+        """Depths to unroll."""
+        return self._steps or self.drafter.unroll_depth
 
     @classmethod
     @override
@@ -92,9 +98,10 @@ class FunctionObjective(DistillationObjective):
         law, covered = self.target_law(batch, target_rows(batch, self.tensor_keys.hidden), request)
         row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
         unroll = self.drafter.unroll(batch, self.steps)
+        steps = len(unroll.logits)
         log_q = by_window([log_softmax(logits) for logits in unroll.logits])
-        log_p = by_window([self.log_probs(law)] * self.steps)
-        windows = Windows(by_window([row] * self.steps), request, by_window(unroll.valid & covered))
+        log_p = by_window([self.log_probs(law)] * steps)
+        windows = Windows(by_window([row] * steps), request, by_window(unroll.valid & covered))
         value, mask = self._call(log_p, log_q, windows)
         valid = windows.valid & mask
         with torch.no_grad():

@@ -84,7 +84,7 @@ class ImitationLoss(DistillationObjective):
             probability), true for the others.
         target: Distribution to imitate, "model" or "served", see :class:`DistillationObjective`. With "served",
             positions where the draft vocabulary has none of the mass do not count.
-        steps: Depths ``J`` to unroll.
+        steps: Depths ``J`` to unroll; None takes the drafter's ``unroll_depth``.
         decay: Weight of each further step.
         weighting: Weights of positions: "decay", or "expected_length" for :func:`expected_length_weights` in place of
             powers of ``decay``.
@@ -116,14 +116,14 @@ class ImitationLoss(DistillationObjective):
         divergence: str | Mapping[str, Any] | Divergence = "forward_kl",
         renormalize: bool | None = None,
         target: str = "model",
-        steps: int = 3,
+        steps: int | None = None,
         decay: float = 0.8,
         weighting: str = "decay",
         regression: float = 0.0,
         weight: float = 1.0,
         reduction: str = "mean",
     ) -> None:
-        if steps < 1:
+        if steps is not None and steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if not 0 < decay <= 1:
             raise ValueError(f"decay must lie in (0, 1], got {decay}")
@@ -136,7 +136,12 @@ class ImitationLoss(DistillationObjective):
             renormalize = wants_renormalized(divergence)
         super().__init__(drafter, head, renormalize=renormalize, target=target, weight=weight, reduction=reduction)
         self.divergence = divergence
-        self.steps, self.decay, self.weighting, self.regression = steps, decay, weighting, regression
+        self._steps, self.decay, self.weighting, self.regression = steps, decay, weighting, regression
+
+    @property
+    def steps(self) -> int:
+        """Depths to unroll."""
+        return self._steps or self.drafter.unroll_depth
 
     @override
     def values(self, batch: TensorDictBase) -> Values:

@@ -91,6 +91,7 @@ class MedusaDrafter(Drafter):
         self.feature_layers, self.vocab_size = tuple(feature_layers), vocab_size
         self.blocks = nn.ModuleList(MedusaBlock(hidden_size, num_layers) for _ in range(num_heads))
         self.max_depth = self.num_heads = num_heads
+        self.unroll_depth = num_heads  # a head learns from its own depth alone
         self.lm_heads = nn.ModuleList(nn.Linear(hidden_size, len(draft_vocab), bias=False) for _ in range(num_heads))
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 

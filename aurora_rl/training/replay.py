@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.data import ListStorage, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import RandomSampler
+from torchrl.data.replay_buffers.storages import Storage
 from typing_extensions import override
 
 from aurora_rl.trajectories import pack, size_of
 
+_NEWEST = 32  # trajectories
 _NOTES = ("source", "tenant", "captured")  # of the collector, on each trajectory
 
 
@@ -86,11 +89,32 @@ class NewestTrajectories(ListStorage):
         return dropped
 
 
+class RecentSampler(RandomSampler):
+    """Draws every second batch, on average, from the newest 32 trajectories, and the others from all.
+
+    So learning follows traffic that shifts, and what came before is not forgotten.
+    """
+
+    @override
+    def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
+        if torch.rand((), generator=self._rng) < 0.5:
+            return super().sample(storage, batch_size)
+        count = len(storage)
+        return torch.randint(max(count - _NEWEST, 0), count, (batch_size,), generator=self._rng), {}
+
+
 def trajectory_buffer(capacity: int, batch_size: int, seed: int = 0, max_bytes: int | None = None) -> ReplayBuffer:
-    """Return a TorchRL replay buffer of :class:`NewestTrajectories`, whose samples are packed batches."""
+    """Return a TorchRL replay buffer of :class:`NewestTrajectories`, whose samples are packed batches.
+
+    Args:
+        capacity: Most trajectories.
+        batch_size: Trajectories of a sample, drawn by :class:`RecentSampler`.
+        seed: Seed of the draws.
+        max_bytes: Most bytes of the trajectories; None sets no limit.
+    """
     return ReplayBuffer(
         storage=NewestTrajectories(capacity, max_bytes),
-        sampler=RandomSampler(),
+        sampler=RecentSampler(),
         batch_size=batch_size,
         collate_fn=pack,
         generator=torch.Generator().manual_seed(seed),

@@ -21,7 +21,7 @@ OBJECTIVES = {
         "objectives: objective 'imitation': no divergence is called 'forwardkl'; did you mean 'forward_kl'",
     ),
     "steps": (("objectives=[{name: imitation, steps: 0}]",), "'imitation': steps must be at least 1, got 0"),
-    "no integer": (("objectives=[{name: imitation, steps: three}]",), "steps must be an integer, got 'three'"),
+    "no integer": (("objectives=[{name: imitation, steps: three}]",), "steps must be an integer or null, got 'three'"),
     "no number": (("objectives=[{name: imitation, weight: .nan}]",), "'imitation': weight must be finite, got nan"),
     "clip": (("objectives=[{name: acceptance_reward, clip: -1}]",), "clip must be positive or null, got -1"),
     "divergence's setting": (

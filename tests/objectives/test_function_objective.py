@@ -20,7 +20,7 @@ from aurora_rl.objectives import (
     register_objective,
 )
 from aurora_rl.objectives.divergences import forward_kl, overlap
-from aurora_rl.policies import Eagle3Drafter, TargetParts
+from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
 from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
@@ -71,6 +71,14 @@ def test_the_kl_of_every_window_is_imitation() -> None:
     torch.testing.assert_close(found["loss_kl"], 2 * known["loss_imitation"])
     torch.testing.assert_close(found["agreement"], known["agreement"])
     assert set(loss.out_keys) == {"loss_kl", "agreement"}
+
+
+def test_windows_are_as_deep_as_the_drafter() -> None:
+    parts = TargetParts.of(tiny_target())
+    drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(0, 32, 2), num_heads=2).double()
+    batch = pack([tiny_trajectory(drafter, request=i) for i in range(2)])
+    for settings in ({}, {"steps": 5}):
+        assert get_objective("kl")(drafter, parts.head, **settings)(batch)["agreement"].shape == (2,)
 
 
 def test_windows_are_the_drafts_after_each_token_of_the_text() -> None:

@@ -192,6 +192,14 @@ def test_a_drafter_with_fewer_steps_ends_the_loss(medusa_trajectories: list[Tens
     assert out["agreement"].shape == (4,)
 
 
+def test_every_medusa_head_learns(medusa_trajectories: list[TensorDict]) -> None:
+    drafter, head = make(MedusaDrafter)
+    loss = ImitationLoss(drafter, head)
+    assert loss.steps == drafter.num_heads == 4
+    loss(pack(medusa_trajectories))["loss_imitation"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in drafter.parameters())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

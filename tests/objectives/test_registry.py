@@ -138,9 +138,9 @@ def test_an_objective_that_passes_settings_on_has_those_of_its_parents(registry:
     [
         ({"name": "imitation", "divergence": "forwardkl"}, "no divergence is called 'forwardkl'; did you mean 'forw"),
         ({"name": "imitation", "steps": 0}, "steps must be at least 1, got 0"),
-        ({"name": "imitation", "steps": "three"}, "steps must be an integer, got 'three'"),
-        ({"name": "imitation", "steps": 2.5}, "steps must be an integer, got 2.5"),
-        ({"name": "imitation", "steps": True}, "steps must be an integer, got True"),
+        ({"name": "imitation", "steps": "three"}, "steps must be an integer or null, got 'three'"),
+        ({"name": "imitation", "steps": 2.5}, "steps must be an integer or null, got 2.5"),
+        ({"name": "imitation", "steps": True}, "steps must be an integer or null, got True"),
         ({"name": "imitation", "renormalize": "no"}, "renormalize must be true or false or null, got 'no'"),
         ({"name": "imitation", "divergence": {"name": "skewed_kl", "skew": 2}}, r"skew must lie in \[0, 1\), got 2"),
         ({"name": "imitation", "divergence": 3}, "divergence must be a string or a mapping or a function, got 3"),

@@ -47,6 +47,16 @@ def test_the_seed_decides(trajectories: list[TensorDict]) -> None:
     assert draws(1) != draws(2)
 
 
+def test_every_second_batch_is_of_the_newest(trajectories: list[TensorDict]) -> None:
+    buffer = trajectory_buffer(200, 4)
+    for request in range(160):
+        buffer.extend([trajectories[0].replace({"request": torch.tensor(request)})])
+    oldest = torch.tensor([int(buffer.sample()["request"].min()) for _ in range(200)])
+    # A batch of all 160 has none before the newest 32 with a chance of 0.0016.
+    assert 75 < int((oldest >= 128).sum()) < 125
+    assert int(oldest.min()) < 16
+
+
 def test_the_size_is_bounded_in_bytes_too(trajectories: list[TensorDict]) -> None:
     room = size_of(trajectories[4]) + size_of(trajectories[5])
     buffer = trajectory_buffer(10, 32, max_bytes=room)
