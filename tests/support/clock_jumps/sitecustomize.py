@@ -11,4 +11,5 @@ def _jumping() -> float:
         return _time() + float(file.read() or 0)
 
 
-time.time = _jumping
+if "AURORA_TEST_CLOCK" in os.environ:  # not where the module is only looked through for doctests
+    time.time = _jumping
