@@ -29,7 +29,8 @@ MOVED = {
     "output": "cli.output", "traffic": "workload.traffic", "traffic_templates": "workload.templates",
     "testing.forms": "testing.variants",
     "testing.stand_ins": "testing.fixtures", "testing.tabular": "testing.enumerable_worlds",
-    "sglang": "envs.sglang (its server: aurora_rl.serving.sglang, its engine: aurora_rl.envs.sglang.client)",
+    "sglang": "envs.sglang", "cli.flywheel": "cli.serve", "cli.export": "cli.drafter",
+    "objectives.tree_index": "tree_index", "serving.answers": "serving.requests",
     "collectors.weight_scheme": "collectors.weights", "serving.recording": "serving.recorded_requests",
     "cli.recording": "cli.training_data", "adaptation.recording": "adaptation.recorded_stream",
     "envs.sglang.control": "envs.sglang.plugin_server",
@@ -58,6 +59,82 @@ MOVED = {
     **{f"envs.verification.{name}": f"envs.verification.rules.{name}" for name in (
         "RULES", "Greedy", "SampleAndMatch", "Verdict", "VerificationRule", "check_shapes", "descend", "get_rule",
         "register_rule", "settle")},
+}  # fmt: skip
+# Of modules that moved, the public names that their new module lacks, and what has them or is in their place.
+ELSEWHERE = {
+    "answers": {"Answers": "aurora_rl.serving.requests.RequestQueue"},
+    "bench": {"bench_objectives": "aurora_rl.cli.bench_objectives.run"},
+    "build": {
+        "SCHEMA": "aurora_rl.collectors.codec",
+        "check, check_objectives, device_of, dtype_of, shape": "aurora_rl.cli.spec.resolve",
+        "conversations": "aurora_rl.cli.assembly.request_queue",
+        "drafter": "aurora_rl.cli.assembly.start_drafter", "hello": "aurora_rl.collectors.handshake.Handshake.of",
+        "learner": "aurora_rl.cli.learner.build_learner",
+    },
+    "checkpoints": {"CheckpointError, read_folder, save_tensors, write_folder": "aurora_rl.storage"},
+    "collectors.hello": {"Hello": "aurora_rl.collectors.handshake.Handshake"},
+    "collectors.weight_scheme": {"ZMQWeightSyncScheme": "aurora_rl.collectors.weights.WeightPublisher"},
+    "config": {"ControlConfig": "aurora_rl.cli.config.BaselineConfig"},
+    "conversations": {"Conversations": "aurora_rl.serving.requests.RequestQueue"},
+    "envs.sampling": {
+        "SamplingBatch, SamplingParams": "aurora_rl.sampling_params",
+        "argmax, gumbel, uniform": "aurora_kernels.noise",
+        "warp_logits": "aurora_rl.envs.verification.sampling.served_log_probs",
+    },
+    "figures": {"Figures": "aurora_rl.telemetry.stats.Stats"},
+    "inference_modules": {
+        "FusedRMSNorm": "torch.nn.RMSNorm", "GROUPED_ATTENTION, grouped_attention": "aurora_rl.models.attention",
+        "grouped_mask": "aurora_rl.models.attention.pass_mask",
+        "text_and_trees": "aurora_kernels.tree_attention.tree_attention",
+    },
+    "objectives.contexts": {
+        "SAMPLING_KEYS": "aurora_rl.objectives.objective", "SPINE_KEYS": "aurora_rl.tree_index.SEQUENCE_KEYS",
+        "completion_requests, completion_tokens": "aurora_rl.objectives.windows",
+        "path_products, subtree_sums": "aurora_rl.tree_index.TreeIndex",
+        "windows": "aurora_rl.objectives.windows.by_window",
+    },
+    "objectives.draws": {"Draws": "aurora_rl.objectives.tree_law.TreeLaw"},
+    "objectives.target": {"beside": "aurora_rl.objectives.target_rows.sibling_key"},
+    "objectives.tree_index": {
+        "completion_requests, completion_tokens": "aurora_rl.objectives.windows",
+        "path_products, subtree_sums": "aurora_rl.tree_index.TreeIndex",
+        "windows": "aurora_rl.objectives.windows.by_window",
+    },
+    "policies.growth": {
+        "Growth": "aurora_rl.policies.tree_search.grow", "TopKGrowth": "aurora_rl.policies.tree_search.TopKSearch",
+        "SampledGrowth": "aurora_rl.policies.tree_search.SampledSearch",
+    },
+    "policies.hybrid": {
+        "HybridDrafter": "aurora_rl.policies.DrafterPolicy", "merge_chain": "aurora_rl.policies.lookup.merged",
+    },
+    "policies.recorded": {"RecordedTrees": "aurora_rl.tree_index.TreeIndex"},
+    "policies.shape": {"ShapeController": "aurora_rl.policies.tree_controller.TreeController"},
+    "policies.target": {
+        "choose_draft_vocab, token_prior": "aurora_rl.models.draft_vocab",
+        "check_captured, check_fixed_rope, check_heads_stated, check_layers_rise, check_rope, refuse_own_attention, "
+        "settle_attention, written_config": "aurora_rl.policies.formats.checks",
+        "targets_entries": "aurora_rl.models.parts.target_entries",
+    },
+    "recordings": {
+        "Recording": "aurora_rl.collectors.dataset.TrajectoryDataset", "record": "aurora_rl.serving.recorded_requests",
+    },
+    "report": {"EMPTY_SUMMARY": "aurora_rl.telemetry.stats.Stats.summary"},
+    "server": {"DrafterFault, cost_table, measure_rounds": "aurora_rl.policies.calibration"},
+    "serving.answers": {"Answers": "aurora_rl.serving.requests.RequestQueue"},
+    "sglang": {
+        "control": "aurora_rl.envs.sglang.plugin_server", "engine": "aurora_rl.envs.sglang.client",
+        "server": "aurora_rl.serving.sglang", "ControlError": "aurora_rl.envs.sglang.plugin_server.PluginError",
+        "ControlServer": "aurora_rl.envs.sglang.plugin_server.PluginServer",
+        "SGLangEngine": "aurora_rl.envs.sglang.client.SGLangClient",
+        "RemoteServer": "aurora_rl.serving.sglang.SGLangServer",
+    },
+    "slot_cache": {"cache_mask": "aurora_rl.models.attention.pass_mask"},
+    "testing.tabular": {
+        "TabularDrafter": "aurora_rl.testing.enumerable_worlds.EnumerableDrafter",
+        "TabularTarget": "aurora_rl.testing.enumerable_worlds.EnumerableTarget",
+    },
+    "throughput": {"ControlWindows": "aurora_rl.telemetry.rates.BaselineWindows"},
+    "traffic_templates": {"POOLS, Pool": "aurora_rl.workload.pools"},
 }  # fmt: skip
 # Names without a successor, and what to do.
 GONE = {
@@ -90,6 +167,8 @@ class MovedModules(MetaPathFinder):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Raise ModuleNotFoundError with the new path if the module moved; tell a module of the names that left it.
+
+        A module is imported before its names are asked for, so the error names also what went elsewhere.
 
         Example:
             >>> import aurora_rl.target_head
@@ -124,6 +203,7 @@ class MovedModules(MetaPathFinder):
 def _refuse(name: str) -> None:
     if name in MOVED:
         # Without the error's `name`, by which `from aurora_rl import ...` would take it for a missing attribute.
-        raise ModuleNotFoundError(f"aurora_rl.{name} is aurora_rl.{MOVED[name]} now")
+        elsewhere = "".join(f"; {names}: {place}" for names, place in ELSEWHERE.get(name, {}).items())
+        raise ModuleNotFoundError(f"aurora_rl.{name} is aurora_rl.{MOVED[name]} now{elsewhere}")
     if name in GONE:
         raise ModuleNotFoundError(f"aurora_rl.{name} is gone; {GONE[name]}")

@@ -146,6 +146,35 @@ def test_what_pages_import_is_on_the_api_page(page: Path) -> None:
             assert node.module in API
 
 
+def test_every_public_name_is_documented_on_the_api_page() -> None:
+    """What is in an `__all__`, and the methods of its classes: inherited ones under some class of the page."""
+    griffe = pytest.importorskip("griffe", reason="griffelib is not installed; `make install` brings it")
+    package = griffe.load("aurora_rl", search_paths=[ROOT])
+    shown = {package[module.removeprefix("aurora_rl.")] for module in API if module.startswith("aurora_rl.")}
+    roots = [module for module in (package, *shown) if module.exports is not None]
+    exported = {f"{root.path}.{name}": _target(root[name]) for root in roots for name in root.exports}
+    del exported["aurora_rl.__version__"]
+    on_page = {part for module in shown for part in map(_target, _public(module)) if part.docstring is not None}
+    methods = {method.name for part in on_page if part.is_class for method in _public(part) if method.docstring}
+    missing = {name for name, part in exported.items() if part not in on_page}
+    for name, part in exported.items():
+        if part.is_class:
+            inherited = [method for method in part.inherited_members.values() if method.is_function]
+            missing |= {f"{name}.{method.name}" for method in inherited if method.is_public} - {
+                f"{name}.{method}" for method in methods
+            }
+    assert missing == set()
+
+
+def _public(part: Any) -> list[Any]:
+    return [member for member in part.members.values() if member.is_public and not member.is_module]
+
+
+def _target(part: Any) -> Any:
+    """The object itself; a function that has the name of its module is taken for the module."""
+    return part.final_target if part.is_alias else part[part.name] if part.is_module else part
+
+
 def check(config: Config) -> None:
     """Refuse names that do not exist; a reader's own package and folder of a drafter pass."""
     if "my_package." not in str(config):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+from types import ModuleType
 
 import pytest
 
-from aurora_rl._moved import GONE, MOVED
+from aurora_rl._moved import ELSEWHERE, GONE, MOVED
 
 # ---- names of the flat tree that the rooms replaced -----------------------------------------------------------------
 
@@ -85,12 +86,108 @@ OLD_NAMES = {
     """,
 }
 
+# Public names of the modules that have none any more.
+MOVED_NAMES = {
+    "agreement": "drafts_agreed",
+    "answers": "Answers",
+    "bench": "VARIANTS bench_objectives learning_curve mean_curves",
+    "build": """
+        SCHEMA Target check check_context check_objectives conversations device_of drafter dtype_of first_drafter
+        hello learner load opening shape traffic
+    """,
+    "check": "check_model",
+    "checkpoints": "CheckpointError load_training_state read_folder save_tensors save_training_state write_folder",
+    "collectors.buffer": "trajectory_buffer",
+    "collectors.hello": "Hello",
+    "collectors.weight_scheme": "ZMQWeightSyncScheme",
+    "collectors.weight_sync": "EngineStatus WeightPublisher WeightReceiver",
+    "config": """
+        Config ConfigError ControlConfig DrafterConfig EngineConfig GateConfig LearnerConfig TrafficConfig WireConfig
+        load_config nearest_key to_yaml
+    """,
+    "conversations": "Conversations turn_seed",
+    "cpus": "usable_cpus",
+    "envs.rejection": "Rejection RejectionWithoutReplacement reject without",
+    "envs.sampling": "SamplingBatch SamplingParams argmax gumbel served_log_probs uniform warp warp_logits",
+    "figures": "Figures",
+    "gate": "Decision Gate Replay replay",
+    "inference_modules": """
+        FusedDecoderLayer FusedRMSNorm GROUPED_ATTENTION PackedLinear Rotary fuse_decoder_layers grouped_attention
+        grouped_mask layer_kind prepare_for_inference stage text_and_trees
+    """,
+    "learner": "Learner",
+    "live": "LiveView every",
+    "metrics": "JsonLines MetricsLog MetricsReader",
+    "objectives.contexts": """
+        SAMPLING_KEYS SPINE_KEYS TREE_KEYS completion_requests completion_tokens path_products subtree_sums windows
+    """,
+    "objectives.draws": "Draws before log_left",
+    "objectives.target": "beside context_rows target_keys target_logits target_rows",
+    "output": "SafeStream plain_console",
+    "policies.growth": "Growth SampledGrowth TopKGrowth best_first grow",
+    "policies.hybrid": "HybridDrafter merge_chain",
+    "policies.ngram": "NgramDrafter Tree continuations ngram_tree padded",
+    "policies.recorded": "RecordedTrees true_chains",
+    "policies.shape": "Outcome ShapeController",
+    "policies.target": """
+        TargetParts check_captured check_fixed_rope check_heads_stated check_layers_rise check_rope choose_draft_vocab
+        copy_layer default_feature_layers layer_config norm_weight refuse_own_attention settle_attention
+        targets_entries token_prior written_config
+    """,
+    "policies.vllm_format": "LAYER_IDS from_vllm to_vllm",
+    "recordings": "Recording record",
+    "report": "EMPTY_SUMMARY draw_report summary_table write_summary",
+    "server": "DrafterFault InferenceServer cost_table measure_rounds",
+    "sglang": "ENVIRONMENT SGLangCompletion SGLangEngine SGLangError register",
+    "sglang.control": "ControlError ControlServer ask",
+    "sglang.engine": "SGLangCompletion SGLangEngine SGLangError drafter_arguments free_ports reserved_context",
+    "sglang.plugin": "Plugin SUPPORTED",
+    "sglang.recorder": "EngineRound FeatureStore TargetRows TrajectoryAssembler parents_of request_number",
+    "sglang.requests": "sampling_of unwanted",
+    "sglang.server": "RemoteServer",
+    "sglang.session": "ATTACH Session",
+    "sglang.weights": "SwapError load_drafter read_back",
+    "slot_cache": """
+        KVShape RecurrentStateError ShapeRecorder SlotCache cache_mask column_positions sliding_window uniform_shapes
+    """,
+    "target_head": "TargetHead context_length decoder_layers decoder_of",
+    "testing.forms": "siblings_reversed topk_form",
+    "testing.stand_ins": "EchoDrafter GappyDrafter Served gappy_drafter served_for_checks",
+    "testing.tabular": """
+        DrawnTree TEXTS TabularDrafter TabularTarget Text VOCAB chance_of drawn_trees exact_gradient expectation
+        log_probs_of outcomes_of reach_of table_gradient tree_trajectory
+    """,
+    "throughput": "ControlWindows Rates Round Rounds rates",
+    "traffic": "Message Prompt TrafficError generate read_jsonl",
+    "traffic_templates": "POOLS Pool TEMPLATES",
+    "cli.export": "register run",
+    "cli.flywheel": "register run",
+    "objectives.tree_index": "completion_requests completion_tokens path_products subtree_sums windows",
+    "serving.answers": "Answers",
+}
+
+
+@pytest.mark.parametrize("old", MOVED_NAMES)
+def test_an_old_module_says_where_each_of_its_names_is(old: str) -> None:
+    moved, part = ("sglang", old.partition(".")[2]) if old.startswith("sglang") else (old, "")
+    with pytest.raises(ModuleNotFoundError) as caught:
+        importlib.import_module(f"aurora_rl.{old}")
+    places = {name: place for names, place in ELSEWHERE.get(moved, {}).items() for name in names.split(", ")}
+    home = places.get(part) or f"aurora_rl.{MOVED[moved]}.{part}".rstrip(".")
+    for name in MOVED_NAMES[old].split():
+        if name in places:
+            assert re.search(rf"[;,] {name}\b.*: {re.escape(places[name])}(;|$)", str(caught.value))
+            place = pkgutil.resolve_name(places[name])
+            assert hasattr(place, name) or not isinstance(place, ModuleType), f"{places[name]} lacks {name}"
+        else:
+            assert hasattr(importlib.import_module(home), name), f"{home} lacks {name}"
+
 
 @pytest.mark.parametrize("old", [*MOVED, "sglang.server", "sglang.engine", "collectors.weight_scheme"])
 def test_what_moved_names_the_new_place(old: str) -> None:
     moved = old if old in MOVED else old.partition(".")[0]
-    assert pkgutil.resolve_name(f"aurora_rl.{MOVED[moved].partition(' ')[0]}") is not None
-    told = rf"^aurora_rl\.{moved} is aurora_rl\.{re.escape(MOVED[moved])} now$"
+    assert pkgutil.resolve_name(f"aurora_rl.{MOVED[moved]}") is not None
+    told = rf"^aurora_rl\.{moved} is aurora_rl\.{re.escape(MOVED[moved])} now(;|$)"
     room, _, name = f"aurora_rl.{old}".rpartition(".")
     with pytest.raises(ModuleNotFoundError, match=told):
         exec(f"from {room} import {name}")

@@ -107,4 +107,7 @@ ENGINES: Registry[type[Engine]] = Registry("engine", "aurora_rl.engines", Engine
 """In-process engines by name, constructed as ``TransformersEngine`` is; "sglang" is a server of its own."""
 
 register_engine = ENGINES.register
+"""Decorator that makes an engine's class available by a name, as in ``engine.name``: :meth:`Registry.register`."""
+
 get_engine = ENGINES.get
+"""Return an engine's class by its name, an entry point, or ``package.module:Class``: :meth:`Registry.get`."""

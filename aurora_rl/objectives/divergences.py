@@ -33,6 +33,8 @@ from aurora_rl.registry import Registry
 from aurora_rl.settings import check, settings_of
 
 Divergence = Callable[..., Tensor]
+"""Function of log-probabilities of the target and of the drafter, ``[..., Vd]`` each, that returns ``[...]``."""
+
 _D = TypeVar("_D", bound=Divergence)
 
 DIVERGENCES: Registry[Divergence] = Registry("divergence", "aurora_rl.divergences")

@@ -33,6 +33,7 @@ OBJECTIVES: Registry[type[Objective]] = Registry("objective", "aurora_rl.objecti
 """Objectives by name. The loss of an objective is "loss_<name>"."""
 
 get_objective = OBJECTIVES.get
+"""Return an objective's class by its name, an entry point, or ``package.module:Thing``: :meth:`Registry.get`."""
 
 
 def register_objective(name: str) -> Callable[[_Part], _Part]:

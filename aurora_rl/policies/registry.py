@@ -23,7 +23,10 @@ DRAFTERS: Registry[type[Drafter]] = Registry("drafter", "aurora_rl.drafters", Dr
 """Drafters by name."""
 
 register_drafter = DRAFTERS.register
+"""Decorator that makes a drafter's class available by a name, as in ``drafter.name``: :meth:`Registry.register`."""
+
 available_drafters = DRAFTERS.names
+"""Return the names of the drafters that are registered or of an entry point, in order: :meth:`Registry.names`."""
 
 
 def get_drafter(name: str) -> type[Drafter]:

@@ -123,7 +123,10 @@ RULES: Registry[type[VerificationRule]] = Registry(
 """Verification rules by name. Trajectories record a rule by its name's code."""
 
 register_rule = RULES.register
+"""Decorator that makes a rule's class available by a name, as in ``rule=name``: :meth:`Registry.register`."""
+
 get_rule = RULES.get
+"""Return a rule's class by its name, an entry point, or ``package.module:Class``: :meth:`Registry.get`."""
 
 
 def rule_of_code(code: int) -> type[VerificationRule]:
