@@ -39,7 +39,7 @@ STATUS, CLEAR, MEMINFO = Path("/proc/self/status"), Path("/proc/self/clear_refs"
 WHOLE = {"naive": 8, "products of all rows": 1}  # tensors of rows times vocabulary, by way
 AGREE = 1e-3  # relative difference of losses and projections; 30 times that in bfloat16
 ENOUGH = 4.0  # seconds of passes after which a way is not repeated
-# Ways that do the whole work otherwise: the best of them is what ours is compared with.
+# Ways that do the whole work otherwise: `two_head_loss` is compared with the best of them.
 PEERS = ("naive", "compiled chunks", "linear_cross_entropy", "Liger")
 
 
@@ -285,15 +285,15 @@ class Journal:
 
 def summary(ways: dict[str, dict[str, Any]]) -> dict[str, float | str | None]:
     """What the cell says of `two_head_loss`: its time over the products', its gain, and its share of naive's memory."""
-    ours, naive_peak = ways["two_head_loss"], ways.get("naive", {}).get("peak_mib")
+    fused, naive_peak = ways["two_head_loss"], ways.get("naive", {}).get("peak_mib")
     floor = min(way["ms"] for name, way in ways.items() if name.startswith("products"))
     peers = {name: way["ms"] for name, way in ways.items() if name in PEERS}
     best = min(peers, key=peers.__getitem__, default=None)
     return {
-        "over_products": round(ours["ms"] / floor, 2),
+        "over_products": round(fused["ms"] / floor, 2),
         "best_peer": best,
-        "faster_than_best_peer": None if best is None else round(peers[best] / ours["ms"], 2),
-        "share_of_naive_peak": round(ours["peak_mib"] / naive_peak, 3) if ours["peak_mib"] and naive_peak else None,
+        "faster_than_best_peer": None if best is None else round(peers[best] / fused["ms"], 2),
+        "share_of_naive_peak": round(fused["peak_mib"] / naive_peak, 3) if fused["peak_mib"] and naive_peak else None,
     }
 
 
@@ -302,9 +302,9 @@ def table(cells: list[dict[str, Any]]) -> str:
     head = "divergence | rows | vocabulary | ms | over the products | best peer | faster than it | peak, MiB | of naive"
     lines = [f"| {head} |", "|---" * (head.count("|") + 1) + "|"]
     for cell in cells:
-        ours, says = cell["ways"]["two_head_loss"], cell["summary"]
-        figures = [cell["divergence"], cell["rows"], cell["vocab"], ours["ms"], says["over_products"]]
-        figures += [says["best_peer"], says["faster_than_best_peer"], ours["peak_mib"], says["share_of_naive_peak"]]
+        fused, says = cell["ways"]["two_head_loss"], cell["summary"]
+        figures = [cell["divergence"], cell["rows"], cell["vocab"], fused["ms"], says["over_products"]]
+        figures += [says["best_peer"], says["faster_than_best_peer"], fused["peak_mib"], says["share_of_naive_peak"]]
         lines.append("| " + " | ".join("" if figure is None else str(figure) for figure in figures) + " |")
     return "\n".join(lines)
 

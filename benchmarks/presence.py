@@ -112,6 +112,7 @@ def recording(options: argparse.Namespace) -> dict[str, Any]:
     decoder = SpeculativeDecoder(
         model, drafter, requests, shape=_TREE, max_length=room, num_slots=options.slots, on_completion=send
     )
+    # Not a second SpeculativeDecoder: both environments share one engine and one policy.
     silent = SpecDecodeEnv(decoder.engine, requests, num_nodes=_TREE.max_nodes, record=False)
     policy = decoder.policy
     assert policy is not None

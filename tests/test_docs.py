@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from aurora_rl.adaptation.scenario import read_scenario
 from aurora_rl.cli import spec
@@ -23,8 +24,12 @@ from aurora_rl.envs.engine import ENGINES
 from aurora_rl.envs.verification.rules import RULES
 from aurora_rl.objectives import registry
 from aurora_rl.objectives.divergences import DIVERGENCES
+from aurora_rl.policies import MedusaDrafter, TargetParts
+from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.policies.registry import DRAFTERS
 from aurora_rl.serving.http.schemas import ChatCompletion, parse
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.testing import tiny_target
 from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL
 from aurora_rl.workload.traffic import read_jsonl
 
@@ -193,8 +198,13 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def check_aurora_rl(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run.yaml").touch()
-    words = [str(tmp_path / word) if word == "run.yaml" else word for word in words]
+    if words[0] == "history":  # it takes no configuration, and is run below
+        return
+    for place, word in enumerate(words):
+        if word.endswith("/config.yaml") or word == "run.yaml":
+            words[place] = str(tmp_path / word)
+            (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / word).touch()
     code = main([*words, "--print-config"])
     printed = capsys.readouterr()
     assert code == 0, f"{words}: {printed.err}"
@@ -231,6 +241,25 @@ def test_commands_exist_and_their_keys_do(page: Path, tmp_path: Path, capsys: py
             parse(rest[rest.index("-d") + 1].encode(), ChatCompletion)
         else:
             assert program in ("vllm", "aiperf")  # in environments of their own
+
+
+def test_the_history_of_the_reliability_page_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`aurora-rl history` prints the command that serves a kept version, whose files load."""
+    (history, serve) = commands(DOCS / "reliability.md")[-2:]
+    run = tmp_path / history[-1]
+    save_drafter(
+        MedusaDrafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)), run / "versions" / "7"
+    )
+    MetricsLog(run / "metrics.jsonl", "server").write("swap", version=7, ms=2.5, requests=8)
+    (run / "config.yaml").write_text("engine: {slots: 3}\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(history[1:]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1] == shlex.join(serve)
+    config = load_config(serve[3], serve[4:])
+    assert config.engine.slots == 3 and config.drafter.path is not None
+    load_drafter(config.drafter.path, TargetParts.of(tiny_target()))
 
 
 SECTIONS = "|".join(key for key, value in vars(Config()).items() if hasattr(value, "__dataclass_fields__"))

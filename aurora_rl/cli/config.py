@@ -100,9 +100,9 @@ class DrafterConfig:
     num_nodes: int | None = 4
     """Most nodes of a tree; null keeps all."""
     lookup: int | None = None
-    """Most nodes that are looked up in the request's text and in earlier answers, and merged into each tree or verified
-    in its place. 0 turns it off. null is 8, or 0 with engine.name=sglang, with sampled trees and with
-    drafter.name=ngram, which cannot take it."""
+    """Most nodes that are looked up in the request's text and in earlier answers. They are merged into each tree or
+    verified in its place. 0 turns it off. null is 8, or 0 where lookup cannot be had: engine.name=sglang, sampled
+    trees, drafter.name=ngram."""
     history: int = 65536
     """Tokens of earlier answers that lookup searches, for a request those of its own cache_salt; 0 searches the
     request's own text alone. Requests with learn=false leave nothing in it."""

@@ -28,8 +28,8 @@ class PrivacyConfig:
     opt_out: list[str] = field(default_factory=list)
     """Tenants whose requests are never captured, by their names in the header X-Aurora-Tenant."""
     max_age: float | None = None
-    """Seconds from the end of a request after which its trajectory is dropped, whether the server's queue, the replay
-    buffer or the gate holds it. null keeps it until a newer one takes its place."""
+    """Seconds from the end of a request after which its trajectory is dropped. It is dropped wherever it waits: in the
+    server's queue, the replay buffer or the gate. null keeps it until a newer one takes its place."""
     zero_retention: bool = False
     """Drop each trajectory after its gradient step, keep no answers, rows or texts of ended requests for others, and
     write no text to disk: ``learner.replay``, ``drafter.history`` and ``engine.prefix_cache_tokens`` are 0, and

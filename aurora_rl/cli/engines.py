@@ -232,8 +232,8 @@ def sglang_server(
             raise
 
 
-def take_served(config: Config) -> None:
-    """Set what the SGLang at ``engine.url`` decides: model, dtype, lengths and the shape of the trees.
+def served_config(config: Config) -> Config:
+    """Return the configuration with what the SGLang at ``engine.url`` decides: model, dtype, lengths and tree shape.
 
     A model or a dtype that was configured stays, and is compared with the server's when the learner attaches.
 
@@ -243,12 +243,13 @@ def take_served(config: Config) -> None:
     with naming("engine.plugin_address", (PluginError, OSError)):
         status = ask(str(config.engine.plugin_address), "status", keys=wire_keys(config, control_client_keys))
     shape = {name: status[name] for name in ("depth", "width", "num_nodes")}
-    if config.model == Config.model:
-        config.model = status["model"]
-    if config.dtype == "auto":
-        config.dtype = status["dtype"]
-    config.engine.max_length = status["context"] - reserved_context(**shape)
-    config.drafter = replace(config.drafter, **shape)
+    return replace(
+        config,
+        model=status["model"] if config.model == Config.model else config.model,
+        dtype=status["dtype"] if config.dtype == "auto" else config.dtype,
+        engine=replace(config.engine, max_length=status["context"] - reserved_context(**shape)),
+        drafter=replace(config.drafter, **shape),
+    )
 
 
 def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> SGLangClient:

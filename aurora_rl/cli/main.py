@@ -57,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``aurora-rl``.
 
     Returns:
-        The exit status: 0; 1 where something failed that is not the user's, or an output of the run could not be
-        written; 2 for an error of the user's; 75 for what may pass by itself, such as a port in use; 130 if
-        interrupted before all was done.
+        The exit status. 0: all was done. 1: something failed that is not the user's, or an output of the run could not
+        be written. 2: an error of the user's. 75: what may pass by itself, such as a port in use. 130: interrupted
+        before all was done.
     """
     # For parts by their import path, such as objectives=[{name: my_file:plain}]. The working directory comes last, so
     # that no file in it takes the place of an installed module.

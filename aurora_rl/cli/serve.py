@@ -52,9 +52,9 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     check_installed(config.telemetry.logger)
     if config.engine.attaches:
         with importing():
-            from aurora_rl.cli.engines import take_served
+            from aurora_rl.cli.engines import served_config
 
-        take_served(config)
+        config = served_config(config)
     session = _Session(config, stop, replays=arguments.command == "flywheel", resume=arguments.resume is not None)
     try:
         session.start()

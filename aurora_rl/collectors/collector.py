@@ -97,7 +97,7 @@ class ZMQCollector:
         Returns:
             Valid trajectories that own their memory; empty if none arrived, or after `shutdown`. "source" of each is
             the name of its engine's key or, without keys, the name that the engine gives itself. "tenant" is whom its
-            request was for, empty if it named nobody, and "captured" the Unix time at which the request ended.
+            request was for, empty if it named nobody. "captured" is the Unix time at which the request ended.
         """
         deadline = time.monotonic() + timeout_s
         trajectories: list[TensorDict] = []

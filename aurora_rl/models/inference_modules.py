@@ -1,7 +1,7 @@
 """Forms of a Hugging Face model's modules that decode faster and compute the same function.
 
-Two things bound a decoding step of a small model on a CPU: the dispatch of many small operations, and weights in a
-layout that the matrix kernels reorder at each step. benchmarks/decode.py measures what each form gives.
+Two things bound a decoding step of a small model on a CPU. One is the dispatch of many small operations, the other
+weights in a layout that the matrix kernels reorder at each step. benchmarks/decode.py measures what each form gives.
 """
 
 from __future__ import annotations

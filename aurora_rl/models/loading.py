@@ -263,8 +263,8 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
 def _repair_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     r"""Give the tokenizer what the GGUF file says and its reader in transformers drops.
 
-    The reader takes `<|im_start|>` for the end of sequence, which would never stop an answer, and forgets that SmolLM
-    splits off every digit before the byte-level rule: "\n\n1" would become three tokens instead of two.
+    The reader takes `<|im_start|>` for the end of sequence, which would never stop an answer. It also forgets that
+    SmolLM splits off every digit before the byte-level rule: "\n\n1" would become three tokens instead of two.
     """
     config = model.config
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):

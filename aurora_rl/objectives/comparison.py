@@ -54,7 +54,7 @@ def compare(
     """
     # A drafter may predict alike at several steps, which are compared once.
     distinct = list({id(each): each for each in logits}.values())
-    place = [next(i for i, other in enumerate(distinct) if other is each) for each in logits]
+    place = [next(i for i, candidate in enumerate(distinct) if candidate is each) for each in logits]
     heads = [each for each in distinct if isinstance(each, HeadLogits)]
     if len(heads) == len(distinct):
         if row_weights is not None and len(distinct) < len(logits):

@@ -59,7 +59,7 @@ class DrafterPolicy(TensorDictModuleBase):
         least: Chance of a path below which its last node is left out of a tree; 0, the default, leaves none out. Nodes
             that were drawn at random always stay.
         drafted: Slots that the drafter drafted for in the last call, if only an empty tree, ``[B]`` bool.
-        looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool: the
+        looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool. Either the
             drafter failed their requests or has not read all of them, or the shape is ``lookup_only``.
         earlier: Answers in which lookup searches next to the request's own text, those of its salt; whoever gets
             completions adds them. None, the default, has none.

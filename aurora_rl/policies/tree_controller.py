@@ -37,7 +37,7 @@ class TreeController:
 
     The drafter's likeliest child is accepted with chance ``f``, one of its siblings otherwise with chance ``o``, and
     any is drafted with chance ``c``, all measured by depth. A depth is passed with chance ``a = c f`` in a chain and
-    ``c (f + (1 - f) o)`` in a tree, so depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. An
+    ``c (f + (1 - f) o)`` in a tree. So depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. An
     untried depth counts as good as the one before it.
 
     The shape of ``lookup_only`` delivers one token and the chances of its first ``n`` nodes, at the best ``n``. They
@@ -45,11 +45,11 @@ class TreeController:
     the place of no speculation.
 
     A round takes the time measured for its shape and number of occupied slots, less that of the nodes that are left
-    out, times the pace of live rounds of its kind: plain, drafter's or lookup's.
+    out. It is multiplied by the pace of live rounds of its kind: plain, drafter's or lookup's.
 
     No speculation, once best, stays until the number of occupied slots changes or a probe of a few rounds finds a
-    drafter that improved: soon after :meth:`swapped`, otherwise once the last probe's loss (at least one plain round)
-    is at most 2% of the plain-decoding time since.
+    drafter that improved. A probe comes soon after :meth:`swapped`. Otherwise it comes once the last probe's loss (at
+    least one plain round) is at most 2% of the plain-decoding time since.
 
     Args:
         costs: Seconds of a round, by number of occupied slots and by shape; one of the shapes has depth 0.

@@ -20,7 +20,7 @@ class TreeShape:
         num_nodes: Most nodes: the drafter's likeliest nodes by joint probability are kept. None, or more than there
             can be, stands for all nodes of this depth and width.
         mode: "topk" takes the drafter's likeliest nodes. "sampled" draws ``width`` chains that part at the root, as
-            many as ``num_nodes`` holds whole, their first tokens independently. "sampled_without_replacement" draws
+            many as ``num_nodes`` holds whole. Their first tokens are independent. "sampled_without_replacement" draws
             first tokens that differ.
         lookup: Most nodes that are looked up in the request's text and in earlier answers (``policies.lookup``). They
             are merged into the drafter's tree, whose ``num_nodes`` likeliest nodes are kept; they may be deeper than

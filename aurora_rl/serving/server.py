@@ -41,8 +41,8 @@ class Deleted:
         prefixes: Texts whose rows were in the engine's prefix cache.
         answers: Answers in which lookup searched.
         trajectories: Trajectories that waited for the learner.
-        learner: "told" if a learner was connected, which drops what it has, and "absent" if none was: it is told when
-            one connects, as long as this server runs.
+        learner: "told" if a learner was connected, which drops what it has. "absent" if none was: the next one is told
+            when it connects, as long as this server runs.
     """
 
     prefixes: int

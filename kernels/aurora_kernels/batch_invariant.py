@@ -2,8 +2,8 @@
 
 Matrix kernels round by the number of rows in a call, vector kernels by where an element lies, attention by the number
 of columns. So the last bits of a token's logits differ between a pass over it alone and one over a tree or a batch.
-These operations prevent that: products are called with numbers of rows that were found to agree, activations row by row
-where it matters, and attention takes each token by itself and its keys in whole blocks.
+These operations prevent that. Products are called with numbers of rows that were found to agree, and activations row by
+row where it matters. Attention takes each token by itself and its keys in whole blocks.
 
 Legend: ``b`` texts, ``T`` tokens of each, ``L`` columns, ``d`` head size.
 """

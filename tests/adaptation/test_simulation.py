@@ -26,11 +26,13 @@ from aurora_rl.training.replay import trajectory_buffer
 SHAPE = TreeShape(3)
 
 
-def learner(folder: Path, wire: LocalWire, margin: float = 9.0, replay: int = 2) -> tuple[Learner, Eagle3Drafter]:
+def learner_and_drafter(
+    folder: Path, wire: LocalWire, margin: float = 9.0, replay: int = 2
+) -> tuple[Learner, Eagle3Drafter]:
     torch.manual_seed(0)
     drafter, loss = drafter_and_loss()
     log = MetricsLog(folder / "metrics.jsonl", "learner")
-    made = Learner(
+    learner = Learner(
         drafter=drafter,
         loss=loss,
         optimizers=drafter_optimizers(drafter, muon_lr=0.02, adam_lr=5e-3),
@@ -47,7 +49,7 @@ def learner(folder: Path, wire: LocalWire, margin: float = 9.0, replay: int = 2)
         checkpoint=folder / "learner",
         outputs=Outputs(log),
     )
-    return made, drafter
+    return learner, drafter
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +68,18 @@ def test_a_frozen_arm_is_a_replay(requests: list[TensorDict]) -> None:
 
 def test_a_learning_arm_is_request_by_request_what_was_served(requests: list[TensorDict], tmp_path: Path) -> None:
     wire = LocalWire()
-    made, drafter = learner(tmp_path / "fast", wire)
+    learner, drafter = learner_and_drafter(tmp_path / "fast", wire)
     kept: dict[int, dict[str, Tensor]] = {}
     told: list[int] = []
     run = simulate(
-        requests, drafter.serving_copy(torch.float32), SHAPE, learner=made, wire=wire, points={10},
+        requests, drafter.serving_copy(torch.float32), SHAPE, learner=learner, wire=wire, points={10},
         keep=lambda request, weights: kept.update({request: {k: v.clone() for k, v in weights.items()}}),
         tell=lambda done, so_far: told.append(done),
     )  # fmt: skip
 
     # The slow way: one request after the other, each replayed alone by the weights of that moment.
     wire = LocalWire()
-    made, drafter = learner(tmp_path / "slow", wire)
+    learner, drafter = learner_and_drafter(tmp_path / "slow", wire)
     serving, slow, version = drafter.serving_copy(torch.float32), ArmRun(), 0
     for request, trajectory in enumerate(requests, 1):
         replayed = replay(serving, [trajectory], SHAPE)
@@ -85,9 +87,9 @@ def test_a_learning_arm_is_request_by_request_what_was_served(requests: list[Ten
         slow.rounds += replayed.rounds.tolist()
         slow.version.append(version)
         wire.waiting.append(trajectory)
-        while made.step(wait_s=0.0):
+        while learner.step(wait_s=0.0):
             pass
-        slow.steps.append(made.steps)
+        slow.steps.append(learner.steps)
         if wire.newest is not None:
             version, weights = wire.newest
             wire.newest = None
@@ -104,9 +106,9 @@ def test_a_learning_arm_is_request_by_request_what_was_served(requests: list[Ten
 
 def test_a_gate_that_lets_nothing_pass_leaves_the_arm_as_it_is(requests: list[TensorDict], tmp_path: Path) -> None:
     wire = LocalWire()
-    made, drafter = learner(tmp_path, wire, margin=-9.0)
+    learner, drafter = learner_and_drafter(tmp_path, wire, margin=-9.0)
     serving = drafter.serving_copy(torch.float32)
-    run = simulate(requests, serving, SHAPE, learner=made, wire=wire)
+    run = simulate(requests, serving, SHAPE, learner=learner, wire=wire)
     frozen = simulate(requests, drafter_and_loss()[0].serving_copy(torch.float32), SHAPE)
     assert set(run.version) == {0} and run.steps[-1] > 0
     assert run.rounds == frozen.rounds
@@ -114,9 +116,9 @@ def test_a_gate_that_lets_nothing_pass_leaves_the_arm_as_it_is(requests: list[Te
 
 def test_a_learner_takes_the_steps_that_its_pace_allows(requests: list[TensorDict], tmp_path: Path) -> None:
     wire = LocalWire()
-    made, drafter = learner(tmp_path, wire, replay=100)
+    learner, drafter = learner_and_drafter(tmp_path, wire, replay=100)
     serving = drafter.serving_copy(torch.float32)
-    run = simulate(requests, serving, SHAPE, learner=made, wire=wire, pace=1.5)
+    run = simulate(requests, serving, SHAPE, learner=learner, wire=wire, pace=1.5)
     # The first batch is of two requests, and time before it is lost; after it replay fills all time.
     assert run.steps[:5] == [0, 1, 3, 4, 6]
     assert run.steps[-1] == run.steps[1] + 33
@@ -131,7 +133,7 @@ def test_an_interrupted_arm_goes_on_as_if_it_had_not_been(
 
     def arm(folder: str, stop_after: int | None, state: dict[str, Any] | None = None) -> tuple[ArmRun, Eagle3Drafter]:
         wire = LocalWire()
-        arms_learner, drafter = learner(tmp_path / folder, wire)
+        learner, drafter = learner_and_drafter(tmp_path / folder, wire)
 
         def save(so_far: dict[str, Any]) -> None:
             file = io.BytesIO()
@@ -143,7 +145,7 @@ def test_an_interrupted_arm_goes_on_as_if_it_had_not_been(
                 raise KeyboardInterrupt
 
         run = simulate(
-            requests, drafter.serving_copy(torch.float32), SHAPE, learner=arms_learner, wire=wire,
+            requests, drafter.serving_copy(torch.float32), SHAPE, learner=learner, wire=wire,
             earlier=EarlierAnswers(60), pace=pace, at_once=2, tell=tell, save=save, state=state,
         )  # fmt: skip
         return run, drafter

@@ -90,9 +90,11 @@ def test_both_halves_start_from_the_same_drafter(
 
 
 def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: assembly.Target) -> None:
-    ours = Handshake.of(target.parts, assembly.start_drafter(spec.resolve(config), target, []), config.drafter.name)
+    handshake = Handshake.of(
+        target.parts, assembly.start_drafter(spec.resolve(config), target, []), config.drafter.name
+    )
     config.drafter.vocab_size = 32
-    mismatch = ours.mismatch(
+    mismatch = handshake.mismatch(
         Handshake.of(target.parts, assembly.start_drafter(spec.resolve(config), target, []), config.drafter.name)
     )
     assert mismatch is not None and "draft_map_checksum" in mismatch

@@ -49,13 +49,13 @@ def test_the_whole_path(finished: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(finished: Path, tiny_folder: Path) -> None:
-    made = [*finished.glob("stream/*/*"), *finished.glob("arms/*/*.json"), *finished.glob("live/phase*")]
-    before = {path: path.stat().st_mtime_ns for path in made}
+    results = [*finished.glob("stream/*/*"), *finished.glob("arms/*/*.json"), *finished.glob("live/phase*")]
+    before = {path: path.stat().st_mtime_ns for path in results}
     (finished / "arms" / "static-0" / "result.json").unlink()
     report = (finished / "report.md").read_text()
     assert bench(tiny_folder, finished) == 0
-    after = {path: path.stat().st_mtime_ns for path in made}
-    changed = {path.parent.name for path in made if after[path] != before[path]}
+    after = {path: path.stat().st_mtime_ns for path in results}
+    changed = {path.parent.name for path in results if after[path] != before[path]}
     assert changed == {"static-0"}
     table = [line for line in (finished / "report.md").read_text().splitlines() if line.startswith("| static | 1 ")]
     assert table == [line for line in report.splitlines() if line.startswith("| static | 1 ")]

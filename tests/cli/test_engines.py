@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.engines import embedded_server, sglang_server, take_served
+from aurora_rl.cli.engines import embedded_server, served_config, sglang_server
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.envs import Completion, SampleAndMatch, TransformersEngine
 from aurora_rl.envs.sglang import plugin_server
@@ -185,16 +185,18 @@ def attaching() -> Iterator[list[str]]:
 
 
 def test_what_a_running_server_decides_is_taken_from_it(attaching: list[str]) -> None:
-    config = load_config(overrides=[*attaching, "drafter.path=d", "drafter.name=eagle3", "drafter.depth=7"])
-    take_served(config)
+    asked = load_config(overrides=[*attaching, "drafter.path=d", "drafter.name=eagle3", "drafter.depth=7"])
+    before = copy.deepcopy(asked)
+    config = served_config(asked)
     assert (config.model, config.dtype, config.engine.max_length) == ("org/model", "float16", 4096 - 12)
     tree = config.drafter
     assert (tree.depth, tree.width, tree.num_nodes, tree.name, tree.path) == (3, 2, 5, "eagle3", "d")
+    assert asked == before  # the caller's stays as it is
 
 
 def test_a_model_and_a_dtype_that_are_named_stay(attaching: list[str]) -> None:
-    config = load_config(overrides=[*attaching, "drafter.path=d", "model=my/copy", "dtype=bfloat16"])
-    take_served(config)
+    overrides = [*attaching, "drafter.path=d", "model=my/copy", "dtype=bfloat16"]
+    config = served_config(load_config(overrides=overrides))
     assert (config.model, config.dtype) == ("my/copy", "bfloat16")
 
 
@@ -202,7 +204,7 @@ def test_a_plugin_that_does_not_answer_is_named_with_its_key(monkeypatch: pytest
     monkeypatch.setitem(plugin_server.ask.__kwdefaults__, "timeout", 0.1)
     nowhere = ["engine.name=sglang", "engine.url=http://127.0.0.1:9", "engine.plugin_address=tcp://127.0.0.1:9"]
     with pytest.raises(ConfigError, match="engine.plugin_address: no answer at tcp://127.0.0.1:9"):
-        take_served(load_config(overrides=[*nowhere, "drafter.path=d"]))
+        served_config(load_config(overrides=[*nowhere, "drafter.path=d"]))
 
 
 def test_settings_that_keep_clients_requests_from_the_records_are_told(

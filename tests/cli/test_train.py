@@ -375,12 +375,12 @@ def test_a_recording_of_another_drafter_is_refused_and_leaves_no_folder(
 def test_a_recording_of_an_unknown_rule_is_refused_and_leaves_no_folder(
     pairs: list[str], recordings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    theirs = TrajectoryDataset(tmp_path / "theirs")
+    foreign = TrajectoryDataset(tmp_path / "foreign")
     for trajectory in TrajectoryDataset(recordings[0]):
-        theirs.append(trajectory.set(("sampling", "rule"), torch.tensor(rule_code("absent_rules:Absent"))))
-    assert train("--recording", str(tmp_path / "theirs"), *pairs, f"run_dir={tmp_path / 'run'}") == 2
+        foreign.append(trajectory.set(("sampling", "rule"), torch.tensor(rule_code("absent_rules:Absent"))))
+    assert train("--recording", str(tmp_path / "foreign"), *pairs, f"run_dir={tmp_path / 'run'}") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"aurora-rl: --recording {tmp_path / 'theirs'}: the verification rule of code ")
+    assert line.startswith(f"aurora-rl: --recording {tmp_path / 'foreign'}: the verification rule of code ")
     assert "is not known here; set rule to that of the engine" in line and not (tmp_path / "run").exists()
 
 

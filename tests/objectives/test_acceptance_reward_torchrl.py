@@ -44,10 +44,10 @@ def test_the_clipped_gain_is_that_of_torchrls_clip_ppo() -> None:
     )  # fmt: skip
     reference = ClipPPOLoss(actor, None, clip_epsilon=clip, entropy_bonus=False, critic_coeff=None)
     log_q = logits(td["observation"]).log_softmax(-1).gather(1, td["action"][:, None])[:, 0]
-    ours = -clipped_gain(log_q, td["action_log_prob"], td["advantage"][:, 0], clip).mean()
+    loss = -clipped_gain(log_q, td["action_log_prob"], td["advantage"][:, 0], clip).mean()
     expected = reference(td)["loss_objective"]
-    torch.testing.assert_close(ours, expected)
-    ours.backward()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
     mine = logits.weight.grad.clone()
     logits.weight.grad = None
     expected.backward()
@@ -88,7 +88,7 @@ def test_the_group_baseline_with_a_clip_is_torchrls_grpo() -> None:
             for tree, log_probs in zip(drawn, behaviour, strict=True)
         ]
     )
-    ours = AcceptanceRewardLoss(drafter, target.head, baseline="group", clip=0.2, reduction="sum")(batch)
+    found = AcceptanceRewardLoss(drafter, target.head, baseline="group", clip=0.2, reduction="sum")(batch)
     tokens, log_probs, advantage = [], [], []
     for tree, recorded in zip(drawn, behaviour, strict=True):
         first, then = tree.tokens[:2], tree.tokens[2:]
@@ -107,7 +107,7 @@ def test_the_group_baseline_with_a_clip_is_torchrls_grpo() -> None:
     )  # fmt: skip
     grpo = GRPOLoss(Chains(drafter), clip_epsilon=0.2, entropy_bonus=False, aggregation="none")
     reference = grpo(td).loss_objective.sum()
-    torch.testing.assert_close(ours["loss_acceptance_reward"], reference, atol=1e-5, rtol=1e-5)
-    got, expected = (table_gradient(drafter, loss) for loss in (ours["loss_acceptance_reward"], reference))
+    torch.testing.assert_close(found["loss_acceptance_reward"], reference, atol=1e-5, rtol=1e-5)
+    got, expected = (table_gradient(drafter, loss) for loss in (found["loss_acceptance_reward"], reference))
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

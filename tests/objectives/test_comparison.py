@@ -84,15 +84,15 @@ def test_it_is_what_it_is_with_whole_logits(
     kind: type[Drafter], loss: type[Objective], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drafter, head = make(kind)
-    batch, made = batch_of(kind), []
+    batch, multiplied = batch_of(kind), []
     product = HeadLogits.product.func  # type: ignore[attr-defined]
-    monkeypatch.setattr(HeadLogits, "product", property(lambda logits: made.append(1) or product(logits)))
+    monkeypatch.setattr(HeadLogits, "product", property(lambda logits: multiplied.append(1) or product(logits)))
     out, gradients = learn(loss(drafter, head, **settings), batch)
-    assert not made, "whole logits were made"
+    assert not multiplied, "whole logits were made"
     for name in ("unroll", "context_logits"):  # of plain logits
         monkeypatch.setattr(drafter, name, plain(getattr(drafter, name)))
     expected, wanted = learn(loss(drafter, head, **settings), batch)
-    assert made
+    assert multiplied
     torch.testing.assert_close(out.to_dict(), expected.to_dict())
     assert len(gradients) == len(wanted) > 0
     for got, each in zip(gradients, wanted, strict=True):

@@ -144,6 +144,7 @@ def served(
         for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
     ]
     done: dict[int, list[int]] = {}
+    # Not a SpeculativeDecoder: the trees below come from no drafter, and callers choose the engine's settings.
     env = SpecDecodeEnv(
         engine,
         lambda: queue.pop(0) if queue else None,

@@ -163,6 +163,7 @@ class World:
         max_length: int = 64,
         **options: object,
     ) -> None:
+        # Not a SpeculativeDecoder: `run` takes any policy, and the features that it checks need no drafter.
         queue = list(waiting)
         self.engine = TransformersEngine(
             tiny_target(architecture, vocab_size=VOCAB), num_slots=slots, max_length=max_length, feature_layers=LAYERS

@@ -27,8 +27,8 @@ from aurora_rl.training.replay import trajectory_buffer
 from aurora_rl.training.states import states
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def as_tensors(values: dict[str, Any]) -> dict[str, Tensor]:
@@ -233,9 +233,9 @@ def test_with_the_buffer_in_the_state_a_continued_run_equals_the_uninterrupted_o
         later = again.learner.state_dict()
         assert same(later["drafter"], state["drafter"]), cut
         assert same(later["serving"], state["serving"]), cut
-        for one, other in zip(later["optimizers"], state["optimizers"], strict=True):
-            for index, values in one["state"].items():
-                assert same(as_tensors(values), as_tensors(other["state"][index])), cut
+        for resumed, whole in zip(later["optimizers"], state["optimizers"], strict=True):
+            for index, values in resumed["state"].items():
+                assert same(as_tensors(values), as_tensors(whole["state"][index])), cut
         assert decisions(again) == found, cut
         sources = [
             [each["notes"]["source"] for each in of["buffer"]["_storage"]["trajectories"]] for of in (later, state)

@@ -8,7 +8,7 @@ At a context with target distribution `p`, the children `x_1, x_2, ...` are test
 and when none is left the bonus token is drawn from the last `r`. Whatever `q` is, the token delivered has the law `p`
 (Leviathan et al. 2023, arXiv 2211.17192, for a chain; Miao et al. 2024, arXiv 2305.09781, for several children).
 Children are drawn independently, `q_k = q`, or without replacement, where `q_k` is `q` without `x_1 .. x_{k-1}` (Jeon
-et al. 2024, arXiv 2402.14160); which of the two has to be known, or the law breaks.
+et al. 2024, arXiv 2402.14160). Which of the two has to be known, or the law breaks.
 """
 
 from __future__ import annotations

@@ -58,9 +58,9 @@ def settle_attention(config: PretrainedConfig, entries: Mapping[str, Any], parts
     """Check heads and positions of a drafter's layer: they may differ from the target's only if meant so.
 
     Authors of EAGLE train with base 10000 for any target and leave rotary settings out of their files, and engines read
-    them so. Any other file whose settings are not the target's is most often for another target: ValueError, unless the
-    option ``attention`` is "own" and not "target", or the file records that it was read so before. Then ``config`` is
-    marked. Shapes of tensors do not tell eight heads of two from four of four.
+    them so. Any other file whose settings are not the target's is most often for another target. It is a ValueError,
+    unless the option ``attention`` is "own" or the file records that it was read so before. Then ``config`` is marked.
+    Shapes of tensors do not tell eight heads of two from four of four.
     """
     if attention not in ("target", "own"):
         raise ValueError(f"the option attention must be target or own, got {attention!r}")

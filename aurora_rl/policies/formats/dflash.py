@@ -45,8 +45,8 @@ def write_dflash(drafter: DFlashDrafter, layout: str) -> Checkpoint:
 
     Neither holds embedding or head, which are the target's. The ids in the file are one less than ``feature_layers``:
     they name a captured state by the layer that it leaves. "hf" may also have the embedding, as −1, and what the
-    target's head reads, which SGLang cannot capture. A reduced draft vocabulary is an extra tensor ``d2t``, offsets
-    from rows to target ids: SGLang ignores it, and vLLM does not load a file that has it.
+    target's head reads; SGLang can capture neither. A reduced draft vocabulary is an extra tensor ``d2t``, offsets from
+    rows to target ids: SGLang ignores it, and vLLM does not load a file that has it.
 
     Raises:
         ValueError: SGLang cannot capture one of the features.

@@ -45,9 +45,9 @@ _EAGLE3_NAMES = {
 def write_eagle3(drafter: Eagle3Drafter, layout: str) -> Checkpoint:
     """Return an EAGLE-3 as "sglang", "vllm" or "hf" has it.
 
-    "sglang" is what ``LlamaForCausalLMEagle3`` loads: ``d2t[i] = target id − i`` are offsets, ``t2d`` marks the target
-    tokens that have a row, and layer ids are one less than ``feature_layers``: of the layer that a state leaves. "vllm"
-    adds the ids as vLLM reads them. "hf" is the layout that the authors publish, which has no layer ids.
+    "sglang" is what ``LlamaForCausalLMEagle3`` loads. Its ``d2t[i] = target id − i`` are offsets, and ``t2d`` marks the
+    target tokens that have a row. Its layer ids name the layer that a state leaves, one less than ``feature_layers``.
+    "vllm" adds the ids as vLLM reads them. "hf" is the layout that the authors publish, which has no layer ids.
 
     Raises:
         ValueError: The layout cannot say what this drafter is.
