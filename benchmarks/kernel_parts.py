@@ -8,6 +8,7 @@ in a process of its own, for its peak memory. Ways that are compared must agree.
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from aurora_rl.objectives import get_objective
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, HeadLogits, Unroll
 from aurora_rl.trajectories import make_trajectory, pack
 from aurora_rl.tree_index import TreeIndex, true_chains
-from kernels import forget_peak, memory
+from kernels import CLEAR, forget_peak, memory
 
 
 def cpu_seconds(run: Callable[..., Any], *given: Any) -> float:
@@ -44,6 +45,7 @@ def cpu_seconds(run: Callable[..., Any], *given: Any) -> float:
 
 # ---- a gradient step of a draft head -----------------------------------------------------------------------------
 
+M_MMAP_THRESHOLD = -3  # mallopt's number of it
 DRAFT_VOCAB, POSITIONS, ROUNDS, NODES, STEPS = 8192, 480, 219, 20, 5  # 219 trees of 20 nodes: 4,380
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "expected_length, rejection": ("expected_length", {"rule": "rejection", "steps": STEPS}),
@@ -101,8 +103,8 @@ def recording() -> TensorDict:
     return pack([trajectory])
 
 
-def gradient_step(label: str, plain: bool) -> dict[str, float | None]:
-    """Return a step's CPU time, its peak memory above what was there before, gradients included, and its loss."""
+def gradient_step(label: str, plain: bool) -> Callable[[], float]:
+    """Return a function that takes a step, and returns the loss."""
     torch.manual_seed(0)
     name, settings = OBJECTIVES[label]
     weight = torch.randn(CONFIG.vocab_size, CONFIG.hidden_size) * CONFIG.hidden_size**-0.5
@@ -118,23 +120,40 @@ def gradient_step(label: str, plain: bool) -> dict[str, float | None]:
         loss.backward()
         return float(loss.detach())
 
-    loss = step()
-    drafter.states.grad = None
-    drafter.zero_grad()
+    return step
+
+
+def time_of_step(label: str, plain: bool) -> tuple[float, float]:
+    """Return the loss, and the least CPU time of two steps after a first."""
+    step = gradient_step(label, plain)
+    return step(), round(min(cpu_seconds(step) for _ in range(2)), 2)
+
+
+def peak_of_step(label: str, plain: bool) -> int | None:
+    """Return the peak in MiB above what was there before; with gradients, without freed memory that glibc keeps."""
+    if not CLEAR.exists():
+        return None
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # tensors above it are returned as soon as they are freed
+    step = gradient_step(label, plain)
     forget_peak()
-    before, seconds, peak = memory("VmRSS"), cpu_seconds(step), memory("VmHWM")
-    mib = None if before is None or peak is None else round(peak - before)
-    return {"cpu_s": round(min(seconds, cpu_seconds(step)), 2), "peak_mib": mib, "loss": loss}
+    before = memory("VmRSS") or 0.0
+    step()
+    return round((memory("VmHWM") or 0.0) - before)
+
+
+def in_own_process(run: Callable[[str, bool], Any], label: str, plain: bool) -> Any:
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(run, label, plain).result()
 
 
 def gradient_steps() -> list[dict[str, Any]]:
     cells = []
     for label in OBJECTIVES:
-        ways = {}
+        ways, losses = {}, []
         for way, plain in (("whole logits", True), ("by chunks", False)):
-            with ProcessPoolExecutor(1, mp_context=get_context("fork")) as own_process:
-                ways[way] = own_process.submit(gradient_step, label, plain).result()
-        losses = [way.pop("loss") for way in ways.values()]
+            loss, seconds = in_own_process(time_of_step, label, plain)
+            ways[way] = {"cpu_s": seconds, "peak_mib": in_own_process(peak_of_step, label, plain)}
+            losses.append(loss)
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
         cells.append({"objective": label, **ways})
         print(cells[-1], flush=True)
