@@ -187,6 +187,13 @@ def memory(name: str, file: Path = STATUS) -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
+def forget_peak() -> None:
+    """Let VmHWM count from now on, where the system can."""
+    if CLEAR.exists():
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to count as there before
+        CLEAR.write_text("5")
+
+
 def measure(way: str, p: Problem, repeats: int) -> dict[str, Any]:
     """Time and peak memory of a way, and what it computed."""
     run, learned, cuda = WAYS[way], [p.states, p.head], p.states.is_cuda
@@ -207,9 +214,7 @@ def measure(way: str, p: Problem, repeats: int) -> dict[str, Any]:
         direction = torch.Generator().manual_seed(1)
         found += [float((x.grad.float().cpu() * torch.randn(x.shape, generator=direction)).sum()) for x in learned]
     p.states.grad = p.head.grad = None
-    if CLEAR.exists():
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to count as there before
-        CLEAR.write_text("5")
+    forget_peak()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() / 2**20 if cuda else memory("VmRSS")
