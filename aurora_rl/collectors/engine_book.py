@@ -19,6 +19,7 @@ _FORGET_S = 60.0  # in which an engine that lives is heard
 # published must be above all of them.
 _MAX_LEAD = 1 << 32
 _REMEMBERED_CHECKSUMS = 64
+_DIGITS = 32  # of a checksum: what an engine says is kept, so it may not be longer
 
 
 @dataclass(slots=True)
@@ -126,7 +127,7 @@ class EngineBook:
         """
         version = self._served_version(meta)
         received = field(meta, "received", int, type(None))
-        digest = field(meta, "checksum", str, type(None))
+        digest = _digest(meta, str, type(None))
         with self._changed:
             status = self._engines.setdefault(identity, EngineStatus(name, version, time.monotonic()))
             self._engines.move_to_end(identity)
@@ -150,7 +151,7 @@ class EngineBook:
 
     def note_ack(self, identity: bytes, meta: Mapping[str, Any]) -> None:
         """Note that the engine of a connection has loaded a version; errors as of `note_serving`."""
-        version, digest = self._served_version(meta), field(meta, "checksum", str)
+        version, digest = self._served_version(meta), _digest(meta, str)
         self._note_loaded(identity, version, digest, float(field(meta, "swap_ms", float, int)))
 
     def note_nack(self, identity: bytes, meta: Mapping[str, Any]) -> None:
@@ -191,3 +192,11 @@ class EngineBook:
                     self._log.warning("loaded", "engine %r did not load version %d: %s", status.name, version, reason)
                 status.rejected = (version, reason)
             self._changed.notify_all()
+
+
+def _digest(meta: Mapping[str, Any], *types: type) -> Any:
+    """Return the checksum that an engine says, one of these types; CodecError if it is none."""
+    digest = field(meta, "checksum", *types)
+    if digest is not None and len(digest) > _DIGITS:
+        raise CodecError(f"the field checksum has {len(digest)} characters, and a checksum {_DIGITS}")
+    return digest

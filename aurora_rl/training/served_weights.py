@@ -18,6 +18,7 @@ from aurora_rl.tree_index import TreeIndex
 logger = logging.getLogger(__name__)
 
 _CHECKED_DRAFTS = 100
+_MOST_TOLD = 64  # answers of engines
 
 
 def with_weights(drafter: Drafter, weights: dict[str, Tensor], dtype: torch.dtype) -> Drafter:
@@ -91,7 +92,8 @@ class StartCheck:
 
     Args:
         weights: Weights that the gate compares with, as they are served.
-        log: Metrics of the run; gets an event "gate_against" for each answer of an engine.
+        log: Metrics of the run; gets an event "gate_against" for each new answer of an engine, for 64 at most: a
+            peer may make up ever new ones.
     """
 
     def __init__(self, weights: dict[str, Tensor], log: MetricsLog) -> None:
@@ -104,6 +106,8 @@ class StartCheck:
             same = digest == self._digest
             if (name, version, digest) in self._told or (same and not version):  # as both started
                 continue
+            if len(self._told) == _MOST_TOLD:
+                return
             self._told.add((name, version, digest))
             self._log.write("gate_against", engine=name, version=version, same=same)
             if not same:

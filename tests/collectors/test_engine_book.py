@@ -61,3 +61,13 @@ def test_silence_ends_what_was_known(monkeypatch: pytest.MonkeyPatch) -> None:
     note(book, b"a", version=5)
     now += engine_book._FORGET_S + 1
     assert book.due(1) == [] and book.engines == {} and book.next_version == 1
+
+
+def test_a_checksum_longer_than_any_is_not_kept() -> None:
+    book = EngineBook()
+    note(book, b"a", checksum="0" * 32)
+    with pytest.raises(CodecError, match="the field checksum has 33 characters, and a checksum 32"):
+        note(book, b"a", checksum="0" * 33)
+    with pytest.raises(CodecError, match="the field checksum has 1000000 characters"):
+        book.note_ack(b"a", {"version": 0, "checksum": "0" * 10**6, "swap_ms": 1.0})
+    assert book.engines["a"].checksum == "0" * 32

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
+from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.testing import tiny_target, tiny_trajectory
-from aurora_rl.training.served_weights import drafts_agreed
+from aurora_rl.training.served_weights import StartCheck, drafts_agreed
 
 
 def drafter_of(kind, seed=0):
@@ -51,3 +52,12 @@ def test_an_engine_that_keeps_no_scores_is_compared_too():
     trajectory = tiny_trajectory(drafter, max_new_tokens=16)
     whole = drafts_agreed(drafter, [trajectory], version=0)
     assert drafts_agreed(drafter, [trajectory.exclude(("nodes", "log_probs"))], version=0) == whole
+
+
+def test_a_peer_that_makes_up_checksums_does_not_fill_the_log(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", "learner")
+    check = StartCheck({"w": torch.zeros(2)}, log)
+    for number in range(200):
+        check.check([("peer", 1, f"{number:032d}")])
+    told = [event for event in MetricsReader(log.path) if event["event"] == "gate_against"]
+    assert len(told) == 64 and not any(event["same"] for event in told)
