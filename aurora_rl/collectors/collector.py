@@ -191,13 +191,10 @@ def _retention(message: Message) -> tuple[str, float]:
             raise CodecError(str(error)) from error
     if deletes and len(message.tensors.keys()):
         raise CodecError(f"a {DELETION!r} message has no tensors, this one has {len(message.tensors.keys())}")
+    if deletes:
+        return tenant or "", float(field(meta, "before", float, int))
     # None is an engine of an earlier release. A clock ahead of ours must not make a trajectory live longer.
-    when = (
-        float(field(meta, "before", float, int))
-        if deletes
-        else min(field(meta, "captured", float, int, type(None)) or now, now)
-    )
-    return tenant or "", when
+    return tenant or "", min(field(meta, "captured", float, int, type(None)) or now, now)
 
 
 def _name(claimed: object) -> str:

@@ -174,9 +174,8 @@ class TrajectorySink:
             if not self._queue and not self._untold and not self._closed:
                 self._changed.wait(_IDLE_S)
             self._connected = self._socket.connected
-            if (
-                self._told_connections != self._socket.connections
-            ):  # it may be another learner, or the last one was lost
+            # It may be another learner, or the last one was lost.
+            if self._told_connections != self._socket.connections:
                 self._told_connections, self._untold = self._socket.connections, dict(self._deletions)
             while self._queue and self._queue[0].captured < time.time() - self._max_age:
                 self._take_oldest()
