@@ -128,15 +128,16 @@ class Versions:
 
     def next_round(self, is_init: Tensor) -> None:
         """Choose who drafts the next round, whose slots with a new request are ``is_init``, ``[B, 1]`` bool."""
+        fresh = is_init.flatten().cpu()
         if self._trial is not None:
             self._draft_by(new=self._trial.new)
         seat = self._seat
         if seat.watchdog is not None and seat.drafts:
             earlier = {number: kept.weights for number, kept in self._kept.items() if number < self.policy.version}
-            if (fault := seat.watchdog.check(self._kept[self.policy.version].weights, earlier)) is not None:
+            if (fault := seat.watchdog.check(self._kept[self.policy.version].weights, earlier, fresh)) is not None:
                 self._mend(fault)
         if self._other is not None:  # the policy that drafts is told by the environment
-            self._other.fresh |= is_init.flatten().cpu()
+            self._other.fresh |= fresh
 
     def _draft_by(self, *, new: bool) -> None:
         """Give the turn to the weights on trial, or to those that are served."""
@@ -180,7 +181,7 @@ class Versions:
             "watchdog", version=version, cause=fault.cause, detail=fault.detail, action=action,
             requests=len(self._stats.finished),
         )  # fmt: skip
-        logger.warning("the drafter of version %d is %s; %s", version, reason, action)
+        logger.warning("the drafter of version %d failed a check (%s): %s; %s", version, fault.cause, fault.detail, action)
 
     def rest(self, shape: TreeShape) -> TreeShape:
         """Return the shape of a round that was to have this one, if faults leave the drafter out."""

@@ -86,12 +86,15 @@ class Watchdog:
         self._short += (accepted - self._short) / _SHORT
         self._long += (accepted - self._long) / _LONG
 
-    def check(self, weights: Mapping[str, Tensor], earlier: Mapping[int, Mapping[str, Tensor]]) -> Fault | None:
+    def check(
+        self, weights: Mapping[str, Tensor], earlier: Mapping[int, Mapping[str, Tensor]], fresh: Tensor
+    ) -> Fault | None:
         """Check what is due in this round, and return the first fault.
 
         Args:
             weights: What was published as the version that drafts, in the form of ``Drafter.published``.
             earlier: The same of earlier versions.
+            fresh: Slots with a new request, ``[B]`` bool: the drafter's cache is still of the one before.
         """
         self._turn += 1
         if self._turn % EVERY:
@@ -102,7 +105,7 @@ class Watchdog:
                 self._tensors(weights, earlier, list(weights)[part::_PORTIONS])
                 or self._constants()
                 or self._answer(weights, earlier)
-                or self._cache()
+                or self._cache(fresh)
             )
         except Exception as error:  # whatever a drafter does, the requests are served
             return Fault("dead", f"asked for a draft, it raises {error!r}")
@@ -172,10 +175,10 @@ class Watchdog:
         return self._probe(tokens, features).propose(torch.tensor([0]), _ASKED).log_probs.float()
 
     @torch.inference_mode()
-    def _cache(self) -> Fault | None:
+    def _cache(self, fresh: Tensor) -> Fault | None:
         """Replay the beginning of a slot's text, all of it if acceptance fell, and compare with the drafter's cache."""
         suspicious = self._short < _SUSPICIOUS * self._long
-        slot = self._next(self._policy.drafter.cached)
+        slot = self._next(self._policy.drafter.cached.masked_fill(fresh, 0))
         if slot is None or not (rows := self._policy.drafter.cache_rows(slot)):
             return None
         held = int(self._policy.drafter.cached[slot])
@@ -188,9 +191,7 @@ class Watchdog:
             off = (first - second).norm(dim=1) > _ROUNDING * second.norm(dim=1)
             if bool(off.any()) or not bool(first.isfinite().all()):
                 where = int(off.nonzero()[0]) if bool(off.any()) else 0
-                return Fault(
-                    "cache", f"of slot {slot}, its cache differs from a replay of the text from pair {where} on"
-                )
+                return Fault("cache", f"slot {slot}'s cache differs from a replay of its text from pair {where} on")
         return None
 
     def _next(self, lengths: Tensor) -> int | None:

@@ -92,7 +92,7 @@ def test_damaged_weights_are_named_and_loaded_again(
     fault = found(serving)
     assert (fault["cause"], fault["detail"]) == ("corrupted", f"tensor '{NAME}' {said}")
     assert (fault["version"], fault["action"]) == (0, "its weights were loaded again")
-    assert f"the drafter of version 0 is corrupted: {fault['detail']}; its weights were loaded again" in caplog.text
+    assert f"the drafter of version 0 failed a check (corrupted): {fault['detail']}; its weights were loaded again" in caplog.text
     now = serving.policy.drafter.published()
     assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
     assert drafts(serving)
@@ -193,7 +193,7 @@ def test_a_damaged_cache_is_found_and_rebuilt(tmp_path: Path) -> None:
         serving.server.step()
     (fault,) = serving.events("watchdog")
     assert fault["cause"] == "cache" and fault["action"] == "its caches are rebuilt"
-    assert "its cache differs from a replay of the text from pair 0 on" in fault["detail"]
+    assert "cache differs from a replay of its text from pair 0 on" in fault["detail"]
     assert drafts(serving)
 
 
@@ -271,6 +271,16 @@ def test_a_request_that_the_drafter_fails_alone_is_no_fault_of_it(tmp_path: Path
     assert serving.events("drafter_fault")
 
 
+def test_a_slot_that_has_just_got_another_request_raises_no_alarm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aurora_rl.serving.watchdog.EVERY", 1)  # so that a check falls on each first round
+    serving = Serving(tmp_path, requests(8, budget=6), eagle(), slots=2, watched=True)
+    serving.run()
+    serving.check_texts()
+    assert len(serving.server.stats.finished) == 8 and serving.events("watchdog") == []
+
+
 def test_a_healthy_drafter_gives_no_alarm_in_ten_thousand_rounds_through_a_domain_shift() -> None:
     """Texts of another kind, of which nothing is accepted, and swaps; the drafter catches up where it is checked."""
     dice, drafter = random.Random(0), eagle()
@@ -304,5 +314,5 @@ def test_a_healthy_drafter_gives_no_alarm_in_ten_thousand_rounds_through_a_domai
         for number in accepted:
             watchdog.observe(number)
             checked += 1
-            assert watchdog.check(kept[policy.version], earlier) is None, turn
+            assert watchdog.check(kept[policy.version], earlier, torch.zeros(2, dtype=torch.bool)) is None, turn
     assert checked == 9_996
