@@ -67,7 +67,7 @@ class LLM:
         model: ``"smollm2"`` for the embedded model, a hub id, or a folder of a causal LM.
         drafter: A drafter's name such as ``"eagle3"``, which starts untrained (see :meth:`learn`); a checkpoint, as a
             folder or hub id; a :class:`~aurora_rl.policies.Drafter`; or None for plain decoding.
-        num_speculative_tokens: Drafted tokens of a round, a chain.
+        num_speculative_tokens: Number of tokens drafted per round, as a chain.
         shape: Tree to draft in the place of a chain; ``num_speculative_tokens`` is not used then.
         dtype: "float32", "bfloat16", ... or a torch dtype; "auto" is bfloat16 where the device computes in it.
         device: Device of the target; "auto" is CUDA if there is one.

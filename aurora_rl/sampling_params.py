@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -19,9 +20,10 @@ class SamplingParams:
         temperature: Divides the logits; 0 decodes greedily, whatever top-k, top-p and seed say.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         top_p: Keep the smallest set of likeliest tokens whose mass reaches this; 1.0 keeps all.
-        seed: Key of the request's noise. The same seed, prompt and parameters give the same text.
+        seed: Key of the request's noise. The same seed, prompt and parameters give the same text. None draws a seed.
         max_tokens: Token budget of the completion.
-        stop: Strings that end the completion, at the token that completes one. A single string is one stop string.
+        stop: Strings that end the completion, at the token that completes one. A single string is one stop string; None
+            is no string.
         logprobs: Likeliest tokens whose log-probabilities come with each token's own, at most 20; 0 for its own alone.
             None, the default, computes none.
         ignore_eos: Whether tokens that end a completion are tokens like others: stop strings and the budget end it.
@@ -44,6 +46,8 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        if self.seed is None:  # as in vLLM
+            object.__setattr__(self, "seed", secrets.randbelow(2**63))
         for name in ("temperature", "top_p", "top_k", "seed", "max_tokens", "logprobs"):
             value = getattr(self, name)
             kind, noun = (Real, "a number") if name in ("temperature", "top_p") else (Integral, "an integer")
@@ -64,6 +68,8 @@ class SamplingParams:
             raise ValueError(f"logprobs is {self.logprobs}; give an integer with 0 <= logprobs <= 20, or None")
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos is {reprlib.repr(self.ignore_eos)}; give true or false")
+        if self.stop is None:
+            object.__setattr__(self, "stop", ())
         if isinstance(self.stop, bytes) or not isinstance(self.stop, Iterable):
             raise ValueError(f"stop is {reprlib.repr(self.stop)}; give a string or a sequence of strings")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

@@ -129,6 +129,19 @@ class TreeIndex(NamedTuple):
         return sums
 
 
+def completion_columns(batch: TensorDictBase) -> tuple[Tensor, Tensor]:
+    """Return the request of each completion token and its place in the completion, ``[C]`` int64 each.
+
+    Example:
+        >>> sequence = {"offset": torch.tensor([0, 3, 5]), "prompt_length": torch.tensor([1, 1])}
+        >>> completion_columns(TensorDict({"sequence": sequence}))
+        (tensor([0, 0, 1]), tensor([0, 1, 0]))
+    """
+    count = batch["sequence", "offset"].diff() - batch["sequence", "prompt_length"]
+    request = torch.repeat_interleave(count)
+    return request, torch.arange(len(request), device=count.device) - (count.cumsum(0) - count)[request]
+
+
 def indexed(batch: TensorDictBase) -> TensorDictBase:
     """Return a shallow copy of a packed batch that carries its :class:`TreeIndex`, for several readers.
 

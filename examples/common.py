@@ -53,12 +53,12 @@ class Stream:
         dtype = self.held_out[0]["sequence", "features"].dtype
         return replay(self.drafter.serving_copy(dtype), self.held_out, shape).acceptance_length
 
-    def learn(self, loss: LossModule, *, replayed: int = 4) -> None:
+    def learn(self, loss: LossModule) -> None:
         """Learn from the first part, and say what it did for the rest."""
         print(f"before: acceptance length {self.acceptance():.2f} on {len(self.held_out)} unseen requests", flush=True)
         optimizers = drafter_optimizers(self.drafter)
         autocast = self.held_out[0]["sequence", "features"].dtype == torch.bfloat16
-        for seen, value, out in train_on(self.train, loss, optimizers, replay=replayed, autocast=autocast):
+        for seen, value, out in train_on(self.train, loss, optimizers, replay=4, autocast=autocast):
             figures = {k: round(float(v.mean()), 3) for k, v in out.items() if not k.startswith("loss_")}
             print(f"{seen} requests: loss {value:.3f} {figures}", flush=True)
         print(f"after: acceptance length {self.acceptance():.2f}")

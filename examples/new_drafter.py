@@ -12,9 +12,9 @@ import torch
 from common import arguments, open_stream
 from torch import nn
 
+from aurora_kernels.rows import log_softmax
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import Drafter, TargetParts, TreeShape
-from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.testing import check_drafter, tiny_target
 

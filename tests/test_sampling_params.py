@@ -54,10 +54,16 @@ def test_a_stop_string_that_every_text_or_none_has_is_refused(stop: tuple) -> No
         SamplingParams(stop=stop)
 
 
-@pytest.mark.parametrize("stop", [None, 3, b"x"])
+@pytest.mark.parametrize("stop", [3, b"x"])
 def test_a_stop_that_is_no_string_and_no_strings_is_refused(stop: object) -> None:
     with pytest.raises(ValueError, match=f"stop is {stop!r}; give a string or a sequence of strings"):
         SamplingParams(stop=stop)  # type: ignore[arg-type]
+
+
+def test_none_draws_a_seed_and_stops_at_no_string_as_in_vllm() -> None:
+    seeds = {SamplingParams(seed=None).seed for _ in range(4)}
+    assert len(seeds) == 4 and all(0 <= seed < 2**63 for seed in seeds)
+    assert SamplingParams(stop=None).stop == ()
 
 
 def test_a_string_is_one_stop_string() -> None:

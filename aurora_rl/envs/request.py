@@ -23,9 +23,9 @@ class Request:
         speculative: Whether drafts are verified for it. False decodes it plainly; the text is the same.
         learn: Whether a server may send its trajectory to the learner.
         counted: Whether a server's statistics count it.
-        cache_salt: Key of what requests share: a request finds rows in the prefix cache, and answers to look up, of
-            requests with its own salt alone. Requests without one, None, share theirs.
-        tenant: Name of whom it is for; tenants share nothing, whatever their salts. None names none.
+        cache_salt: Key of sharing. Requests share cached prefixes and answers to look up only if their salts are equal;
+            None is a salt too.
+        tenant: Name of the tenant. Tenants share nothing, whatever their salts; None names none.
 
     Example:
         >>> import torch
@@ -110,7 +110,7 @@ class Completion:
     request: Request
     tokens: Tensor
     terminated: bool
-    trajectory: TensorDict | None = None
+    trajectory: TensorDict | None = field(default=None, repr=False)
     drafts: Drafts = field(default_factory=Drafts)
     logprobs: list[TokenLogprobs] | None = None
     text: str = ""

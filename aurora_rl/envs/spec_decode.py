@@ -56,8 +56,9 @@ class SpecDecodeEnv(EnvBase):
         requests: Called for the next request; None if there is none now.
         num_nodes: Most nodes ``N`` of a tree without its root.
         rule: Name of the verification rule, or its import path.
-        draft_mode: How the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``; also ("draft", "mode") of
-            actions that have it. If the rule needs the drafter's distribution, actions carry it as ("draft", "q").
+        draft_mode: How the trees are drawn, one of ``aurora_rl.trajectories.DRAFT_MODES``. Actions may say it as
+            ("draft", "mode"); another mode is an error. If the rule needs the drafter's distribution, actions carry it
+            as ("draft", "q").
         stop_tokens: Token ids that end a completion, unless its request says ``ignore_eos``.
         decode: Turns token ids into text, whole completions and their ends; needed only by requests with stop strings.
         processors: Returns the logits processors of transformers for a request, such as the result of

@@ -11,13 +11,14 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
+from aurora_kernels.rows import log_softmax
 from aurora_kernels.trees import sibling_ranks
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target_rows import context_rows
 from aurora_rl.objectives.tree_law import TreeLaw, before
-from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
+from aurora_rl.policies.drafter import Drafter, draft_rows
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.tree_index import TREE_KEYS, TreeIndex

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aurora_kernels import Target, two_head_loss
-from aurora_kernels.rows import agreeing, chunk_rows
+from aurora_kernels.rows import agreeing, chunk_rows, log_softmax
 from aurora_rl.objectives.divergences import Divergence, with_gradient
-from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.policies.head_logits import HeadLogits
 
 

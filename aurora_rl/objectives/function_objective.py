@@ -13,12 +13,13 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from typing_extensions import override
 
+from aurora_kernels.rows import log_softmax
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.distillation import DistillationObjective
 from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.target_rows import target_rows
 from aurora_rl.objectives.windows import Windows, by_window, completion_requests, completion_tokens
-from aurora_rl.policies.drafter import Drafter, draft_rows, log_softmax
+from aurora_rl.policies.drafter import Drafter, draft_rows
 from aurora_rl.settings import settings_of
 
 ObjectiveFunction = Callable[..., tuple[Tensor, Tensor]]

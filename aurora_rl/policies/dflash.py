@@ -20,17 +20,18 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from typing_extensions import override
 
+from aurora_kernels.rows import log_softmax
 from aurora_rl.models.parts import TargetParts, copy_layer, layer_config, target_entries
 from aurora_rl.policies.attention import KeysValues
 from aurora_rl.policies.block_layer import BlockLayer, Rotation
-from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll, log_softmax
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll
 from aurora_rl.policies.formats.dflash import read_dflash, write_dflash
 from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.trajectories import pad_rows
-from aurora_rl.tree_index import TreeIndex
+from aurora_rl.tree_index import TreeIndex, completion_columns
 
 
 @register_drafter("dflash")
@@ -259,12 +260,9 @@ class DFlashDrafter(Drafter):
 
     @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
-        count = offset.diff() - prompt
-        request = torch.repeat_interleave(torch.arange(len(count), device=offset.device), count)
-        place = torch.arange(len(request), device=offset.device)
-        column = place - (count.cumsum(0) - count)[request]
-        root = prompt[request] - 2 + column  # root of the block whose first mask is this token
+        request, column = completion_columns(batch)
+        place = torch.arange(len(request), device=request.device)
+        root = batch["sequence", "prompt_length"][request] - 2 + column  # root of the block that first masks this token
         blocks = self._blocks(batch, request, root)
         states = [blocks[(place - step).clamp(min=0), step] for step in range(min(steps, self.block_size - 1))]
         valid = torch.stack([(column >= step) & (root >= step) for step in range(len(states))])

@@ -17,6 +17,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from aurora_kernels.rows import log_softmax
 from aurora_rl.models.inference_modules import stage
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.head_logits import HeadLogits
@@ -353,11 +354,6 @@ def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 
             f"{name} is not rising: row {row} is token {int(draft_vocab[row])}, row {row + 1} token "
             f"{int(draft_vocab[row + 1])}; whoever knows only which tokens have a row would take them for others"
         )
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    """Return the log-softmax over the last dimension in float32, or in float64 of a float64 input."""
-    return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
 def draft_rows(draft_vocab: Tensor, tokens: Tensor) -> Tensor:

@@ -15,14 +15,15 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from typing_extensions import override
 
+from aurora_kernels.rows import log_softmax
 from aurora_rl.models.parts import TargetParts
-from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll, log_softmax
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll
 from aurora_rl.policies.formats.vllm import from_vllm, to_vllm
 from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.policies.tree_shape import TreeShape
-from aurora_rl.tree_index import TreeIndex
+from aurora_rl.tree_index import TreeIndex, completion_columns
 
 
 class MedusaBlock(nn.Module):
@@ -176,11 +177,8 @@ class MedusaDrafter(Drafter):
 
     @override
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
-        offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
-        count = offset.diff() - prompt
-        request = torch.repeat_interleave(torch.arange(len(count), device=offset.device), count)
-        column = torch.arange(len(request), device=offset.device) - (count.cumsum(0) - count)[request]
-        pair = prompt[request] - 2 + column  # the pair that predicts the token at step 0
+        request, column = completion_columns(batch)
+        pair = batch["sequence", "prompt_length"][request] - 2 + column  # the pair that predicts the token at step 0
         first, features = _first_pair(batch)[request], batch["sequence", "features"]
         logits: list[Tensor] = []
         states, valid = [], []

@@ -35,7 +35,7 @@ def not_finite(weights: Mapping[str, Tensor]) -> str | None:
 
 
 class DrafterPolicy(TensorDictModuleBase):
-    """Keeps a drafter's cache level with the context store and proposes a tree for every occupied slot.
+    """Keeps a drafter's cache up to date with the context store and proposes a tree for every occupied slot.
 
     Before it drafts, the cache takes from the store what it lacks: the tokens of the last round, a new request
     (``is_init``), a window of plain decoding, or everything after a swap. While requests decode, it takes about as many
@@ -58,8 +58,8 @@ class DrafterPolicy(TensorDictModuleBase):
         speculate: False emits empty trees: plain decoding.
         least: Chance of a path below which its last node is left out of a tree; 0, the default, leaves none out. Nodes
             that were drawn at random always stay.
-        drafted: Slots that the drafter drafted for in the last call, if only an empty tree, ``[B]`` bool.
-        looked_up: Slots whose whole tree was looked up in the last call, if only an empty one, ``[B]`` bool. Either the
+        drafted: Slots that the drafter was asked for in the last call, those with empty trees too, ``[B]`` bool.
+        looked_up: Slots whose whole tree was looked up in the last call, empty trees too, ``[B]`` bool. Either the
             drafter failed their requests or has not read all of them, or the shape is ``lookup_only``.
         earlier: Answers in which lookup searches next to the request's own text, those of its salt; whoever gets
             completions adds them. None, the default, has none.

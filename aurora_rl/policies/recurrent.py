@@ -16,8 +16,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from typing_extensions import override
 
+from aurora_kernels.rows import log_softmax
 from aurora_rl.policies.attention import KeysValues, TreeAttention
-from aurora_rl.policies.drafter import Drafter, Proposal, Unroll, log_softmax
+from aurora_rl.policies.drafter import Drafter, Proposal, Unroll
 from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.policies.tree_shape import TreeShape

@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from aurora_kernels import TreeMask
+from aurora_kernels.rows import log_softmax
 from aurora_rl.models.attention import GROUPED_ATTENTION, PassMask, TextAndTrees
 from aurora_rl.models.kv_cache import SlotCache, uniform_shapes
 from aurora_rl.models.parts import TargetParts, copy_layer, layer_config
-from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll, log_softmax
+from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll
 from aurora_rl.policies.formats.causal_lm import (
     check_causal_lm,
     layers_of,

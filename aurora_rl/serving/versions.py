@@ -181,7 +181,9 @@ class Versions:
             "watchdog", version=version, cause=fault.cause, detail=fault.detail, action=action,
             requests=len(self._stats.finished),
         )  # fmt: skip
-        logger.warning("the drafter of version %d failed a check (%s): %s; %s", version, fault.cause, fault.detail, action)
+        logger.warning(
+            "the drafter of version %d failed a check (%s): %s; %s", version, fault.cause, fault.detail, action
+        )
 
     def rest(self, shape: TreeShape) -> TreeShape:
         """Return the shape of a round that was to have this one, if faults leave the drafter out."""

@@ -6,8 +6,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from aurora_kernels.rows import log_softmax
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.trajectories import TOPK_ENTRIES
 
 

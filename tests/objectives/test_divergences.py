@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from aurora_kernels.rows import log_softmax
 from aurora_rl.objectives import divergences
 from aurora_rl.objectives.divergences import (
     DIVERGENCES,
@@ -24,7 +25,6 @@ from aurora_rl.objectives.divergences import (
     top_k_cross_entropy,
     total_variation,
 )
-from aurora_rl.policies.drafter import log_softmax
 
 
 def test_forward_kl_of_literal_distributions() -> None:

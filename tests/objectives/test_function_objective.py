@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aurora_kernels.rows import log_softmax
 from aurora_rl.objectives import (
     OBJECTIVES,
     ImitationLoss,
@@ -21,7 +22,6 @@ from aurora_rl.objectives import (
 )
 from aurora_rl.objectives.divergences import forward_kl, overlap
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
-from aurora_rl.policies.drafter import log_softmax
 from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 

@@ -108,7 +108,7 @@ def test_regression_brings_the_states_to_the_targets() -> None:
 
 @pytest.mark.parametrize(("architecture", "size"), [("llama", 20), ("qwen3", 32)])
 def test_eagle_passes_the_checks_with_a_rising_and_with_the_whole_vocabulary(architecture: str, size: int) -> None:
-    """Which formats hold; tests/testing/test_testing.py has the one that does not rise."""
+    """Which formats hold; tests/testing/test_drafters.py has the one that does not rise."""
     check_drafter(eagle(torch.arange(size), architecture), tiny_target(architecture))
 
 

@@ -92,7 +92,7 @@ def test_damaged_weights_are_named_and_loaded_again(
     fault = found(serving)
     assert (fault["cause"], fault["detail"]) == ("corrupted", f"tensor '{NAME}' {said}")
     assert (fault["version"], fault["action"]) == (0, "its weights were loaded again")
-    assert f"the drafter of version 0 failed a check (corrupted): {fault['detail']}; its weights were loaded again" in caplog.text
+    assert f"failed a check (corrupted): {fault['detail']}; its weights were loaded again" in caplog.text
     now = serving.policy.drafter.published()
     assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
     assert drafts(serving)

@@ -105,6 +105,13 @@ def _rope(config: PretrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in sorted(settings.items()) if value is not None}
 
 
+def check_target_depth(stated: int | None, parts: TargetParts) -> None:
+    """Raise ValueError where a checkpoint was made for a target of other layers; None states nothing."""
+    depth = parts.config.num_hidden_layers
+    if stated and stated != depth:
+        raise ValueError(f"config.json: num_target_layers is {stated}, the target has {depth}")
+
+
 def check_captured(feature_layers: Sequence[int], num_target_layers: int, *, lowest: int = 0) -> None:
     """Raise ValueError if engines cannot capture the features, from layer ``lowest`` on, or reorder them.
 

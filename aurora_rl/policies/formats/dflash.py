@@ -17,6 +17,7 @@ from aurora_rl.policies.formats.checks import (
     check_heads_stated,
     check_layers_rise,
     check_rope,
+    check_target_depth,
     written_config,
 )
 
@@ -94,9 +95,7 @@ def read_dflash(
     config = Qwen3Config.from_dict({**entries, **target_entries(parts)})
     check_fixed_rope(config)
     check_rope(config, parts)
-    depth = parts.config.num_hidden_layers
-    if (layers_stated := _setting(entries, "num_target_layers") or depth) != depth:
-        raise ValueError(f"config.json: num_target_layers is {layers_stated}, the target has {depth}")
+    check_target_depth(_setting(entries, "num_target_layers"), parts)
     mask_token_id = _setting(entries, "mask_token_id", mask_token_id)
     if mask_token_id is None:
         raise ValueError("config.json: mask_token_id is missing; set the option of the same name")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab
+from aurora_rl.policies.formats.checks import check_target_depth
 from aurora_rl.policies.registry import recognized
 from aurora_rl.storage import CheckpointError, read_folder, write_folder
 
@@ -214,8 +215,8 @@ def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
 def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetParts) -> None:
     """Raise ValueError where a drafter that reads features was made for a target of other layers."""
     depth = parts.config.num_hidden_layers
-    if drafter.feature_layers and (layers_stated := config.get("num_target_layers") or depth) != depth:
-        raise ValueError(f"config.json: num_target_layers is {layers_stated}, the target has {depth}")
+    if drafter.feature_layers:
+        check_target_depth(config.get("num_target_layers"), parts)
     for layer in drafter.feature_layers:
         if not 0 <= layer <= depth:
             raise ValueError(
