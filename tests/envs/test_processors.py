@@ -119,11 +119,17 @@ def drafts(texts: Sequence[list[int]], shape: str) -> Callable[[TensorDictBase],
     return policy
 
 
+@functools.cache
+def engine_in(dtype: torch.dtype) -> TransformersEngine:
+    """Two slots of the tiny model. One engine for all cases: it does not look at the generation config."""
+    return TransformersEngine(target({}, dtype), num_slots=2, max_length=64, feature_layers=(0, 1))
+
+
 def served(
     model: PreTrainedModel, texts: Sequence[list[int]], shape: str, sampling: SamplingParams | None = None
 ) -> tuple[list[list[int]], int]:
     """The text of each prompt from two slots, and how many nodes were accepted."""
-    engine = TransformersEngine(copy.deepcopy(model), num_slots=2, max_length=64, feature_layers=(0, 1))
+    engine = engine_in(model.dtype)
     queue = [Request(i, p, replace(sampling or SamplingParams(), max_tokens=BUDGET)) for i, p in enumerate(PROMPTS)]
     done: dict[int, list[int]] = {}
     env = SpecDecodeEnv(
