@@ -215,8 +215,8 @@ def table_gradient(drafter: EnumerableDrafter, value: Tensor) -> Tensor:
 def expectation(items: Sequence[tuple[TensorDict, Tensor]], loss: Callable[[TensorDict], TensorDict]) -> Tensor:
     """Return the mean of a loss with reduction "none" over trajectories with their probabilities."""
     batch, weights = pack([t for t, _ in items]), torch.stack([w.detach() for _, w in items])
-    (key,) = [k for k in loss(batch).keys() if k.startswith("loss_")]
-    return (loss(batch)[key][0] * weights).sum()
+    (values,) = [value for key, value in loss(batch).items() if key.startswith("loss_")]
+    return (values[0] * weights).sum()
 
 
 def exact_gradient(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from aurora_rl.objectives import Objective
@@ -12,7 +12,12 @@ from aurora_rl.testing.asserts import require
 
 def total_loss(objective: Objective, batch: TensorDict) -> Tensor:
     """Return all that the objective minimises on a batch, as a scalar."""
-    return torch.stack([value.sum() for key, value in objective(batch).items() if key.startswith("loss_")]).sum()
+    return total_of(objective(batch))
+
+
+def total_of(out: TensorDictBase) -> Tensor:
+    """Return the sum of the losses that an objective has returned, as a scalar."""
+    return torch.stack([value.sum() for key, value in out.items() if key.startswith("loss_")]).sum()
 
 
 def refuses(objective: Objective, batch: TensorDict, what: str, *, naming: str = "") -> bool:

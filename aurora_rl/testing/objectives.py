@@ -16,7 +16,7 @@ from aurora_rl.policies import TargetParts
 from aurora_rl.testing.asserts import require
 from aurora_rl.testing.estimators import check_expected_gradient
 from aurora_rl.testing.fixtures import EchoDrafter, GappyDrafter, gappy_drafter, served_for_checks
-from aurora_rl.testing.losses import refuses, total_loss
+from aurora_rl.testing.losses import refuses, total_loss, total_of
 from aurora_rl.testing.tiny import tiny_target
 from aurora_rl.testing.variants import siblings_reversed, topk_form
 from aurora_rl.trajectories import pack
@@ -119,15 +119,16 @@ def _check_forward(objective: Objective, batch: TensorDict) -> None:
     told = {(key,) if isinstance(key, str) else tuple(key) for key in objective.in_keys}
     known = {(key,) if isinstance(key, str) else tuple(key) for key in keys}
     require(told <= known, f"in_keys name {sorted(told - known)}, which no batch has")
-    _check_keys(objective, batch, objective.in_keys, "in_keys")
+    _check_keys(objective, batch, objective.in_keys, total_of(out), "in_keys")
 
 
-def _check_keys(objective: Objective, batch: TensorDict, keys: list[NestedKey], name: str) -> None:
+def _check_keys(objective: Objective, batch: TensorDict, keys: list[NestedKey], total: Tensor, name: str) -> None:
+    """Check that the loss of these entries alone is ``total``, that of the whole batch."""
     try:
         alone = total_loss(objective, batch.select(*keys))
     except (KeyError, ValueError) as error:
         raise AssertionError(f"{name} miss an entry that is read: {error}") from error
-    require(torch.equal(alone, total_loss(objective, batch)), f"{name} miss entries that count")
+    require(torch.equal(alone, total), f"{name} miss entries that count")
 
 
 def _check_gaps(objective: Objective, drafter: GappyDrafter, batch: TensorDict) -> None:
@@ -135,7 +136,7 @@ def _check_gaps(objective: Objective, drafter: GappyDrafter, batch: TensorDict) 
     for filler in (0.0, 1.0):
         drafter.filler = filler
         found.append(objective(batch))
-        gradients.append(_gradient(objective, total_loss(objective, batch)))
+        gradients.append(_gradient(objective, total_of(found[-1])))
     drafter.filler = 0.0
     for key, value in found[0].items():
         what = "the loss" if key.startswith("loss_") else f"the metric {key!r}"
@@ -185,13 +186,11 @@ def _check_gradient(objective: Objective, batch: TensorDict, *, differences: boo
 def _check_reductions(objective: Callable[[str], Objective], trajectories: list[TensorDict]) -> None:
     every = pack(trajectories)
     total = total_loss(objective("sum"), every)
-    require(torch.allclose(total_loss(objective("none"), every), total), "the values of 'none' do not add up to 'sum'")
     apart = objective("none")
-    counted = apart.values(every).valid.sum(1).clamp(min=1)
+    out, counted = apart(every), apart.values(every).valid.sum(1).clamp(min=1)
+    require(torch.allclose(total_of(out), total), "the values of 'none' do not add up to 'sum'")
     require(
-        torch.allclose(
-            total_loss(objective("mean"), every), (apart(every)[f"loss_{apart.name}"].sum(1) / counted).sum()
-        ),
+        torch.allclose(total_loss(objective("mean"), every), (out[f"loss_{apart.name}"].sum(1) / counted).sum()),
         "'mean' is not the mean of each group over its valid positions, summed over the groups",
     )
     alone = torch.stack([total_loss(objective("sum"), pack([t])) for t in trajectories]).sum()
@@ -205,11 +204,12 @@ def _check_forms(objective: Objective, trajectories: list[TensorDict]) -> None:
     likeliest = pack([topk_form(t, objective.head, len(objective.head)) for t in trajectories])
     if refuses(objective, likeliest, "a batch with the target's likeliest tokens", naming="hidden"):
         return
+    total = total_loss(objective, likeliest)
     require(
-        torch.allclose(total_loss(objective, likeliest), total_loss(objective, pack(trajectories))),
+        torch.allclose(total, total_loss(objective, pack(trajectories))),
         "the target's likeliest tokens and its hidden states give different losses",
     )
-    _check_keys(objective, likeliest, objective.keys_of(likeliest), "keys_of a batch with the likeliest tokens")
+    _check_keys(objective, likeliest, objective.keys_of(likeliest), total, "keys_of a batch with the likeliest tokens")
 
 
 def _check_siblings(objective: Objective, trajectories: list[TensorDict]) -> None:

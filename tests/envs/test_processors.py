@@ -119,11 +119,17 @@ def drafts(texts: Sequence[list[int]], shape: str) -> Callable[[TensorDictBase],
     return policy
 
 
+@functools.cache
+def engine_in(dtype: torch.dtype) -> TransformersEngine:
+    """Two slots of the tiny model. One engine for all cases: it does not look at the generation config."""
+    return TransformersEngine(target({}, dtype), num_slots=2, max_length=64, feature_layers=(0, 1))
+
+
 def served(
     model: PreTrainedModel, texts: Sequence[list[int]], shape: str, sampling: SamplingParams | None = None
 ) -> tuple[list[list[int]], int]:
     """The text of each prompt from two slots, and how many nodes were accepted."""
-    engine = TransformersEngine(copy.deepcopy(model), num_slots=2, max_length=64, feature_layers=(0, 1))
+    engine = engine_in(model.dtype)
     queue = [Request(i, p, replace(sampling or SamplingParams(), max_tokens=BUDGET)) for i, p in enumerate(PROMPTS)]
     done: dict[int, list[int]] = {}
     env = SpecDecodeEnv(
@@ -205,7 +211,7 @@ def test_rejection_serves_the_law_of_the_processed_logits(rule: str, mode: str) 
 
     drafter = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(VOCAB)).double().eval()
     engine = TransformersEngine(
-        copy.deepcopy(model), num_slots=50, max_length=16, feature_layers=drafter.feature_layers
+        copy.deepcopy(model), num_slots=count, max_length=16, feature_layers=drafter.feature_layers
     )
     waiting = [Request(i, prompt, SamplingParams(temperature, seed=i, max_tokens=2)) for i in range(count)]
     seen = torch.zeros(VOCAB, VOCAB)

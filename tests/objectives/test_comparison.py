@@ -9,6 +9,8 @@ import pytest
 import torch
 from tensor_sizes import largest_tensor
 from tensordict import TensorDict
+from tiny_drafters import noisy_drafter_and_head
+from tiny_recordings import trajectory_of
 from torch import Tensor, nn
 
 from aurora_kernels import LogProbTarget
@@ -24,33 +26,19 @@ from aurora_rl.policies import (
     EagleDrafter,
     HeadLogits,
     StandaloneDrafter,
-    TargetParts,
     TreeShape,
 )
-from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack, rule_code
 
-EVEN = torch.arange(0, 32, 2)
 WARPED = SamplingParams(temperature=0.7, top_p=0.9)
-
-
-def make(kind: type[Drafter]) -> tuple[Drafter, TargetHead]:
-    torch.manual_seed(0)
-    parts = TargetParts.of(tiny_target())
-    options: dict[str, Any] = {} if kind is StandaloneDrafter else {"draft_vocab": EVEN}
-    drafter = kind.from_target(parts, **{"draft_vocab": torch.arange(32), **options}).double()
-    with torch.no_grad():
-        for parameter in drafter.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return drafter, parts.head
 
 
 @cache
 def batch_of(kind: type[Drafter]) -> TensorDict:
-    drafter, _ = make(kind)
+    drafter, _ = noisy_drafter_and_head(kind)
     served = [("rejection", WARPED), ("greedy", SamplingParams()), ("sample_and_match", WARPED)]
     batch = pack([
-        tiny_trajectory(drafter, sampling=how, shape=TreeShape(3, 2), request=i) for i, (_, how) in enumerate(served)
+        trajectory_of(drafter, sampling=how, shape=TreeShape(3, 2), request=i) for i, (_, how) in enumerate(served)
     ])  # fmt: skip
     batch["sampling", "rule"] = torch.tensor([rule_code(rule) for rule, _ in served])
     return batch
@@ -83,7 +71,7 @@ LOSSES: list[tuple[type[Objective], dict[str, Any]]] = [
 def test_it_is_what_it_is_with_whole_logits(
     kind: type[Drafter], loss: type[Objective], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drafter, head = make(kind)
+    drafter, head = noisy_drafter_and_head(kind)
     batch, multiplied = batch_of(kind), []
     product = HeadLogits.product.func  # type: ignore[attr-defined]
     monkeypatch.setattr(HeadLogits, "product", property(lambda logits: multiplied.append(1) or product(logits)))
@@ -111,7 +99,7 @@ def plain(function: Any) -> Any:
 def test_nothing_has_a_row_of_the_targets_vocabulary_for_every_position(
     loss: type[Objective], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drafter, head = make(Eagle3Drafter)
+    drafter, head = noisy_drafter_and_head(Eagle3Drafter)
     batch = batch_of(Eagle3Drafter)
     monkeypatch.setattr(kernel_rows, "_FEWEST", 1)
     monkeypatch.setitem(kernel_rows._CHUNK, "cpu", 1)

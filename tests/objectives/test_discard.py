@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_recordings import trajectory_of
 
 from aurora_rl.objectives import DiscardSamplingLoss, ExpectedLengthLoss
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
-from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.testing import tiny_target
 from aurora_rl.testing.enumerable_worlds import VOCAB, DrawnTree, EnumerableDrafter, EnumerableTarget, tree_trajectory
 from aurora_rl.trajectories import pack
 from aurora_rl.tree_index import TreeIndex
@@ -69,7 +70,7 @@ def test_the_targets_likeliest_tokens_alone() -> None:
 def test_more_likeliest_tokens_and_how_often_the_first_agree(top_k: int) -> None:
     parts = TargetParts.of(tiny_target())
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(20)).double()
-    batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2), max_new_tokens=6)])
+    batch = pack([trajectory_of(drafter, shape=TreeShape(3, 2), max_new_tokens=6)])
     rejected = ~batch["nodes", "accepted"]
     visited = torch.cat([torch.zeros(len(batch["rounds", "anchor"]), dtype=torch.bool), rejected])
     log_q = drafter.context_logits(batch, TreeIndex.of(batch), visited).log_softmax(-1)
@@ -134,7 +135,7 @@ def test_a_drafter_predicts_at_its_own_depths_only() -> None:
     """Medusa with two heads has no prediction after its second token."""
     parts = TargetParts.of(tiny_target())
     drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16), num_heads=2).double()
-    recorded = tiny_trajectory(drafter, shape=TreeShape(2, 2), max_new_tokens=8)
+    recorded = trajectory_of(drafter, shape=TreeShape(2, 2), max_new_tokens=8)
     batch = pack([recorded])
     batch["nodes", "accepted"] = torch.zeros_like(batch["nodes", "accepted"])
     out = DiscardSamplingLoss(drafter, parts.head)(batch)
@@ -159,7 +160,7 @@ def test_it_scores_what_serving_drafted_from() -> None:
     """At a rejected node EAGLE-3's prediction is that of the recorded children."""
     parts = TargetParts.of(tiny_target())
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(20)).double()
-    batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2), max_new_tokens=6)])
+    batch = pack([trajectory_of(drafter, shape=TreeShape(3, 2), max_new_tokens=6)])
     seen: list[torch.Tensor] = []
 
     def spy(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tiny_drafters import eagle3_and_head
+from tiny_recordings import trajectory_of
 from torch import Tensor
 from warped import warp_logits
 
 from aurora_rl.envs import SamplingParams
-from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import DiscardSamplingLoss, ImitationLoss, Objective
 from aurora_rl.objectives.distillation import DistillationObjective
 from aurora_rl.objectives.objective import SAMPLING_KEYS
 from aurora_rl.objectives.target_rows import target_rows
-from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts
-from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 
 EVEN = torch.arange(0, 32, 2)  # half of the target's vocabulary
@@ -26,12 +25,10 @@ class World:
     """A drafter of every second token, and a batch of two requests that are sampled in different ways."""
 
     def __init__(self, first: SamplingParams, then: SamplingParams) -> None:
-        parts = TargetParts.of(tiny_target())
-        self.head: TargetHead = parts.head
-        self.drafter: Drafter = Eagle3Drafter.from_target(parts, draft_vocab=EVEN).double()
+        self.drafter, self.head = eagle3_and_head()
         self.samplings = [first, then]
         self.batch: TensorDictBase = pack(
-            [tiny_trajectory(self.drafter, sampling=how, request=i) for i, how in enumerate(self.samplings)]
+            [trajectory_of(self.drafter, sampling=how, request=i) for i, how in enumerate(self.samplings)]
         )
         self.rows: TensorDict = target_rows(self.batch)
         lengths = [len(self.batch["sequence", "hidden"]) // 2] * 2

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
+from tiny_recordings import trajectory_of
 from torch import Tensor
 
 from aurora_rl.envs import SamplingParams
 from aurora_rl.objectives import ExpectedLengthLoss
 from aurora_rl.policies import Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, TreeShape
-from aurora_rl.testing import serve, tiny_target, tiny_trajectory
+from aurora_rl.testing import serve, tiny_target
 from aurora_rl.testing.enumerable_worlds import (
     VOCAB,
     DrawnTree,
@@ -160,7 +161,7 @@ def test_what_the_drafter_cannot_predict_counts_for_nothing() -> None:
     """Medusa with two heads in a tree of four levels: below the second there is nothing of it to accept."""
     parts = TargetParts.of(tiny_target())
     drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16), num_heads=2).double()
-    deep = tiny_trajectory(EagleDrafter.from_target(parts, draft_vocab=torch.arange(16)), shape=TreeShape(4, 2))
+    deep = trajectory_of(EagleDrafter.from_target(parts, draft_vocab=torch.arange(16)), shape=TreeShape(4, 2))
     batch = pack([deep])
     loss = ExpectedLengthLoss(drafter, parts.head, contexts="trees", reduction="sum")
     whole = loss(batch)["loss_expected_length"]

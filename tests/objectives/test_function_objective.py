@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_drafters import eagle3_and_head
+from tiny_recordings import trajectory_of
 from torch import Tensor
 
 from aurora_kernels.rows import log_softmax
@@ -21,8 +23,8 @@ from aurora_rl.objectives import (
     register_objective,
 )
 from aurora_rl.objectives.divergences import forward_kl, overlap
-from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
-from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
+from aurora_rl.policies import MedusaDrafter, TargetParts
+from aurora_rl.testing import check_objective, tiny_target
 from aurora_rl.trajectories import pack
 
 
@@ -51,12 +53,6 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def setup() -> tuple[Eagle3Drafter, TargetParts]:
-    parts = TargetParts.of(tiny_target())
-    torch.manual_seed(0)
-    return Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(0, 32, 2)).double(), parts
-
-
 @pytest.mark.parametrize("settings", [{}, {"renormalize": False}, {"target": "served", "steps": 2}], ids=str)
 @pytest.mark.parametrize("name", ["kl", "reached"])
 def test_the_promises_of_the_seam(name: str, settings: dict[str, Any]) -> None:
@@ -64,10 +60,10 @@ def test_the_promises_of_the_seam(name: str, settings: dict[str, Any]) -> None:
 
 
 def test_the_kl_of_every_window_is_imitation() -> None:
-    drafter, parts = setup()
-    batch = pack([tiny_trajectory(drafter, request=i) for i in range(2)])
-    loss = get_objective("kl")(drafter, parts.head, power=2.0)
-    found, known = loss(batch), ImitationLoss(drafter, parts.head, decay=1.0)(batch)
+    drafter, head = eagle3_and_head()
+    batch = pack([trajectory_of(drafter, request=i) for i in range(2)])
+    loss = get_objective("kl")(drafter, head, power=2.0)
+    found, known = loss(batch), ImitationLoss(drafter, head, decay=1.0)(batch)
     torch.testing.assert_close(found["loss_kl"], 2 * known["loss_imitation"])
     torch.testing.assert_close(found["agreement"], known["agreement"])
     assert set(loss.out_keys) == {"loss_kl", "agreement"}
@@ -76,14 +72,14 @@ def test_the_kl_of_every_window_is_imitation() -> None:
 def test_windows_are_as_deep_as_the_drafter() -> None:
     parts = TargetParts.of(tiny_target())
     drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(0, 32, 2), num_heads=2).double()
-    batch = pack([tiny_trajectory(drafter, request=i) for i in range(2)])
+    batch = pack([trajectory_of(drafter, request=i) for i in range(2)])
     for settings in ({}, {"steps": 5}):
         assert get_objective("kl")(drafter, parts.head, **settings)(batch)["agreement"].shape == (2,)
 
 
 def test_windows_are_the_drafts_after_each_token_of_the_text() -> None:
-    drafter, parts = setup()
-    batch = pack([tiny_trajectory(drafter, request=i) for i in range(2)])
+    drafter, head = eagle3_and_head()
+    batch = pack([trajectory_of(drafter, request=i) for i in range(2)])
     offset, prompt = batch["sequence", "offset"].tolist(), batch["sequence", "prompt_length"].tolist()
     unroll, rows = drafter.unroll(batch, 2), {token: row for row, token in enumerate(range(0, 32, 2))}
     expected, place = [], 0
@@ -95,7 +91,7 @@ def test_windows_are_the_drafts_after_each_token_of_the_text() -> None:
                 if bool(unroll.valid[step, at]) and token in rows:
                     expected.append(-log_softmax(unroll.logits[step])[at, rows[token]])
         place += len(completion)
-    loss = get_objective("text")(drafter, parts.head, steps=2, reduction="sum")
+    loss = get_objective("text")(drafter, head, steps=2, reduction="sum")
     torch.testing.assert_close(loss(batch)["loss_text"], torch.stack(expected).sum())
     assert 0 < len(expected) < place * 2  # some tokens have no row
 
@@ -117,9 +113,9 @@ def test_keywords_are_settings(settings: dict[str, Any], message: str) -> None:
 
 
 def test_settings_and_an_import_path() -> None:
-    drafter, parts = setup()
+    drafter, head = eagle3_and_head()
     path = {"name": f"{__name__}:kl", "power": 3, "steps": 2, "weight": 0.5}
-    (loss,) = make_objectives([path], drafter, parts.head)
+    (loss,) = make_objectives([path], drafter, head)
     assert check_settings(path).name == loss.name == "kl" and get_objective("kl").__doc__ == kl.__doc__
     assert loss.steps == 2 and loss.weight == 0.5
 

@@ -7,40 +7,31 @@ import math
 import pytest
 import torch
 from tensordict import TensorDict
+from tiny_drafters import noisy_drafter_and_head
+from tiny_recordings import trajectory_of
 from warped import warp_logits
 
 from aurora_rl.objectives.divergences import Divergence, total_variation
 from aurora_rl.objectives.imitation import ImitationLoss, expected_length_weights, imitation
 from aurora_rl.objectives.objective import SAMPLING_KEYS
-from aurora_rl.policies import Drafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, TreeShape, Unroll
+from aurora_rl.policies import Drafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, TreeShape, Unroll
 from aurora_rl.sampling_params import SamplingParams
-from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 
 KINDS = [Eagle3Drafter, EagleDrafter, MedusaDrafter]
 
 
-def make(kind: type[Drafter] = Eagle3Drafter) -> tuple[Drafter, torch.Tensor]:
-    torch.manual_seed(0)
-    parts = TargetParts.of(tiny_target())
-    drafter = kind.from_target(parts, draft_vocab=torch.arange(0, 32, 2)).double()
-    with torch.no_grad():
-        for parameter in drafter.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return drafter, parts.head
-
-
 @pytest.fixture(scope="module")
 def trajectories() -> list[TensorDict]:
-    drafter, _ = make()
+    drafter, _ = noisy_drafter_and_head()
     sizes = [(5, 7), (1, 4), (2, 1), (9, 10)]
-    return [tiny_trajectory(drafter, prompt_length=p, max_new_tokens=n, request=i) for i, (p, n) in enumerate(sizes)]
+    return [trajectory_of(drafter, prompt_length=p, max_new_tokens=n, request=i) for i, (p, n) in enumerate(sizes)]
 
 
 @pytest.fixture(scope="module")
 def medusa_trajectories() -> list[TensorDict]:
-    drafter, _ = make(MedusaDrafter)
-    return [tiny_trajectory(drafter, prompt_length=p, max_new_tokens=6, request=p) for p in (1, 4)]
+    drafter, _ = noisy_drafter_and_head(MedusaDrafter)
+    return [trajectory_of(drafter, prompt_length=p, max_new_tokens=6, request=p) for p in (1, 4)]
 
 
 def test_values_of_a_literal_unroll() -> None:
@@ -54,7 +45,7 @@ def test_values_of_a_literal_unroll() -> None:
 
 
 def test_mean_averages_each_step_over_its_own_positions(trajectories: list[TensorDict]) -> None:
-    drafter, head = make()
+    drafter, head = noisy_drafter_and_head()
     batch = pack(trajectories)
     values = ImitationLoss(drafter, head, steps=3, decay=0.5, reduction="none")(batch)["loss_imitation"]
     logits, valid, _ = drafter.unroll(batch, 3)
@@ -80,7 +71,7 @@ def test_mean_averages_each_step_over_its_own_positions(trajectories: list[Tenso
 def test_any_divergence_in_either_convention(
     trajectories: list[TensorDict], divergence: str | Divergence, renormalize: bool
 ) -> None:
-    drafter, head = make()
+    drafter, head = noisy_drafter_and_head()
     batch, vocab = pack(trajectories), torch.arange(0, 32, 2)
     loss = ImitationLoss(drafter, head, divergence=divergence, renormalize=renormalize, steps=2, reduction="none")
     values = loss(batch)["loss_imitation"]
@@ -97,7 +88,7 @@ def test_any_divergence_in_either_convention(
 def test_a_trajectory_counts_the_same_alone_and_in_a_batch(
     kind: type[Drafter], trajectories: list[TensorDict], medusa_trajectories: list[TensorDict]
 ) -> None:
-    drafter, head = make(kind)
+    drafter, head = noisy_drafter_and_head(kind)
     chosen = trajectories if kind is Eagle3Drafter else medusa_trajectories
     loss = ImitationLoss(drafter, head, steps=3, reduction="none")
     together = loss(pack(chosen))["loss_imitation"]
@@ -107,15 +98,15 @@ def test_a_trajectory_counts_the_same_alone_and_in_a_batch(
 
 def test_rounds_and_nodes_do_not_matter(trajectories: list[TensorDict]) -> None:
     """The loss reads accepted contexts only: another tree over the same text has the same loss."""
-    drafter, head = make()
-    wide = tiny_trajectory(drafter, prompt_length=5, max_new_tokens=7, request=0, shape=TreeShape(2, 3))
+    drafter, head = noisy_drafter_and_head()
+    wide = trajectory_of(drafter, prompt_length=5, max_new_tokens=7, request=0, shape=TreeShape(2, 3))
     assert torch.equal(wide["sequence", "tokens"], trajectories[0]["sequence", "tokens"])
     loss = ImitationLoss(drafter, head)
     torch.testing.assert_close(loss(pack([wide]))["loss_imitation"], loss(pack(trajectories[:1]))["loss_imitation"])
 
 
 def test_the_batch_is_not_changed(trajectories: list[TensorDict]) -> None:
-    drafter, head = make()
+    drafter, head = noisy_drafter_and_head()
     batch = pack(trajectories)
     before = batch.clone()
     ImitationLoss(drafter, head)(batch)["loss_imitation"].backward()
@@ -124,7 +115,7 @@ def test_the_batch_is_not_changed(trajectories: list[TensorDict]) -> None:
 
 
 def test_keys(trajectories: list[TensorDict]) -> None:
-    drafter, head = make()
+    drafter, head = noisy_drafter_and_head()
     loss = ImitationLoss(drafter, head)
     batch = pack(trajectories)
     assert set(loss.in_keys) == {
@@ -145,7 +136,7 @@ def test_keys(trajectories: list[TensorDict]) -> None:
 def test_gradient_by_finite_differences(
     kind: type[Drafter], trajectories: list[TensorDict], medusa_trajectories: list[TensorDict]
 ) -> None:
-    drafter, head = make(kind)
+    drafter, head = noisy_drafter_and_head(kind)
     batch = pack(trajectories if kind is Eagle3Drafter else medusa_trajectories)
     loss = ImitationLoss(drafter, head, steps=3)
     loss(batch)["loss_imitation"].backward()
@@ -166,7 +157,7 @@ def test_gradient_by_finite_differences(
 
 
 def test_the_head_is_frozen(trajectories: list[TensorDict]) -> None:
-    drafter, head = make()
+    drafter, head = noisy_drafter_and_head()
     head = head.weight.clone().requires_grad_(True)
     loss = ImitationLoss(drafter, head)
     loss(pack(trajectories))["loss_imitation"].backward()
@@ -177,8 +168,8 @@ def test_the_head_is_frozen(trajectories: list[TensorDict]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prompt_of_one_token_and_a_completion_of_one(kind: type[Drafter]) -> None:
-    drafter, head = make(kind)
-    trajectory = tiny_trajectory(drafter, prompt_length=1, max_new_tokens=1)
+    drafter, head = noisy_drafter_and_head(kind)
+    trajectory = trajectory_of(drafter, prompt_length=1, max_new_tokens=1)
     out = ImitationLoss(drafter, head, steps=2)(pack([trajectory]))
     # The only completion token has nothing before its root, so there is nothing to learn, and no division by zero.
     assert out["loss_imitation"].item() == 0.0 and out["agreement"].tolist() == [0.0, 0.0]
@@ -187,13 +178,13 @@ def test_a_prompt_of_one_token_and_a_completion_of_one(kind: type[Drafter]) -> N
 
 
 def test_a_drafter_with_fewer_steps_ends_the_loss(medusa_trajectories: list[TensorDict]) -> None:
-    drafter, head = make(MedusaDrafter)
+    drafter, head = noisy_drafter_and_head(MedusaDrafter)
     out = ImitationLoss(drafter, head, steps=9)(pack(medusa_trajectories))
     assert out["agreement"].shape == (4,)
 
 
 def test_every_medusa_head_learns(medusa_trajectories: list[TensorDict]) -> None:
-    drafter, head = make(MedusaDrafter)
+    drafter, head = noisy_drafter_and_head(MedusaDrafter)
     loss = ImitationLoss(drafter, head)
     assert loss.steps == drafter.num_heads == 4
     loss(pack(medusa_trajectories))["loss_imitation"].backward()
@@ -212,7 +203,7 @@ def test_every_medusa_head_learns(medusa_trajectories: list[TensorDict]) -> None
     ],
 )
 def test_bad_settings_are_refused(arguments: dict, message: str) -> None:
-    drafter, head = make()
+    drafter, head = noisy_drafter_and_head()
     with pytest.raises(ValueError, match=message):
         ImitationLoss(drafter, head, **arguments)
 
@@ -243,7 +234,7 @@ def test_the_gradient_of_dpace_is_near_that_of_the_expected_length() -> None:
 
 
 def test_weighting_by_expected_length(trajectories: list[TensorDict]) -> None:
-    drafter, head = make()
+    drafter, head = noisy_drafter_and_head()
     batch = pack(trajectories)
     plain = ImitationLoss(drafter, head, decay=1.0, reduction="none")(batch)["loss_imitation"]
     weighed = ImitationLoss(drafter, head, weighting="expected_length", reduction="none")(batch)["loss_imitation"]
@@ -264,7 +255,7 @@ def test_weighting_by_expected_length(trajectories: list[TensorDict]) -> None:
 
 
 def test_regression_is_a_distance_of_states(trajectories: list[TensorDict]) -> None:
-    drafter, head = make()
+    drafter, head = noisy_drafter_and_head()
     batch = pack(trajectories)
     plain, more = (
         ImitationLoss(drafter, head, decay=1.0, regression=r, reduction="none")(batch)["loss_imitation"]
@@ -278,7 +269,7 @@ def test_regression_is_a_distance_of_states(trajectories: list[TensorDict]) -> N
 
 
 def test_states_lead_to_the_logits(trajectories: list[TensorDict]) -> None:
-    drafter, _ = make()
+    drafter, _ = noisy_drafter_and_head()
     unroll = drafter.unroll(pack(trajectories), 2)
     assert unroll.states is not None
     for states, logits in zip(unroll.states, unroll.logits, strict=True):
@@ -286,7 +277,7 @@ def test_states_lead_to_the_logits(trajectories: list[TensorDict]) -> None:
 
 
 def test_regression_needs_states(trajectories: list[TensorDict], monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter, head = make()
+    drafter, head = noisy_drafter_and_head()
     whole = drafter.unroll
     monkeypatch.setattr(drafter, "unroll", lambda batch, steps: whole(batch, steps)._replace(states=None))
     with pytest.raises(ValueError, match="'imitation': regression needs a drafter whose unroll has states"):
@@ -295,8 +286,8 @@ def test_regression_needs_states(trajectories: list[TensorDict], monkeypatch: py
 
 @pytest.mark.parametrize("sampling", [SamplingParams(0.3, top_k=1, seed=1), SamplingParams(0.7, top_p=0.1, seed=1)])
 def test_the_overlap_of_the_served_law_is_what_rejection_accepts(sampling: SamplingParams) -> None:
-    drafter, head = make()
-    recorded = tiny_trajectory(drafter, sampling=sampling)
+    drafter, head = noisy_drafter_and_head()
+    recorded = trajectory_of(drafter, sampling=sampling)
     batch = pack([recorded])
     settings = dict(divergence="total_variation", steps=1, reduction="none")
     served = ImitationLoss(drafter, head, target="served", **settings)
@@ -318,8 +309,8 @@ def test_the_overlap_of_the_served_law_is_what_rejection_accepts(sampling: Sampl
 def test_the_served_law_counts_where_the_draft_vocabulary_has_any_of_it(
     sampling: SamplingParams, renormalize: bool
 ) -> None:
-    drafter, head = make()
-    batch = pack([tiny_trajectory(drafter, request=i, sampling=sampling) for i in range(4)])
+    drafter, head = noisy_drafter_and_head()
+    batch = pack([trajectory_of(drafter, request=i, sampling=sampling) for i in range(4)])
     loss = ImitationLoss(drafter, head, target="served", renormalize=renormalize, steps=2, decay=1.0, reduction="none")
     out, (logits, valid, _) = loss(batch), drafter.unroll(batch, 2)
     law = (batch["sequence", "hidden"] @ head.weight.T).log_softmax(-1)

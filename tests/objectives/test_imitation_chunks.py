@@ -9,6 +9,8 @@ import pytest
 import torch
 from tensor_sizes import largest_tensor
 from tensordict import TensorDict
+from tiny_drafters import noisy_drafter_and_head
+from tiny_recordings import trajectory_of
 from torch import Tensor
 
 from aurora_kernels import Target
@@ -23,10 +25,8 @@ from aurora_rl.policies import (
     EagleDrafter,
     HeadLogits,
     MedusaDrafter,
-    TargetParts,
     Unroll,
 )
-from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.testing.variants import topk_form
 from aurora_rl.trajectories import pack
 
@@ -49,22 +49,12 @@ class Unrolled:
         return any("product" in vars(logits) for logits in self.last.logits)
 
 
-def make(kind: type[Drafter], dtype: torch.dtype = torch.float64) -> tuple[Drafter, TargetHead]:
-    torch.manual_seed(0)
-    parts = TargetParts.of(tiny_target())
-    drafter = kind.from_target(parts, draft_vocab=torch.arange(0, 32, 2)).to(dtype)
-    with torch.no_grad():
-        for parameter in drafter.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return drafter, parts.head
-
-
 @cache
 def batch_of(kind: type[Drafter]) -> TensorDict:
-    drafter, _ = make(kind)
+    drafter, _ = noisy_drafter_and_head(kind)
     sizes = [(5, 7), (1, 4), (2, 1), (9, 10)]
     return pack([
-        tiny_trajectory(drafter, prompt_length=p, max_new_tokens=n, request=i) for i, (p, n) in enumerate(sizes)
+        trajectory_of(drafter, prompt_length=p, max_new_tokens=n, request=i) for i, (p, n) in enumerate(sizes)
     ])  # fmt: skip
 
 
@@ -106,7 +96,7 @@ SETTINGS: list[dict[str, Any]] = [
 def test_it_is_what_it_is_with_whole_logits(
     kind: type[Drafter], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (drafter, head), batch = make(kind), batch_of(kind)
+    (drafter, head), batch = noisy_drafter_and_head(kind), batch_of(kind)
     out, gradients, multiplied = learn(monkeypatch, drafter, head, batch, plain=False, **settings)
     expected, wanted, _ = learn(monkeypatch, drafter, head, batch, plain=True, **settings)
     assert not multiplied
@@ -123,11 +113,11 @@ def with_bias(head: TargetHead) -> TargetHead:
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("target", ["a head with a bias and a cap", "likeliest tokens", "float32", "autocast"])
 def test_every_form_of_the_target(target: str, renormalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    (drafter, head), batch = make(Eagle3Drafter), batch_of(Eagle3Drafter)
+    (drafter, head), batch = noisy_drafter_and_head(Eagle3Drafter), batch_of(Eagle3Drafter)
     if target == "a head with a bias and a cap":
         head = with_bias(head)
     elif target == "likeliest tokens":
-        batch = pack([topk_form(tiny_trajectory(drafter), head, 5)])
+        batch = pack([topk_form(trajectory_of(drafter), head, 5)])
     else:
         drafter, head = drafter.float(), TargetHead(head.weight.float())
         batch = batch.apply(lambda x: x.float() if x.is_floating_point() else x)
@@ -163,9 +153,9 @@ class OwnWeights(ImitationLoss):
 def test_weights_that_depend_on_the_distributions_and_what_is_served(
     kind: type[ImitationLoss], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drafter, head = make(Eagle3Drafter)
+    drafter, head = noisy_drafter_and_head(Eagle3Drafter)
     samplings = [SamplingParams(temperature=0.7, top_p=0.6), SamplingParams()]
-    batch = pack([tiny_trajectory(drafter, sampling=how, request=i) for i, how in enumerate(samplings)])
+    batch = pack([trajectory_of(drafter, sampling=how, request=i) for i, how in enumerate(samplings)])
     (out, gradients, multiplied), (expected, wanted, _) = (
         learn(monkeypatch, drafter, head, batch, plain=plain, kind=kind, **settings) for plain in (False, True)
     )
@@ -176,7 +166,7 @@ def test_weights_that_depend_on_the_distributions_and_what_is_served(
 
 
 def test_it_makes_no_tensor_of_all_positions_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter, head = make(Eagle3Drafter)
+    drafter, head = noisy_drafter_and_head(Eagle3Drafter)
     monkeypatch.setattr(kernel_rows, "_FEWEST", 2)
     monkeypatch.setitem(kernel_rows._CHUNK, "cpu", 1)
     # So many draft rows that logits would be the largest tensors.

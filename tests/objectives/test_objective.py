@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensordict import TensorDictBase
 from tiny_drafters import eagle3_and_head
+from tiny_recordings import trajectory_of
 from torch import Tensor
 
 from aurora_kernels import Target
@@ -26,7 +27,7 @@ from aurora_rl.objectives import (
     check_settings,
 )
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape, Unroll
-from aurora_rl.testing import check_objective, tiny_target, tiny_trajectory
+from aurora_rl.testing import check_objective, tiny_target
 from aurora_rl.testing.enumerable_worlds import DrawnTree, EnumerableDrafter, EnumerableTarget, tree_trajectory
 from aurora_rl.trajectories import pack
 
@@ -63,12 +64,13 @@ def test_requests_that_nothing_was_drafted_for(kind: type[Objective], settings: 
     drafter, head = eagle3_and_head()
     loss = kind(drafter, head, **settings)
     shape = TreeShape(0, mode="sampled" if kind.sampled else "topk")
-    batch = pack([tiny_trajectory(drafter, shape=shape, request=i) for i in range(2)])
+    batch = pack([trajectory_of(drafter, shape=shape, request=i) for i in range(2)])
     assert not len(batch["nodes", "tokens"])
     from_text = kind is ImitationLoss or (kind is ExpectedLengthLoss and settings.get("contexts") != "trees")
-    for _ in range(20):
-        value = loss(batch)[f"loss_{kind.name}"]
-        value.backward()
+    for _ in range(19):
+        loss(batch)
+    value = loss(batch)[f"loss_{kind.name}"]
+    value.backward()
     gradients = [p.grad for p in drafter.parameters() if p.grad is not None]
     assert bool(torch.isfinite(value)) and gradients and all(bool(torch.isfinite(g).all()) for g in gradients)
     # The text teaches all the same; trees, of which there are none, do not.
@@ -77,7 +79,7 @@ def test_requests_that_nothing_was_drafted_for(kind: type[Objective], settings: 
         with pytest.raises(ValueError, match=f"'{kind.name}' learns from drafted nodes, and the first 21 batches have"):
             loss(batch)
         # Once there were some, plain decoding may last as long as it does not pay.
-        drafted = pack([tiny_trajectory(drafter, shape=TreeShape(2, 2, mode=shape.mode))])
+        drafted = pack([trajectory_of(drafter, shape=TreeShape(2, 2, mode=shape.mode))])
         fresh = kind(drafter, head, **settings)
         fresh(drafted)
         for _ in range(25):
@@ -98,7 +100,7 @@ OVERLAPS = {"total_variation", "negative_log_overlap", "hybrid_overlap", "missed
 @pytest.mark.parametrize("kind", [ImitationLoss, DiscardSamplingLoss])
 def test_overlaps_keep_the_mass_of_the_whole_vocabulary(kind: type[Objective]) -> None:
     drafter, head = eagle3_and_head()
-    batch = pack([tiny_trajectory(drafter)])
+    batch = pack([trajectory_of(drafter)])
     for name in DIVERGENCES:
         default, whole, part = (
             kind(drafter, head, divergence={"name": name}, **settings)(batch)[f"loss_{kind.name}"]
@@ -137,7 +139,7 @@ def test_a_missing_entry_is_named() -> None:
 def test_whatever_is_missing_has_a_source(kind: type[Objective]) -> None:
     drafter, head = eagle3_and_head()
     loss = kind(drafter, head)
-    whole = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2, mode="sampled"))])
+    whole = pack([trajectory_of(drafter, shape=TreeShape(3, 2, mode="sampled"))])
     trees = r"records it: serve with speculation \(drafter.depth above 0, baseline.share below 1\)$"
     sources = {
         **dict.fromkeys(loss.reads, "it is recorded with every request"),
@@ -158,7 +160,7 @@ def test_the_source_of_a_renamed_entry() -> None:
     loss = DiscardSamplingLoss(drafter, head)
     loss.set_keys(accepted="kept")
     with pytest.raises(ValueError, match="'discard' needs kept in the batch, .*serve with speculation"):
-        loss(pack([tiny_trajectory(drafter)]))
+        loss(pack([trajectory_of(drafter)]))
 
 
 class NeedsAColour(ImitationLoss):
@@ -172,7 +174,7 @@ class NeedsAColour(ImitationLoss):
 def test_an_entry_of_unknown_source_is_named() -> None:
     drafter, head = eagle3_and_head()
     with pytest.raises(ValueError, match="'imitation' needs colour in the batch, which has no such entry$"):
-        NeedsAColour(drafter, head)(pack([tiny_trajectory(drafter)]))
+        NeedsAColour(drafter, head)(pack([trajectory_of(drafter)]))
 
 
 @pytest.mark.parametrize("reduction", ["average", "", None])
@@ -183,7 +185,7 @@ def test_reductions(reduction: Any) -> None:
 
 def test_losses_can_be_copied_and_cast() -> None:
     drafter, head = eagle3_and_head()
-    batch = pack([tiny_trajectory(drafter)])
+    batch = pack([trajectory_of(drafter)])
     make: list[Callable[[], Objective]] = [lambda k=k, s=s: k(drafter, head, **s) for k, s in SETTINGS[:10]]  # type: ignore[misc]
     for each in make:
         loss = each()
@@ -216,7 +218,7 @@ def test_a_target_that_is_not_a_number_shows_in_the_loss(
 ) -> None:
     """So that the step is skipped and counted."""
     drafter, head = eagle3_and_head()
-    batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2, mode="sampled"), sampling=sampling)])
+    batch = pack([trajectory_of(drafter, shape=TreeShape(3, 2, mode="sampled"), sampling=sampling)])
     batch["sequence", "hidden"][2] = torch.nan
     batch["nodes", "hidden"].fill_(torch.nan)
     assert bool(kind(drafter, head, **settings)(batch)[f"loss_{kind.name}"].isnan())
@@ -242,7 +244,7 @@ def test_what_is_infinite_at_invalid_positions_does_not_count(
 ) -> None:
     monkeypatch.setattr(InfiniteWhereItDoesNotCount, "weights", weights)
     drafter, head = eagle3_and_head()
-    batch = pack([tiny_trajectory(drafter)])
+    batch = pack([trajectory_of(drafter)])
     found = []
     for kind in (InfiniteWhereItDoesNotCount, ImitationLoss):
         loss = kind(drafter, head, reduction=reduction)(batch)["loss_imitation"]
@@ -257,7 +259,7 @@ def test_a_trajectory_is_no_batch(kind: type[Objective]) -> None:
     drafter, head = eagle3_and_head()
     message = rf"objective '{kind.name}' takes a batch, and this is one trajectory; give it pack\(\[...\]\)"
     with pytest.raises(ValueError, match=message):
-        kind(drafter, head)(tiny_trajectory(drafter))
+        kind(drafter, head)(trajectory_of(drafter))
 
 
 class Nameless(Objective):
@@ -294,7 +296,7 @@ class OfTwoShapes(ImitationLoss):
 def test_values_come_in_groups(kind: type[Objective], shapes: str) -> None:
     drafter, head = eagle3_and_head()
     with pytest.raises(ValueError, match=rf"both be \[G, X\], groups of positions, got {shapes}; value\[None\] is one"):
-        kind(drafter, head)(pack([tiny_trajectory(drafter)]))
+        kind(drafter, head)(pack([trajectory_of(drafter)]))
 
 
 WEIGHTS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
@@ -317,7 +319,7 @@ def test_weights_fit_the_values_and_do_not_learn(case: str) -> None:
 
     drafter, head = eagle3_and_head()
     with pytest.raises(ValueError, match=rf"objective 'imitation': {message}"):
-        Weighted(drafter, head)(pack([tiny_trajectory(drafter)]))
+        Weighted(drafter, head)(pack([trajectory_of(drafter)]))
 
 
 def test_features_of_another_drafter_are_named() -> None:
@@ -325,7 +327,7 @@ def test_features_of_another_drafter_are_named() -> None:
     one_layer = Eagle3Drafter.from_target(
         TargetParts.of(tiny_target()), draft_vocab=torch.arange(16), feature_layers=(1,)
     )
-    batch = pack([tiny_trajectory(one_layer.double())])
+    batch = pack([trajectory_of(one_layer.double())])
     message = (
         r"objective 'imitation': the recorded features are 16 wide, of 1 layers, and the drafter reads 32, of 2 layers"
     )
@@ -343,7 +345,7 @@ def test_the_head_may_have_another_dtype(
     kind: type[Objective], settings: dict[str, Any], drafts: torch.dtype, judges: torch.dtype
 ) -> None:
     drafter, head = eagle3_and_head()
-    batch = pack([tiny_trajectory(drafter, shape=TreeShape(3, 2, mode="sampled"))])
+    batch = pack([trajectory_of(drafter, shape=TreeShape(3, 2, mode="sampled"))])
     exact, cast = (
         kind(drafter.to(dtype), head.to(of), **settings)(batch)[f"loss_{kind.name}"]
         for dtype, of in ((torch.float64, torch.float64), (drafts, judges))

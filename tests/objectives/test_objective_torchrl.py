@@ -12,12 +12,12 @@ import warnings
 from pathlib import Path
 
 import pytest
-import torch
 from tensordict import TensorDict
+from tiny_drafters import eagle3_and_head
+from tiny_recordings import trajectory_of
 
 from aurora_rl.objectives import OBJECTIVES, Objective
-from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
-from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.policies import TreeShape
 from aurora_rl.trajectories import pack
 
 _FOLDER = os.environ.get("TORCHRL_TEST_DIR")
@@ -41,16 +41,13 @@ DEFAULT_KEYS = {
 
 @pytest.fixture(params=OBJECTIVES.names())
 def loss(request: pytest.FixtureRequest) -> Objective:
-    torch.manual_seed(0)
-    parts = TargetParts.of(tiny_target())
-    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(0, 32, 2)).double()
-    return OBJECTIVES.get(request.param)(drafter, parts.head)
+    return OBJECTIVES.get(request.param)(*eagle3_and_head())
 
 
 @pytest.fixture
 def batch(loss: Objective) -> TensorDict:
     shape = TreeShape(3, 2, mode="sampled" if loss.sampled else "topk")
-    return pack([tiny_trajectory(loss.drafter, request=i, shape=shape) for i in range(2)])
+    return pack([trajectory_of(loss.drafter, request=i, shape=shape) for i in range(2)])
 
 
 class TestHarness(LossModuleTestBase):

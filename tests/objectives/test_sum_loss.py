@@ -9,18 +9,18 @@ import pytest
 import torch
 from tensordict.utils import NestedKey
 from tiny_drafters import eagle3_and_head
+from tiny_recordings import trajectory_of
 
 from aurora_kernels.trees import depths
 from aurora_rl import tree_index
 from aurora_rl.objectives import DiscardSamplingLoss, ImitationLoss, Objective, SumLoss, make_objectives
 from aurora_rl.policies import TreeShape
-from aurora_rl.testing import tiny_trajectory
 from aurora_rl.trajectories import pack
 
 
 def test_a_sum_is_its_parts() -> None:
     drafter, head = eagle3_and_head()
-    batch = pack([tiny_trajectory(drafter, request=i) for i in range(2)])
+    batch = pack([trajectory_of(drafter, request=i) for i in range(2)])
     settings: list[dict[str, Any]] = [
         {"name": "imitation", "steps": 2},
         {"name": "discard", "weight": 0.25},
@@ -47,7 +47,7 @@ def test_a_sum_is_its_parts() -> None:
 
 def test_a_sum_derives_the_index_of_trees_once(monkeypatch: pytest.MonkeyPatch) -> None:
     drafter, head = eagle3_and_head()
-    batch, derived = pack([tiny_trajectory(drafter, shape=TreeShape(2, 2))]), []
+    batch, derived = pack([trajectory_of(drafter, shape=TreeShape(2, 2))]), []
     monkeypatch.setattr(tree_index, "depths", lambda parents: derived.append(1) or depths(parents))
     names = ["discard", "expected_length", "discard"]
     parts = make_objectives(
@@ -81,7 +81,7 @@ def test_a_sum_renames_entries_of_its_objectives() -> None:
     assert first.tensor_keys.hidden == second.tensor_keys.hidden == ("teacher", "hidden")
     assert second.tensor_keys.teacher == ("teacher", "tokens")  # type: ignore[attr-defined]
     assert ("teacher", "hidden") in total.in_keys and ("sequence", "hidden") not in total.in_keys
-    batch = pack([tiny_trajectory(drafter)])
+    batch = pack([trajectory_of(drafter)])
     expected = ImitationLoss(drafter, head)(batch)["loss_imitation"]
     batch["teacher"] = {"hidden": batch["sequence"].pop("hidden")}
     torch.testing.assert_close(total(batch)["loss_imitation"], expected)

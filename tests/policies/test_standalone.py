@@ -23,10 +23,6 @@ from aurora_rl.tree_index import TreeIndex
 # ---- serving and training -------------------------------------------------------------------------------------------
 
 
-def test_a_drafter_made_from_the_target_passes_the_checks() -> None:
-    check_drafter(standalone_of_the_target("llama"), tiny_target("llama"))
-
-
 def test_a_model_of_another_architecture_and_width_passes_the_checks(tmp_path: Path) -> None:
     target, model = tiny_target("qwen3"), save_model(tmp_path / "model", GemmaConfig(**SIZES))
     drafter = StandaloneDrafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(32), model=model)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tiny_recordings import trajectory_of
 from torch import nn
 
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
-from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.testing import tiny_target
 
 
 def drafter_and_loss() -> tuple[Eagle3Drafter, ImitationLoss]:
+    """A drafter in float32 and its loss, the same at every call."""
     parts = TargetParts.of(tiny_target())
+    torch.manual_seed(0)
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16)).float()
     return drafter, ImitationLoss(drafter, parts.head.float(), steps=2)
 
 
 def stream(count: int, depth: int = 3) -> list[TensorDict]:
     drafter, _ = drafter_and_loss()
-    return [tiny_trajectory(drafter, request=i, max_new_tokens=4, shape=TreeShape(depth)) for i in range(count)]
+    return [trajectory_of(drafter, request=i, max_new_tokens=4, shape=TreeShape(depth)) for i in range(count)]
 
 
 class Seen(nn.Module):

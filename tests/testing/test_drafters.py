@@ -13,18 +13,21 @@ from aurora_rl.policies import Drafter, Eagle3Drafter, EagleDrafter, MedusaDraft
 from aurora_rl.testing import check_drafter, tiny_target
 
 
-@pytest.mark.parametrize("kind", [Eagle3Drafter, EagleDrafter, MedusaDrafter])
+# In float64 and on a Llama, all registered drafters conform in tests/policies/test_drafter_conformance.py.
 @pytest.mark.parametrize(
-    ("architecture", "dtype"), [("llama", torch.float64), ("llama", torch.float32), ("qwen3", torch.float64)]
+    ("kind", "architecture", "dtype"),
+    [
+        (Eagle3Drafter, "llama", torch.float32),
+        (EagleDrafter, "llama", torch.float32),
+        (MedusaDrafter, "llama", torch.float32),
+        (Eagle3Drafter, "qwen3", torch.float64),
+    ],
 )
-def test_drafters_conform(kind: type[Drafter], architecture: str, dtype: torch.dtype) -> None:
+def test_drafters_conform_and_are_left_as_they_are_like_their_target(
+    kind: type[Drafter], architecture: str, dtype: torch.dtype
+) -> None:
     target = tiny_target(architecture, dtype=dtype)
-    check_drafter(drafter_for(kind, target), target)
-
-
-def test_check_leaves_the_drafter_and_the_target_as_they_are() -> None:
-    target = tiny_target()
-    drafter = drafter_for(MedusaDrafter, target)
+    drafter = drafter_for(kind, target)
     before, model = copy.deepcopy(drafter.published()), copy.deepcopy(target.state_dict())
     check_drafter(drafter, target)
     assert all(torch.equal(tensor, before[name]) for name, tensor in drafter.published().items())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from aurora_rl.objectives import AcceptanceRewardLoss, Objective, Values
 from aurora_rl.testing import check_objective
+from aurora_rl.testing.estimators import check_expected_gradient
 
 
 class LearnsWhatIsRejected(AcceptanceRewardLoss):
@@ -69,7 +70,7 @@ class TakesAllAsDrawnWithReplacement(AcceptanceRewardLoss):
 )
 def test_the_check_catches_a_policy_gradient(mutant: type[Objective], settings: dict[str, Any], what: str) -> None:
     with pytest.raises(AssertionError, match=re.escape(f"{what}: minus the expected gradient has a cosine of ")):
-        check_objective(partial(mutant, **settings))
+        check_expected_gradient(partial(mutant, **settings), unbiased=True, seed=0)
 
 
 def test_a_bias_has_to_be_declared_and_may_not_lead_away() -> None:
@@ -89,4 +90,4 @@ class RefusesTables(AcceptanceRewardLoss):
 
 def test_not_everything_may_be_refused() -> None:
     with pytest.raises(AssertionError, match="every rule is refused"):
-        check_objective(RefusesTables)
+        check_expected_gradient(RefusesTables, unbiased=True, seed=0)

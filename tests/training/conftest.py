@@ -35,7 +35,7 @@ def served() -> list[TensorDict]:
     """Trajectories of one request each, numbered from 0."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(32, (4,), generator=generator) for _ in range(80)]
-    return serve(day0(), TARGET, prompts, shape=TreeShape(1), max_new_tokens=24, num_slots=16)
+    return serve(day0(), TARGET, prompts, shape=TreeShape(1), max_new_tokens=24, num_slots=len(prompts))
 
 
 class Loss:
