@@ -74,7 +74,7 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
         ),
         *("gate.margin=9", "baseline.share=0.3", "baseline.window=6", "drafter.adaptive=false"),
     ]
-    installed = [sys.executable, "-P", "-c", "import sys; from aurora_rl.cli.main import main; sys.exit(main())"]
+    installed = [sys.executable, "-P", "-c", "from aurora_rl.cli.main import program; program()"]
     command = [*installed, "flywheel", *arguments, *pairs]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path / "here")
     run = tmp_path / "run"
