@@ -63,7 +63,7 @@ def test_errors_are_one_line_and_status_2(
 
 def test_a_start_loads_what_its_command_needs_and_searches_it_for_no_garbage(tmp_path: Path) -> None:
     code = f"""if True:
-        import contextlib, gc, sys
+        import contextlib, gc, os, sys
         from aurora_rl.cli.main import main
         for words in (["--version"], ["serve", "--help"], ["flywheel", "--print-config"], ["learn", "--help"]):
             with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
@@ -73,7 +73,8 @@ def test_a_start_loads_what_its_command_needs_and_searches_it_for_no_garbage(tmp
             assert main([command, "drafter.name=no_such", "http.port=null", "run_dir={tmp_path / "run"}"]) == 2
         print(*{{"matplotlib", "starlette", "uvicorn", "prometheus_client", "openai", "tensorboard", "sglang", "scipy",
                  "sklearn", "pandas", "gymnasium", "torchvision", "torchrl.collectors"}} & sys.modules.keys())
-        print("torch" in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)
+        print("torch" in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000, flush=True)
+        os._exit(0)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -34,6 +34,7 @@ class Command:
         environment: dict[str, str],
     ) -> None:
         self.run, self.output = resume or folder / "run", folder / "output"
+        self._reader, self._events = MetricsReader(self.run / "metrics.jsonl"), list[dict[str, Any]]()
         folder.mkdir()
         where = [f"run_dir={self.run}"] if resume is None else ["--resume", str(resume)]
         words = [*command.split(), *pairs, *where]
@@ -50,7 +51,8 @@ class Command:
                 )
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in MetricsReader(self.run / "metrics.jsonl") if event["event"] == kind]
+        self._events += self._reader
+        return [event for event in self._events if event["event"] == kind]
 
     def wait_for(self, kind: str, count: int = 1) -> list[dict[str, Any]]:
         def there() -> bool:
