@@ -342,12 +342,12 @@ def test_serving_goes_on_when_the_reader_of_its_output_is_gone(
     arguments: list[str], tmp_path: Path, forks: Forks
 ) -> None:
     reader, output = os.pipe()
-    with open(reader, "rb") as lines, open(tmp_path / "errors", "w+b") as errors:
+    with open(reader, "rb") as lines, open(tmp_path / "errors", "wb") as errors:
         process = forks.start([*ALONE, *arguments, *QUICK], output, errors)
         os.close(output)
         assert lines.readline().startswith(b"loading")
         lines.close()
-        assert (process.wait(60), errors.read()) == (0, b"")
+        assert (process.wait(60), (tmp_path / "errors").read_text()) == (0, "")
     assert summary(tmp_path / "run")["requests"] == 6
 
 
