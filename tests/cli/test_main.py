@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -62,7 +63,7 @@ def test_errors_are_one_line_and_status_2(
 
 def test_a_start_loads_what_its_command_needs_and_searches_it_for_no_garbage(tmp_path: Path) -> None:
     code = f"""if True:
-        import contextlib, gc, sys
+        import contextlib, gc, os, sys
         from aurora_rl.cli.main import main
         for words in (["--version"], ["serve", "--help"], ["flywheel", "--print-config"], ["learn", "--help"]):
             with contextlib.redirect_stdout(None), contextlib.suppress(SystemExit):
@@ -72,12 +73,36 @@ def test_a_start_loads_what_its_command_needs_and_searches_it_for_no_garbage(tmp
             assert main([command, "drafter.name=no_such", "http.port=null", "run_dir={tmp_path / "run"}"]) == 2
         print(*{{"matplotlib", "starlette", "uvicorn", "prometheus_client", "openai", "tensorboard", "sglang", "scipy",
                  "sklearn", "pandas", "gymnasium", "torchvision", "torchrl.collectors"}} & sys.modules.keys())
-        print("torch" in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000)
+        print("torch" in sys.modules, gc.isenabled(), gc.get_freeze_count() > 100_000, flush=True)
+        os._exit(0)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["", "", "True True True"]
     assert [line.partition("drafter.name")[0] for line in done.stderr.splitlines()] == ["aurora-rl: "] * 2
+
+
+@pytest.mark.parametrize(
+    ("end", "status"), [("return 3", 3), ("sys.exit(4)", 4), ("raise KeyboardInterrupt", 130), ("1 / 0", 1)]
+)
+def test_a_process_waits_for_its_threads_and_takes_no_object_apart(end: str, status: int) -> None:
+    code = f"""if True:
+        import atexit, sys, threading, time
+        from aurora_rl.cli import main as cli
+        class Lasting:
+            def __del__(self):
+                print("taken apart")
+        def main():
+            atexit.register(print, "registered")
+            threading.Thread(target=lambda: (time.sleep(0.2), print("joined"))).start()
+            {end}
+        lasting, cli.main = Lasting(), main
+        cli.program()
+    """
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=buffered)
+    assert (done.returncode, done.stdout.split()) == (status, ["joined", "registered"])
+    assert done.stderr.strip().rpartition("\n")[2] == ("ZeroDivisionError: division by zero" if status == 1 else "")
 
 
 def test_traffic_without_room_is_refused_by_the_command_that_serves_it(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_commands import Forks
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -74,7 +76,7 @@ def test_the_flywheel_serves_learns_and_swaps(arguments: list[str], tmp_path: Pa
         ),
         *("gate.margin=9", "baseline.share=0.3", "baseline.window=6", "drafter.adaptive=false"),
     ]
-    installed = [sys.executable, "-P", "-c", "import sys; from aurora_rl.cli.main import main; sys.exit(main())"]
+    installed = [sys.executable, "-P", "-c", "from aurora_rl.cli.main import program; program()"]
     command = [*installed, "flywheel", *arguments, *pairs]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path / "here")
     run = tmp_path / "run"
@@ -336,14 +338,16 @@ def test_an_output_without_the_characters_gets_plain_ones(
     assert "6 (0 failed)" in text
 
 
-def test_serving_goes_on_when_the_reader_of_its_output_is_gone(arguments: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "aurora_rl.cli.main", *ALONE, *arguments, *QUICK]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline().startswith(b"loading")
-        process.stdout.close()
-        errors = process.stderr.read()
-        assert (process.wait(60), errors) == (0, b"")
+def test_serving_goes_on_when_the_reader_of_its_output_is_gone(
+    arguments: list[str], tmp_path: Path, forks: Forks
+) -> None:
+    reader, output = os.pipe()
+    with open(reader, "rb") as lines, open(tmp_path / "errors", "wb") as errors:
+        process = forks.start([*ALONE, *arguments, *QUICK], output, errors)
+        os.close(output)
+        assert lines.readline().startswith(b"loading")
+        lines.close()
+        assert (process.wait(60), (tmp_path / "errors").read_text()) == (0, "")
     assert summary(tmp_path / "run")["requests"] == 6
 
 

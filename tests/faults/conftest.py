@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_commands import ForkedProcess, Forks
 from processes import alive, wait
 
 from aurora_rl.telemetry.log import MetricsReader
@@ -21,23 +22,37 @@ from aurora_rl.telemetry.log import MetricsReader
 class Command:
     """A running `aurora-rl` and its run folder, which may be that of an earlier run to go on with."""
 
+    process: subprocess.Popen[bytes] | ForkedProcess
+
     def __init__(
-        self, folder: Path, command: str, pairs: list[str], resume: Path | None, environment: dict[str, str]
+        self,
+        folder: Path,
+        command: str,
+        pairs: list[str],
+        resume: Path | None,
+        forks: Forks | None,
+        environment: dict[str, str],
     ) -> None:
         self.run, self.output = resume or folder / "run", folder / "output"
+        self._reader, self._events = MetricsReader(self.run / "metrics.jsonl"), list[dict[str, Any]]()
         folder.mkdir()
         where = [f"run_dir={self.run}"] if resume is None else ["--resume", str(resume)]
+        words = [*command.split(), *pairs, *where]
         with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "aurora_rl.cli.main", *command.split(), *pairs, *where],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=os.environ | environment,
-            )
+            if forks is not None:
+                self.process = forks.start(words, output, output)
+            else:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "aurora_rl.cli.main", *words],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env=os.environ | environment,
+                )
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in MetricsReader(self.run / "metrics.jsonl") if event["event"] == kind]
+        self._events += self._reader
+        return [event for event in self._events if event["event"] == kind]
 
     def wait_for(self, kind: str, count: int = 1) -> list[dict[str, Any]]:
         def there() -> bool:
@@ -97,16 +112,18 @@ def arguments(tiny_folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def start(arguments: list[str], tmp_path: Path) -> Iterator[Callable[..., Command]]:
+def start(arguments: list[str], tmp_path: Path, forks: Forks) -> Iterator[Callable[..., Command]]:
     """Starts commands that share a wire: `start("learn", "key=value", ...)`. What is left at the end is killed.
 
-    `resume` is the folder of a run to go on with; other names are variables of the environment.
+    `resume` is the folder of a run to go on with; other names are variables of the environment. A command is forked,
+    unless it is to be `fresh` or has such variables: then it has an interpreter of its own, and loads the library.
     """
     started: list[Command] = []
 
-    def begin(command: str, *more: str, resume: Path | None = None, **environment: str) -> Command:
+    def begin(command: str, *more: str, resume: Path | None = None, fresh: bool = False, **environment: str) -> Command:
         folder = tmp_path / f"{len(started)}-{command.split()[0]}"
-        started.append(Command(folder, command, [*arguments, *more], resume, environment))
+        source = None if fresh or environment else forks
+        started.append(Command(folder, command, [*arguments, *more], resume, source, environment))
         return started[-1]
 
     yield begin

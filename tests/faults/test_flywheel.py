@@ -41,7 +41,7 @@ def check_interrupted(flywheel: Any, *, serving: bool) -> None:
 
 
 def test_ctrl_c_before_anything_is_loaded(start: Start) -> None:
-    flywheel = start("flywheel", ENDLESS)
+    flywheel = start("flywheel", ENDLESS, fresh=True)
     wait((flywheel.run / "metrics.jsonl").exists)
     flywheel.interrupt()
     check_interrupted(flywheel, serving=False)
@@ -49,7 +49,7 @@ def test_ctrl_c_before_anything_is_loaded(start: Start) -> None:
 
 
 def test_ctrl_c_while_both_processes_start(start: Start) -> None:
-    flywheel = start("flywheel", ENDLESS)
+    flywheel = start("flywheel", ENDLESS, fresh=True)
     wait(lambda: flywheel.children)
     flywheel.interrupt()
     check_interrupted(flywheel, serving=False)
@@ -165,12 +165,7 @@ def test_a_learner_that_diverges_says_so_and_serving_goes_on(start: Start) -> No
 
 
 def test_a_hangup_ends_a_run_in_good_order(start: Start) -> None:
-    # Whoever started the tests may have had hangups ignored, as nohup does, and a child would inherit that.
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        flywheel = start("flywheel", ENDLESS)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    flywheel = start("flywheel", ENDLESS)
     flywheel.wait_for("train")
     flywheel.process.send_signal(signal.SIGHUP)
     check_interrupted(flywheel, serving=True)

@@ -28,6 +28,21 @@ from aurora_rl.policies.formats.files import load_drafter, save_drafter
 VOCAB, HIDDEN, LAYERS, HEAD_SIZE = 512, 64, 8, 32
 
 
+# Tests with servers of their own. Under xdist one process takes these, and another all that share `chain` and `tree`.
+SECOND = ("test_client_attach.py", "[eagle_chain", "[eagle_tree", "[published_chain")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByServer(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "second" if any(part in nodeid for part in SECOND) else "first"
+
+    return ByServer(config, log)
+
+
 def why_not() -> str:
     """Why SGLang cannot be imported here; empty where it can."""
     if importlib.util.find_spec("sglang") is None:

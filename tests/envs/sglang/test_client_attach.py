@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from forked_commands import Forks
 from processes import wait
 from sglang_requests import environment, requests
 
@@ -82,12 +83,11 @@ class Deployment:
 class Attached:
     """`aurora-rl sglang attach`, running; its folder is `attach`."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, forks: Forks) -> None:
         _, words = deployment.words(ATTACH)
         self.folder, self._log = deployment.folder / "attach", deployment.folder / "attach.log"
-        command = [sys.executable, "-m", "aurora_rl.cli.main", *words, *deployment.pairs("attach")]
-        with open(self._log, "w") as log:
-            self.process = subprocess.Popen(command, cwd=deployment.folder, stdout=log, stderr=subprocess.STDOUT)
+        with open(self._log, "wb") as log:
+            self.process = forks.start([*words, *deployment.pairs("attach")], log, log, cwd=deployment.folder)
 
     def __enter__(self) -> Attached:
         return self
@@ -147,10 +147,10 @@ class Clients:
 
 
 def test_three_commands_learn_from_what_clients_ask_sglang(
-    deployment: Deployment, capsys: pytest.CaptureFixture[str]
+    deployment: Deployment, forks: Forks, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [f"engine.plugin_address={deployment.plugin_address}"]
-    with Attached(deployment) as run:
+    with Attached(deployment, forks) as run:
         run.wait_for(lambda: run.events("attached") and run.events("learner_ready"))
         clients = Clients(f"{deployment.url}/v1")
         while not run.events("swap"):
