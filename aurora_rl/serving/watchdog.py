@@ -117,7 +117,7 @@ class Watchdog:
         if all(torch.equal(held[name], weights[name]) for name in names):
             return None
         for version, old in earlier.items():
-            if all(torch.equal(held[name], tensor) for name, tensor in old.items()):
+            if held.keys() == old.keys() and all(torch.equal(held[name], tensor) for name, tensor in old.items()):
                 return Fault("stale", f"all tensors are those of version {version}, not {self._policy.version}")
         different = [name for name in held if not torch.equal(held[name], weights[name])]
         name = different[0]
@@ -126,7 +126,7 @@ class Watchdog:
 
     def _constants(self) -> Fault | None:
         """Compare what no weights change with what it was at the start."""
-        read = tuple(self._policy.drafter.feature_layers)
+        read = self._policy.layers or tuple(self._policy.drafter.feature_layers)
         if (handed := getattr(self._engine, "feature_layers", read)) != read:  # engines need not say it
             return Fault("mismatched", f"it reads the layers {read}, and the engine hands it those of {handed}")
         if self._question is None or self._question.version != self._policy.version:
@@ -180,7 +180,7 @@ class Watchdog:
             return None
         held = int(self._policy.drafter.cached[slot])
         count = held if suspicious else min(held, _PAIRS)
-        tokens, features = self._store.tokens[slot, : count + 1], self._store.features[slot, :count]
+        tokens, features = self._store.tokens[slot, : count + 1], self._policy.features(slot, slice(count))
         replayed = self._probe(tokens, features).cache_rows(0)
         assert replayed is not None
         for row, again in zip(rows, replayed, strict=True):
@@ -203,7 +203,7 @@ class Watchdog:
 
         They are kept as long as the version drafts, which no user's text may be.
         """
-        generator, features = torch.Generator().manual_seed(0), self._store.features
+        generator, features = torch.Generator().manual_seed(0), self._policy.features(0, slice(0))
         tokens = torch.randint(self._policy.drafter.vocab_size, (_PAIRS + 1,), generator=generator)
         noise = torch.randn(_PAIRS, features.shape[-1], generator=generator)
         return tokens.to(features.device), noise.to(features.device, features.dtype)
