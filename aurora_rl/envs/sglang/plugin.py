@@ -27,6 +27,7 @@ from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
 from aurora_rl.envs.sglang.recorder import EngineRound, TargetRows
 from aurora_rl.envs.sglang.requests import sampling_of, unwanted
 from aurora_rl.envs.sglang.session import Session
+from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
 from aurora_rl.envs.sglang.weights import SwapError, load_drafter
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.policy import not_finite
@@ -49,6 +50,7 @@ class Plugin:
         self._scheduler: Any = None
         self._server: PluginServer | None = None
         self._session: Session | None = None
+        self._watchdog: DrafterWatchdog | None = None
         self._last_session = ""
         self._seen: Counter[str] = Counter()
         self._missing: list[str] = []
@@ -238,16 +240,21 @@ class Plugin:
     # ---- swaps ----------------------------------------------------------------------------------------------------
 
     def _swap(self, session: Session) -> None:
+        if self._watchdog is None or self._watchdog.session is not session:
+            self._watchdog = DrafterWatchdog(self._scheduler, session)
+        self._watchdog.check(self._seen["verify"], self._draft_logits)
         if (received := session.receiver.latest()) is not None:
             number, tree = received
             weights = {".".join(k) if isinstance(k, tuple) else k: v for k, v in tree.items(True, True)}
-            self._install(session, number, weights)
+            if self._install(session, number, weights):
+                self._watchdog.loaded()
         # Texts in the prefix cache hold keys of older drafters. The cache can be emptied only when nobody reads it.
         if session.flush_due and self._scheduler.is_fully_idle():
             session.flush_due = False
             self._scheduler.flush_cache()
 
-    def _install(self, session: Session, number: int, weights: dict[str, Tensor]) -> None:
+    def _install(self, session: Session, number: int, weights: dict[str, Tensor]) -> bool:
+        """Load weights, and return whether they serve now."""
         began = time.perf_counter()
         draft_map = weights.get("d2t")
         loadable = {name: tensor for name, tensor in weights.items() if name != "d2t"}
@@ -267,13 +274,14 @@ class Plugin:
         except SwapError as error:
             session.receiver.reject(number, str(error))
             logger.warning("version %d is not served: %s", number, error)
-            return
+            return False
         milliseconds = (time.perf_counter() - began) * 1e3
         self._scheduler.weight_updater.record_weight_version_after_update(str(number))
         session.version, session.flush_due = number, True
         session.swap_ms.append(milliseconds)
         # What the engine holds was compared with these above; hashing them takes longer than the swap.
-        session.background.submit(lambda: session.receiver.acknowledge(number, checksum(weights), milliseconds))
+        session.background.submit(session.acknowledge, number, weights, milliseconds)
+        return True
 
     # ---- drafting -------------------------------------------------------------------------------------------------
 
