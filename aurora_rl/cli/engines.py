@@ -225,6 +225,7 @@ def sglang_server(
                 capture_rate=settings.capture_rate,
                 queue=config.wire.queue,
                 queue_bytes=config.wire.queue_bytes,
+                max_age=config.privacy.max_age,
                 max_message=config.wire.max_message,
             )
 

@@ -31,6 +31,7 @@ from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
 from aurora_rl.envs.sglang.weights import SwapError, load_drafter
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.policy import not_finite
+from aurora_rl.tenants import check_tenant, tenant_of_salt
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +126,15 @@ class Plugin:
             if session is not None:
                 session.close()
                 return self._status() | session.status()
-        elif kind == "record":
+        elif kind in ("record", "delete"):
             if self._session is None:
                 raise PluginError("nothing is attached; attach first")
-            self._session.recording, self._session.error = bool(fields.get("on")), ""
+            if kind == "record":
+                self._session.recording, self._session.error = bool(fields.get("on")), ""
+                return self._status()
+            return self._status() | {"deleted": self._session.delete(check_tenant(fields.get("tenant")))}
         elif kind != "status":
-            raise PluginError(f"there is no request {kind!r}; there are status, attach, detach and record")
+            raise PluginError(f"there is no request {kind!r}; there are status, attach, detach, record and delete")
         return self._status()
 
     def _status(self) -> dict[str, Any]:
@@ -355,7 +359,8 @@ class Plugin:
                 reason = unwanted(req, capture_rate=session.capture_rate, greedy_only=self._device == "cpu")
                 if reason is not None:
                     records.counts[reason] += 1
-                if reason is not None or not records.begin(req.rid, req.origin_input_ids, cached, session.version):
+                begun = req.origin_input_ids, cached, session.version, tenant_of_salt(req.cache_salt)
+                if reason is not None or not records.begin(req.rid, *begun):
                     setattr(req, _LEFT_OUT, True)
                     continue
             if records.prefilled(req.rid) != cached:  # run a second time, after the engine had to put it back

@@ -33,6 +33,7 @@ ATTACH: dict[str, type | tuple[type, ...]] = {
     "capture_rate": (int, float),  # share of requests to record
     "queue": int,  # trajectories that wait for an absent learner
     "queue_bytes": int,  # of them, at most
+    "max_age": (int, float),  # seconds that they may wait; 0 knows no limit
     "max_message": int,  # bytes of a trajectory or of weights on the wire
     "top_k": int,  # of the target's distribution, where the input of its head cannot be reached
     "max_bytes": int,  # that requests on their way may hold
@@ -81,7 +82,7 @@ class Session:
             "keys": None if keys is None else engine_keys(keys),
             "limits": Limits(max_bytes=fields["max_message"]),
         }
-        queue = {"capacity": fields["queue"], "max_bytes": fields["queue_bytes"]}
+        queue = {"capacity": fields["queue"], "max_bytes": fields["queue_bytes"], "max_age": fields["max_age"] or None}
         self.sink = TrajectorySink(fields["trajectories"], **wire, **queue)
         self.receiver = WeightReceiver(fields["weights"], **wire, version=self.version)
         memory = {name: fields[name] for name in ("max_bytes", "store_bytes")}
@@ -110,6 +111,12 @@ class Session:
             "swap_ms": self.swap_ms[-_TOLD_SWAPS:],
             "faults": self.faults[-_TOLD_FAULTS:],
         }
+
+    def delete(self, tenant: str) -> dict[str, Any]:
+        """Drop what is kept of a tenant's requests that have begun, tell the learner, and say what became of it."""
+        self.records.delete(tenant)
+        dropped, self.flush_due = self.sink.delete(tenant), True  # the prefix cache is not kept by tenant
+        return {"trajectories": dropped, "learner": "told" if self.sink.connected else "absent"}
 
     def acknowledge(self, version: int, weights: dict[str, Tensor], milliseconds: float) -> None:
         """Tell the learner that a version serves now."""

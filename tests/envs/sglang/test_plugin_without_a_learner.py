@@ -1,8 +1,10 @@
-"""A drafter that is spoiled inside a real SGLang, which nobody learns from: it is named, and mended."""
+"""A real SGLang that records and that nobody learns from: a spoiled drafter is mended, a tenant's data deleted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 from sglang_requests import requests
@@ -41,3 +43,25 @@ def test_a_spoiled_drafter_is_found_and_loaded_again_without_a_learner(alone: SG
     assert again.tokens.tolist() == before.tokens.tolist()  # texts never changed
     assert again.rounds == before.rounds  # and it drafts as it did
     assert len(alone.status()["faults"]) == 1
+
+
+def test_a_tenants_trajectories_are_deleted_from_the_queue_and_no_others(alone: SGLangClient) -> None:
+    waiting = alone.status()["queued"]
+    asked = [
+        replace(request, tenant=tenant) for request, tenant in zip(requests(9, 9, 9), ("a", "a", "b"), strict=True)
+    ]
+    for request in asked:
+        alone.generate(request)
+    until(lambda: alone.status()["queued"] == waiting + 3)
+    assert alone.delete("a") == {"trajectories": 2, "learner": "absent"}
+    assert alone.status()["queued"] == waiting + 1
+    assert alone.delete("a") == {"trajectories": 0, "learner": "absent"}
+    until(lambda: alone.generate(replace(asked[0], id=asked[0].id + 10**7)).tokens is not None)  # and it serves on
+    until(lambda: alone.status()["queued"] == waiting + 2)  # what begins later is another matter
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
