@@ -19,6 +19,7 @@ import torch
 from aurora_rl.adaptation.scenario import read_scenario
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.config_canary import compared
 from aurora_rl.cli.main import main
 from aurora_rl.envs.engine import ENGINES
 from aurora_rl.envs.verification.rules import RULES
@@ -183,7 +184,8 @@ def _target(part: Any) -> Any:
 def check(config: Config) -> None:
     """Refuse names that do not exist; a reader's own package and folder of a drafter pass."""
     if "my_package." not in str(config):
-        spec.resolve(replace(config, drafter=replace(config.drafter, path=None)))
+        for each in compared(config):
+            spec.resolve(replace(each, drafter=replace(each.drafter, path=None)))
 
 
 def commands(page: Path) -> list[list[str]]:

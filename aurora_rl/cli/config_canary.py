@@ -88,6 +88,6 @@ def compared(config: Config) -> list[Config]:
     found = []
     for each in config.compare:
         named = each in available_drafters() or (":" in each and not os.path.exists(each))
-        drafter = replace(config.drafter, **({"name": each} if named else {"path": each}))
+        drafter = replace(config.drafter, name=each if named else None, path=None if named else each)
         found.append(replace(config, drafter=drafter, compare=[]))
     return found

@@ -47,7 +47,8 @@ class DrafterWatchdog:
         self._rows: dict[tuple[str, int], _Rows] = {}
         self._found: Counter[tuple[int, str]] = Counter()  # faults by version and cause
         self._checked = self._turn = 0
-        self._constants, self._logits = self._fixed(), list[Tensor]()
+        self._constants = self._fixed()
+        self._logits: Sequence[Tensor] = ()
         self._checks = [self._tensor_fault, self._constant_fault, self._cache_fault, self._dead_fault]
         self.loaded()
 
