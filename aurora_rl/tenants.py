@@ -44,6 +44,16 @@ def joint_salt(tenant: str | None, salt: str | None) -> str | None:
     return f"{tenant}{_JOINT}{salt or ''}"
 
 
+def tenant_of_salt(salt: str | None) -> str | None:
+    """Return the tenant of a salt of :func:`joint_salt`, None if it has none.
+
+    Example:
+        >>> tenant_of_salt("a@x"), tenant_of_salt("x"), tenant_of_salt("@a@x"), tenant_of_salt(None)
+        ('a', None, None, None)
+    """
+    return None if salt is None or _JOINT not in salt else salt.partition(_JOINT)[0] or None
+
+
 def is_salt_of(tenant: str, salt: str | None) -> bool:
     """Return whether a salt of :func:`joint_salt` is a tenant's.
 

@@ -19,6 +19,7 @@ import torch
 from aurora_rl.adaptation.scenario import read_scenario
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.config_canary import compared
 from aurora_rl.cli.main import main
 from aurora_rl.envs.engine import ENGINES
 from aurora_rl.envs.verification.rules import RULES
@@ -183,7 +184,8 @@ def _target(part: Any) -> Any:
 def check(config: Config) -> None:
     """Refuse names that do not exist; a reader's own package and folder of a drafter pass."""
     if "my_package." not in str(config):
-        spec.resolve(replace(config, drafter=replace(config.drafter, path=None)))
+        for each in compared(config):
+            spec.resolve(replace(each, drafter=replace(each.drafter, path=None)))
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -376,3 +378,18 @@ def test_the_tree_of_the_design_page_is_the_package() -> None:
     rooms = {room.strip("/") for room in re.findall(r"`([\w/]+/)`", table)}
     folders = {p.name for p in (ROOT / "aurora_rl").iterdir() if (p / "__init__.py").exists()}
     assert folders <= rooms
+
+
+def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
+    """What stands before and after a `…` is some text of the library, as its parts are written."""
+    texts = {
+        node.value
+        for path in (ROOT / "aurora_rl").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    known = "\n".join(re.sub(r"%[sdr]|%\.0f", "\n", text) for text in texts)
+    rows = [line.split("|")[1] for line in (DOCS / "troubleshooting.md").read_text().splitlines() if line[:2] == "| "]
+    quoted = [part for row in rows for code in re.findall("`([^`]*)`", row) if " " in code for part in code.split("…")]
+    parts = [part.strip(" =,:") for part in quoted]
+    assert len(parts) > 15 and [part for part in parts if part not in known] == []

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
+from aurora_rl.cli.config_canary import CanaryConfig, without_trials
 from aurora_rl.cli.config_checks import check
 from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
 from aurora_rl.cli.cpus import usable_cpus
@@ -221,25 +222,6 @@ class GateConfig:
 
 
 @dataclass
-class CanaryConfig:
-    """How weights that passed the gate are tried before they draft every round; with the embedded engine."""
-
-    share: float = 0.5
-    """Share of the rounds that new weights draft during their trial; 0 swaps them in at once, which is the default of
-    `aurora-rl flywheel`."""
-    window: int = 8
-    """Rounds of a window. A window of the new weights is compared with one of the old weights next to it."""
-    false_alarm_rate: float = 0.01
-    """Chance that weights as good as the old ones are rolled back, at most."""
-    margin: float = 0.05
-    """Relative loss of acceptance length or of throughput that is tolerated: weights are promoted once a larger one is
-    ruled out."""
-    most_rounds: int | None = 512
-    """Rounds that new weights draft before they are promoted if no loss was proven; null tries them until a loss is
-    proven or ruled out."""
-
-
-@dataclass
 class TelemetryConfig:
     """Where the figures of a run go, next to its ``metrics.jsonl``."""
 
@@ -289,6 +271,10 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
+    compare: list[str] = field(default_factory=list)
+    """Two drafters to compare on live traffic, ``[a, b]``: each a folder, a hub id, or a name as of ``drafter.name``.
+    They draft in turns as ``canary`` says, a in place of the served weights and b in place of the new ones. Nobody
+    learns. Empty compares none."""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     run_dir: str | None = None
@@ -356,7 +342,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
                 ) from error
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     try:
-        keep_nothing(merged, {key for _, values in sources for key in _keys(values)})
+        named = {key for _, values in sources for key in _keys(values)}
+        keep_nothing(merged, named)
+        without_trials(merged, named)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(str(error).replace("\n", " ")) from error
@@ -375,6 +363,7 @@ def make_absolute(config: Config) -> None:
         config.model = os.path.abspath(config.model)
     if config.drafter.path is not None and os.path.exists(config.drafter.path):
         config.drafter.path = os.path.abspath(config.drafter.path)
+    config.compare = [os.path.abspath(each) if os.path.exists(each) else each for each in config.compare]
 
 
 def _moved(key: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from aurora_rl.addresses import is_local
+from aurora_rl.cli.config_canary import check_trials
 from aurora_rl.cli.config_privacy import check_privacy
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.telemetry.loggers import LOGGERS
@@ -89,13 +90,8 @@ def check(config: Config) -> None:
     layers = drafter.feature_layers or []
     if sorted(set(layers)) != list(layers):
         raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
-    most, window = config.canary.most_rounds, config.canary.window
-    if most is not None and most < window:
-        raise ConfigError(
-            f"canary.most_rounds={most} is less than a window of canary.window={window} rounds; set it to {window} or "
-            "more, or to null"
-        )
     _check_engine(config)
+    check_trials(config)
     _check_wire(config)
     check_privacy(config)
     if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < 0:

@@ -43,13 +43,25 @@ logger = logging.getLogger(__name__)
 
 
 def embedded_server(
-    spec: RunSpec, target: Target, requests: RequestSource, usual: list[int], drafter: Drafter, log: MetricsLog
+    spec: RunSpec,
+    target: Target,
+    requests: RequestSource,
+    usual: list[int],
+    drafter: Drafter,
+    log: MetricsLog,
+    rival: tuple[RunSpec, Drafter] | None = None,
 ) -> InferenceServer:
     """Build a server on an engine in this process, which puts the target's model into inference form.
 
-    The drafter is in float32. Rounds are timed with ``usual``, the tokens of a usual prompt.
+    The drafter is in float32. Rounds are timed with ``usual``, the tokens of a usual prompt. With a ``rival``, whose
+    spec differs by its drafter alone, the two are compared and nobody learns.
     """
     config, tree = spec.config, spec.tree
+    drafters = [(spec, drafter)] if rival is None else [(spec, drafter), rival]
+    layers = tuple(drafter.feature_layers)
+    if rival is not None:
+        layers = tuple(sorted({*layers, *rival[1].feature_layers}))
+    num_nodes = max(run.tree.max_nodes for run, _ in drafters)
     greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     # A prompt with a budget of its own may leave less room than the configuration's.
@@ -67,44 +79,53 @@ def embedded_server(
         target.model,
         num_slots=config.engine.slots,
         max_length=config.engine.max_length,
-        feature_layers=drafter.feature_layers,
+        feature_layers=layers,
         **({"batch_invariant": True} if config.engine.batch_invariant else {}),  # engines of others have no such option
     )
 
-    def new_policy() -> DrafterPolicy:
+    def new_policy(run: RunSpec, drafter: Drafter, version: int = 0) -> DrafterPolicy:
         return DrafterPolicy(
             drafter.serving_copy(spec.dtype, spec.device),
             engine.store,
-            num_nodes=tree.max_nodes,
-            shape=tree,
+            num_nodes=num_nodes,
+            shape=run.tree,
+            version=version,
             generator=torch.Generator(spec.device).manual_seed(config.seed),
+            layers=None if tuple(drafter.feature_layers) == layers else layers,
         )
 
-    policy, canary = new_policy(), _canary(config)
-    policies = [policy] if canary is None else [policy, new_policy()]
-    shapes, fault = None, None
-    if config.drafter.adaptive:
-        candidates = TreeController.candidates(tree)
+    faults: list[DrafterFault] = []
+
+    def timed(policy: DrafterPolicy) -> TreeController | None:
+        if not config.drafter.adaptive:
+            return None
+        shape = policy.shape
         try:
+            candidates = TreeController.candidates(shape)
             costs = measure_rounds(engine, policy, tried, candidates, processors=processors)
         except DrafterFault as error:
-            fault = error
-            alone = tree.without_drafter(tree.lookup) if tree.lookup else None
-            policy.shape = alone or TreeShape(0, mode=tree.mode)
-        else:
-            log.write("costs", round_ms=cost_table(costs))
-            shapes = TreeController(costs)
+            faults.append(error)
+            alone = shape.without_drafter(shape.lookup) if shape.lookup else None
+            policy.shape = alone or TreeShape(0, mode=shape.mode)
+            return None
+        log.write("costs", round_ms=cost_table(costs))
+        return TreeController(costs)
+
+    policies, canary = [new_policy(*each, version) for version, each in enumerate(drafters)], _canary(config)
+    policy, controllers = policies[0], [timed(each) for each in policies]
+    if rival is None and canary is not None:
+        policies.append(new_policy(spec, drafter))
     tokenizer = target.tokenizer  # not the target: its plain weights are not to outlive their packed forms
     if config.engine.prefix_cache_tokens:  # not before: what is measured are not requests
         engine.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
         for each in policies:
             each.prefix_cache = PrefixCache(config.engine.prefix_cache_tokens)
-    if tree.lookup and config.drafter.history:  # nor are they to find answers
+    if config.drafter.history and any(run.tree.lookup for run, _ in drafters):  # nor are they to find answers
         policies[-1].earlier = policy.earlier = EarlierAnswers(config.drafter.history)
     env = SpecDecodeEnv(
         engine,
         requests,
-        num_nodes=tree.max_nodes,
+        num_nodes=num_nodes,
         rule=spec.rule,
         draft_mode=tree.mode,
         stop_tokens=stop_tokens,
@@ -112,6 +133,30 @@ def embedded_server(
         processors=processors,
         on_refused=requests.refused,
     )
+    sink, receiver = (None, None) if rival is not None else _wire(config, greeting, policy.drafter)
+    windows = BaselineWindows(config.baseline.share, config.baseline.window, config.seed)
+    server = InferenceServer(
+        env,
+        policy,
+        windows=windows,
+        log=log,
+        shapes=controllers[0],
+        sink=sink,
+        receiver=receiver,
+        canary=canary,
+        second=policies[-1],
+        second_shapes=controllers[-1],
+        watched=True,
+        note=requests.completed,
+        captures=Capture(config.engine.capture_rate, config.privacy.opt_out, config.seed),
+    )
+    for fault in faults:
+        server.note_fault(str(fault), None, "every request is served without the drafter")
+    return server
+
+
+def _wire(config: Config, greeting: Handshake, drafter: Drafter) -> tuple[TrajectorySink, WeightReceiver]:
+    """Open the engine's ends of the wire."""
     keys, limits = wire_keys(config, engine_keys), Limits(max_bytes=config.wire.max_message)
     with opening("wire.trajectories", config.wire.trajectories):
         sink = TrajectorySink(
@@ -125,30 +170,9 @@ def embedded_server(
         )
     with opening("wire.weights", config.wire.weights):
         receiver = WeightReceiver(
-            config.wire.weights,
-            handshake=greeting,
-            keys=keys,
-            checksum=checksum(policy.drafter.published()),
-            limits=limits,
+            config.wire.weights, handshake=greeting, keys=keys, checksum=checksum(drafter.published()), limits=limits
         )
-    windows = BaselineWindows(config.baseline.share, config.baseline.window, config.seed)
-    server = InferenceServer(
-        env,
-        policy,
-        windows=windows,
-        log=log,
-        shapes=shapes,
-        sink=sink,
-        receiver=receiver,
-        canary=canary,
-        second=policies[-1],
-        watched=True,
-        note=requests.completed,
-        captures=Capture(config.engine.capture_rate, config.privacy.opt_out, config.seed),
-    )
-    if fault is not None:
-        server.note_fault(str(fault), None, "every request is served without the drafter")
-    return server
+    return sink, receiver
 
 
 def _canary(config: Config) -> Canary | None:
@@ -201,6 +225,7 @@ def sglang_server(
                 capture_rate=settings.capture_rate,
                 queue=config.wire.queue,
                 queue_bytes=config.wire.queue_bytes,
+                max_age=config.privacy.max_age,
                 max_message=config.wire.max_message,
             )
 

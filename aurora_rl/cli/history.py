@@ -92,6 +92,9 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
                 ).published = (
                     f"gate: {event['difference']:+.3f} ({low:+.3f} to {high:+.3f}) over {event['requests']} requests"
                 )
+            case "compare":
+                for number, drafter in enumerate(event["drafters"]):
+                    of(number).published = f"compared: {drafter}"
             case "trial":
                 of(event["version"]).outcome = f"on trial against version {event['against']}"
             case "verdict":

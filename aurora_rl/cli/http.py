@@ -121,6 +121,7 @@ class HttpFront:
             slots=lambda: server.slots,
             num_spec_tokens=lambda: server.depth,
             opt_out=spec.config.privacy.opt_out,
+            delete=server.engine.delete,
             **self._common(spec.config, server, history),
         )
         self._start(proxy)

@@ -105,9 +105,11 @@ class _Session:
                 first_drafter,
                 load,
                 request_queue,
+                start_drafter,
                 traffic,
                 wire_keys,
             )  # fmt: skip
+            from aurora_rl.cli.config_canary import compared
             from aurora_rl.cli.engines import embedded_server, sglang_server
             from aurora_rl.cli.http import HttpFront
             from aurora_rl.cli.spec import resolve
@@ -119,7 +121,7 @@ class _Session:
         torch.set_num_threads(config.engine.threads)
         with self._folder.undone_if_refused():
             attached = config.engine.attaches and not self._replays  # the clients are there, too
-            spec, prompts = resolve(config), [] if attached else traffic(config)
+            (spec, *others), prompts = map(resolve, compared(config)), [] if attached else traffic(config)
             wire_keys(config, engine_keys)  # what is wrong with them is told before a model is loaded
             http = self._http = HttpFront.of(config, replays=self._replays)
             self._figures.enter_context(logged(config.telemetry.logger, run_dir))
@@ -140,6 +142,9 @@ class _Session:
             step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, firsts, day0)
+            rivals = [(other, start_drafter(other, target, [])) for other in others]
+            if rivals:
+                self._log.write("compare", drafters=list(config.compare))
             if config.learner.spawn:
                 with self._stop.held():
                     self._learner = LearnerProcess(learner_config, run_dir)
@@ -156,7 +161,7 @@ class _Session:
                     self._step, address = sglang.step, f"SGLang listens at {sglang.engine.url}/v1"
                 else:
                     usual = firsts[0] if firsts else [0, 0]
-                    self._server = embedded = embedded_server(spec, target, clients, usual, drafter, self._log)
+                    self._server = embedded = embedded_server(spec, target, clients, usual, drafter, self._log, *rivals)
                     clients.attach(embedded)
                     self._step, address = clients.step, ""
             except (ValueError, OSError):
@@ -228,6 +233,8 @@ class _Session:
             self._step()
 
     def _learner_state(self) -> str:
+        if self._config.compare:
+            return "none"
         return f"any at {self._config.wire.weights}" if self._learner is None else self._learner.state
 
     def _tend_learner(self) -> None:

@@ -22,7 +22,8 @@ def register(parser: argparse.ArgumentParser) -> None:
     attach = commands.add_parser("attach", help=text, description=text)
     add_resume_argument(attach)
     add_config_arguments(attach, "drafter.path=DRAFTER, the folder that SGLang was started with")
-    attach.set_defaults(usual=["http.port=null"])  # clients talk to SGLang itself, unless a front is asked for
+    # Clients talk to SGLang itself, unless a front is asked for; and it takes new weights at once.
+    attach.set_defaults(usual=["http.port=null", "canary.share=0"])
 
     for name, text in (
         ("detach", "end recording and swaps; SGLang serves on with the weights that it has"),

@@ -57,6 +57,8 @@ def resolve(config: Config) -> RunSpec:
         >>> resolve(load_config(overrides=["device=cpu", "dtype=float32", "drafter.depth=3"])).tree.depth
         3
     """
+    if config.compare:
+        raise ConfigError(f"compare={config.compare} is of aurora-rl serve and aurora-rl flywheel; leave it out")
     try:
         device = usable_device(config.device)
     except ValueError as error:

@@ -29,7 +29,7 @@ class Handshake:
 
     Args:
         schema: Version of the wire format and of the trajectory layout.
-        target: Digest of the target model's config.
+        target: Digest of the target's configuration, and one of rows of its weights: two fine-tunes of a model differ.
         head_checksum: `codec.checksum` of the target's output head, with which the learner makes logits of ``hidden``.
         feature_layers: Layers whose residual stream is recorded, in order of concatenation.
         draft_map_checksum: `codec.checksum` of the reduced draft vocabulary; empty if the drafter uses all of it.
@@ -53,7 +53,7 @@ class Handshake:
         """Return the handshake of a target and a drafter whose architecture is registered under ``name``."""
         return cls(
             schema=SCHEMA,
-            target=parts.digest,
+            target=f"{parts.digest}-{parts.fingerprint}",
             head_checksum=checksum(parts.head.tensors()),
             feature_layers=tuple(drafter.feature_layers),
             draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),

@@ -50,6 +50,8 @@ class DrafterPolicy(TensorDictModuleBase):
         vocab_size: Size of the target's vocabulary. With it, sampled drafts come with ("draft", "q"): the distribution
             ``[B, N, V]`` at each node's parent, which rejection rules compare with.
         generator: Source of randomness for sampled drafts, apart from that of verification. None takes PyTorch's own.
+        layers: Layers of the store's features, if the engine serves drafters that read different ones; None if they are
+            those of the drafter.
 
     Attributes:
         on_fault: Called with a slot and a message if the drafter fails or its tree is malformed. The slot's request
@@ -90,6 +92,7 @@ class DrafterPolicy(TensorDictModuleBase):
         version: int = 0,
         vocab_size: int | None = None,
         generator: torch.Generator | None = None,
+        layers: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.in_keys = ["is_init"]
@@ -97,7 +100,7 @@ class DrafterPolicy(TensorDictModuleBase):
         self.out_keys = [*(("draft", key) for key in drafted), "policy_version", "cache_version"]
         self.drafter, self.num_nodes, self.version = drafter, num_nodes, version
         self.shape, self.speculate, self.rebuild_on_install, self.least = shape, True, True, 0.0
-        self._store, self._vocab_size, self._generator = store, vocab_size, generator
+        self._store, self._vocab_size, self._generator, self.layers = store, vocab_size, generator, layers
         self.on_fault: Callable[[int, str], None] | None = None
         self.prefix_cache: PrefixCache | None = None
         self.earlier: EarlierAnswers | None = None
@@ -378,13 +381,21 @@ class DrafterPolicy(TensorDictModuleBase):
             self._read[slots], self._unsaved[slots] = store.tokens[slots], True
         return slots[drafter.cached[slots] == store.lengths[slots] - 1]
 
+    def features(self, slots: Tensor | int, columns: Tensor | slice) -> Tensor:
+        """Return what the drafter reads of the store's features at some positions, ``[..., F]``."""
+        found = self._store.features[slots, columns]
+        if self.layers is None:
+            return found
+        parts = found.unflatten(-1, (len(self.layers), -1))
+        return parts[..., [self.layers.index(layer) for layer in self.drafter.feature_layers], :].flatten(-2)
+
     def _extend(self, slots: Tensor, count: Tensor) -> None:
         """Append the next ``count`` pairs of each slot, ``[b]`` int64, to the drafter's cache."""
         store, start = self._store, self.drafter.cached[slots]
         column = (start[:, None] + torch.arange(int(count.max()))).clamp(max=store.max_length - 2)
         column, rows = column.to(store.tokens.device), slots.to(store.tokens.device)[:, None]
         tokens = torch.cat([store.tokens[rows, column[:, :1]], store.tokens[rows, column + 1]], dim=1)
-        self.drafter.extend(slots, tokens, store.features[rows, column], count)
+        self.drafter.extend(slots, tokens, self.features(rows, column), count)
 
     def _save_rows(self, cache: PrefixCache, ended: Tensor) -> None:
         """Save the drafter's rows of requests that ended, ``[B]`` bool, if all are of its present weights."""

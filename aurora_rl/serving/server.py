@@ -63,7 +63,9 @@ class InferenceServer:
         sink: Takes trajectories; None if nobody learns.
         receiver: Brings weights; None if nobody learns.
         canary: How new weights are tried before they draft every round; None swaps them in at once.
-        second: Policy of another copy of the drafter on the same engine, for trials.
+        second: Policy of another copy of the drafter on the same engine, for trials; or of another drafter and version,
+            which is compared with the first.
+        second_shapes: Chooses the shape of that other drafter's drafts.
         watched: Whether the drafter is checked while it serves.
         note: Called with each completion; returns its domain.
         captures: Called with each request that ended; returns whether it is captured. None captures
@@ -86,6 +88,7 @@ class InferenceServer:
         receiver: WeightReceiver | None = None,
         canary: Canary | None = None,
         second: DrafterPolicy | None = None,
+        second_shapes: TreeController | None = None,
         watched: bool = False,
         note: Callable[[Completion], str] = lambda completion: "",
         captures: Callable[[Request], bool] | None = None,
@@ -99,6 +102,7 @@ class InferenceServer:
             receiver=receiver,
             canary=canary,
             second=second,
+            second_shapes=second_shapes,
             watch=partial(Watchdog, engine=env.engine) if watched else None,
         )
         env.on_completion = self.completed

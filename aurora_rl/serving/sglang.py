@@ -66,7 +66,8 @@ class AttachedServer:
         last, self.status = self.status, self._attach()
         self._drops_before.update(last.get("drops", {}))
         self._sent_before += last.get("sent", 0)
-        self._told_swaps, self._served, self._accepted = 0, Counter[str](), Counter[int]()
+        self._told_swaps, self._told_faults = 0, 0
+        self._served, self._accepted = Counter[str](), Counter[int]()
         self._log.write("attached", status=self.status)
 
     @property
@@ -136,6 +137,11 @@ class AttachedServer:
             self._log.write("swap", version=status["version"], ms=milliseconds, requests=len(self.stats.finished))
         if status["version"] != self.stats.version:
             self.stats.versions.append(status["version"])
+        for fault in status["faults"]:
+            if fault["number"] > self._told_faults:
+                self._told_faults = fault["number"]
+                told = {name: fault[name] for name in ("version", "cause", "detail", "action")}
+                self._log.write("watchdog", **told, requests=len(self.stats.finished))
         self._count(status["served"])
 
     def _count(self, served: dict[str, Any]) -> None:

@@ -34,10 +34,11 @@ class _Seat:
     shapes: TreeController | None
     watchdog: Watchdog | None
     drafts: bool = True  # False once a fault that nothing mends was found
+    tree: TreeShape = field(init=False)  # with which new weights begin
     fresh: Tensor = field(init=False)  # slots that got a request since the policy drafted last, [B] bool
 
     def __post_init__(self) -> None:
-        self.fresh = torch.zeros_like(self.policy.drafted)
+        self.tree, self.fresh = self.policy.shape, torch.zeros_like(self.policy.drafted)
 
 
 class _Kept(NamedTuple):
@@ -55,6 +56,9 @@ class Versions:
     and catches up when its turn comes. At the end of the trial one of the two drafts alone, and the other takes the
     weights to come. The learner hears of it: weights that were rolled back are rejected, with the reason.
 
+    A second policy of another version is of another drafter. The two are compared from the first round on, by the same
+    trial, and the first drafts on unless the second is promoted.
+
     A watchdog checks who drafts. What it finds is mended if the weights that were published can do it: they are loaded
     again, or those before them, or caches are rebuilt. What comes again, or is no matter of weights, leaves the drafter
     alone until new weights come: lookup and plain decoding go on.
@@ -66,7 +70,8 @@ class Versions:
         shapes: Chooses the shape of every round's drafts; None keeps the policy's.
         receiver: Brings weights; None if nobody learns.
         canary: How new weights are tried; None swaps them in at once.
-        second: Policy of another copy of the drafter on the same engine, for trials.
+        second: Policy of another copy of the drafter on the same engine, for trials; or of another drafter and version.
+        second_shapes: Chooses the shape of that other drafter's drafts.
         watch: Makes the watchdog of a policy; None watches nothing.
 
     Raises:
@@ -83,14 +88,16 @@ class Versions:
         receiver: WeightReceiver | None = None,
         canary: Canary | None = None,
         second: DrafterPolicy | None = None,
+        second_shapes: TreeController | None = None,
         watch: Callable[[DrafterPolicy], Watchdog] | None = None,
     ) -> None:
         if canary is not None and second is None:
             raise ValueError("a canary needs a second policy, of another copy of the drafter")
         self._log, self._stats, self._receiver, self._canary = log, stats, receiver, canary
         self._seat = _Seat(policy, shapes, watch and watch(policy))
-        self._other = None if second is None or canary is None else _Seat(second, None, watch and watch(second))
-        self._tree = policy.shape
+        self._other = (
+            None if second is None or canary is None else _Seat(second, second_shapes, watch and watch(second))
+        )
         # Of the version that is served, the one before it, and the one on trial.
         self._kept = {policy.version: _Kept(_as_served(policy, policy.drafter.published()), "")}
         self._mended: set[tuple[int, str]] = set()  # what was found before, by version and cause
@@ -100,6 +107,11 @@ class Versions:
         # Weights are staged and hashed while rounds go on: one thread, so that acknowledgements keep their order.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._staged: tuple[int, Future[tuple[_Kept, Callable[[], None]]]] | None = None
+        self._compares = self._other is not None and self._other.policy.version != policy.version
+        if self._other is not None and self._compares:
+            other = self._other.policy
+            self._kept[other.version] = _Kept(_as_served(other, other.drafter.published()), "")
+            self._try(self._other, other.version)
 
     @property
     def policy(self) -> DrafterPolicy:
@@ -241,9 +253,10 @@ class Versions:
             seat.drafts = True
             seat.policy.reset()
         if seat is not self._seat:
+            seat.shapes = copy.deepcopy(self.shapes)
             self._try(seat, version)
             return
-        seat.policy.shape = self._tree
+        seat.policy.shape = seat.tree
         if seat.shapes is not None:
             seat.shapes.swapped()
         self._served(version, began)
@@ -260,7 +273,7 @@ class Versions:
     def _try(self, seat: _Seat, version: int) -> None:
         """Begin the trial of the weights that were put into the policy of a seat."""
         assert self._canary is not None
-        seat.policy.shape, seat.shapes = self._tree, copy.deepcopy(self.shapes)
+        seat.policy.shape = seat.tree
         if seat.shapes is not None:
             seat.shapes.swapped()
         self._trial, self._trials = Trial(self._canary, self._trials), self._trials + 1
@@ -271,7 +284,8 @@ class Versions:
         milliseconds = (time.perf_counter() - began) * 1e3
         self._stats.swap_ms.append(milliseconds)
         self._stats.versions.append(version)
-        self._kept = {n: kept for n, kept in self._kept.items() if n in self._stats.versions[-2:]}
+        served = self._stats.versions[-1:] if self._compares else self._stats.versions[-2:]  # of one drafter alone
+        self._kept = {number: kept for number, kept in self._kept.items() if number in served}
         self._log.write("swap", version=version, ms=round(milliseconds, 3), requests=len(self._stats.finished))
         # These tensors stay what they are: the next swap puts others in their place.
         if self._receiver is not None:

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from aurora_rl.envs import Engine
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
+from aurora_rl.policies.faults import EVERY, PORTIONS, Fault, difference, sample
 
-EVERY = 12
-"""Rounds between two checks. All tensors are compared in :data:`_PORTIONS` checks, hence within 36 rounds."""
-
-_PORTIONS = 3
 _PAIRS, _FEWEST = 32, 4  # pairs that are replayed, at most and at least
-_SAMPLE = 1 << 16  # numbers that are compared of a large tensor that never changes
 _ASKED = TreeShape(1)
 _SAME = 1e-2  # difference of log-probabilities that some device may give to the same operations
 # Rounding depends on how many pairs an engine appends at a time. Rows that differ by more, in relation to their size,
@@ -30,23 +25,6 @@ _SAME = 1e-2  # difference of log-probabilities that some device may give to the
 _ROUNDING = 0.25
 # Rounds over which acceptance is averaged, and the share of the long mean below which the short one is suspicious.
 _SHORT, _LONG, _SUSPICIOUS = 12, 200, 0.5
-
-Cause = Literal["corrupted", "stale", "mismatched", "cache", "dead"]
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What is wrong with a drafter.
-
-    Attributes:
-        cause: Its kind. corrupted: tensors are not those that were published. stale: they are those of an earlier
-            version. mismatched: what is not published is not what it was (layers, the target's embedding, rotary
-            tables). cache: its cache does not follow from the texts. dead: it drafts nothing.
-        detail: What was compared, and how it differs.
-    """
-
-    cause: Cause
-    detail: str
 
 
 class _Question(NamedTuple):
@@ -99,10 +77,10 @@ class Watchdog:
         self._turn += 1
         if self._turn % EVERY:
             return None
-        part = self._turn // EVERY % _PORTIONS
+        part = self._turn // EVERY % PORTIONS
         try:
             return (
-                self._tensors(weights, earlier, list(weights)[part::_PORTIONS])
+                self._tensors(weights, earlier, list(weights)[part::PORTIONS])
                 or self._constants()
                 or self._answer(weights, earlier)
                 or self._cache(fresh)
@@ -120,22 +98,22 @@ class Watchdog:
         if all(torch.equal(held[name], weights[name]) for name in names):
             return None
         for version, old in earlier.items():
-            if all(torch.equal(held[name], tensor) for name, tensor in old.items()):
+            if held.keys() == old.keys() and all(torch.equal(held[name], tensor) for name, tensor in old.items()):
                 return Fault("stale", f"all tensors are those of version {version}, not {self._policy.version}")
         different = [name for name in held if not torch.equal(held[name], weights[name])]
         name = different[0]
         more = f", and {len(different) - 1} other tensors differ" if len(different) > 1 else ""
-        return Fault("corrupted", f"tensor {name!r} {_difference(held[name], weights[name])}{more}")
+        return Fault("corrupted", f"tensor {name!r} {difference(held[name], weights[name])}{more}")
 
     def _constants(self) -> Fault | None:
         """Compare what no weights change with what it was at the start."""
-        read = tuple(self._policy.drafter.feature_layers)
+        read = self._policy.layers or tuple(self._policy.drafter.feature_layers)
         if (handed := getattr(self._engine, "feature_layers", read)) != read:  # engines need not say it
             return Fault("mismatched", f"it reads the layers {read}, and the engine hands it those of {handed}")
         if self._question is None or self._question.version != self._policy.version:
             return None
         for name, tensor in self._fixed():
-            if not torch.equal(_sample(tensor), self._frozen[name]):
+            if not torch.equal(sample(tensor), self._frozen[name]):
                 return Fault("mismatched", f"tensor {name!r}, which is not published, changed while it served")
         return None
 
@@ -156,7 +134,7 @@ class Watchdog:
                 return fault
             pairs = self._made_up()
             self._question = _Question(self._policy.version, *pairs, self._ask(*pairs))
-            self._frozen = {name: _sample(tensor).clone() for name, tensor in self._fixed()}
+            self._frozen = {name: sample(tensor).clone() for name, tensor in self._fixed()}
             return None
         version, tokens, features, before = self._question
         now = self._ask(tokens, features)
@@ -183,7 +161,7 @@ class Watchdog:
             return None
         held = int(self._policy.drafter.cached[slot])
         count = held if suspicious else min(held, _PAIRS)
-        tokens, features = self._store.tokens[slot, : count + 1], self._store.features[slot, :count]
+        tokens, features = self._store.tokens[slot, : count + 1], self._policy.features(slot, slice(count))
         replayed = self._probe(tokens, features).cache_rows(0)
         assert replayed is not None
         for row, again in zip(rows, replayed, strict=True):
@@ -204,24 +182,7 @@ class Watchdog:
 
         They are kept as long as the version drafts, which no user's text may be.
         """
-        generator, features = torch.Generator().manual_seed(0), self._store.features
+        generator, features = torch.Generator().manual_seed(0), self._policy.features(0, slice(0))
         tokens = torch.randint(self._policy.drafter.vocab_size, (_PAIRS + 1,), generator=generator)
         noise = torch.randn(_PAIRS, features.shape[-1], generator=generator)
         return tokens.to(features.device), noise.to(features.device, features.dtype)
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """Return the numbers of a tensor that are compared: all, or evenly spaced ones of a large tensor."""
-    flat = tensor.detach().flatten()
-    return flat[:: -(-len(flat) // _SAMPLE)] if len(flat) > _SAMPLE else flat
-
-
-def _difference(held: Tensor, published: Tensor) -> str:
-    """Say how a tensor differs from the one that was published."""
-    if held.is_floating_point() and (broken := int((~held.float().isfinite()).sum())):
-        return f"has {broken} values that are infinite or not a number"
-    if not bool(held.any()):
-        return "is all zero"
-    if held.ndim == 2 and torch.equal(held.flatten(), published.T.flatten()):
-        return "is transposed"
-    return f"differs from what was published in {int((held != published).sum())} of {held.numel()} values"

@@ -121,6 +121,10 @@ EVENTS: dict[str, Event] = {
     "swap_failed": Event(
         "The drafter could not load new weights, and the old ones go on.", {"version": "Version refused.", **_REASON}
     ),
+    "compare": Event(
+        "Two drafters are compared: `trial` and `verdict` follow, with the second in the place of new weights.",
+        {"drafters": "The first, which is version 0, and the second, version 1, as `compare` names them."},
+    ),
     "trial": Event(
         "New weights draft a share of the rounds from now on, in turns with those that are served.",
         {

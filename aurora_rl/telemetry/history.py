@@ -217,6 +217,8 @@ class RunHistory:
                     figures = {name: (event[name]["old"], event[name]["new"]) for name in pairs}
                     self._keep(self.verdicts, TrialVerdict, {**event, **figures})
                 case "watchdog":
+                    if event["version"] == self.on_trial:
+                        self.on_trial = None
                     self._keep(self.faults, WatchdogFault, event)
                 case "learner_ready":
                     self._seen = event["seen"]

@@ -198,6 +198,8 @@ class Exporter(Collector):
                 self._set("canary_version", None)
                 self._add("canary_verdicts_total", 1, "promoted" if event["promote"] else "rolled_back")
             case "watchdog":
+                if event["version"] == self._numbers["canary_version"].get(""):
+                    self._set("canary_version", None)
                 self._add("watchdog_faults_total", 1, event["cause"])
             case "drafter_fault":
                 self._add("drafter_faults_total")
@@ -249,7 +251,7 @@ class Exporter(Collector):
         for reason, dropped in event["dropped"].items():
             self._set("trajectories_dropped_total", dropped, reason)
         learner = event["learner"]  # otherwise of another server, or of nobody
-        up = 1 if learner == "running" else None if learner.startswith("any at") else 0  # refusals are 0, too
+        up = 1 if learner == "running" else None if learner.startswith(("any at", "none")) else 0  # refusals are 0, too
         self._set("learner_up", up)
 
     def observe(self, wait: str, seconds: float) -> None:

@@ -57,6 +57,7 @@ def test_the_keys_are_frozen() -> None:
         *("checkpoint.keep", "checkpoint.buffer"),
         *("gate.requests", "gate.margin"),
         *("canary.share", "canary.window", "canary.false_alarm_rate", "canary.margin", "canary.most_rounds"),
+        "compare",
         *("privacy.opt_out", "privacy.max_age", "privacy.zero_retention"),
         "telemetry.logger",
         "telemetry.max_log",

@@ -6,9 +6,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from aurora_rl.collectors.codec import CodecError
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.models.target_head import decoder_layers
+from aurora_rl.policies import MedusaDrafter, TargetParts
+from aurora_rl.testing import tiny_target
 
 HANDSHAKE = Handshake(1, "config", "head", (2, 5), "map", "eagle3")
 
@@ -40,6 +44,23 @@ def test_round_trip_through_json() -> None:
 def test_mismatch_names_the_first_field_and_both_values(changes: dict, says: str) -> None:
     with pytest.raises(AssertionError, match=says):
         raise AssertionError(HANDSHAKE.mismatch(replace(HANDSHAKE, **changes)))
+
+
+def test_fine_tunes_with_one_head_are_told_apart_in_any_dtype() -> None:
+    def handshake(change: float = 0.0, dtype: torch.dtype = torch.float32) -> Handshake:
+        model = tiny_target(dtype=torch.float32)
+        with torch.no_grad():
+            decoder_layers(model)[-1].mlp.up_proj.weight.add_(change)
+        parts = TargetParts.of(model.to(dtype))
+        drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(8))
+        return Handshake.of(parts, drafter, "medusa")
+
+    one, tuned, again = handshake(), handshake(0.01), handshake()
+    assert one == again and one.identity == again.identity
+    assert one.head_checksum == tuned.head_checksum and one.identity != tuned.identity
+    assert "target is " in str(one.mismatch(tuned)) and "set the same model on both sides" in str(one.mismatch(tuned))
+    # What differs for another dtype is the head alone, which the message then names.
+    assert handshake(dtype=torch.bfloat16).target == one.target
 
 
 def test_equal_handshakes_match() -> None:

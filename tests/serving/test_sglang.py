@@ -31,7 +31,7 @@ class Engine:
         self.restart()
 
     def restart(self):
-        self.swaps, self.session, self.attached = [], "", False
+        self.swaps, self.session, self.attached, self.faults = [], "", False, []
         self.served = asdict(Served())
 
     def attach(self):
@@ -84,6 +84,7 @@ class Engine:
             "served": self.served,
             "swaps": len(self.swaps),
             "swap_ms": self.swaps[-2:],
+            "faults": self.faults,
             "version": len(self.swaps),
             "drops": {"no_learner": 4, "slow_learner": 3},
             "sent": 5,
@@ -321,3 +322,16 @@ def test_the_end_counts_what_was_recorded_at_the_last_moment(attached, monkeypat
     monkeypatch.setattr(engine, "detach", detach_late)
     server.close()
     assert server.stats.finished == [(4, 1)] and engine.closed
+
+
+def test_each_fault_that_the_plugin_finds_is_told_once(run):
+    engine, server, *_ = run
+    fault = {"version": 0, "cause": "stale", "detail": "all tensors", "action": "its weights were loaded again"}
+    engine.faults = [{"number": 1, **fault}]
+    server.watch()
+    server.watch()
+    engine.faults.append({"number": 2, **fault, "cause": "cache"})
+    server.watch()
+    events = [event for event in MetricsReader(server._log.path) if event["event"] == "watchdog"]
+    assert [(event["cause"], event["requests"]) for event in events] == [("stale", 0), ("cache", 0)]
+    assert {name: events[0][name] for name in fault} == fault

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from aurora_rl.envs import TransformersEngine
 from aurora_rl.policies import Drafter, DrafterPolicy, Eagle3Drafter, Proposal, TreeShape
+from aurora_rl.policies.faults import EVERY
 from aurora_rl.serving.canary import Canary
-from aurora_rl.serving.watchdog import EVERY, Watchdog
+from aurora_rl.serving.watchdog import Watchdog
 from aurora_rl.testing import tiny_target
 
 IN_TIME = 50  # rounds

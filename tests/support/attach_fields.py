@@ -18,6 +18,7 @@ FIELDS = {
     "capture_rate": 1.0,
     "queue": 4,
     "queue_bytes": 1 << 20,
+    "max_age": 0,
     "max_message": 1 << 20,
     "top_k": 8,
     "max_bytes": 1 << 20,

@@ -187,6 +187,7 @@ class Serving:
         note: Callable[[Completion], str] | None = None,
         depth: int = DEPTH,
         second: Drafter | None = None,
+        second_version: int = 0,
         **options: object,
     ) -> None:
         # Not by SpeculativeDecoder: no copy of the drafter serves, as tests look into it, and there may be two.
@@ -203,7 +204,9 @@ class Serving:
             num_nodes=DEPTH,
         )
         if second is not None:
-            options["second"] = DrafterPolicy(second, self.engine.store, num_nodes=DEPTH, shape=TreeShape(depth))
+            options["second"] = DrafterPolicy(
+                second, self.engine.store, num_nodes=DEPTH, shape=TreeShape(depth), version=second_version
+            )
         log = MetricsLog(folder / "metrics.jsonl", "serve")
         self._reader, self._events = MetricsReader(log.path), list[dict]()
         self.server = InferenceServer(

@@ -111,7 +111,7 @@ def test_swaps_faults_and_learning_are_counted() -> None:
         event("checkpoint", steps=2, version=2),
         event("trial", version=6),
         event("verdict", version=6, promote=False),
-        event("watchdog", cause="stale"),
+        event("watchdog", version=1, cause="stale"),
         event("trial", version=7),
     ]:
         exporter.follow(each)

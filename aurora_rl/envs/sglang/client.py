@@ -283,6 +283,7 @@ class SGLangClient:
         capture_rate: float = 1.0,
         queue: int = 256,
         queue_bytes: int = 1 << 29,
+        max_age: float | None = None,
         max_message: int = 1 << 30,
         top_k: int = 64,
         max_bytes: int = 1 << 30,
@@ -298,6 +299,7 @@ class SGLangClient:
             capture_rate: Share of the requests to record.
             queue: Trajectories that wait for an absent learner before the oldest is dropped.
             queue_bytes: Most bytes of them.
+            max_age: Seconds that a trajectory may wait; None knows no limit.
             max_message: Most bytes of a trajectory, and of weights, on the wire.
             top_k: Likeliest tokens to keep of the target's distribution, where the input of its head cannot be reached
                 (CUDA graphs).
@@ -322,7 +324,7 @@ class SGLangClient:
             )
         fields = {"trajectories": trajectories, "weights": weights, "version": version, "capture_rate": capture_rate}
         fields["keys"] = self._keys is not None
-        limits = {"queue": queue, "queue_bytes": queue_bytes, "max_message": max_message}
+        limits = {"queue": queue, "queue_bytes": queue_bytes, "max_age": max_age or 0, "max_message": max_message}
         limits |= {"top_k": top_k, "max_bytes": max_bytes, "store_bytes": store_bytes}
         return self._ask("attach", {"handshake": handshake.to_meta(), **fields, **limits})
 
@@ -333,6 +335,14 @@ class SGLangClient:
     def set_recording(self, on: bool) -> dict[str, Any]:
         """Switch recording on or off while a learner is attached; return the plugin's status."""
         return self._ask("record", {"on": on})
+
+    def delete(self, tenant: str) -> dict[str, Any]:
+        """Drop what the plugin keeps of a tenant's requests that have begun, and tell the learner to do so.
+
+        Returns:
+            "trajectories" that waited in its queue, and whether the "learner" was "told" or is "absent".
+        """
+        return self._ask("delete", {"tenant": tenant})["deleted"]
 
     def status(self) -> dict[str, Any]:
         """Return the plugin's status: versions, hooks, counts of records and of requests not recorded, swaps."""

@@ -27,9 +27,11 @@ from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
 from aurora_rl.envs.sglang.recorder import EngineRound, TargetRows
 from aurora_rl.envs.sglang.requests import sampling_of, unwanted
 from aurora_rl.envs.sglang.session import Session
+from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
 from aurora_rl.envs.sglang.weights import SwapError, load_drafter
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.policy import not_finite
+from aurora_rl.tenants import check_tenant, tenant_of_salt
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Plugin:
         self._scheduler: Any = None
         self._server: PluginServer | None = None
         self._session: Session | None = None
+        self._watchdog: DrafterWatchdog | None = None
         self._last_session = ""
         self._seen: Counter[str] = Counter()
         self._missing: list[str] = []
@@ -123,12 +126,15 @@ class Plugin:
             if session is not None:
                 session.close()
                 return self._status() | session.status()
-        elif kind == "record":
+        elif kind in ("record", "delete"):
             if self._session is None:
                 raise PluginError("nothing is attached; attach first")
-            self._session.recording, self._session.error = bool(fields.get("on")), ""
+            if kind == "record":
+                self._session.recording, self._session.error = bool(fields.get("on")), ""
+                return self._status()
+            return self._status() | {"deleted": self._session.delete(check_tenant(fields.get("tenant")))}
         elif kind != "status":
-            raise PluginError(f"there is no request {kind!r}; there are status, attach, detach and record")
+            raise PluginError(f"there is no request {kind!r}; there are status, attach, detach, record and delete")
         return self._status()
 
     def _status(self) -> dict[str, Any]:
@@ -238,16 +244,21 @@ class Plugin:
     # ---- swaps ----------------------------------------------------------------------------------------------------
 
     def _swap(self, session: Session) -> None:
+        if self._watchdog is None or self._watchdog.session is not session:
+            self._watchdog = DrafterWatchdog(self._scheduler, session)
+        self._watchdog.check(self._seen["verify"], self._draft_logits)
         if (received := session.receiver.latest()) is not None:
             number, tree = received
             weights = {".".join(k) if isinstance(k, tuple) else k: v for k, v in tree.items(True, True)}
-            self._install(session, number, weights)
+            if self._install(session, number, weights):
+                self._watchdog.loaded()
         # Texts in the prefix cache hold keys of older drafters. The cache can be emptied only when nobody reads it.
         if session.flush_due and self._scheduler.is_fully_idle():
             session.flush_due = False
             self._scheduler.flush_cache()
 
-    def _install(self, session: Session, number: int, weights: dict[str, Tensor]) -> None:
+    def _install(self, session: Session, number: int, weights: dict[str, Tensor]) -> bool:
+        """Load weights, and return whether they serve now."""
         began = time.perf_counter()
         draft_map = weights.get("d2t")
         loadable = {name: tensor for name, tensor in weights.items() if name != "d2t"}
@@ -267,13 +278,14 @@ class Plugin:
         except SwapError as error:
             session.receiver.reject(number, str(error))
             logger.warning("version %d is not served: %s", number, error)
-            return
+            return False
         milliseconds = (time.perf_counter() - began) * 1e3
         self._scheduler.weight_updater.record_weight_version_after_update(str(number))
         session.version, session.flush_due = number, True
         session.swap_ms.append(milliseconds)
         # What the engine holds was compared with these above; hashing them takes longer than the swap.
-        session.background.submit(lambda: session.receiver.acknowledge(number, checksum(weights), milliseconds))
+        session.background.submit(session.acknowledge, number, weights, milliseconds)
+        return True
 
     # ---- drafting -------------------------------------------------------------------------------------------------
 
@@ -347,7 +359,8 @@ class Plugin:
                 reason = unwanted(req, capture_rate=session.capture_rate, greedy_only=self._device == "cpu")
                 if reason is not None:
                     records.counts[reason] += 1
-                if reason is not None or not records.begin(req.rid, req.origin_input_ids, cached, session.version):
+                begun = req.origin_input_ids, cached, session.version, tenant_of_salt(req.cache_salt)
+                if reason is not None or not records.begin(req.rid, *begun):
                     setattr(req, _LEFT_OUT, True)
                     continue
             if records.prefilled(req.rid) != cached:  # run a second time, after the engine had to put it back

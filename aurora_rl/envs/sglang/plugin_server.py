@@ -1,8 +1,8 @@
 """Requests and replies between the plugin inside SGLang's scheduler and those who attach to it.
 
 The plugin binds one ROUTER socket, on this host only unless it has keys. Every message is JSON without tensors in the
-project's codec: ``status``, ``attach``, ``detach`` and ``record`` are answered by ``status``, what cannot be done by
-``refused`` with a reason.
+project's codec: ``status``, ``attach``, ``detach``, ``record`` and ``delete`` are answered by ``status``, what cannot
+be done by ``refused`` with a reason.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def ask(
     keys: ClientKeys | None = None,
     timeout: float = 10.0,
 ) -> dict[str, Any]:
-    """Send one request (``status``, ``attach``, ``detach`` or ``record``) to a plugin and wait for its status.
+    """Send a request (``status``, ``attach``, ``detach``, ``record``, ``delete``) to a plugin and wait for its status.
 
     Raises:
         PluginError: The plugin at ``address`` refuses, or does not answer within ``timeout`` seconds.

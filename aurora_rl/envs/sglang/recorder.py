@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import queue
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.trajectories import acceptance_length, accepted_per_round, make_trajectory
 
 logger = logging.getLogger(__name__)
+
+_MOST_DELETIONS = 4096
 
 TargetRows = dict[str, Tensor]
 """What is known of the target's distribution at some positions: "hidden", or "topk_ids", "topk_log_probs" and
@@ -66,6 +70,8 @@ class _Record:
     prompt: Tensor
     cached: int  # tokens of the prompt that the engine had in its prefix cache
     cache_version: int
+    tenant: str | None
+    began: float  # monotonic seconds
     features: list[Tensor] = field(default_factory=list)
     first: TargetRows | None = None
     rounds: list[EngineRound] = field(default_factory=list)
@@ -89,14 +95,14 @@ class FeatureStore:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self._bytes = max_bytes, 0
-        self._texts: OrderedDict[bytes, tuple[Tensor, Tensor, int]] = OrderedDict()
+        self._texts: OrderedDict[bytes, tuple[Tensor, Tensor, int, str | None]] = OrderedDict()
 
-    def put(self, tokens: Tensor, features: Tensor, version: int) -> None:
-        """Keep the features ``[n, F]`` of tokens ``[n]``, with the version of the weights that drafted from them."""
+    def put(self, tokens: Tensor, features: Tensor, version: int, tenant: str | None = None) -> None:
+        """Keep the features ``[n, F]`` of a tenant's tokens ``[n]``, with the version of the weights that drafted."""
         key = tokens.numpy().tobytes()
         if key in self._texts:
             self._bytes -= self._texts.pop(key)[1].nbytes
-        self._texts[key] = tokens, features, version
+        self._texts[key] = tokens, features, version, tenant
         self._bytes += features.nbytes
         while self._bytes > self._max_bytes:
             self._bytes -= self._texts.popitem(last=False)[1][1].nbytes
@@ -105,11 +111,16 @@ class FeatureStore:
         """Return the features and version of a text that begins with ``prefix`` ``[k]``; None if there is none."""
         k = len(prefix)
         for key in reversed(self._texts):
-            tokens, features, version = self._texts[key]
+            tokens, features, version, _ = self._texts[key]
             if len(tokens) >= k and torch.equal(tokens[:k], prefix):
                 self._texts.move_to_end(key)
                 return features[:k], version
         return None
+
+    def delete(self, tenant: str) -> None:
+        """Drop a tenant's texts."""
+        for key in [key for key, (*_, whose) in self._texts.items() if whose == tenant]:
+            self._bytes -= self._texts.pop(key)[1].nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,17 +164,17 @@ class TrajectoryAssembler:
     All methods may be called on the serving path: they only append to lists.
 
     Args:
-        emit: Called with each trajectory.
+        emit: Called with each trajectory and the tenant of its request, None if it has none.
         max_bytes: Memory that requests on their way may hold; one that begins beyond it is served without a record.
         store_bytes: Host memory of the store of prefix features.
 
     Attributes:
-        counts: Number of requests that were "recorded", and of others by reason ("prefix", "memory", "incomplete" and
-            those of :meth:`drop`).
+        counts: Number of requests that were "recorded", and of others by reason ("prefix", "memory", "incomplete",
+            "deleted" and those of :meth:`drop`).
         served: Sums over the recorded requests; each request replaces the object, so that it may be read at any time.
     """
 
-    def __init__(self, emit: Callable[[TensorDict], None], *, max_bytes: int, store_bytes: int) -> None:
+    def __init__(self, emit: Callable[[TensorDict, str | None], None], *, max_bytes: int, store_bytes: int) -> None:
         self._emit, self._max_bytes = emit, max_bytes
         # Bytes, each number written by one thread: reserved on the serving path, released by the thread here.
         self._reserved = self._released = 0
@@ -171,7 +182,8 @@ class TrajectoryAssembler:
         self._store = FeatureStore(store_bytes)
         self.counts: Counter[str] = Counter()
         self.served = Served()
-        self._ended: queue.SimpleQueue[tuple[str, _Record, list[int], SamplingParams, bool] | None]
+        self._deletions: dict[str, float] = {}  # by tenant, the monotonic time of the latest; the latest last
+        self._ended: queue.SimpleQueue[tuple[str, _Record, list[int], SamplingParams, bool] | str | None]
         self._ended = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trajectories", daemon=True)
         self._thread.start()
@@ -179,12 +191,12 @@ class TrajectoryAssembler:
     def __contains__(self, rid: str) -> bool:
         return rid in self._records
 
-    def begin(self, rid: str, prompt: Sequence[int], cached: int, version: int) -> bool:
+    def begin(self, rid: str, prompt: Sequence[int], cached: int, version: int, tenant: str | None = None) -> bool:
         """Take in a request, of whose prompt ``cached`` tokens will not be run; return False if there is no room."""
         if self._reserved - self._released > self._max_bytes:
             self.counts["memory"] += 1
             return False
-        self._records[rid] = _Record(torch.tensor(prompt), cached, version)
+        self._records[rid] = _Record(torch.tensor(prompt), cached, version, tenant, time.monotonic())
         return True
 
     def prompt(self, rid: str, features: Tensor, first: TargetRows | None) -> None:
@@ -216,6 +228,17 @@ class TrajectoryAssembler:
         """End a recorded request, which has these tokens and was ``terminated`` by itself or by its budget."""
         self._ended.put((rid, self._records.pop(rid), list(completion), sampling, terminated))
 
+    def delete(self, tenant: str) -> None:
+        """Drop what is kept of a tenant's texts, and make no trajectory of its requests that have begun until now."""
+        self._deletions.pop(tenant, None)
+        self._deletions[tenant] = time.monotonic()
+        if len(self._deletions) > _MOST_DELETIONS:
+            del self._deletions[next(iter(self._deletions))]
+        self._ended.put(tenant)  # the store is the thread's
+
+    def _deleted(self, record: _Record) -> bool:
+        return record.tenant is not None and record.began <= self._deletions.get(record.tenant, -math.inf)
+
     def close(self) -> None:
         """End, after the trajectories of requests that have ended."""
         self._ended.put(None)
@@ -223,9 +246,14 @@ class TrajectoryAssembler:
 
     def _work(self) -> None:
         while (ended := self._ended.get()) is not None:
+            if isinstance(ended, str):
+                self._store.delete(ended)
+                continue
             rid, record, completion, sampling, terminated = ended
             try:
-                trajectory = self._assemble(rid, record, completion, sampling)
+                trajectory = "deleted" if self._deleted(record) else self._assemble(rid, record, completion, sampling)
+                if self._deleted(record):  # meanwhile
+                    trajectory = "deleted"
             except Exception:
                 logger.exception("a request's trajectory could not be assembled")
                 self.counts["error"] += 1
@@ -235,7 +263,7 @@ class TrajectoryAssembler:
                 else:
                     self.counts["recorded"] += 1
                     self.served = self.served.plus(trajectory, terminated)
-                    self._emit(trajectory)
+                    self._emit(trajectory, record.tenant)
             finally:
                 self._released += record.nbytes
 
@@ -265,7 +293,7 @@ class TrajectoryAssembler:
         visited = [{k: v[path] for k, v in r.target.items()} for r, path in zip(rounds, paths, strict=True)]
         sequence = [record.first, *visited]
         sequence_features = sequence_features[:last].clone()
-        self._store.put(tokens[:last].clone(), sequence_features, version)
+        self._store.put(tokens[:last].clone(), sequence_features, version, record.tenant)
         return make_trajectory(
             request=request_number(rid),
             tokens=tokens,

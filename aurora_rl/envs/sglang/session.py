@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora_rl.collectors.codec import Limits
+from aurora_rl.collectors.codec import Limits, checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
@@ -22,7 +22,7 @@ from aurora_rl.envs.sglang.recorder import TargetRows, TrajectoryAssembler
 
 logger = logging.getLogger(__name__)
 
-_TOLD_SWAPS = 256
+_TOLD_SWAPS, _TOLD_FAULTS = 256, 32
 
 ATTACH: dict[str, type | tuple[type, ...]] = {
     "trajectories": str,  # address of the learner's collector
@@ -33,6 +33,7 @@ ATTACH: dict[str, type | tuple[type, ...]] = {
     "capture_rate": (int, float),  # share of requests to record
     "queue": int,  # trajectories that wait for an absent learner
     "queue_bytes": int,  # of them, at most
+    "max_age": (int, float),  # seconds that they may wait; 0 knows no limit
     "max_message": int,  # bytes of a trajectory or of weights on the wire
     "top_k": int,  # of the target's distribution, where the input of its head cannot be reached
     "max_bytes": int,  # that requests on their way may hold
@@ -81,12 +82,14 @@ class Session:
             "keys": None if keys is None else engine_keys(keys),
             "limits": Limits(max_bytes=fields["max_message"]),
         }
-        queue = {"capacity": fields["queue"], "max_bytes": fields["queue_bytes"]}
+        queue = {"capacity": fields["queue"], "max_bytes": fields["queue_bytes"], "max_age": fields["max_age"] or None}
         self.sink = TrajectorySink(fields["trajectories"], **wire, **queue)
         self.receiver = WeightReceiver(fields["weights"], **wire, version=self.version)
         memory = {name: fields[name] for name in ("max_bytes", "store_bytes")}
         self.records = TrajectoryAssembler(self.sink.extend, **memory)
         self.swap_ms: list[float] = []
+        self.faults: list[dict[str, Any]] = []
+        self._digests: dict[int, str] = {}  # of the versions that were loaded here
         self.flush_due = True  # texts in the prefix cache have no features here
         self.background = ThreadPoolExecutor(1, thread_name_prefix="acknowledge")
 
@@ -106,7 +109,33 @@ class Session:
             "refused": self.receiver.error,
             "swaps": len(self.swap_ms),
             "swap_ms": self.swap_ms[-_TOLD_SWAPS:],
+            "faults": self.faults[-_TOLD_FAULTS:],
         }
+
+    def delete(self, tenant: str) -> dict[str, Any]:
+        """Drop what is kept of a tenant's requests that have begun, tell the learner, and say what became of it."""
+        self.records.delete(tenant)
+        dropped, self.flush_due = self.sink.delete(tenant), True  # the prefix cache is not kept by tenant
+        return {"trajectories": dropped, "learner": "told" if self.sink.connected else "absent"}
+
+    def acknowledge(self, version: int, weights: dict[str, Tensor], milliseconds: float) -> None:
+        """Tell the learner that a version serves now."""
+        digest = self._digests[version] = checksum(weights)
+        self.receiver.acknowledge(version, digest, milliseconds)
+
+    def roll_back(self, version: int, before: int, reason: str) -> None:
+        """Tell the learner that a version serves no more, and which one does again."""
+        self.version = before
+        self.receiver.reject(version, reason)
+        if before in self._digests:  # not of what the server was started on
+            self.receiver.acknowledge(before, self._digests[before], 0.0)
+
+    def note_fault(self, **fault: Any) -> None:
+        """Add a fault of the drafter to the status, with its number."""
+        self.faults = [
+            *self.faults[-_TOLD_FAULTS:],
+            {"number": 1 + (self.faults or [{"number": 0}])[-1]["number"], **fault},
+        ]
 
     def fail(self, reason: str) -> None:
         """Switch recording off; serving goes on."""

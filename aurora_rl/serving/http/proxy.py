@@ -13,15 +13,16 @@ from urllib.parse import quote
 
 import httpx
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from typing_extensions import override
 
+from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.serving.async_engine import QueueFullError
 from aurora_rl.serving.http.app import Application
 from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine, timed_out
 from aurora_rl.serving.http.generation import while_connected
-from aurora_rl.serving.http.prompts import switch, tenant_of
+from aurora_rl.serving.http.prompts import switch, tenant_of, tenant_to_delete
 from aurora_rl.serving.http.schemas import json_object
 from aurora_rl.serving.http.sglang_answer import SGLangAnswer
 from aurora_rl.serving.http.streams import EventStream, event
@@ -43,6 +44,7 @@ class Proxy(Application):
         slots: Returns how many requests SGLang decodes at the same time.
         num_spec_tokens: Returns the tokens of the longest path that is drafted.
         opt_out: Tenants whose requests are never captured.
+        delete: Deletes what SGLang's plugin and the learner keep of a tenant, and says what was found there.
         **common: Further arguments of :class:`~aurora_rl.serving.http.app.Application`.
     """
 
@@ -54,11 +56,12 @@ class Proxy(Application):
         slots: Callable[[], int],
         num_spec_tokens: Callable[[], int] = lambda: 0,
         opt_out: Collection[str] = (),
+        delete: Callable[[str], dict[str, Any]],
         **common: Any,
     ) -> None:
         super().__init__(**common)
         self._url, self._num_spec_tokens = url.rstrip("/"), num_spec_tokens
-        self._opt_out = frozenset(opt_out)
+        self._opt_out, self._delete = frozenset(opt_out), delete
         self._max_waiting, self._slots, self._open = max_waiting, slots, 0  # requests that SGLang has of us
         self._cancelled = 0
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
@@ -132,14 +135,14 @@ class Proxy(Application):
         return Response()
 
     async def delete_tenant_data(self, request: Request) -> Response:
-        """Say why nothing is deleted, and what to do."""
-        raise ApiError(
-            501,
-            "SGLang's prefix cache and the plugin's records are not kept by tenant, so nothing was deleted. SGLang's "
-            "/flush_cache empties the first; trajectories are gone from the learner once privacy.max_age has passed, "
-            "or once it is started again",
-            code="not_supported",
-        )
+        """Delete what is kept of a tenant's requests; those that run are completed and leave nothing."""
+        tenant = tenant_to_delete(request.headers)
+        try:
+            deleted = await asyncio.to_thread(self._delete, tenant)
+        except PluginError as error:
+            raise ApiError(503, f"nothing was deleted: {error}") from error
+        # SGLang's cache is emptied as a whole, once no request runs; and there are no answers to look up.
+        return JSONResponse({"tenant": tenant, "prefixes": None, "answers": 0, **deleted})
 
     @override
     def info(self) -> dict[str, Any]:

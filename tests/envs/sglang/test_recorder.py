@@ -89,7 +89,9 @@ def out():
 
 
 def assembler(out, **kwargs):
-    return TrajectoryAssembler(out.append, **{"max_bytes": 1 << 20, "store_bytes": 1 << 20, **kwargs})
+    return TrajectoryAssembler(
+        lambda trajectory, tenant: out.append(trajectory), **{"max_bytes": 1 << 20, "store_bytes": 1 << 20, **kwargs}
+    )
 
 
 def play(records, trajectory, *, rid=None, cached=0, chunks=1, version=0, rounds=None, finish=True, terminated=False):

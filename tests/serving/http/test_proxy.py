@@ -14,6 +14,8 @@ import pytest
 from processes import wait
 from sglang_stand_in import ANSWER, CHAT, REFUSAL, Upstream, post
 
+from aurora_rl.envs.sglang.plugin_server import PluginError
+
 # ---- what goes on, and what comes back ------------------------------------------------------------------------------
 
 
@@ -82,13 +84,23 @@ def test_what_sglang_cannot_do_is_refused_by_name(
     assert upstream.bodies == []
 
 
-def test_a_deletion_that_sglang_cannot_do_is_refused_and_not_passed_on(
-    upstream: Upstream, serve: Callable[..., str]
-) -> None:
-    answer = httpx.delete(f"{serve()}/tenant_data", headers={"X-Aurora-Tenant": "a"})
-    error = answer.json()["error"]
-    assert (answer.status_code, error["code"]) == (501, "not_supported") and "/flush_cache" in error["message"]
-    assert not upstream.paths
+def test_a_deletion_goes_to_the_plugin_and_not_to_sglang(upstream: Upstream, serve: Callable[..., str]) -> None:
+    asked: list[str] = []
+
+    def delete(tenant: str) -> dict[str, Any]:
+        asked.append(tenant)
+        if tenant == "b":
+            raise PluginError("nothing is attached; attach first")
+        return {"trajectories": 3, "learner": "told"}
+
+    url = serve(delete=delete)
+    answer = httpx.delete(f"{url}/tenant_data", headers={"X-Aurora-Tenant": "a"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == {"tenant": "a", "prefixes": None, "answers": 0, "trajectories": 3, "learner": "told"}
+    answer = httpx.delete(f"{url}/tenant_data", headers={"X-Aurora-Tenant": "b"})
+    assert answer.status_code == 503 and "nothing was deleted: nothing is attached" in answer.json()["error"]["message"]
+    assert httpx.delete(f"{url}/tenant_data").status_code == 400  # whose?
+    assert asked == ["a", "b"] and not upstream.paths
 
 
 def test_sglangs_refusals_come_back_as_they_are(serve: Callable[..., str]) -> None:

@@ -1,0 +1,93 @@
+"""The configuration of trials on live traffic: of new weights, and of two drafters that are compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig
+
+from aurora_rl.cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from aurora_rl.cli.config import Config
+
+
+@dataclass
+class CanaryConfig:
+    """How weights that passed the gate are tried before they draft every round; with the embedded engine."""
+
+    share: float = 0.5
+    """Share of the rounds that new weights draft during their trial; 0 swaps them in at once, which is the default of
+    `aurora-rl flywheel`."""
+    window: int = 8
+    """Rounds of a window. A window of the new weights is compared with one of the old weights next to it."""
+    false_alarm_rate: float = 0.01
+    """Chance that weights as good as the old ones are rolled back, at most."""
+    margin: float = 0.05
+    """Relative loss of acceptance length or of throughput that is tolerated: weights are promoted once a larger one is
+    ruled out."""
+    most_rounds: int | None = 512
+    """Rounds that new weights draft before they are promoted if no loss was proven; null tries them until a loss is
+    proven or ruled out."""
+
+
+def without_trials(merged: DictConfig, named: Collection[str]) -> None:
+    """Turn off what SGLang or ``compare`` does without, unless it was named: :func:`check_trials` refuses it then."""
+    if merged.engine.name == "sglang" and "canary.share" not in named:
+        merged.canary.share = 0.0
+    if merged.compare and "learner.spawn" not in named:
+        merged.learner.spawn = False
+
+
+def check_trials(config: Config) -> None:
+    """Raise ConfigError if values of ``canary`` and ``compare`` do not go together, or not with the engine."""
+    canary, share = config.canary, f"canary.share={config.canary.share:g}"
+    if canary.most_rounds is not None and canary.most_rounds < canary.window:
+        raise ConfigError(
+            f"canary.most_rounds={canary.most_rounds} is less than a window of canary.window={canary.window} rounds; "
+            f"set it to {canary.window} or more, or to null"
+        )
+    if config.engine.name == "sglang" and (canary.share or config.compare):
+        raise ConfigError(
+            f"{f'compare={config.compare}' if config.compare else share}: SGLang keeps one drafter, and cannot rebuild "
+            "its cache for requests in flight, so two versions cannot take turns there; set canary.share=0 and no "
+            "compare, or engine.name=transformers"
+        )
+    if not config.compare:
+        return
+    if len(config.compare) != 2:
+        raise ConfigError(
+            f"compare takes two drafters, such as compare=[runs/a/drafter,runs/b/drafter], got {config.compare}"
+        )
+    if not canary.share:
+        raise ConfigError(
+            "compare needs a share of the rounds for the second drafter, got canary.share=0; set canary.share=0.5"
+        )
+    if config.learner.spawn:
+        raise ConfigError("compare is of two drafters that stay what they are, got learner.spawn=true; leave it out")
+    if config.drafter.name is not None or config.drafter.path is not None:
+        raise ConfigError(f"compare={config.compare} names the drafters; leave drafter.name and drafter.path out")
+
+
+def compared(config: Config) -> list[Config]:
+    """Return a configuration of each drafter to serve: of both that are compared, or of the one that there is.
+
+    Example:
+        >>> from aurora_rl.cli.config import load_config
+        >>> first, second = compared(load_config(overrides=["compare=[ngram,runs/a/drafter]"]))
+        >>> first.drafter.name, second.drafter.path
+        ('ngram', 'runs/a/drafter')
+    """
+    from aurora_rl.policies.registry import available_drafters  # it needs torch
+
+    if not config.compare:
+        return [config]
+    found = []
+    for each in config.compare:
+        named = each in available_drafters() or (":" in each and not os.path.exists(each))
+        drafter = replace(config.drafter, name=each if named else None, path=None if named else each)
+        found.append(replace(config, drafter=drafter, compare=[]))
+    return found

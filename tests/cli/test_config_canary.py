@@ -1,0 +1,56 @@
+"""Settings of trials on live traffic: what goes with the engine, and the two drafters that are compared."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from aurora_rl.cli.config import load_config, make_absolute, to_yaml
+from aurora_rl.cli.config_canary import compared
+from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.spec import resolve
+
+BOTH = "compare=[ngram,eagle3]"
+
+
+def test_sglang_takes_new_weights_at_once_and_refuses_a_trial_by_name() -> None:
+    assert load_config().canary.share == 0.5 and load_config(overrides=["engine.name=sglang"]).canary.share == 0
+    for pair in ("canary.share=0.25", BOTH):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(pair.split('[')[0])}.*: SGLang keeps one drafter, and"):
+            load_config(overrides=["engine.name=sglang", pair])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["compare=[ngram]"], "compare takes two drafters, such as compare=[runs/a/drafter,runs/b/drafter], got ['ng"),
+        ([BOTH, "canary.share=0"], "compare needs a share of the rounds for the second drafter, got canary.share=0"),
+        ([BOTH, "learner.spawn=true"], "compare is of two drafters that stay what they are, got learner.spawn=true"),
+        ([BOTH, "drafter.name=medusa"], "compare=['ngram', 'eagle3'] names the drafters; leave drafter.name and"),
+        (["canary.most_rounds=4"], "canary.most_rounds=4 is less than a window of canary.window=8 rounds; set it to 8"),
+    ],
+)
+def test_what_does_not_go_together_is_named(pairs: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        load_config(overrides=pairs)
+
+
+def test_names_folders_and_classes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    config = load_config(overrides=["compare=[mine,some.package:Drafter]"])
+    make_absolute(config)
+    assert not config.learner.spawn
+    first, second = compared(config)
+    assert (first.drafter.name, first.drafter.path) == (None, str(tmp_path / "mine"))
+    assert (second.drafter.name, second.drafter.path) == ("some.package:Drafter", None)
+    assert compared(first) == [first]
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_command_that_serves_nobody_refuses_it() -> None:
+    with pytest.raises(ConfigError, match="^compare=.* is of aurora-rl serve and aurora-rl flywheel; leave it out"):
+        resolve(load_config(overrides=[BOTH]))

@@ -1,0 +1,97 @@
+"""What the recorder drops when a tenant's data is deleted: what requests left that ended or have begun."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from attach_fields import FIELDS
+from tensordict import TensorDict
+
+from aurora_rl.envs.sglang.recorder import FeatureStore, TrajectoryAssembler
+from aurora_rl.envs.sglang.session import Session
+from aurora_rl.sampling_params import SamplingParams
+from aurora_rl.tenants import joint_salt, tenant_of_salt
+
+Emitted = list[tuple[int, str | None]]
+
+
+@pytest.fixture
+def emitted() -> Emitted:
+    return []
+
+
+@pytest.fixture
+def records(emitted: Emitted) -> TrajectoryAssembler:
+    def emit(trajectory: TensorDict, tenant: str | None) -> None:
+        emitted.append((int(trajectory["request"]), tenant))
+
+    return TrajectoryAssembler(emit, max_bytes=1 << 20, store_bytes=1 << 20)
+
+
+def begin(records: TrajectoryAssembler, request: int, tenant: str | None) -> None:
+    """A prompt of three tokens, of which the first is the request's own."""
+    assert records.begin(str(request), [request, 1, 2], 0, 0, tenant)
+    records.prompt(str(request), torch.zeros(3, 4), {"hidden": torch.zeros(1, 2)})
+
+
+def end(records: TrajectoryAssembler, request: int) -> None:
+    """One token came, by no round."""
+    records.finish(str(request), [5], SamplingParams(), terminated=True)
+
+
+def test_requests_that_have_begun_leave_nothing_and_later_ones_do(
+    records: TrajectoryAssembler, emitted: Emitted
+) -> None:
+    for request, tenant in enumerate(("a", "b", None)):
+        begin(records, request, tenant)
+    end(records, 1)
+    records.delete("a")
+    for request in (0, 2):
+        end(records, request)
+    time.sleep(0.002)
+    begin(records, 3, "a")
+    end(records, 3)
+    records.close()
+    assert emitted == [(1, "b"), (2, None), (3, "a")] and records.counts["deleted"] == 1
+    assert records.counts["recorded"] == 3
+
+
+def test_features_of_a_tenants_texts_are_dropped_and_of_no_others(records: TrajectoryAssembler) -> None:
+    for request, tenant in ((6, "a"), (7, "b")):
+        begin(records, request, tenant)
+        end(records, request)
+    records.delete("a")
+    records.close()
+    found = [records._store.get(torch.tensor([request, 1, 2])) is not None for request in (6, 7)]
+    assert found == [False, True] and not records._records
+
+
+def test_the_stores_size_is_that_of_what_it_keeps() -> None:
+    store = FeatureStore(1 << 10)
+    for number, tenant in enumerate("aab"):
+        store.put(torch.tensor([number]), torch.zeros(1, 4), 0, tenant)
+    store.delete("a")
+    assert store._bytes == 16 and list(store._texts.values())[0][3] == "b"
+
+
+def test_a_session_deletes_from_its_queue_and_bounds_the_age_of_what_waits() -> None:
+    session = Session({**FIELDS, "max_age": 60}, exact=True)
+    forever = Session(FIELDS, exact=True)
+    try:
+        assert (session.sink._max_age, forever.sink._max_age) == (60, float("inf"))
+        session.flush_due = False
+        for tenant in ("a", "b"):
+            session.sink.extend(TensorDict({"x": torch.zeros(2)}), tenant)
+        assert session.delete("a") == {"trajectories": 1, "learner": "absent"}
+        assert session.sink.queued == 1 and session.flush_due
+    finally:
+        session.close()
+        forever.close()
+
+
+@pytest.mark.parametrize("tenant", ["a", None])
+@pytest.mark.parametrize("salt", [None, "x", "b@x"])
+def test_the_tenant_is_read_from_the_salt_that_our_front_sets(tenant: str | None, salt: str | None) -> None:
+    assert tenant_of_salt(joint_salt(tenant, salt)) == tenant
