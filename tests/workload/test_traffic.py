@@ -196,6 +196,15 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str | bytes, wrong: str
         read_jsonl(path, limit=1)  # the whole file is checked
 
 
+def test_all_bad_lines_are_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        TrafficError, match=r"requests\.jsonl, line 2: not valid .*; line 4: expected an object .*list$"
+    ):
+        read_jsonl(write(tmp_path, GOOD, "{", GOOD, "[]"))
+    with pytest.raises(TrafficError, match=r"line 20: [^;]*; and 5 more$"):
+        read_jsonl(write(tmp_path, *["[]"] * 25))
+
+
 def test_an_id_used_twice(tmp_path: Path) -> None:
     line = GOOD.replace("{", '{"id": "a", ', 1)
     with pytest.raises(TrafficError, match="line 2: id 'a' was already used in line 1"):
