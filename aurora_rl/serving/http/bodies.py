@@ -91,7 +91,7 @@ class Bodies(ABC):
         tokenizer: PreTrainedTokenizerBase,
         *,
         spell: Callable[[int], tuple[str, list[int] | None]],
-        num_spec_tokens: int,
+        num_spec_tokens: Callable[[], int],
         drafter_version: Callable[[], int],
     ) -> None:
         self._tokenizer, self._spell = tokenizer, spell
@@ -147,7 +147,7 @@ class Bodies(ABC):
         return draft_metrics(
             [each.histogram for each in drafts],
             num_drafted=sum(each.num_drafted for each in drafts),
-            num_spec_tokens=self._num_spec_tokens,
+            num_spec_tokens=self._num_spec_tokens(),
             drafter_version=self._drafter_version(),
         )
 

@@ -47,7 +47,7 @@ class Front(Application):
         max_waiting: Requests that may wait in the engine.
         sampling: Temperature, top-k and top-p of requests that name none.
         max_tokens: Token budget of requests that name none; None takes what OpenAI's API says.
-        num_spec_tokens: Tokens of the longest path that is drafted.
+        num_spec_tokens: Returns the tokens of the longest path that is drafted.
         **common: Further arguments of :class:`~aurora_rl.serving.http.app.Application`.
     """
 
@@ -61,7 +61,7 @@ class Front(Application):
         max_waiting: int,
         sampling: SamplingParams,
         max_tokens: int | None = None,
-        num_spec_tokens: int = 0,
+        num_spec_tokens: Callable[[], int] = lambda: 0,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -149,8 +149,10 @@ class Front(Application):
 
     async def health(self, request: Request) -> Response:
         """Tell whether the engine runs."""
-        if not self._engine.alive:
-            raise ApiError(503, "the engine does not run; see the server's log")
+        try:
+            self._engine.check_alive()
+        except EngineDeadError as error:
+            raise of_engine(error) from error
         return Response()
 
     async def health_generate(self, request: Request) -> Response:

@@ -310,7 +310,7 @@ def test_unlikely_tokens_have_a_finite_logprob(rig: Any) -> None:
     from aurora_rl.serving.http.bodies import ChatBodies
 
     bodies = ChatBodies(
-        "m", rig.tokenizer, spell=lambda token: ("x", [120]), num_spec_tokens=0, drafter_version=lambda: 0
+        "m", rig.tokenizer, spell=lambda token: ("x", [120]), num_spec_tokens=lambda: 0, drafter_version=lambda: 0
     )
     found = bodies.logprobs([3], [TokenLogprobs(-math.inf, [])])
     assert found["content"][0]["logprob"] == -9999.0
