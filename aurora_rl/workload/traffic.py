@@ -116,7 +116,7 @@ def read_jsonl(
 
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
-    wrong: list[str] = []
+    wrong: list[tuple[int, ValueError]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -125,13 +125,14 @@ def read_jsonl(
             if prompt.id in seen:
                 raise ValueError(f"id {prompt.id!r} was already used in line {seen[prompt.id]}")
         except ValueError as error:  # json's and UTF-8's errors are ValueErrors too
-            wrong.append(f"line {number}: {error}")
+            wrong.append((number, error))
             continue
         seen[prompt.id] = number
         prompts.append(prompt)
     if wrong:
         more = f"; and {len(wrong) - _MOST_TOLD} more" if len(wrong) > _MOST_TOLD else ""
-        raise TrafficError(f"{path}, {'; '.join(wrong[:_MOST_TOLD])}{more}")
+        told = "; ".join(f"line {number}: {error}" for number, error in wrong[:_MOST_TOLD])
+        raise TrafficError(f"{path}, {told}{more}") from wrong[0][1]
     if not prompts:
         raise TrafficError(f"{path} holds no requests")
 

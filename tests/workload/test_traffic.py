@@ -181,6 +181,7 @@ def message(**keys: Any) -> str:
         (message(age=3), "unknown field 'messages[0].age'"),
         (message(role="human"), "messages[0].role is 'human'; give one of system, developer, user, assistant"),
         (message(role="tool"), "messages[0].role is 'tool'; give another one"),
+        (message(role="tool", tool_call_id="a"), "messages[0].role is 'tool'; give another one"),
         (message(role=["user"]), "messages[0].role is ['user']; give one of"),
         (message(content=None), "messages[0].content is missing"),
         (message(content=" \n"), "empty prompt: the content of messages[0], the last, is empty; give it a text"),
