@@ -106,7 +106,7 @@ class HttpFront:
             max_waiting=config.http.max_waiting,
             sampling=spec.sampling,
             max_tokens=config.max_new_tokens,
-            num_spec_tokens=spec.tree.depth,
+            num_spec_tokens=lambda: server.depth,
             **self._common(config, server, history),
         )
         self._start(front)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _DRAIN_S = 5.0  # for what clients have asked before the end
 _IDLE_S = 0.1  # between two looks of an idle server for new weights
+_MOST_TOLD = 20  # failed requests that are printed; metrics.jsonl and answers.jsonl have all
 _DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # that each part of a run writes anew
 
 
@@ -294,9 +295,12 @@ class _Session:
         if server is not None:
             outputs.write("drafter", lambda: server.save_drafter(run_dir / "drafter"))
         if requests is not None and requests.answers is not None:
+            requests.write_failed()
             outputs.count(requests.answers)
         for reason in failed:
             self._log.write("failed", reason=reason)
+        for reason in list(dict.fromkeys(failed))[:_MOST_TOLD]:  # the later turns fail for the same reason
+            self._console.print(f"failed: {reason}", soft_wrap=True)
         outputs.count(self._log)
         outputs.write("summary.json", lambda: write_summary(run_dir, summary))
         outputs.write("report.png", lambda: draw_report(run_dir / "report.png", self._history))

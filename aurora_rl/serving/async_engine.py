@@ -162,6 +162,11 @@ class AsyncEngine:
         """Whether requests are taken."""
         return self._server is not None and not self._closed
 
+    def check_alive(self) -> None:
+        """Raise EngineDeadError, with the reason, if no requests are taken."""
+        if not self.alive:
+            raise EngineDeadError(self._closed or "the engine does not run; see the server's log")
+
     def counts(self) -> dict[str, float]:
         """Return what changes from moment to moment, by the names of :data:`aurora_rl.telemetry.prometheus.METRICS`."""
         server = self._server
@@ -190,8 +195,7 @@ class AsyncEngine:
             request = Request(next(self._ids), **vars(job))
             left.append(_Stream(request, index, queue, loop, RequestTimes(self.observe if job.counted else _unseen)))
         with self._lock:
-            if not self.alive:
-                raise EngineDeadError(self._closed or "the engine does not run; see the server's log")
+            self.check_alive()
             if len(self._waiting) + len(jobs) > self._max_waiting:
                 raise QueueFullError(len(self._waiting), self._max_waiting)
             for stream in left:
@@ -223,8 +227,7 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Deleted] = loop.create_future()
         with self._lock:
-            if not self.alive:
-                raise EngineDeadError(self._closed or "the engine does not run; see the server's log")
+            self.check_alive()
             requests = [each.request for each in list(self._streams.values()) if each.request.tenant == tenant]
             for request in requests:
                 request.learn = False

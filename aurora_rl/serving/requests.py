@@ -130,6 +130,7 @@ class RequestQueue:
         self.total = sum(1 + len(prompt.follow_ups) for prompt in prompts)
         self.answered = 0
         self.failed: list[str] = []
+        self._failures: list[tuple[_Turn, str]] = []  # the first turn of a conversation that failed, and why
         self.answers: JsonLines | None = None
         for index, prompt in enumerate(prompts):
             self._ask(_Turn(prompt, index, 0, prompt.messages), index)
@@ -190,6 +191,15 @@ class RequestQueue:
     def _fail(self, turn: _Turn, reason: str) -> None:
         turns_left = len(turn.prompt.follow_ups) - turn.number + 1
         self.failed += [f"prompt {turn.prompt.id!r}, turn {turn.number + 1}: {reason}"] * turns_left
+        self._failures.append((turn, reason))
+
+    def write_failed(self) -> None:
+        """Write a line for each turn that failed to :attr:`answers`, with its error in place of a text."""
+        if self.answers is not None:
+            for turn, reason in self._failures:
+                prompt = turn.prompt
+                for number in range(turn.number, len(prompt.follow_ups) + 1):
+                    self.answers.append(prompt=prompt.id, domain=prompt.domain, turn=number + 1, error=reason)
 
     def _request(self, turn: _Turn, id: int) -> Request:
         """Return the request of a turn; raise ValueError with what is wrong with it."""

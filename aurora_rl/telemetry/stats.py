@@ -4,9 +4,57 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from aurora_rl.telemetry.rates import Rates, Round, Rounds, rates
+
+
+class Finished:
+    """Tokens and rounds of the completed requests, in order and in bounded memory: sums over neighbours.
+
+    Once ``buckets`` requests have completed, two neighbours share a sum, then four, and so on. Its length is the number
+    of requests.
+
+    Args:
+        buckets: The most sums, an even number; there are at least half as many in a long run.
+
+    Example:
+        >>> finished = Finished(buckets=2)
+        >>> for tokens in (3, 4, 5):
+        ...     finished.append(tokens, rounds=2)
+        >>> len(finished), list(finished)
+        (3, [(7, 4), (5, 2)])
+    """
+
+    def __init__(self, buckets: int = 1024) -> None:
+        self._buckets, self._width, self._count = buckets, 1, 0  # the width is in requests
+        self._sums: list[tuple[int, int]] = []
+
+    def append(self, tokens: int, rounds: int) -> None:
+        """Add a request."""
+        if self._count == self._buckets * self._width:
+            pairs = zip(self._sums[::2], self._sums[1::2], strict=True)
+            self._sums = [(first[0] + second[0], first[1] + second[1]) for first, second in pairs]
+            self._width *= 2
+        if self._count % self._width == 0:
+            self._sums.append((0, 0))
+        before = self._sums[-1]
+        self._sums[-1] = before[0] + tokens, before[1] + rounds
+        self._count += 1
+
+    def acceptance(self, first: int, last: int) -> float | None:
+        """Return the acceptance length of requests ``first`` to ``last - 1``, and of those that share their sums."""
+        part = self._sums[first // self._width : -(-last // self._width)]
+        tokens, rounds = sum(t for t, _ in part), sum(r for _, r in part)
+        return tokens / rounds if rounds else None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Iterate over the sums."""
+        return iter(self._sums)
 
 
 class Stats:
@@ -18,8 +66,8 @@ class Stats:
     Attributes:
         rounds: Rounds so far. By default sums over rounds that are alike (:class:`Rounds`), so that memory does not
             grow with them; assign a list to keep every round.
-        finished: Tokens and rounds of speculation of each completed request, in order of completion. These two numbers
-            a request, and a few a swap, are all that grows with a run.
+        finished: Tokens and rounds of speculation of the completed requests, in order of completion. What grows with a
+            run are a few numbers a swap.
         domains: Requests, tokens, and tokens and rounds of speculation of the completed requests of each domain.
         swap_ms: Milliseconds that serving stood still at each swap.
         versions: Versions of the weights that have drafted.
@@ -29,7 +77,7 @@ class Stats:
 
     def __init__(self, version: int | None = None) -> None:
         self.rounds: Rounds | list[Round] = Rounds()
-        self.finished: list[tuple[int, int]] = []
+        self.finished = Finished()
         self.domains: dict[str, Counter[str]] = {}
         self.swap_ms: list[float] = []
         self.versions: list[int] = [] if version is None else [version]
@@ -51,10 +99,11 @@ class Stats:
         return rates(r for r in self.rounds if r.request >= first)
 
     def acceptance(self, first: int, last: int) -> float | None:
-        """Return the acceptance length, with bonus token, of the requests completed as ``first`` to ``last - 1``."""
-        part = self.finished[first:last]
-        tokens, rounds = sum(t for t, _ in part), sum(r for _, r in part)
-        return tokens / rounds if rounds else None
+        """Return the acceptance length, with bonus token, of the requests completed as ``first`` to ``last - 1``.
+
+        Where more than a thousand requests have completed, each end of the part may be off by two thousandths of them.
+        """
+        return self.finished.acceptance(first, last)
 
     def finish(
         self, domain: str, tokens: int, speculative_tokens: int, speculative_rounds: int, requests: int = 1
@@ -68,7 +117,7 @@ class Stats:
                 total * (done + 1) // requests - total * done // requests
                 for total in (speculative_tokens, speculative_rounds)
             )
-            self.finished.append((tokens_share, rounds_share))
+            self.finished.append(tokens_share, rounds_share)
         self.domains.setdefault(domain, Counter()).update(
             requests=requests, tokens=tokens, speculative=speculative_tokens, rounds=speculative_rounds
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -70,7 +71,7 @@ def refusal(
     """
     if name not in neutral or value is None or any(_same(value, each) for each in neutral[name]):
         return None
-    values = " or ".join(repr(each) for each in neutral[name])
+    values = " or ".join(json.dumps(each) for each in neutral[name])
     return f"{where}{name} is not supported by {by}: leave it out" + (f", or set it to {values}" if values else "")
 
 

@@ -47,6 +47,10 @@ def parse_json(data: bytes) -> Any:
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise ValueError(f"a text has {half!r}, half a surrogate pair, which no tokenizer takes; remove it") from None
+    except ValueError as error:
+        if "digits" not in str(error):
+            raise
+        raise ValueError("an integer has too many digits to be read; write a smaller one") from None
     return value
 
 
@@ -165,12 +169,13 @@ def _message(value: Any, place: str) -> Message:
     if not isinstance(value, dict):
         raise wrong(place, value, "give an object with 'role' and 'content'")
     where = f"{place}."
+    if value.get("role") in ("tool", "function"):  # before its fields, of which tool_call_id is one
+        fix = "give another one: such messages are not supported, as tools are not"
+        raise wrong(f"{where}role", value["role"], fix)
     fields = check_fields(value, ("role", "content", "name"), where=where, harmless=(), neutral=_EMPTY_OF_MESSAGE)
     role, content = fields.get("role"), fields.get("content")
     if role is None:
         raise missing(f"{where}role")
-    if role in ("tool", "function"):
-        raise wrong(f"{where}role", role, "give another one: such messages are not supported, as tools are not")
     if not isinstance(role, str) or role not in _ROLES:
         raise wrong(f"{where}role", role, f"give one of {', '.join(_ROLES)}")
     if content is None and role != "assistant":
@@ -191,7 +196,7 @@ def _text(value: Any, place: str) -> str:
     for index, part in enumerate(value):
         where = f"{place}[{index}]"
         if not isinstance(part, dict):
-            raise wrong(where, part, "give {'type': 'text', 'text': ...}")
+            raise wrong(where, part, 'give {"type": "text", "text": ...}')
         if part.get("type") != "text":
             raise wrong(f"{where}.type", part.get("type"), "give parts of type 'text': others are not supported")
         if not isinstance(part.get("text"), str) or part.keys() > {"type", "text"}:

@@ -39,6 +39,9 @@ DOMAINS = tuple(TEMPLATES)
 """Subjects of the built-in traffic."""
 
 
+_MOST_TOLD = 20  # bad lines that an error names
+
+
 class TrafficError(ValueError):
     """Requests cannot be served; the message names the file and line, or the setting, and what is wrong."""
 
@@ -101,8 +104,8 @@ def read_jsonl(
         The requests. One without an id is called `line-<number>`.
 
     Raises:
-        TrafficError: The file is missing, unreadable or without requests, a line is malformed (the message names file
-            and line), an id is used twice, or the limit is below 1.
+        TrafficError: The file is missing, unreadable or without requests, lines are malformed (the message names file
+            and lines, the first twenty), an id is used twice, or the limit is below 1.
     """
     if limit is not None and limit < 1:
         raise TrafficError(f"the limit on requests is {limit}; it must be 1 or more")
@@ -113,6 +116,7 @@ def read_jsonl(
 
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
+    wrong: list[tuple[int, ValueError]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -121,9 +125,14 @@ def read_jsonl(
             if prompt.id in seen:
                 raise ValueError(f"id {prompt.id!r} was already used in line {seen[prompt.id]}")
         except ValueError as error:  # json's and UTF-8's errors are ValueErrors too
-            raise TrafficError(f"{path}, line {number}: {error}") from error
+            wrong.append((number, error))
+            continue
         seen[prompt.id] = number
         prompts.append(prompt)
+    if wrong:
+        more = f"; and {len(wrong) - _MOST_TOLD} more" if len(wrong) > _MOST_TOLD else ""
+        told = "; ".join(f"line {number}: {error}" for number, error in wrong[:_MOST_TOLD])
+        raise TrafficError(f"{path}, {told}{more}") from wrong[0][1]
     if not prompts:
         raise TrafficError(f"{path} holds no requests")
 

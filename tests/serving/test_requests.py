@@ -237,6 +237,20 @@ def test_a_follow_up_that_does_not_fit_fails_with_those_after_it() -> None:
     assert source.total == 3 + len(source.failed)  # each was served or failed
 
 
+def test_failed_turns_are_among_the_answers(tmp_path: Path) -> None:
+    source = queue_of(prompt("p", "one", "more"), prompt("long", "x" * 60), prompt("q", "two"))
+    source.answers = JsonLines(tmp_path / "answers.jsonl")
+    source.completed(answer(source(), "yes"))
+    source.refused(source(), "no room")
+    source.completed(answer(source(), "no"))
+    source.write_failed()
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [(line["prompt"], line["turn"], "text" in line) for line in lines] == [
+        ("p", 1, True), ("p", 2, True), ("long", 1, False), ("q", 1, False),
+    ]  # fmt: skip
+    assert "the prompt has 66 tokens" in lines[2]["error"] and lines[3]["error"] == "no room"
+
+
 def test_traffic_is_not_changed() -> None:
     traffic = prompt("p", "one", "more")
     source = queue_of(traffic)

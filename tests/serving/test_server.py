@@ -30,7 +30,7 @@ def test_an_oracle_is_accepted_to_its_depth(tmp_path: Path) -> None:
     server = serving.run()
     serving.check_texts()
     # 24 tokens are six rounds of three drafted tokens and the bonus token.
-    assert server.stats.finished == [(24, 6)] * 5 and server.stats.acceptance(0, 5) == DEPTH + 1
+    assert list(server.stats.finished) == [(24, 6)] * 5 and server.stats.acceptance(0, 5) == DEPTH + 1
     assert all(r.drafted == r.occupied for r in server.stats.rounds)
     assert all(r.speculative for r in server.stats.rounds) and sum(r.tokens for r in server.stats.rounds) == 5 * 24
     assert [r.request for r in server.stats.rounds][:7] == [0] * 6 + [2]
@@ -108,7 +108,10 @@ def test_what_asks_only_whether_the_server_works_is_counted_nowhere(tmp_path: Pa
     alone.run()
     server = serving.run()
     assert [completion.request.id for completion in serving.completions] == [7, 1, 8]
-    assert server.stats.finished == alone.server.stats.finished and server.stats.drafted == alone.server.stats.drafted
+    assert (
+        list(server.stats.finished) == list(alone.server.stats.finished)
+        and server.stats.drafted == alone.server.stats.drafted
+    )
     assert [(r.tokens, r.request) for r in server.stats.rounds] == [
         (r.tokens, r.request) for r in alone.server.stats.rounds
     ]
@@ -185,7 +188,8 @@ def test_summary(tmp_path: Path) -> None:
         "duration_s": 0.0, "versions_served": [0],
     }  # fmt: skip
     # Twenty requests: a tenth is two of them, and the last quarter begins after fifteen.
-    server.stats.finished = [(3, 2), (6, 4), *[(100, 1)] * 16, (8, 3), (7, 2)]
+    for tokens, rounds in [(3, 2), (6, 4), *[(100, 1)] * 16, (8, 3), (7, 2)]:
+        server.stats.finished.append(tokens, rounds)
     server.stats.rounds = Rounds()
     for each in (
         Round(True, 1, 900, 1.0, 0), Round(False, 1, 1, 1.0, 14), Round(True, 1, 4, 1.5, 15),
@@ -248,7 +252,7 @@ def test_the_draft_lengthens_to_what_pays(tmp_path: Path) -> None:
     # The oracle is always right, and an end inside a path is no mistake: every trial of these depths was a hit.
     for hits, trials in shapes._likeliest:
         assert trials == pytest.approx(hits) and trials > 8
-    assert server.stats.finished[-2:] == [(22, 6)] * 2 and server.depth == 3
+    assert list(server.stats.finished)[-2:] == [(22, 6)] * 2 and server.depth == 3
 
 
 def test_a_useless_drafter_is_left_out_and_the_text_stays(tmp_path: Path) -> None:
@@ -261,7 +265,11 @@ def test_a_useless_drafter_is_left_out_and_the_text_stays(tmp_path: Path) -> Non
     # A probe of 24 drafts at first; what it lost, half a round at each, forbids another for longer than this run.
     assert sum(drafted) == drafted[0] + drafted[1] == 24
     # What is not drafted for is the policy's doing, and no baseline window.
-    assert all(r.speculative for r in server.stats.rounds) and server.stats.finished[-1] == (0, 0) and server.depth == 0
+    assert (
+        all(r.speculative for r in server.stats.rounds)
+        and list(server.stats.finished)[-1] == (0, 0)
+        and server.depth == 0
+    )
     assert serving.events("request")[-1]["accepted"] == {}
 
 

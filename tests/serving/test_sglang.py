@@ -120,7 +120,7 @@ def test_slots_are_kept_filled_and_every_answer_counts(run):
         pass
     assert engine.most == 3 and engine.stop_tokens == (9,)
     assert failed == [(3, "gone")]
-    assert server.stats.finished == [(4, 3)] * 7
+    assert list(server.stats.finished) == [(4, 3)] * 7
     assert {event["domain"] for event in events("request")} == {f"domain {n}" for n in range(8) if n != 3}
     assert events("request")[0]["accepted"] == {"0": 2, "1": 1}
     assert (events("request")[0]["prompt_tokens"], events("request")[0]["drafted_tokens"]) == (2, 9)
@@ -250,13 +250,13 @@ def attached(tmp_path, monkeypatch):
 
 def test_what_the_plugin_recorded_is_counted_once(attached):
     engine, server, events = attached
-    assert server.step() and server.stats.finished == []
+    assert server.step() and not server.stats.finished
     engine.serve_others(2, 11, {0: 3, 2: 2})
     for _ in range(3):
         assert server.step()
     engine.serve_others(1, 4, {3: 1})
     server.step()
-    assert server.stats.finished == [(4, 2), (5, 3), (4, 1)]
+    assert list(server.stats.finished) == [(4, 2), (5, 3), (4, 1)]
     assert server.stats.acceptance(0, 3) == 13 / 6
     assert server.stats.drafted == {"chain": 6}
     assert server.stats.summary()["requests"] == 3
@@ -308,7 +308,7 @@ def test_a_learner_that_somebody_else_detached_stays_so(attached, caplog, again)
     assert server.detached and server.refused == "somebody else detached the learner from SGLang"
     assert caplog.text.count("somebody else detached") == 1
     server.close()
-    assert engine.attached == again and server.stats.finished == []
+    assert engine.attached == again and not server.stats.finished
 
 
 def test_the_end_counts_what_was_recorded_at_the_last_moment(attached, monkeypatch):
@@ -321,7 +321,7 @@ def test_the_end_counts_what_was_recorded_at_the_last_moment(attached, monkeypat
 
     monkeypatch.setattr(engine, "detach", detach_late)
     server.close()
-    assert server.stats.finished == [(4, 1)] and engine.closed
+    assert list(server.stats.finished) == [(4, 1)] and engine.closed
 
 
 def test_each_fault_that_the_plugin_finds_is_told_once(run):

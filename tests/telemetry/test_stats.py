@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from aurora_rl.telemetry.rates import Round
-from aurora_rl.telemetry.stats import Stats
+from aurora_rl.telemetry.stats import Finished, Stats
 
 
 def test_a_summary_of_twenty_requests() -> None:
@@ -71,3 +71,18 @@ def test_requests_of_which_only_sums_are_known_share_them() -> None:
     assert len(stats.finished) == 3 and stats.acceptance(0, 3) == 20 / 7
     assert max(stats.finished) == (7, 3) and min(stats.finished) == (6, 2)
     assert stats.domains[""] == {"requests": 3, "tokens": 30, "speculative": 20, "rounds": 7}
+
+
+def test_memory_does_not_grow_with_the_requests() -> None:
+    finished, kept = Finished(buckets=64), []
+    for number in range(5000):
+        kept.append((number % 7, 1 + number % 3))
+        finished.append(*kept[-1])
+        assert len(finished) == len(kept) and 32 <= len(list(finished)) <= 64 or number < 32
+    assert [sum(column) for column in zip(*finished, strict=True)] == [
+        sum(column) for column in zip(*kept, strict=True)
+    ]
+    width = 128  # of requests in a sum: 5000 / 64, up to the next power of two
+    tokens, rounds = (sum(column) for column in zip(*kept[width : 3 * width], strict=True))
+    assert finished.acceptance(width, 3 * width) == finished.acceptance(width + 5, 2 * width + 1) == tokens / rounds
+    assert finished.acceptance(0, 0) is None

@@ -15,11 +15,11 @@ def test_only_a_value_that_says_that_a_field_is_not_wanted_is_ignored(name: str)
 
 def test_a_refusal_names_the_field_its_place_and_what_may_stand_there() -> None:
     assert refusal("response_format", {"type": "json_object"}) == (
-        "response_format is not supported by this server: leave it out, or set it to {'type': 'text'}"
+        'response_format is not supported by this server: leave it out, or set it to {"type": "text"}'
     )
     assert refusal("guided_json", {}) == "guided_json is not supported by this server: leave it out"
     assert refusal("tools", [3], {"tools": ([], "")}, where="messages[0].", by="files") == (
-        "messages[0].tools is not supported by files: leave it out, or set it to [] or ''"
+        'messages[0].tools is not supported by files: leave it out, or set it to [] or ""'
     )
 
 

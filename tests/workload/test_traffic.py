@@ -181,6 +181,7 @@ def message(**keys: Any) -> str:
         (message(age=3), "unknown field 'messages[0].age'"),
         (message(role="human"), "messages[0].role is 'human'; give one of system, developer, user, assistant"),
         (message(role="tool"), "messages[0].role is 'tool'; give another one"),
+        (message(role="tool", tool_call_id="a"), "messages[0].role is 'tool'; give another one"),
         (message(role=["user"]), "messages[0].role is ['user']; give one of"),
         (message(content=None), "messages[0].content is missing"),
         (message(content=" \n"), "empty prompt: the content of messages[0], the last, is empty; give it a text"),
@@ -194,6 +195,15 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str | bytes, wrong: str
     path = write(tmp_path, GOOD, "", line, GOOD)
     with pytest.raises(TrafficError, match=rf"requests\.jsonl, line 3: {re.escape(wrong)}"):
         read_jsonl(path, limit=1)  # the whole file is checked
+
+
+def test_all_bad_lines_are_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        TrafficError, match=r"requests\.jsonl, line 2: not valid .*; line 4: expected an object .*list$"
+    ):
+        read_jsonl(write(tmp_path, GOOD, "{", GOOD, "[]"))
+    with pytest.raises(TrafficError, match=r"line 20: [^;]*; and 5 more$"):
+        read_jsonl(write(tmp_path, *["[]"] * 25))
 
 
 def test_an_id_used_twice(tmp_path: Path) -> None:

@@ -76,9 +76,15 @@ class Application(ABC):
         """Return the application for an ASGI server."""
         middleware = []
         if self._cors_origins:  # outermost: a browser asks without a key, and its page reads refusals too
-            origins, methods = self._cors_origins, ["GET", "POST"]
+            origins, methods = self._cors_origins, ["GET", "POST", "DELETE"]
             middleware.append(
-                Middleware(CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"])
+                Middleware(
+                    CORSMiddleware,
+                    allow_origins=origins,
+                    allow_methods=methods,
+                    allow_headers=["*"],
+                    expose_headers=["Retry-After"],
+                )  # fmt: skip
             )
         if self._api_keys:
             open_paths = ("/health", *FILES)

@@ -87,7 +87,7 @@ def of_engine(error: Exception) -> ApiError:
     if isinstance(error, QueueFullError):
         return ApiError(429, f"{error}; try again later", headers={"Retry-After": "1"})
     if isinstance(error, EngineDeadError):
-        return ApiError(503, str(error))
+        return ApiError(503, str(error), headers={"Retry-After": "5"})
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed on this request; its log says why")
 

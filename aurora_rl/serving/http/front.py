@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict
@@ -24,11 +24,11 @@ from aurora_rl.models.detokenizer import token_bytes
 from aurora_rl.serving.async_engine import AsyncEngine, EngineDeadError, Job, QueueFullError
 from aurora_rl.serving.http.app import Application
 from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
-from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine
+from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine, timed_out
 from aurora_rl.serving.http.generation import complete, generate, while_connected
 from aurora_rl.serving.http.prompts import Encoder, tenant_to_delete
 from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Tokenize, parse
-from aurora_rl.serving.http.streams import EventStream, events
+from aurora_rl.serving.http.streams import EventStream, Parts, events
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class Front(Application):
         max_waiting: Requests that may wait in the engine.
         sampling: Temperature, top-k and top-p of requests that name none.
         max_tokens: Token budget of requests that name none; None takes what OpenAI's API says.
-        num_spec_tokens: Tokens of the longest path that is drafted.
+        num_spec_tokens: Returns the tokens of the longest path that is drafted.
         **common: Further arguments of :class:`~aurora_rl.serving.http.app.Application`.
     """
 
@@ -61,7 +61,7 @@ class Front(Application):
         max_waiting: int,
         sampling: SamplingParams,
         max_tokens: int | None = None,
-        num_spec_tokens: int = 0,
+        num_spec_tokens: Callable[[], int] = lambda: 0,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -149,8 +149,10 @@ class Front(Application):
 
     async def health(self, request: Request) -> Response:
         """Tell whether the engine runs."""
-        if not self._engine.alive:
-            raise ApiError(503, "the engine does not run; see the server's log")
+        try:
+            self._engine.check_alive()
+        except EngineDeadError as error:
+            raise of_engine(error) from error
         return Response()
 
     async def health_generate(self, request: Request) -> Response:
@@ -207,8 +209,7 @@ class Front(Application):
             body, jobs = await asyncio.get_running_loop().run_in_executor(self._worker, prepare, data)
             bodies = kind(self._model, self._tokenizer, **self._drafter)
             if not body.stream:
-                done = await while_connected(request.receive, complete(self._engine, jobs, deadline))
-                return JSONResponse(bodies.whole(jobs, done))
+                return Parts(await while_connected(request.receive, self._whole(jobs, bodies, deadline)))
             updates = generate(self._engine, jobs, deadline)
             # The status is known with the first tokens: a full queue, say, is told by it.
             first = await while_connected(request.receive, anext(updates))
@@ -221,6 +222,16 @@ class Front(Application):
             raise
         except Exception as error:
             raise self._failed(error) from error
+
+    async def _whole(self, jobs: Sequence[Job], bodies: Bodies, deadline: float) -> list[bytes]:
+        """Return the parts of an answer that is not streamed, encoded one after the other next to the event loop."""
+        done, loop = await complete(self._engine, jobs, deadline), asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(deadline):
+                choices = range(len(jobs))
+                return [await loop.run_in_executor(self._worker, bodies.part, each, jobs, done) for each in choices]
+        except TimeoutError:
+            raise timed_out() from None
 
     async def _work(self, request: Request, answer: Callable[[bytes], dict[str, Any]]) -> Response:
         """Answer a body in the thread of /tokenize and /detokenize."""

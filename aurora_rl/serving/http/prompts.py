@@ -55,10 +55,10 @@ class Encoder:
         self.check_model(body.model)
         n, prompts = body.n, 1 if isinstance(body, ChatCompletion) else len(body.prompts)
         if n * prompts > self._max_waiting:
+            what = f"{prompts} prompts of n={n} choices are" if prompts > 1 else f"n={n} choices are"
             raise FieldError(
-                f"{prompts} prompts of n={n} choices are more than http.max_waiting={self._max_waiting} completions; "
-                "send fewer at a time",
-                "n" if isinstance(body, ChatCompletion) else "prompt",
+                f"{what} more than http.max_waiting={self._max_waiting} completions; send fewer at a time",
+                "prompt" if prompts > 1 else "n",
             )
         speculative = switch(body.speculative, headers, "x-aurora-speculative")
         learn, tenant = switch(body.learn, headers, "x-aurora-learn"), tenant_of(headers)

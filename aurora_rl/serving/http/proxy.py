@@ -184,7 +184,9 @@ class Proxy(Application):
             return EventStream(self._events(exchange, answer, deadline), deadline)
         await exchange.aclose()
         kept = {name: reply.headers[name] for name in ("content-type", "retry-after") if name in reply.headers}
-        content = answer.whole(reply.content) if answer is not None and reply.is_success else reply.content
+        content = reply.content
+        if answer is not None and reply.is_success:
+            content = await asyncio.to_thread(answer.whole, content)  # which may have megabytes of log-probabilities
         return Response(content, reply.status_code, headers=kept)
 
     async def _exchange(

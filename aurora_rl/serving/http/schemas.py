@@ -206,7 +206,8 @@ class Detokenize:
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Self:
         """Check the fields of a body."""
-        tokens = fields.get("tokens")
+        if (tokens := fields.get("tokens")) is None:
+            raise missing("tokens")
         if not isinstance(tokens, list) or (tokens and not _is_ids(tokens)):
             raise wrong("tokens", tokens, "give a list of token ids")
         return cls(string_field(fields, "model"), tokens)

@@ -9,7 +9,9 @@ import resource
 import socket
 import threading
 import time
+from http import HTTPStatus
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from typing_extensions import override
@@ -25,10 +27,13 @@ _SHUTDOWN_S = 5
 
 
 class _Connection(HttpToolsProtocol):
-    """A connection that cannot be held by saying nothing, and of which there are not too many.
+    """A connection that cannot be held by saying nothing, of which there are not too many, and that stays HTTP/1.1.
 
     At most half of the descriptors that the process may open are clients': the rest are for the log, the learner and
     the wire. Uvicorn bounds the requests only, and none of these come from a silent client.
+
+    A client may offer to go on with another protocol: Java's and ``curl --http2`` offer HTTP/2 with each request. The
+    offer is ignored, as RFC 9110 (7.8) allows. httptools would skip the body of such a request.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -39,18 +44,54 @@ class _Connection(HttpToolsProtocol):
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         if len(self.connections) > most:
             message = f"{most} connections are open, half of the limit of open files (ulimit -n); try again later"
-            logger.warning("a connection was refused: %s", message)
-            body = json.dumps(ApiError(503, message, code="too_many_connections").body()).encode()
-            head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nRetry-After: 1"
-            transport.write(f"HTTP/1.1 503 Service Unavailable\r\n{head}\r\nConnection: close\r\n\r\n".encode() + body)
-            transport.close()
+            self._refuse(ApiError(503, message, code="too_many_connections", headers={"Retry-After": "1"}))
         else:
             self._await_head()
 
     @override
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        while data:
+            try:
+                self.parser.feed_data(data)
+                break
+            except httptools.HttpParserError as error:
+                return self._refuse(ApiError(400, f"the request is not HTTP/1.1: {error}", code="bad_http"))
+            except httptools.HttpParserUpgrade as upgrade:
+                if self.parser.get_method() == b"CONNECT":
+                    return self._refuse(ApiError(405, "the server is no proxy, and does not take CONNECT"))
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         self._await_head()
+
+    @override
+    def on_headers_complete(self) -> None:
+        if not self.parser.should_upgrade():  # else they come again
+            super().on_headers_complete()
+
+    @override
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def _head_without_upgrade(self) -> bytes:
+        """Return the head that was read, without the header that offers another protocol."""
+        first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        headers = [b"%b: %b" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([first, *headers, b"\r\n"])
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer without the application, and close the connection."""
+        logger.warning("a connection was refused: %s", error.message)
+        body = json.dumps(error.body()).encode()
+        status = HTTPStatus(error.status)
+        headers = {
+            "Content-Type": "application/json", "Content-Length": len(body), "Connection": "close", **error.headers,
+        }  # fmt: skip
+        lines = [f"HTTP/1.1 {status.value} {status.phrase}", *(f"{name}: {value}" for name, value in headers.items())]
+        self.transport.write("\r\n".join([*lines, "\r\n"]).encode() + body)
+        self.transport.close()
 
     def _await_head(self) -> None:
         waits = self.cycle is None or self.cycle.response_complete

@@ -1,4 +1,4 @@
-"""Answers that are streamed, as server-sent events."""
+"""Answers in pieces: streams of server-sent events, and long bodies."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from starlette.responses import StreamingResponse
-from starlette.types import Send
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -57,6 +57,23 @@ class EventStream(StreamingResponse):
                     await super().stream_response(send)
             except TimeoutError:  # uvicorn closes a connection whose answer is not complete
                 return
+
+
+class Parts(Response):
+    """A response of JSON that is sent part after part, as fast as its client reads."""
+
+    media_type = "application/json"
+
+    def __init__(self, parts: Sequence[bytes]) -> None:
+        super().__init__(headers={"Content-Length": str(sum(map(len, parts)))})
+        self._parts = parts
+
+    @override
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for part in self._parts[:-1]:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": self._parts[-1]})
 
 
 class _Choice:

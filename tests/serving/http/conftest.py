@@ -53,8 +53,9 @@ class Rig(ClientRig):
     def serve(self, **settings: Any) -> str:
         """Start one more server, and return where it is."""
         usual: dict[str, Any] = {
-            "model": MODEL, "vocab_size": 300, "max_length": LENGTH, "max_waiting": WAITING, "num_spec_tokens": 5,
-            "sampling": SamplingParams(), "history": self.history, "metrics": self.metrics,
+            "model": MODEL, "vocab_size": 300, "max_length": LENGTH, "max_waiting": WAITING,
+            "num_spec_tokens": lambda: 5, "sampling": SamplingParams(),
+            "history": self.history, "metrics": self.metrics,
         }  # fmt: skip
         server = HttpServer("127.0.0.1", 0)
         self._servers.append(server)

@@ -19,10 +19,13 @@ def test_pages_of_other_origins_are_let_in_by_name_only(rig: Any) -> None:
     assert let_in.status_code == 200
     assert let_in.headers["access-control-allow-origin"] == "https://chat.example"
     assert "authorization" in let_in.headers["access-control-allow-headers"]
+    deletes = httpx.options(f"{url}/tenant_data", headers=asked | {"Access-Control-Request-Method": "DELETE"})
+    assert deletes.status_code == 200
     stranger = httpx.options(f"{url}/v1/completions", headers=asked | more | {"Origin": "https://evil.example"})
     assert stranger.status_code == 400
     refused = httpx.get(f"{url}/v1/models", headers={"Origin": "https://chat.example"})
     assert refused.status_code == 401 and "access-control-allow-origin" in refused.headers
+    assert refused.headers["access-control-expose-headers"] == "Retry-After"  # which 429 and 503 have
 
 
 def test_an_error_of_the_program_has_the_same_form(rig: Any) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from aurora_rl.models.detokenizer import decode
+from aurora_rl.models.detokenizer import decode, token_bytes
 from aurora_rl.models.loading import encode_chat
 from aurora_rl.prefix_cache import PrefixCache
+from aurora_rl.serving.http import front
+from aurora_rl.serving.http.bodies import encoded
 
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi, caffé?"}]
 
@@ -249,6 +252,38 @@ def test_log_probabilities_of_a_chat_are_the_targets(rig: Any, client: openai.Op
     assert alone is not None and [each.top_logprobs for each in alone.content or []] == [[]] * len(tokens)
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_an_answer_is_built_next_to_the_event_loop_and_a_choice_at_a_time(
+    rig: Any, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    threads = set()
+
+    def spell(*args: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return token_bytes(*args)
+
+    monkeypatch.setattr(front, "token_bytes", spell)
+    url, chat = rig.serve(), path.startswith("chat")
+    asked: dict[str, Any] = {"messages": CHAT, "logprobs": True, "top_logprobs": 3} if chat else {"prompt": "Once"}
+    asked = {"logprobs": 3, **asked, "n": 2, "max_tokens": 18, "temperature": 1.0, "seed": 1, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/{path}", json=asked, timeout=30)
+    assert all(name.startswith("tokenizer_") for name in threads) and threads
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    body = answer.json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1] and body["usage"]["completion_tokens"] == 36
+    alone = httpx.post(f"{url}/v1/{path}", json={**asked, "n": 1, "seed": 2}, timeout=30).json()
+    assert alone["choices"] == [{**body["choices"][1], "index": 0}]
+
+
+def test_json_is_encoded_in_parts() -> None:
+    value = {"a": [{"b": [1.5] * 40}] * 40, "é": {"c": [], "d": {}, "e": [None] * 33}, "f": 'q"'}
+    parts = list(encoded(value))
+    assert json.loads("".join(parts)) == value
+    assert max(part.count("b") for part in parts) == 16  # no other thread runs while one part is encoded
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        list(encoded({"a": float("nan")}))
+
+
 def test_bytes_of_tokens_spell_the_text(client: openai.OpenAI) -> None:
     settings: Any = {"model": "tiny/model", "messages": CHAT, "max_tokens": 40, "logprobs": True}
     choice = client.chat.completions.create(**settings).choices[0]
@@ -275,7 +310,7 @@ def test_unlikely_tokens_have_a_finite_logprob(rig: Any) -> None:
     from aurora_rl.serving.http.bodies import ChatBodies
 
     bodies = ChatBodies(
-        "m", rig.tokenizer, spell=lambda token: ("x", [120]), num_spec_tokens=0, drafter_version=lambda: 0
+        "m", rig.tokenizer, spell=lambda token: ("x", [120]), num_spec_tokens=lambda: 0, drafter_version=lambda: 0
     )
     found = bodies.logprobs([3], [TokenLogprobs(-math.inf, [])])
     assert found["content"][0]["logprob"] == -9999.0

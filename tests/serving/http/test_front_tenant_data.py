@@ -82,4 +82,5 @@ def test_a_deletion_needs_a_tenant_a_key_and_an_engine(rig: Any, make_rig: Calla
     dead = make_rig()
     dead.clients.end("the server is shutting down")
     answer = httpx.delete(f"{dead.url}/tenant_data", headers=A)
-    assert answer.status_code == 503 and "shutting down" in answer.text
+    assert answer.status_code == 503 and "shutting down" in answer.text and answer.headers["retry-after"] == "5"
+    assert "shutting down" in httpx.get(f"{dead.url}/health").text

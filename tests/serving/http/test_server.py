@@ -1,10 +1,13 @@
-"""Connections are bounded in number and in silence, and a port in use is told."""
+"""Connections are bounded in number and in silence, stay HTTP/1.1, and a port in use is told."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
+import shutil
 import socket
+import subprocess
 import time
 from typing import Any
 
@@ -65,3 +68,49 @@ def test_a_port_that_is_in_use_is_told_before_anything_is_served() -> None:
             HttpServer("127.0.0.1", port)
     finally:
         first.stop()
+
+
+@pytest.mark.parametrize("parts", [(None,), (-8, None), (20, 60, -20, None)])
+def test_an_offer_of_another_protocol_is_ignored(
+    rig: Any, parts: tuple[int | None, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    body = b'{"prompt": "Once", "max_tokens": 2}'
+    sent = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        b"HTTP2-Settings: AAMAAABkAAQAAP__\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    ) % len(body) + body
+    with connect(rig.url) as connection, connection.makefile("rb") as answers:
+        for _ in range(2):  # each request of a connection has the offer
+            begin = 0
+            for end in parts:
+                connection.sendall(sent[begin:end])
+                begin = end or 0
+                time.sleep(0.02)  # a packet of its own
+            assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
+            headers = dict(line.split(b": ") for line in iter(answers.readline, b"\r\n"))
+            assert json.loads(answers.read(int(headers[b"content-length"])))["usage"]["completion_tokens"] == 2
+    assert not caplog.records
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl_that_prefers_http2_is_served(rig: Any) -> None:
+    command = ["curl", "-sS", "--http2", "--max-time", "30", f"{rig.url}/v1/completions", "-w", " %{http_version}"]
+    sent = ["-H", "Content-Type: application/json", "-d", '{"prompt": "Once", "max_tokens": 2}']
+    out = subprocess.run([*command, *sent], capture_output=True, text=True, timeout=60).stdout
+    assert '"completion_tokens":2' in out and out.endswith(" 1.1")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        (b"\x16\x03\x01 a client that speaks TLS\r\n\r\n", 400, "bad_http"),
+        (b"GET / HTTP/1.1\r\nHost : x\r\n\r\n", 400, "bad_http"),
+        (b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n", 405, "method_not_allowed"),
+    ],
+)
+def test_what_is_no_request_gets_an_error_of_the_usual_form(rig: Any, sent: bytes, status: int, code: str) -> None:
+    with connect(rig.url) as connection:
+        connection.sendall(sent)
+        head, _, body = b"".join(iter(lambda: connection.recv(1000), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status) and b"Connection: close" in head
+    assert json.loads(body)["error"]["code"] == code

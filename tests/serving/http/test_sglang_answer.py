@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,18 @@ def test_an_answer_says_what_became_of_its_drafts_as_the_embedded_engine_does(se
     two = post(url, {"do": "draft", "n": 2}).json()["metrics"]["speculative_decoding"]
     assert (two["num_spec_steps"], two["num_draft_tokens"], two["mean_acceptance_length"]) == (8, 24, 2.5)
     assert "metrics" not in post(url, {}).json()  # SGLang says nothing
+
+
+def test_an_answer_is_read_next_to_the_event_loop(serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, whole = [], SGLangAnswer.whole
+
+    def read(answer: SGLangAnswer, content: bytes) -> bytes:
+        threads.append(threading.current_thread().name)
+        return whole(answer, content)
+
+    monkeypatch.setattr(SGLangAnswer, "whole", read)
+    assert post(serve(**DRAFTING), {"do": "draft"}).status_code == 200
+    assert len(threads) == 1 and threads[0] != "http"
 
 
 @pytest.mark.parametrize(("fields", "asks"), [
