@@ -57,7 +57,8 @@ def traffic(config: Config) -> list[Prompt]:
     """Return the prompts of the run, all read and checked."""
     source = config.traffic
     if source.path is not None:
-        return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed, model=config.model)
+        model = config.http.served_model_name or config.model
+        return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed, model=model)
     return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
 
 

@@ -155,6 +155,9 @@ class HttpConfig:
     api_keys: str | None = None
     """File with the keys that open the server, one a line; null takes the environment variable AURORA_RL_API_KEYS, and
     without that everyone is let in."""
+    served_model_name: str | None = None
+    """Name of the model that clients and lines of traffic ask for; null takes ``model``. SGLang has its own option,
+    ``engine.arguments=[--served-model-name, NAME]``."""
     max_body: int = 1048576
     """Most bytes of a request's body."""
     max_waiting: int = 256

@@ -129,7 +129,7 @@ class HttpFront:
     def _common(self, config: Config, server: InferenceServer | AttachedServer, history: RunHistory) -> dict[str, Any]:
         """Return the arguments that applications in front of any engine take."""
         return {
-            "model": config.model,
+            "model": config.http.served_model_name or config.model,
             "history": history,
             "metrics": self.metrics,
             "drafter_version": lambda: server.stats.version,

@@ -37,8 +37,9 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     def ask() -> dict[str, Any]:
         run.page = httpx.get(run.url).text
         run.metrics = httpx.get(f"{run.url}/metrics").text
+        run.model = httpx.get(f"{run.url}/v1/models").json()["data"][0]["id"]
         chat = [{"role": "user", "content": "Go on."}]
-        body = {"messages": chat, "max_tokens": TOKENS, "speculative": False}
+        body = {"model": run.model, "messages": chat, "max_tokens": TOKENS, "speculative": False}
         return httpx.post(f"{run.url}/v1/chat/completions", json=body, timeout=60).json()
 
     def stepped(engine: AsyncEngine) -> bool:
@@ -63,7 +64,8 @@ def check_answer(future: Future[dict[str, Any]]) -> None:
 def test_a_client_joins_the_rounds_and_is_no_part_of_the_traffic(
     run: SimpleNamespace, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([*FLYWHEEL, *arguments, "http.port=0"]) == 0
+    assert cli.main([*FLYWHEEL, *arguments, "http.port=0", "http.served_model_name=small"]) == 0
+    assert run.model == "small"
     check_answer(run.answer)  # completed, though the traffic had ended before
     assert "<html" in run.page and "aurora_num_requests_running" in run.metrics
     told = capsys.readouterr().out
