@@ -51,7 +51,6 @@ MOVED = {
         "load_drafter", "save_drafter", "written")},
     "envs.exactness.quiet": "models.loading.quiet_transformers",
     "policies.eagle3.Eagle3Layer": "policies.recurrent.DraftLayer",
-    "cli.config.naming": "cli.errors.naming", "policies.tree_search.TreeSearch": "policies.tree_search.grow",
     "cli.spec.handshake": "collectors.handshake.Handshake.of",
     **{f"cli.spec.{name}": f"cli.assembly.{name}" for name in (
         "first_drafter", "load", "request_queue", "start_drafter", "traffic")},

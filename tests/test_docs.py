@@ -300,6 +300,7 @@ RUN = {
     "summary.json",
     "results.json",
     "progress.json",
+    "train.json",
     "manifest.json",
 }  # of models and of runs
 
