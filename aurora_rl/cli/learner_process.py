@@ -42,7 +42,7 @@ class LearnerProcess:
         self._logged_before = self._log.stat().st_size if self._log.exists() else 0
         self.restarts, self._failures, self._due, self._started = 0, 0, 0.0, time.monotonic()
         self.resumed = config.learner.resume is not None
-        self._obstacle = ""  # why it could not be started again
+        self._obstacle, self._refused = "", False  # why it could not be started again; whether it was not ready in time
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="learner")
         self._plan: Future[tuple[Config, list[str]]] | None = None
         self.child = self._start(config)
@@ -117,7 +117,7 @@ class LearnerProcess:
         deadline = time.monotonic() + _READY_S
         while not any(event["event"] == "learner_ready" for event in events):
             if self.child.poll() is not None or time.monotonic() > deadline:
-                passes = self.child.poll() in (None, TEMPORARY)
+                self._refused, passes = True, self.child.poll() in (None, TEMPORARY)
                 reason = TimeoutError("the learner may start another time") if passes else None
                 raise ConfigError(f"the learner did not start: {self._last_line()}") from reason
             time.sleep(0.05)
@@ -132,15 +132,16 @@ class LearnerProcess:
 
     def end(self) -> str | None:
         """End the learner. Return what went wrong with its end; an earlier death was told already."""
-        if self.child.poll() is not None:
+        if self.child.poll() is not None and (self._due or self._obstacle or self._refused):
             return None
-        self.child.send_signal(signal.SIGTERM)
-        try:
-            self.child.wait(timeout=_END_S)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-            self.child.wait()
-            return f"the learner did not end within {_END_S:.0f} s and was killed; see {self._log}"
+        if self.child.poll() is None:
+            self.child.send_signal(signal.SIGTERM)
+            try:
+                self.child.wait(timeout=_END_S)
+            except subprocess.TimeoutExpired:
+                self.child.kill()
+                self.child.wait()
+                return f"the learner did not end within {_END_S:.0f} s and was killed; see {self._log}"
         # All but the first had not begun to learn; the last was loading a library that ends by KeyboardInterrupt.
         if self.child.returncode in (0, 130, -signal.SIGTERM, -signal.SIGINT):
             return None

@@ -69,7 +69,6 @@ def test_a_child_that_does_not_listen_is_killed(monkeypatch: pytest.MonkeyPatch,
             learner_of(child, Path("r")).end() == "the learner did not end within 0 s and was killed; see r/learner.log"
         )
         assert child.returncode == -signal.SIGKILL
-    assert learner_of(child, Path("r")).end() is None  # nothing to do any more
 
 
 def test_the_log_of_a_refused_run_stays_if_the_learner_ended_by_itself(tmp_path: Path, learner_of: Handle) -> None:
@@ -175,6 +174,20 @@ def test_a_learner_that_cannot_be_started_again_is_tried_again_and_told_once(
     assert started == [107.25, 115.375] and learner.restarts == 1 and learner.state == "running"
     told = [record.message for record in caplog.records]
     assert len(told) == 1 and "cannot be started again, serving goes on without it: [Errno 2]" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "told"), [(-9, "the learner ended with status -9: loading; see "), (0, ""), (-signal.SIGTERM, "")]
+)
+def test_a_death_that_nobody_noticed_is_told_at_the_end_and_another_is_not(
+    tmp_path: Path, learner_of: Handle, status: int, told: str
+) -> None:
+    (tmp_path / "learner.log").write_text("loading\n")
+    dead: Any = SimpleNamespace(poll=lambda: status, returncode=status)
+    learner = learner_of(dead, tmp_path)
+    assert (learner.end() or "").startswith(told) and bool(learner.end()) is bool(told)
+    learner.tend()  # which notices
+    assert learner.end() is None
 
 
 def test_the_state_of_the_learner(learner_of: Handle) -> None:
