@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -20,7 +19,7 @@ class SamplingParams:
         temperature: Divides the logits; 0 decodes greedily, whatever top-k, top-p and seed say.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         top_p: Keep the smallest set of likeliest tokens whose mass reaches this; 1.0 keeps all.
-        seed: Key of the request's noise. The same seed, prompt and parameters give the same text. None draws a seed.
+        seed: Key of the request's noise. The same seed, prompt and parameters give the same text.
         max_tokens: Token budget of the completion.
         stop: Strings that end the completion, at the token that completes one. A single string is one stop string; None
             is no string.
@@ -46,8 +45,6 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if self.seed is None:  # as in vLLM
-            object.__setattr__(self, "seed", secrets.randbelow(2**63))
         for name in ("temperature", "top_p", "top_k", "seed", "max_tokens", "logprobs"):
             value = getattr(self, name)
             kind, noun = (Real, "a number") if name in ("temperature", "top_p") else (Integral, "an integer")

@@ -6,6 +6,7 @@ import argparse
 import atexit
 import contextlib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -86,6 +87,7 @@ def program() -> NoReturn:
     status: Any = 1
 
     def end() -> None:
+        logging.shutdown()  # was registered before this, and would come after it
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -97,7 +99,9 @@ def program() -> NoReturn:
     except KeyboardInterrupt:
         status = 130
     except SystemExit as error:  # the parser's
-        status = error.code
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     sys.exit(status)
 
 

@@ -116,7 +116,8 @@ def read_jsonl(
 
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
-    wrong: list[tuple[int, ValueError]] = []
+    wrong: list[tuple[int, ValueError]] = []  # the first of them
+    num_wrong = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -125,13 +126,15 @@ def read_jsonl(
             if prompt.id in seen:
                 raise ValueError(f"id {prompt.id!r} was already used in line {seen[prompt.id]}")
         except ValueError as error:  # json's and UTF-8's errors are ValueErrors too
-            wrong.append((number, error))
+            num_wrong += 1
+            if len(wrong) < _MOST_TOLD:  # an error holds its line and its frames
+                wrong.append((number, error))
             continue
         seen[prompt.id] = number
         prompts.append(prompt)
     if wrong:
-        more = f"; and {len(wrong) - _MOST_TOLD} more" if len(wrong) > _MOST_TOLD else ""
-        told = "; ".join(f"line {number}: {error}" for number, error in wrong[:_MOST_TOLD])
+        more = f"; and {num_wrong - _MOST_TOLD} more" if num_wrong > _MOST_TOLD else ""
+        told = "; ".join(f"line {number}: {error}" for number, error in wrong)
         raise TrafficError(f"{path}, {told}{more}") from wrong[0][1]
     if not prompts:
         raise TrafficError(f"{path} holds no requests")

@@ -22,6 +22,8 @@ from aurora_rl.serving.http.errors import ApiError
 logger = logging.getLogger(__name__)
 
 _HEAD_S = 20  # for the head of a request, from its first byte, or from the opening of its connection
+_MOST_HEAD = 1 << 16  # bytes of a head
+_UNREAD_S = 60  # in which a client must read something of what waits for it
 _KEEP_ALIVE_S = 75
 _SHUTDOWN_S = 5
 
@@ -37,6 +39,8 @@ class _Connection(HttpToolsProtocol):
     """
 
     _timer: asyncio.TimerHandle | None = None
+    _in_head, _head = False, 0  # whether a head is being read, and its bytes in earlier packets than its first
+    _refused = False  # nothing more is read
 
     @override
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -50,7 +54,12 @@ class _Connection(HttpToolsProtocol):
 
     @override
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return None
         self._unset_keepalive_if_required()
+        self._head = self._head + len(data) if self._in_head else 0
+        if self._head > _MOST_HEAD:
+            return self._refuse(ApiError(431, f"the head of the request has more than {_MOST_HEAD} bytes"))
         while data:
             try:
                 self.parser.feed_data(data)
@@ -66,7 +75,18 @@ class _Connection(HttpToolsProtocol):
         self._await_head()
 
     @override
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
+    @override
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # and no trailer, which nobody checked
+            super().on_header(name, value)
+
+    @override
     def on_headers_complete(self) -> None:
+        self._in_head = False
         if not self.parser.should_upgrade():  # else they come again
             super().on_headers_complete()
 
@@ -84,6 +104,10 @@ class _Connection(HttpToolsProtocol):
     def _refuse(self, error: ApiError) -> None:
         """Answer without the application, and close the connection."""
         logger.warning("a connection was refused: %s", error.message)
+        self._refused = True
+        if self.cycle is not None and not (self.cycle.response_complete or self.cycle.more_body):
+            self.cycle.keep_alive = False  # its answer is the last: nothing is written into it
+            return
         body = json.dumps(error.body()).encode()
         status = HTTPStatus(error.status)
         headers = {
@@ -92,6 +116,24 @@ class _Connection(HttpToolsProtocol):
         lines = [f"HTTP/1.1 {status.value} {status.phrase}", *(f"{name}: {value}" for name, value in headers.items())]
         self.transport.write("\r\n".join([*lines, "\r\n"]).encode() + body)
         self.transport.close()
+
+    @override
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader(self.transport.get_write_buffer_size())
+
+    def _await_reader(self, waiting: int) -> None:
+        """Cut the connection if its client reads nothing: closing it would wait for what was written."""
+
+        def look() -> None:
+            left = self.transport.get_write_buffer_size()
+            if left >= waiting:
+                self.transport.abort()
+            elif self.flow.write_paused or self.transport.is_closing():
+                self._await_reader(left)
+
+        if waiting:
+            self.loop.call_later(_UNREAD_S, look)
 
     def _await_head(self) -> None:
         waits = self.cycle is None or self.cycle.response_complete

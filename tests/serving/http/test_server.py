@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import resource
@@ -9,11 +10,16 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from processes import wait
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from aurora_rl.serving.http import server as http_server
 from aurora_rl.serving.http.server import HttpServer
@@ -114,3 +120,67 @@ def test_what_is_no_request_gets_an_error_of_the_usual_form(rig: Any, sent: byte
         head, _, body = b"".join(iter(lambda: connection.recv(1000), b"")).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status) and b"Connection: close" in head
     assert json.loads(body)["error"]["code"] == code
+
+
+@pytest.fixture
+def small() -> Iterator[HttpServer]:
+    """A server whose answers are the headers of a request, a late one, and a large one."""
+
+    async def headers(request: Request) -> Response:
+        await request.body()
+        return JSONResponse(dict(request.headers))
+
+    async def late(request: Request) -> Response:
+        await asyncio.sleep(0.3)
+        return Response(b"late")
+
+    async def large(request: Request) -> Response:
+        return Response(bytes(1 << 26))
+
+    server = HttpServer("127.0.0.1", 0)
+    server.start(
+        Starlette(
+            routes=[
+                Route("/headers", headers, methods=["POST"]),
+                Route("/late", late),
+                Route("/large", large),
+            ]
+        )
+    )
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("second", [b"CONNECT x:1 HTTP/1.1\r\n\r\n", b"GET /late HTTP/1.1\r\nNo header: x\r\n\r\n"])
+def test_a_refusal_is_not_written_in_the_place_of_the_answer_before_it(small: HttpServer, second: bytes) -> None:
+    with connect(small.url) as connection:
+        connection.sendall(b"GET /late HTTP/1.1\r\nHost: x\r\n\r\n" + second)
+        told = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert told.startswith(b"HTTP/1.1 200") and told.endswith(b"late") and told.count(b"HTTP/1.1") == 1
+
+
+def test_a_head_without_end_is_refused(small: HttpServer) -> None:
+    with connect(small.url) as connection:
+        connection.sendall(b"GET /late HTTP/1.1\r\n")
+        with contextlib.suppress(OSError):  # closed before all was sent
+            for number in range(1000):
+                connection.sendall(b"X-%d: %s\r\n" % (number, bytes(1000).replace(b"\0", b"x")))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 431")
+
+
+def test_trailers_are_no_headers(small: HttpServer) -> None:
+    head = b"POST /headers HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    with connect(small.url) as connection:
+        connection.sendall(head + b"2\r\nab\r\n0\r\nX-Aurora-Tenant: other\r\n\r\n")
+        told = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert b"transfer-encoding" in told and b"x-aurora-tenant" not in told
+
+
+def test_a_client_that_reads_nothing_is_cut(small: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_UNREAD_S", 0.1)
+    with connect(small.url) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert connection.recv(8) == b"HTTP/1.1"  # and nothing more
+        assert small._uvicorn is not None
+        connections = small._uvicorn.server_state.connections
+        wait(lambda: not connections)
