@@ -143,7 +143,7 @@ class _Session:
             step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, firsts, day0)
-            rivals = [(other, start_drafter(other, target, [])) for other in others]
+            rivals = [(other, start_drafter(other, target, firsts)) for other in others]
             if rivals:
                 self._log.write("compare", drafters=list(config.compare))
             if config.learner.spawn:

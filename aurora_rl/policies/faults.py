@@ -53,6 +53,8 @@ def difference(held: Tensor, published: Tensor) -> str:
         >>> difference(published.T, published), difference(0 * published, published)
         ('is transposed', 'is all zero')
     """
+    if held.shape != published.shape:
+        return f"has the shape {list(held.shape)}, not {list(published.shape)}"
     if held.is_floating_point() and (broken := int((~held.float().isfinite()).sum())):
         return f"has {broken} values that are infinite or not a number"
     if not bool(held.any()):

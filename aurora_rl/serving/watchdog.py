@@ -85,6 +85,8 @@ class Watchdog:
                 or self._answer(weights, earlier)
                 or self._cache(fresh)
             )
+        except torch.OutOfMemoryError:  # of the copy that is asked, which says nothing of the drafter
+            return None
         except Exception as error:  # whatever a drafter does, the requests are served
             return Fault("dead", f"asked for a draft, it raises {error!r}")
 

@@ -272,6 +272,17 @@ def test_a_request_that_the_drafter_fails_alone_is_no_fault_of_it(tmp_path: Path
     assert serving.events("drafter_fault")
 
 
+def test_a_check_without_memory_says_nothing_of_the_drafter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving = watched(tmp_path, eagle())
+
+    def full(*arguments: object) -> Drafter:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Watchdog, "_probe", full)
+    ended(serving)
+    assert drafts(serving)
+
+
 def test_a_slot_that_has_just_got_another_request_raises_no_alarm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

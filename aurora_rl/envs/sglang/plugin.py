@@ -105,6 +105,8 @@ class Plugin:
             self._guarded(self._bind, scheduler)
         if self._session is not None:  # before new requests are let in: a cache can be emptied only between all of them
             self._guarded(self._swap, self._session)
+        else:
+            self._watchdog = None  # its copies, and rows that were made of users' texts
         return original(scheduler, *args, **kwargs)
 
     def _bind(self, scheduler: Any) -> None:

@@ -182,6 +182,7 @@ class TrajectoryAssembler:
         self._store = FeatureStore(store_bytes)
         self.counts: Counter[str] = Counter()
         self.served = Served()
+        self._emitting = threading.Lock()
         self._deletions: dict[str, float] = {}  # by tenant, the monotonic time of the latest; the latest last
         self._ended: queue.SimpleQueue[tuple[str, _Record, list[int], SamplingParams, bool] | str | None]
         self._ended = queue.SimpleQueue()
@@ -230,8 +231,9 @@ class TrajectoryAssembler:
 
     def delete(self, tenant: str) -> None:
         """Drop what is kept of a tenant's texts, and make no trajectory of its requests that have begun until now."""
-        self._deletions.pop(tenant, None)
-        self._deletions[tenant] = time.monotonic()
+        with self._emitting:  # what was found to stay is in the queue before the queue is searched
+            self._deletions.pop(tenant, None)
+            self._deletions[tenant] = time.monotonic()
         if len(self._deletions) > _MOST_DELETIONS:
             del self._deletions[next(iter(self._deletions))]
         self._ended.put(tenant)  # the store is the thread's
@@ -263,7 +265,9 @@ class TrajectoryAssembler:
                 else:
                     self.counts["recorded"] += 1
                     self.served = self.served.plus(trajectory, terminated)
-                    self._emit(trajectory, record.tenant)
+                    with self._emitting:
+                        if not self._deleted(record):
+                            self._emit(trajectory, record.tenant)
             finally:
                 self._released += record.nbytes
 

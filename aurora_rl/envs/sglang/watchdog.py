@@ -25,6 +25,7 @@ _ROWS, _REQUESTS = 32, 8  # positions of a prompt whose rows are compared, and r
 class _Rows(NamedTuple):
     """Where a running request's first rows are in the drafter's cache, and what they are."""
 
+    req: Any  # ids of requests may come again
     places: Tensor
     held: Tensor
 
@@ -42,21 +43,37 @@ class DrafterWatchdog:
 
     def __init__(self, scheduler: Any, session: Session) -> None:
         self.session, self._scheduler = session, scheduler
-        self._worker, self._target = scheduler.draft_worker.draft_worker, scheduler.tp_worker.model_runner.model
         self._copies: dict[int, dict[str, Tensor]] = {}
         self._rows: dict[tuple[str, int], _Rows] = {}
         self._found: Counter[tuple[int, str]] = Counter()  # faults by version and cause
         self._checked = self._turn = 0
-        self._constants = self._fixed()
         self._logits: Sequence[Tensor] = ()
         self._checks = [self._tensor_fault, self._constant_fault, self._cache_fault, self._dead_fault]
-        self.loaded()
+        try:
+            self._worker, self._target = scheduler.draft_worker.draft_worker, scheduler.tp_worker.model_runner.model
+            self._constants = self._fixed()
+            self._copy()
+        except Exception:
+            self._give_up()
 
     def loaded(self) -> None:
         """Copy what the drafter holds, as the version that the session serves now."""
-        own = {name: tensor.clone() for name, tensor in self._tensors()[0].items()}
-        self._copies = {number: copy for number, copy in self._copies.items() if number < self.session.version}
-        self._copies = {**dict(sorted(self._copies.items())[-1:]), self.session.version: own}
+        try:
+            self._copy()
+        except Exception:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Watch nothing, as where there is no memory for copies: recording and swaps go on."""
+        logger.exception("the drafter is not watched")
+        self._copies, self._checks = {}, []
+
+    def _copy(self) -> None:
+        if not self._checks:
+            return
+        older = {number: copy for number, copy in self._copies.items() if number < self.session.version}
+        self._copies = dict(sorted(older.items())[-1:])  # before there is another: memory is of two
+        self._copies[self.session.version] = {name: tensor.clone() for name, tensor in self._tensors()[0].items()}
         self._rows.clear()
 
     def check(self, rounds: int, logits: Sequence[Tensor]) -> None:
@@ -135,8 +152,8 @@ class DrafterWatchdog:
             places = table[req.kv.req_pool_idx, :count].clone()
             rows = torch.cat([part[places].flatten(1) for layer in layers for part in pool.get_kv_buffer(layer)], 1)
             key = req.rid, req.retraction_count
-            self._rows[key] = _Rows(places, rows.contiguous().view(torch.uint8))  # equal bits, infinite ones too
-            if (old := before.get(key)) is not None and torch.equal(old.places, places):
+            self._rows[key] = _Rows(req, places, rows.contiguous().view(torch.uint8))  # equal bits, infinite ones too
+            if (old := before.get(key)) is not None and old.req is req and torch.equal(old.places, places):
                 changed = (old.held != self._rows[key].held).any(1)
                 if bool(changed.any()):
                     first = int(changed.int().argmax())

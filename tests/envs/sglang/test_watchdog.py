@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from aurora_rl.envs.sglang.session import Session
 from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
-from aurora_rl.policies.faults import EVERY
+from aurora_rl.policies.faults import EVERY, difference
 
 
 class Drafter(nn.Module):
@@ -233,3 +233,36 @@ def test_a_check_that_fails_is_left_out_and_the_others_go_on(world: World) -> No
     with torch.no_grad():
         world.drafter.fc.weight.zero_()
     assert world.run(3 * EVERY) == [("corrupted", "its weights were loaded again")]
+
+
+def test_an_id_that_comes_again_is_another_request(world: World) -> None:
+    """Clients choose ids."""
+    world.begin("a", slot=1)
+    world.run(EVERY)
+    world.running.reqs.clear()
+    world.begin("a", slot=1)
+    world.pool.keys.normal_()
+    assert world.run(EVERY) == []
+
+
+def test_a_tensor_of_another_shape_is_named() -> None:
+    assert difference(torch.zeros(4, 6), torch.zeros(6, 6)) == "has the shape [4, 6], not [6, 6]"
+
+
+@pytest.mark.parametrize("when", ["at the start", "after a swap"])
+def test_without_memory_for_copies_the_drafter_is_not_watched(
+    world: World, when: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*arguments: object) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "clone", full)
+        if when == "at the start":
+            world.watchdog = DrafterWatchdog(world.watchdog._scheduler, world.session)
+        else:
+            world.watchdog.loaded()
+    with torch.no_grad():
+        world.drafter.fc.weight.zero_()
+    assert world.run(6 * EVERY) == [] and not world.watchdog._copies
+    assert caplog.text.count("the drafter is not watched") == 1
