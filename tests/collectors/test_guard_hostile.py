@@ -108,7 +108,7 @@ def test_a_reader_that_does_not_read_lets_engines_wait(collector: ZMQCollector, 
         sink.close()
 
 
-def test_hundreds_of_silent_connections_keep_no_engine_out(
+def test_a_thousand_silent_connections_keep_no_engine_out(
     collector: ZMQCollector, keys: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "_MAX_CONNECTIONS", 32)
@@ -116,7 +116,7 @@ def test_hundreds_of_silent_connections_keep_no_engine_out(
     assert receives(collector, early)
     host, port = collector.address.removeprefix("tcp://").rsplit(":", 1)
     with contextlib.ExitStack() as opened:
-        for number in range(200):
+        for number in range(1000):
             raw = opened.enter_context(socket.create_connection((host, int(port)), timeout=10))
             with contextlib.suppress(OSError):
                 raw.sendall(GREETING[: number % 65])

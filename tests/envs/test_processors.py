@@ -211,7 +211,7 @@ def test_rejection_serves_the_law_of_the_processed_logits(rule: str, mode: str) 
 
     drafter = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(VOCAB)).double().eval()
     engine = TransformersEngine(
-        copy.deepcopy(model), num_slots=count, max_length=16, feature_layers=drafter.feature_layers
+        copy.deepcopy(model), num_slots=50, max_length=16, feature_layers=drafter.feature_layers
     )
     waiting = [Request(i, prompt, SamplingParams(temperature, seed=i, max_tokens=2)) for i in range(count)]
     seen = torch.zeros(VOCAB, VOCAB)
