@@ -53,6 +53,7 @@ from aurora_rl.workload.traffic import Prompt
 HELP = "record a scenario's stream once, let arms draft for it and learn from it, and compare how fast they learn"
 
 _RECORDING_SLOTS = 8  # answers do not depend on how many are read at once
+_NO_FIGURE = {"http", "wire", "checkpoint", "canary", "compare", "privacy", "telemetry", "run_dir"}  # depends on these
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +123,7 @@ class _Bench:
         stream = {key: tree[key] for key in ("phases", "mixed", "training", "set", "window", "live")}
         settings = {
             "stream": stream | {"prompts": _digest([*self._training, *(p for part in self._prompts for p in part)])},
-            "configuration": asdict(replace(self._base.config, run_dir=None)),
+            "configuration": _configuration(self._base),
         }
         path = self._out / "settings.json"
         if path.exists():
@@ -220,7 +221,7 @@ class _Bench:
         """Let an arm have the stream, from where it was interrupted, unless there is a result."""
         folder = self._out / "arms" / f"{name}-{seed}"
         spec = self._specs[name]
-        settings = {"arm": asdict(arm), "configuration": asdict(replace(spec.config, run_dir=None))}
+        settings = {"arm": asdict(arm), "configuration": _configuration(spec)}
         done, begun, state = folder / "result.json", folder / "state.pt", None
         if done.exists() or begun.exists():
             state = json.loads(done.read_text()) if done.exists() else torch.load(begun, weights_only=True)
@@ -367,6 +368,11 @@ class _Bench:
                 return learners[name].running() if name in learners else nullcontext()
 
             return [sample.as_dict() for sample in measure_in_turns(servers, requests, live.repeats, company)]
+
+
+def _configuration(spec: RunSpec) -> dict[str, Any]:
+    """Return the sections and keys that figures depend on."""
+    return {key: value for key, value in asdict(spec.config).items() if key not in _NO_FIGURE}
 
 
 def _origin(spec: RunSpec) -> list[Any]:

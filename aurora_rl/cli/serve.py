@@ -56,14 +56,17 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             from aurora_rl.cli.engines import served_config
 
         config = served_config(config)
-    session = _Session(config, stop, replays=arguments.command == "flywheel", resume=arguments.resume is not None)
+    replays, resume = arguments.command == "flywheel", arguments.resume is not None
+    session: _Session | None = None
     try:
+        with stop.held():  # a folder that was begun gets its summary, however early the user stops
+            session = _Session(config, stop, replays=replays, resume=resume)
         session.start()
         session.serve()
     except KeyboardInterrupt:
         pass
     finally:
-        status = session.end()
+        status = 130 if session is None else session.end()
     return status
 
 

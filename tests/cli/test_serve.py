@@ -27,7 +27,7 @@ from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.envs import Completion
 from aurora_rl.policies import MedusaDrafter, NgramDrafter
 from aurora_rl.serving.server import InferenceServer
-from aurora_rl.telemetry.log import MetricsReader
+from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.stats import Stats
 from aurora_rl.training.states import states
 
@@ -367,6 +367,20 @@ def test_ctrl_c_while_loading(
     monkeypatch.setattr(assembly, "load", lambda spec: signal.raise_signal(signal.SIGINT))
     assert cli.main(["flywheel", *arguments]) == 130
     assert summary(tmp_path / "run") == Stats().summary(duration_s=summary(tmp_path / "run")["duration_s"])
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    assert "interrupted" in capsys.readouterr().out
+
+
+def test_ctrl_c_when_the_folder_has_just_been_begun(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(MetricsLog):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(serve, "MetricsLog", Interrupted)
+    assert cli.main(["flywheel", *arguments]) == 130
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     assert "interrupted" in capsys.readouterr().out
 
