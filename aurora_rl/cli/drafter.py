@@ -14,6 +14,7 @@ from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, encoded_prompts, load, start_drafter, traffic
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.policies import Drafter, get_drafter, load_drafter
@@ -139,7 +140,7 @@ def _load(spec: RunSpec, target: Target, layout: str | None = None) -> Drafter:
         target.parts,
         _named_kind(spec.config),
         layout=layout,
-        options=settings.options,
+        options=plain(settings.options),
         trained_for=settings.trained_for,
     )
 

@@ -56,7 +56,9 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             from aurora_rl.cli.engines import served_config
 
         config = served_config(config)
-    session = _Session(config, stop, replays=arguments.command == "flywheel", resume=arguments.resume is not None)
+    folder = RunDir(config, _DOCUMENTS, resume=arguments.resume is not None)
+    arguments.run_dir = folder.path
+    session = _Session(folder, stop, replays=arguments.command == "flywheel")
     try:
         session.start()
         session.serve()
@@ -70,12 +72,11 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 class _Session:
     """A run from its start to its end. It ``replays`` if traffic drives the server, rather than clients."""
 
-    def __init__(self, config: Config, stop: Stop, *, replays: bool, resume: bool) -> None:
-        self._config, self._stop, self._replays = config, stop, replays
+    def __init__(self, folder: RunDir, stop: Stop, *, replays: bool) -> None:
+        self._config, self._stop, self._replays = folder.config, stop, replays
         self._began, self._console = time.monotonic(), plain_console()
-        self._folder = RunDir(config, _DOCUMENTS, resume=resume)
-        self._run_dir = self._folder.path
-        self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server", config.telemetry.max_log)
+        self._folder, self._run_dir = folder, folder.path
+        self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server", self._config.telemetry.max_log)
         self._reader, self._ready = (MetricsReader(self._log.path, from_now=True) for _ in range(2))
         self._history, self._outputs, self._figures = RunHistory(), Outputs(), ExitStack()
         self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes
