@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ def configuration() -> Iterator[str]:
         yield "| key | type | default | meaning |\n|---|---|---|---|"
         for field in fields(cls):
             if not _is_section(field):
-                kind = str(field.type).replace(" | ", " or ").replace("None", "null")
+                kind = re.sub(r"tuple\[(.*), \.\.\.\]", r"list[\1]", str(field.type))  # YAML knows no tuples
+                kind = kind.replace(" | ", " or ").replace("None", "null")
                 yield f"| `{prefix}{field.name}` | {kind} | {_default(field)} | {texts[field.name]} |"
 
 

@@ -32,6 +32,7 @@ from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.config_privacy import check_records
 from aurora_rl.cli.engines import embedded_server
 from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.learner import assembled, learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
@@ -239,7 +240,7 @@ class _Bench:
         learner, wire, flops = None, LocalWire(), 0
         serving = drafter.serving_copy(spec.dtype)
         if arm.learns:
-            learning_spec = replace(spec, config=replace(spec.config, seed=spec.config.seed + seed))
+            learning_spec = resolve(replace(spec.config, seed=spec.config.seed + seed))
             loss, optimizers = learning(spec, drafter, target)
             flops = step_flops(loss, stream, spec.config.learner.batch_size)
             log = MetricsLog(folder / "metrics.jsonl", "learner")
@@ -297,11 +298,11 @@ class _Bench:
         # As many steps for a request as arms get that learn.
         replay = min(settings.replay, max(int(self._scenario.pace * settings.batch_size) - 1, 0))
         parts = [*_origin(spec), settings.muon_lr, settings.adam_lr, replay, settings.batch_size]
-        parts += [spec.config.objectives, spec.config.seed]
+        parts += [plain(spec.config.objectives), spec.config.seed]
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         folder = self._out / "trained" / name[:12]
         if folder.exists():
-            return load_drafter(folder, target.parts, spec.drafter_class, options=spec.config.drafter.options)
+            return load_drafter(folder, target.parts, spec.drafter_class, options=plain(spec.config.drafter.options))
         stream = self._stream("training", drafter)
         loss, optimizers = learning(spec, drafter, target)
         with watch(self._console, "training", len(stream), 0) as shown:
@@ -372,12 +373,12 @@ class _Bench:
 
 def _configuration(spec: RunSpec) -> dict[str, Any]:
     """Return the sections and keys that figures depend on."""
-    return {key: value for key, value in asdict(spec.config).items() if key not in _NO_FIGURE}
+    return {key: value for key, value in plain(spec.config).items() if key not in _NO_FIGURE}
 
 
 def _origin(spec: RunSpec) -> list[Any]:
     """Return the settings that say which drafter a run starts with."""
-    drafts = asdict(spec.config.drafter)
+    drafts = plain(spec.config.drafter)
     return [drafts[key] for key in ("name", "path", "options", "vocab_size", "trained_for", "feature_layers")]
 
 
@@ -389,15 +390,14 @@ def _shape(spec: RunSpec, arm: Arm) -> TreeShape:
 def _alone(spec: RunSpec, slots: int, wire: Path) -> RunSpec:
     """Return a spec that serves so many slots, without plain windows, at a wire of its own."""
     config = spec.config
-    return replace(
-        spec,
-        config=replace(
+    return resolve(
+        replace(
             config,
             # Turns repeat their prompts, which are to be read each time.
             engine=replace(config.engine, slots=slots, prefix_cache_tokens=0),
             baseline=replace(config.baseline, share=0.0),
             wire=replace(config.wire, trajectories=f"ipc://{wire}-t", weights=f"ipc://{wire}-w", queue=1),
-        ),
+        )
     )
 
 

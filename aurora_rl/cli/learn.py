@@ -41,8 +41,9 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     if parent is not None:
         return _learn(config, stop, figures, contextlib.nullcontext())
     folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume)
+    arguments.run_dir = folder.path
     with contextlib.closing(folder):
-        return _learn(config, stop, figures, folder.undone_if_refused())
+        return _learn(folder.config, stop, figures, folder.undone_if_refused())
 
 
 def _learn(config: Config, stop: Stop, figures: str | None, refused: contextlib.AbstractContextManager[None]) -> int:

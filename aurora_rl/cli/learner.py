@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 
 from aurora_rl.cli.assembly import Target, load, opening, start_drafter, wire_keys
 from aurora_rl.cli.errors import naming
+from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.codec import Limits
 from aurora_rl.collectors.collector import ZMQCollector
@@ -90,7 +91,7 @@ def learning(spec: RunSpec, drafter: Drafter, target: Target) -> tuple[SumLoss, 
     if spec.dtype != torch.bfloat16:
         head = head.float()
     with naming("objectives"):
-        loss = SumLoss(make_objectives(spec.config.objectives, drafter, head))
+        loss = SumLoss(make_objectives(plain(spec.config.objectives), drafter, head))
     with naming(f"drafter.name={spec.drafter_name}"):
         return loss, drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
 

@@ -56,11 +56,12 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             from aurora_rl.cli.engines import served_config
 
         config = served_config(config)
-    replays, resume = arguments.command == "flywheel", arguments.resume is not None
     session: _Session | None = None
     try:
         with stop.held():  # a folder that was begun gets its summary, however early the user stops
-            session = _Session(config, stop, replays=replays, resume=resume)
+            folder = RunDir(config, _DOCUMENTS, resume=arguments.resume is not None)
+            arguments.run_dir = folder.path
+            session = _Session(folder, stop, replays=arguments.command == "flywheel")
         session.start()
         session.serve()
     except KeyboardInterrupt:
@@ -73,12 +74,11 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 class _Session:
     """A run from its start to its end. It ``replays`` if traffic drives the server, rather than clients."""
 
-    def __init__(self, config: Config, stop: Stop, *, replays: bool, resume: bool) -> None:
-        self._config, self._stop, self._replays = config, stop, replays
+    def __init__(self, folder: RunDir, stop: Stop, *, replays: bool) -> None:
+        self._config, self._stop, self._replays = folder.config, stop, replays
         self._began, self._console = time.monotonic(), plain_console()
-        self._folder = RunDir(config, _DOCUMENTS, resume=resume)
-        self._run_dir = self._folder.path
-        self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server", config.telemetry.max_log)
+        self._folder, self._run_dir = folder, folder.path
+        self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server", self._config.telemetry.max_log)
         self._reader, self._ready = (MetricsReader(self._log.path, from_now=True) for _ in range(2))
         self._history, self._outputs, self._figures = RunHistory(), Outputs(), ExitStack()
         self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes

@@ -20,6 +20,7 @@ from aurora_rl.envs import Completion, Request
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
 from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.envs.sglang.recorder import Served
+from aurora_rl.serving.server import note_request
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import Round
 from aurora_rl.telemetry.stats import Stats
@@ -227,20 +228,18 @@ class SGLangServer(AttachedServer):
         return True
 
     def _completed(self, completion: SGLangCompletion, occupied: int) -> None:
-        domain = self._note(Completion(completion.request, completion.tokens, completion.terminated))
+        ended = Completion(completion.request, completion.tokens, completion.terminated)
+        domain = self._note(ended)
         drafted = sum((count + 1) * rounds for count, rounds in completion.accepted.items())
         now, count = time.perf_counter(), len(self.stats.finished)
         # A remote engine shows only what is answered: between two answers all slots together made this one.
         self.stats.rounds.append(Round(True, occupied, len(completion.tokens), now - self._last_completion, count))
         self._last_completion = now
-        self.stats.finish(domain, len(completion.tokens), drafted, completion.rounds)
-        self._log.write(
-            "request",
-            request=completion.request.id,
-            domain=domain,
-            prompt_tokens=len(completion.request.prompt),
-            tokens=len(completion.tokens),
-            terminated=completion.terminated,
+        note_request(
+            ended,
+            domain,
+            self.stats,
+            self._log,
             speculative_tokens=drafted,
             speculative_rounds=completion.rounds,
             drafted_tokens=completion.drafted,

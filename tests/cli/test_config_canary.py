@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from aurora_rl.cli.config import load_config, make_absolute, to_yaml
+from aurora_rl.cli.config import load_config, to_yaml
 from aurora_rl.cli.config_canary import compared
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.run_dir import make_absolute
 from aurora_rl.cli.spec import resolve
 
 BOTH = "compare=[ngram,eagle3]"
@@ -40,8 +41,7 @@ def test_what_does_not_go_together_is_named(pairs: list[str], message: str) -> N
 def test_names_folders_and_classes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    config = load_config(overrides=["compare=[mine,some.package:Drafter]"])
-    make_absolute(config)
+    config = make_absolute(load_config(overrides=["compare=[mine,some.package:Drafter]"]))
     assert not config.learner.spawn
     first, second = compared(config)
     assert (first.drafter.name, first.drafter.path) == (None, str(tmp_path / "mine"))
