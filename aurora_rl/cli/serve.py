@@ -221,14 +221,17 @@ class _Session:
                     for tick in ticks:
                         tick()
                 self._drain(clients)
-            except (ValueError, OSError) as error:  # the program's fault, not its input's: show where
-                raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
+            except Exception as error:
+                clients.end("a fault has ended the engine; the server's log says which")
+                if isinstance(error, ValueError | OSError):  # the program's fault, not its input's: show where
+                    raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
+                raise
             view.log_status()
             live.update(view.table())  # a terminal keeps the last state on its screen
 
     def _drain(self, clients: AsyncEngine) -> None:
         """Complete what clients have asked, for a few seconds, and take nothing new."""
-        clients.close("the server is shutting down")
+        clients.close()
         deadline = time.monotonic() + _DRAIN_S
         while clients.num_open and time.monotonic() < deadline:
             self._step()
@@ -258,7 +261,7 @@ class _Session:
         stop, outputs, view, server = self._stop, self._outputs, self._view, self._server
         stop.ignore()
         if self._clients is not None:
-            self._clients.end("the server is shutting down")
+            self._clients.end()
         if self._http is not None:
             self._http.stop()
         if server is not None:
