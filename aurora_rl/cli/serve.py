@@ -150,7 +150,7 @@ class _Session:
                 with self._stop.held():
                     self._learner = LearnerProcess(learner_config, run_dir)
             if self._requests is not None and not config.privacy.zero_retention:
-                self._requests.answers = JsonLines(run_dir / "answers.jsonl")
+                self._requests.write_answers(JsonLines(run_dir / "answers.jsonl"))
             clients = self._clients = AsyncEngine(
                 max_waiting=config.http.max_waiting, workload=self._requests, first_id=first_id
             )
@@ -298,7 +298,6 @@ class _Session:
         if server is not None:
             outputs.write("drafter", lambda: server.save_drafter(run_dir / "drafter"))
         if requests is not None and requests.answers is not None:
-            requests.write_failed()
             outputs.count(requests.answers)
         for reason in failed:
             self._log.write("failed", reason=reason)
