@@ -28,6 +28,8 @@ def test_sglang_takes_new_weights_at_once_and_refuses_a_trial_by_name() -> None:
         (["compare=[ngram]"], "compare takes two drafters, such as compare=[runs/a/drafter,runs/b/drafter], got ['ng"),
         ([BOTH, "canary.share=0"], "compare needs a share of the rounds for the second drafter, got canary.share=0"),
         ([BOTH, "learner.spawn=true"], "compare is of two drafters that stay what they are, got learner.spawn=true"),
+        ([BOTH, "learner.resume=old"], "learner.resume=old has no effect with compare, as nobody learns; leave it out"),
+        ([BOTH, "learner.record=new"], "learner.record=new has no effect with compare, as nobody learns; leave it out"),
         ([BOTH, "drafter.name=medusa"], "compare=['ngram', 'eagle3'] names the drafters; leave drafter.name and"),
         (["canary.most_rounds=4"], "canary.most_rounds=4 is less than a window of canary.window=8 rounds; set it to 8"),
     ],
