@@ -229,7 +229,7 @@ def test_words_of_the_tables_are_whole_and_the_page_is_as_wide_as_the_screen(rig
     page.call("Emulation.setDeviceMetricsOverride", width=width, height=740, deviceScaleFactor=1, mobile=False)
     page.open(f"{rig.serve(history=history)}/")
     page.wait_for("document.querySelectorAll('table:not(.u-legend) td').length === 18")
-    words, broken = page.evaluate("""(() => {
+    words, broken, narrowest = page.evaluate("""(() => {
         const free = "#faults td:nth-child(n + 4)";
         const words = [...document.querySelectorAll(`table:not(.u-legend) :is(th, td:not(${free}))`)]
             .flatMap(({ firstChild }) => [...firstChild.data.matchAll(/\\S+/g)].map((word) => {
@@ -238,9 +238,10 @@ def test_words_of_the_tables_are_whole_and_the_page_is_as_wide_as_the_screen(rig
                 range.setEnd(firstChild, word.index + word[0].length);
                 return [word[0], range.getClientRects().length];
             }));
-        return [words.length, words.filter(([, lines]) => lines !== 1).map(([word]) => word)];
+        const widths = [...document.querySelectorAll(free)].map((cell) => cell.offsetWidth);
+        return [words.length, words.filter(([, lines]) => lines !== 1).map(([word]) => word), Math.min(...widths)];
     })()""")
-    assert words > 40 and broken == []
+    assert words > 40 and broken == [] and narrowest > 150
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
