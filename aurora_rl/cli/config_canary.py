@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.errors import ConfigError, naming
 
 if TYPE_CHECKING:
     from aurora_rl.cli.config import Config
@@ -68,6 +68,9 @@ def check_trials(config: Config) -> None:
         )
     if config.learner.spawn:
         raise ConfigError("compare is of two drafters that stay what they are, got learner.spawn=true; leave it out")
+    for name in ("resume", "record"):
+        if (value := getattr(config.learner, name)) is not None:
+            raise ConfigError(f"learner.{name}={value} has no effect with compare, as nobody learns; leave it out")
     if config.drafter.name is not None or config.drafter.path is not None:
         raise ConfigError(f"{compare} names the drafters; leave drafter.name and drafter.path out")
 
@@ -75,19 +78,25 @@ def check_trials(config: Config) -> None:
 def compared(config: Config) -> list[Config]:
     """Return a configuration of each drafter to serve: of both that are compared, or of the one that there is.
 
+    Raises:
+        ConfigError: One of ``compare`` is no folder, and cannot be an id of the hub or a drafter's name either.
+
     Example:
         >>> from aurora_rl.cli.config import load_config
         >>> first, second = compared(load_config(overrides=["compare=[ngram,runs/a/drafter]"]))
         >>> first.drafter.name, second.drafter.path
         ('ngram', 'runs/a/drafter')
     """
-    from aurora_rl.policies.registry import available_drafters  # it needs torch
+    from aurora_rl.policies.registry import available_drafters, get_drafter  # it needs torch
 
     if not config.compare:
         return [config]
     found = []
     for each in config.compare:
-        named = each in available_drafters() or (":" in each and not os.path.exists(each))
+        named = each in available_drafters() or not (os.path.exists(each) or ("/" in each and ":" not in each))
+        if named:
+            with naming(f"compare={config.compare}: {each!r} is no folder"):
+                get_drafter(each)
         drafter = replace(config.drafter, name=each if named else None, path=None if named else each)
         found.append(replace(config, drafter=drafter, compare=()))
     return found

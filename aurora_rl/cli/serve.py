@@ -153,7 +153,7 @@ class _Session:
                 with self._stop.held():
                     self._learner = LearnerProcess(learner_config, run_dir)
             if self._requests is not None and not config.privacy.zero_retention:
-                self._requests.answers = JsonLines(run_dir / "answers.jsonl")
+                self._requests.write_answers(JsonLines(run_dir / "answers.jsonl"))
             clients = self._clients = AsyncEngine(
                 max_waiting=config.http.max_waiting, workload=self._requests, first_id=first_id
             )
@@ -224,14 +224,17 @@ class _Session:
                     for tick in ticks:
                         tick()
                 self._drain(clients)
-            except (ValueError, OSError) as error:  # the program's fault, not its input's: show where
-                raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
+            except Exception as error:
+                clients.end("a fault has ended the engine; the server's log says which")
+                if isinstance(error, ValueError | OSError):  # the program's fault, not its input's: show where
+                    raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
+                raise
             view.log_status()
             live.update(view.table())  # a terminal keeps the last state on its screen
 
     def _drain(self, clients: AsyncEngine) -> None:
         """Complete what clients have asked, for a few seconds, and take nothing new."""
-        clients.close("the server is shutting down")
+        clients.close()
         deadline = time.monotonic() + _DRAIN_S
         while clients.num_open and time.monotonic() < deadline:
             self._step()
@@ -261,7 +264,7 @@ class _Session:
         stop, outputs, view, server = self._stop, self._outputs, self._view, self._server
         stop.ignore()
         if self._clients is not None:
-            self._clients.end("the server is shutting down")
+            self._clients.end()
         if self._http is not None:
             self._http.stop()
         if server is not None:
@@ -298,7 +301,6 @@ class _Session:
         if server is not None:
             outputs.write("drafter", lambda: server.save_drafter(run_dir / "drafter"))
         if requests is not None and requests.answers is not None:
-            requests.write_failed()
             outputs.count(requests.answers)
         for reason in failed:
             self._log.write("failed", reason=reason)

@@ -290,15 +290,19 @@ class InferenceServer:
     def _fault(self, slot: int, fault: str) -> None:
         """Note that a slot's request goes on without the drafter."""
         request = self.env.request_of(slot).id
-        self.note_fault(fault, request, f"request {request} goes on without the drafter")
+        self.note_fault(fault, self.policy.version, f"request {request} goes on without the drafter", request)
 
-    def note_fault(self, fault: str, request: int | None, outcome: str) -> None:
+    def note_fault(self, fault: str, version: int, outcome: str, request: int | None = None) -> None:
         """Count and log a fault of the drafter, and warn of the first one and its outcome.
 
-        ``request`` is the id of the request that it failed; None if there was none yet.
+        Args:
+            fault: What the drafter did.
+            version: Version of its weights.
+            outcome: What becomes of it.
+            request: Id of the request that it failed; None if there was none yet.
         """
         self.stats.drafter_faults += 1
-        self._log.write("drafter_fault", request=request, version=self.policy.version, fault=fault)
+        self._log.write("drafter_fault", request=request, version=version, fault=fault)
         if self.stats.drafter_faults == 1:
             logger.warning("%s: %s", outcome, fault)
 
