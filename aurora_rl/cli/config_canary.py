@@ -95,7 +95,7 @@ def compared(config: Config) -> list[Config]:
     for each in config.compare:
         named = each in available_drafters() or not (os.path.exists(each) or ("/" in each and ":" not in each))
         if named:
-            with naming(f"compare={config.compare}: {each!r} is no folder"):
+            with naming(f"compare={list(config.compare)}: {each!r} is no folder"):
                 get_drafter(each)
         drafter = replace(config.drafter, name=each if named else None, path=None if named else each)
         found.append(replace(config, drafter=drafter, compare=()))
