@@ -40,7 +40,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     target = load(spec)
     parts = target.parts
     drafter = start_drafter(spec, target, [])
-    greeting = Handshake.of(parts, drafter, spec.drafter_name)
+    handshake = Handshake.of(parts, drafter, spec.drafter_name)
     loss, optimizers = learning(spec, drafter.to(spec.device), target)
     vocab_size, width = parts.head.weight.shape
     del target, parts
@@ -66,7 +66,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         with opening("wire.trajectories", config.wire.trajectories):
             collector = ZMQCollector(
                 config.wire.trajectories,
-                handshake=greeting,
+                handshake=handshake,
                 keys=keys,
                 validate=check_one,
                 on_trajectory=save_trajectory,
@@ -74,7 +74,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
             )
         opened.callback(collector.shutdown)
         with opening("wire.weights", config.wire.weights):
-            publisher = WeightPublisher(config.wire.weights, handshake=greeting, keys=keys, limits=limits)
+            publisher = WeightPublisher(config.wire.weights, handshake=handshake, keys=keys, limits=limits)
         opened.callback(publisher.close)
         result = assembled(spec, drafter, loss, optimizers, collector, publisher, log, outputs, run_dir / "learner")
         if settings.resume is not None:

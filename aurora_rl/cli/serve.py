@@ -80,7 +80,7 @@ class _Session:
         self._folder, self._run_dir = folder, folder.path
         self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server", self._config.telemetry.max_log)
         self._reader, self._ready = (MetricsReader(self._log.path, from_now=True) for _ in range(2))
-        self._history, self._outputs, self._figures = RunHistory(), Outputs(), ExitStack()
+        self._history, self._outputs, self._loggers = RunHistory(), Outputs(), ExitStack()
         self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes
         # What `start` opens, and `end` closes, however far the start came.
         self._learner: LearnerProcess | None = None
@@ -128,7 +128,7 @@ class _Session:
             (spec, *others), prompts = map(resolve, compared(config)), [] if attached else traffic(config)
             wire_keys(config, engine_keys)  # what is wrong with them is told before a model is loaded
             http = self._http = HttpFront.of(config, replays=self._replays)
-            self._figures.enter_context(logged(config.telemetry.logger, run_dir))
+            self._loggers.enter_context(logged(config.telemetry.logger, run_dir))
             say(f"loading {config.model} · run folder {run_dir}")
             if config.traffic.path and not self._replays:
                 say("traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it")
@@ -162,7 +162,7 @@ class _Session:
                 if config.engine.name == "sglang":
                     source = clients if self._replays else None
                     self._server = sglang = sglang_server(spec, target, source, drafter, self._log, run_dir)
-                    self._step, address = sglang.step, f"SGLang listens at {sglang.engine.url}/v1"
+                    self._step, address = sglang.step, f"SGLang listens at {sglang.client.url}/v1"
                 else:
                     usual = firsts[0] if firsts else [0, 0]
                     self._server = embedded = embedded_server(spec, target, clients, usual, drafter, self._log, *rivals)
@@ -271,7 +271,7 @@ class _Session:
             outputs.write("the end of serving", server.close)
         if self._learner is not None and (lost := self._learner.end()):
             outputs.failures["learner"] = lost
-        self._figures.close()
+        self._loggers.close()
         if view is not None:
             view.read()
         if view is not None and view.unsaved and "learner" not in outputs.failures:  # it died before it could try again
