@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -322,24 +323,38 @@ class _Bench:
         live, ends = self._scenario.live, _ends(self._prompts)
         names = live.arms or list(self._scenario.arms)
         arms = [name for name in names if (self._out / "arms" / f"{name}-0" / "result.json").exists()]
-        cells = [(phase, slots) for phase in range(len(ends)) for slots in live.slots]
-        for phase, slots in cells:
+        missing = []
+        for phase, slots in itertools.product(range(len(ends)), live.slots):
             path = self._out / "live" / f"phase-{phase}-slots-{slots}.json"
-            if path.exists() and set(json.loads(path.read_text())["arms"]) == {*arms, PLAIN}:
-                continue
-            self._console.print(f"tokens per second: phase {phase}, {slots} slots", soft_wrap=True)
-            path.parent.mkdir(exist_ok=True)
-            samples = self._measure(arms, phase, ends[phase] - live.requests, slots, drafters)
-            path.write_text(json.dumps({"arms": [PLAIN, *arms], "samples": samples}, indent=1) + "\n")
+            if not (path.exists() and set(json.loads(path.read_text())["arms"]) == {*arms, PLAIN}):
+                missing.append((phase, slots, path))
+        with ExitStack() as stack:
+            learns = [name for name in arms if missing and self._scenario.arms[name].learns]
+            learners = {name: stack.enter_context(self._busy(name)) for name in learns}
+            for phase, slots, path in missing:
+                self._console.print(f"tokens per second: phase {phase}, {slots} slots", soft_wrap=True)
+                path.parent.mkdir(exist_ok=True)
+                samples = self._measure(arms, phase, ends[phase] - live.requests, slots, drafters, learners)
+                path.write_text(json.dumps({"arms": [PLAIN, *arms], "samples": samples}, indent=1) + "\n")
+
+    def _busy(self, name: str) -> BusyProcess:
+        """Return the process that learns next to an arm: always from the first requests, as its pace alone matters."""
+        path, overrides = self._given
+        pairs = [*self._scenario.set, *overrides, *self._scenario.arms[name].set]
+        return BusyProcess(busy_learner, path, pairs, self._out / "stream" / "phase-0", self._layers)
 
     def _measure(
-        self, arms: Sequence[str], phase: int, point: int, slots: int, drafters: dict[str, Drafter]
+        self,
+        arms: Sequence[str],
+        phase: int,
+        point: int,
+        slots: int,
+        drafters: dict[str, Drafter],
+        learners: dict[str, BusyProcess],
     ) -> list[dict[str, Any]]:
         live, prompts = self._scenario.live, self._prompts[phase][-self._scenario.live.requests :]
         plain = self._spec("drafter.name=ngram", "drafter.lookup=0", "drafter.adaptive=false")
-        servers, requests, learners = {}, {}, {}
-        path, overrides = self._given
-        recorded = self._out / "stream" / f"phase-{phase}"
+        servers, requests = {}, {}
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             for name in (PLAIN, *arms):
@@ -361,9 +376,6 @@ class _Bench:
                     add_answers(server.policy.earlier, self._stream("phases", drafter), point)
                 stack.callback(server.close)
                 servers[name], requests[name] = (server, source), list(iter(queue, None))
-                if name != PLAIN and self._scenario.arms[name].learns:
-                    pairs = [*self._scenario.set, *overrides, *self._scenario.arms[name].set]
-                    learners[name] = stack.enter_context(BusyProcess(busy_learner, path, pairs, recorded, self._layers))
 
             def company(name: str) -> AbstractContextManager[object]:
                 return learners[name].running() if name in learners else nullcontext()
