@@ -9,6 +9,7 @@ in a process of its own, for its peak memory. Ways that are compared must agree.
 from __future__ import annotations
 
 import ctypes
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from aurora_kernels.trees import depths
 from aurora_rl import Request, SamplingParams, SpecDecodeEnv, TargetParts, TransformersEngine, TreeShape
 from aurora_rl.models.loading import load_target
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives import get_objective
+from aurora_rl.objectives import Windows, forward_kl, get_objective, overlap, register_objective
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, HeadLogits, Unroll
 from aurora_rl.trajectories import make_trajectory, pack
 from aurora_rl.tree_index import TreeIndex, true_chains
@@ -53,7 +54,18 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "discard": ("discard", {}),
     "imitation, target: served": ("imitation", {"target": "served", "steps": STEPS}),
     "imitation, weighting: expected_length": ("imitation", {"weighting": "expected_length", "steps": STEPS}),
+    "a function": ("reach_kl", {"steps": STEPS}),
+    "acceptance_reward, rejection": ("acceptance_reward", {}),
+    "acceptance_reward, sample_and_match": ("acceptance_reward", {}),
 }
+
+
+@register_objective("reach_kl")
+def reach_kl(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Forward KL of every draft, weighted by the chance that all before it are accepted."""
+    accepted = torch.where(windows.valid, overlap(log_p, log_q), 0.0).detach()
+    reached = torch.cat([torch.ones_like(accepted[:1]), accepted[:-1]]).cumprod(0)
+    return reached * forward_kl(log_p, log_q), windows.valid
 
 
 class HeadAlone(Eagle3Drafter):
@@ -81,14 +93,14 @@ class HeadAlone(Eagle3Drafter):
         return self._logits(self.states[: len(wanted)][wanted])
 
 
-def recording() -> TensorDict:
+def recording(rule: str) -> TensorDict:
     """Make a request of random tokens at temperature 0.7 with a tree at every other position."""
     hidden, prompt = CONFIG.hidden_size, 2
     trees = [
         {
             "tokens": torch.randint(DRAFT_VOCAB, (NODES,)),
             "parents": torch.tensor(tree(NODES)),
-            "log_probs": torch.zeros(NODES),
+            "log_probs": torch.full((NODES,), -math.log(DRAFT_VOCAB)),
             "accepted": torch.zeros(NODES, dtype=torch.bool),
             "hidden": torch.randn(NODES, hidden),
         }
@@ -98,7 +110,7 @@ def recording() -> TensorDict:
         request=0, tokens=torch.randint(DRAFT_VOCAB, (prompt + POSITIONS,)), prompt_length=prompt,
         features=torch.zeros(prompt + POSITIONS - 1, 3 * hidden), target={"hidden": torch.randn(POSITIONS, hidden)},
         anchors=list(range(prompt - 1, prompt - 1 + 2 * ROUNDS, 2)), trees=trees, policy_versions=[0] * ROUNDS,
-        cache_versions=[0] * ROUNDS, sampling=SamplingParams(temperature=0.7), rule="rejection", draft_mode="sampled",
+        cache_versions=[0] * ROUNDS, sampling=SamplingParams(temperature=0.7), rule=rule, draft_mode="sampled",
     )  # fmt: skip
     return pack([trajectory])
 
@@ -106,12 +118,12 @@ def recording() -> TensorDict:
 def gradient_step(label: str, plain: bool) -> Callable[[], float]:
     """Return a function that takes a step, and returns the loss."""
     torch.manual_seed(0)
-    name, settings = OBJECTIVES[label]
+    (name, settings), rule = OBJECTIVES[label], "sample_and_match" if "sample_and_match" in label else "rejection"
     weight = torch.randn(CONFIG.vocab_size, CONFIG.hidden_size) * CONFIG.hidden_size**-0.5
     drafter = HeadAlone(CONFIG, embedding=weight, draft_vocab=torch.arange(DRAFT_VOCAB), feature_layers=(0, 1, 2))
     drafter.plain = plain
     drafter.states = torch.randn(max(STEPS * POSITIONS, ROUNDS * (1 + NODES)), CONFIG.hidden_size).requires_grad_()
-    objective, batch = get_objective(name)(drafter, TargetHead(weight), **settings), recording()
+    objective, batch = get_objective(name)(drafter, TargetHead(weight), **settings), recording(rule)
 
     def step() -> float:
         drafter.states.grad = None

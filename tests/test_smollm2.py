@@ -27,8 +27,8 @@ pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 NEW = 64
 LAYERS = (2, 15, 27)
-# Which prompts a test serves; together they are all 34, of which `make test` serves 20 and `make stress` the others. Each
-# test has them answered by the model's own generate first, so that two processes share this work.
+# Which prompts a test serves; together they are all 34, of which `make test` serves 20 and `make stress` the others.
+# Each test has them answered by the model's own generate first, so that two processes share this work.
 CHAIN, TREE, MORE_TREES, SWAPS, REPLAY = range(6), range(6, 15), range(15, 29), range(29, 32), range(32, 34)
 LEAST = {CHAIN: 380, TREE: 550, MORE_TREES: 850, SWAPS: 120, REPLAY: 120}
 """How many tokens a test compares at least."""

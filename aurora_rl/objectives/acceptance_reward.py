@@ -11,7 +11,6 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_kernels.rows import log_softmax
 from aurora_kernels.trees import sibling_ranks
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
@@ -135,8 +134,7 @@ class AcceptanceRewardLoss(Objective):
         self.expect_nodes(batch)
         law = self._law(batch)
         trees, rounds = law.trees, slice(law.trees.num_rounds)
-        acceptance = law.by_rule(lambda rule, here: rule.acceptance(law.p, law.q, law.row[here], law.context[here]))
-        reach = trees.path_products(acceptance)
+        reach = trees.path_products(law.acceptance)
         accepted = batch[self.tensor_keys.accepted].to(reach.dtype)
 
         # For the weights' own draws every ratio is 1 and its gradient the score: REINFORCE.
@@ -181,16 +179,22 @@ class AcceptanceRewardLoss(Objective):
                 "and start from the drafter that drew the recording (drafter.path)"
             )
         drawn_from = trees.drawn_from
-        log_q = log_softmax(self.drafter.context_logits(batch, trees, drawn_from))
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
-        p = self.served_log_probs(batch, rows, trees.request[drawn_from]).exp().to(log_q.dtype)
-        rule = batch["sampling", "rule"][request]
-        return TreeLaw(trees, trees.context, row, p, log_q, rule, without=mode == _WITHOUT_REPLACEMENT)
+        of_context = trees.request[drawn_from]
+        return TreeLaw(
+            trees,
+            row,
+            batch["sampling", "rule"][request],
+            logits=self.drafter.context_logits(batch, trees, drawn_from),
+            served=lambda part: self.served_log_probs(batch, rows[part], of_context[part]).exp(),
+            without=mode == _WITHOUT_REPLACEMENT,
+            alone=self.baseline != "none",
+        )
 
     @torch.no_grad()
     def _credit(self, law: TreeLaw, reach: Tensor, accepted: Tensor, ratio: Tensor, joint: Tensor) -> Tensor:
         """Return the weight of each node's score apart from its own ratio, ``[M]``."""
-        trees, context, row = law.trees, law.context, law.row
+        trees, context = law.trees, law.context
         # PPO's clip looks at each draw alone; unclipped, the other draws that an acceptance hangs on have their ratios.
         share, own = (joint, ratio) if self.clip is None else (1.0, 1.0)
         if self.reward == "expected":
@@ -198,18 +202,13 @@ class AcceptanceRewardLoss(Objective):
         else:
             self._check_recorded(law)
             # Under rejection a token with q < p is accepted for sure, and the others' chance does not grow with q.
-            counts = (law.q[context, row] < law.p[context, row]).to(accepted.dtype)
+            counts = law.below.to(accepted.dtype)
             credit = torch.where(law.needs_q, counts, 1.0) * _hanging(trees, context, share * accepted) / own
-        if self.baseline == "none" or not len(context):
+        if law.alone is None or not len(context):
             return credit
         self._check_baseline(law)
         # What every node would do as the first of its siblings: a function of its own branch alone.
-        alone = law.by_rule(
-            lambda rule, here: rule.acceptance(
-                law.p[context[here]], law.q[context[here]], row[here], torch.arange(len(here), device=row.device)
-            )
-        )
-        below = trees.subtree_sums(trees.path_products(alone))[trees.num_rounds :]
+        below = trees.subtree_sums(trees.path_products(law.alone))[trees.num_rounds :]
         if self.baseline == "group":
             return _standardised(trees, below)
         return credit - _leave_one_out(context, below, law.needs_q)

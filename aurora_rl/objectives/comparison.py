@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from aurora_kernels import Target, two_head_loss
 from aurora_kernels.rows import agreeing, chunk_rows, log_softmax
+from aurora_rl.objectives.chunks import rows_and_head
 from aurora_rl.objectives.divergences import Divergence, with_gradient
 from aurora_rl.policies.head_logits import HeadLogits
 
@@ -98,9 +98,10 @@ def row_log_probs(logits: Tensor, row: Tensor) -> Tensor:
         >>> row_log_probs(HeadLogits(torch.zeros(2, 3), torch.ones(4, 3)), torch.tensor([3, -1])).exp()
         tensor([0.2500, 0.0000])
     """
-    if not isinstance(logits, HeadLogits):
-        picked = log_softmax(logits).gather(1, row.clamp(min=0)[:, None])[:, 0]
-        return picked.masked_fill(row < 0, -torch.inf)
-    size = chunk_rows(row.device, len(logits.weight), len(row))
-    parts = zip(logits.states.split(size), row.split(size), strict=True)
-    return torch.cat([row_log_probs(F.linear(states, logits.weight), few) for states, few in parts])
+    rows, head = rows_and_head(logits)
+    size = chunk_rows(row.device, logits.shape[-1], len(row))
+    picked = [
+        log_softmax(head(part)).gather(1, few.clamp(min=0)[:, None])[:, 0]
+        for part, few in zip(rows.split(size), row.split(size), strict=True)
+    ]
+    return torch.cat(picked).masked_fill(row < 0, -torch.inf)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, ClassVar, cast
@@ -13,8 +12,9 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_kernels.rows import log_softmax
+from aurora_kernels.rows import chunk_rows, log_softmax
 from aurora_rl.models.target_head import TargetHead
+from aurora_rl.objectives.chunks import by_chunks, rows_and_head
 from aurora_rl.objectives.distillation import DistillationObjective
 from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.target_rows import target_rows
@@ -33,10 +33,14 @@ class FunctionObjective(DistillationObjective):
     ``function(log_p, log_q, windows, *, settings) -> (values, mask)``:
 
     - ``log_p``, the target's distribution (a constant), and ``log_q``, the drafter's, are ``[J, C, Vd]`` over the draft
-      vocabulary, at draft ``j`` of the window that starts at completion token ``c``;
+      vocabulary, at draft ``j`` of each of ``C`` windows;
     - ``windows`` tells what the positions are, see :class:`Windows`;
     - keywords are the objective's settings, checked by their types;
     - ``values`` ``[J, C]`` are minimised where ``mask`` ``[J, C]`` bool is true, which is ``windows.valid`` or less.
+
+    The function treats every window alone, whole: it is called with some windows of a batch at a time, and called again
+    in the backward pass, so that no tensor of all positions times the vocabulary is made. An objective that looks
+    across windows subclasses :class:`Objective`.
 
     Args:
         drafter: Drafter whose parameters learn.
@@ -51,7 +55,8 @@ class FunctionObjective(DistillationObjective):
     The metric is "agreement" ``[J]``: the share of positions where the likeliest tokens agree.
 
     Raises:
-        ValueError: ``steps`` < 1, an unknown target, or the function fails on a text of two tokens.
+        ValueError: ``steps`` < 1, an unknown target, or the function fails on a text of two tokens, or returns other
+            values of a window next to another.
     """
 
     function: ClassVar[ObjectiveFunction]
@@ -73,11 +78,8 @@ class FunctionObjective(DistillationObjective):
             raise ValueError(f"steps must be at least 1, got {steps}")
         super().__init__(drafter, head, renormalize=renormalize, target=target, weight=weight, reduction=reduction)
         self._steps, self._settings = steps, settings
-        shape = (steps or Drafter.unroll_depth, 2)
-        even = torch.full((*shape, 2), -math.log(2))
-        rows, request = torch.zeros(shape, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
         try:  # better now than at the first batch, when a model is loaded
-            self._call(even, even, Windows(rows, request, torch.ones(shape, dtype=torch.bool)))
+            self._call_on_two_tokens()
         except Exception as error:  # whatever a function does
             if isinstance(error, ValueError):
                 raise
@@ -97,18 +99,47 @@ class FunctionObjective(DistillationObjective):
     def values(self, batch: TensorDictBase) -> Values:
         request = completion_requests(batch)
         law, covered = self.target_law(batch, target_rows(batch, self.tensor_keys.hidden), request)
-        row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
         unroll = self.drafter.unroll(batch, self.steps)
-        steps = len(unroll.logits)
-        log_q = by_window([log_softmax(logits) for logits in unroll.logits])
-        log_p = by_window([self.log_probs(law)] * steps)
+        steps, vocab = len(unroll.logits), self.drafter.draft_vocab
+        row = draft_rows(vocab, completion_tokens(batch))
         windows = Windows(by_window([row] * steps), request, by_window(unroll.valid & covered))
-        value, mask = self._call(log_p, log_q, windows)
-        valid = windows.valid & mask
         with torch.no_grad():
-            agrees = log_q.gather(-1, log_p.argmax(-1, keepdim=True))[..., 0] >= log_q.amax(-1)
+            read = law.reader(self._columns, renormalize=self.renormalize, temperature=1.0)
+        states, heads = zip(*(rows_and_head(logits) for logits in unroll.logits), strict=True)
+        size = max(chunk_rows(row.device, len(vocab), steps * len(row)) // steps, 1)
+
+        def judge(start: int, *states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Return value, mask and agreement of a chunk of windows, ``[J, c]``."""
+            part = slice(start, start + len(states[0]))
+            log_q = torch.stack([log_softmax(head(each)) for head, each in zip(heads, states, strict=True)])
+            with torch.no_grad():
+                log_p = read(slice(start, part.stop + steps - 1)).to(log_q.dtype)
+                log_p = by_window([log_p] * steps)[:, : part.stop - start]
+                agrees = log_q.gather(-1, log_p.argmax(-1, keepdim=True))[..., 0] >= log_q.amax(-1)
+            return *self._call(log_p, log_q, _some(windows, part)), agrees
+
+        laid_out = [torch.cat([each[j:], torch.zeros_like(each[:j])]).split(size) for j, each in enumerate(states)]
+        value, mask, agrees = by_chunks(judge, zip(range(0, len(row), size), *laid_out, strict=True))
+        valid = windows.valid & mask
         agreement = (agrees & valid).sum(1) / valid.sum(1).clamp(min=1)
         return Values(value, value.new_ones(()), valid, {"agreement": agreement})
+
+    def _call_on_two_tokens(self) -> None:
+        """Raise ValueError if the function does not treat windows alone; whatever else it raises passes."""
+        shape = (self._steps or Drafter.unroll_depth, 2)
+        log_p, log_q = torch.randn(2, *shape, 2, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+        rows, request = torch.zeros(shape, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+        windows = Windows(rows, request, torch.ones(shape, dtype=torch.bool))
+        both = self._call(log_p, log_q, windows)
+        for part in (slice(0, 1), slice(1, 2)):
+            alone = self._call(log_p[:, part], log_q[:, part], _some(windows, part))
+            for found, expected in zip(alone, (each[:, part] for each in both), strict=True):
+                if not torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-6, equal_nan=True):
+                    raise ValueError(
+                        f"its function must treat each window alone, and returns {found.flatten().tolist()} of a "
+                        f"window by itself and {expected.flatten().tolist()} of it next to another; subclass Objective "
+                        "to look across windows"
+                    )
 
     def _call(self, log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         """Call the function, and check what it returns."""
@@ -122,6 +153,11 @@ class FunctionObjective(DistillationObjective):
                 f"{list(value.shape)} and {mask.dtype} {list(mask.shape)}"
             )
         return value, mask
+
+
+def _some(windows: Windows, part: slice) -> Windows:
+    """Return some of the windows."""
+    return Windows(windows.rows[:, part], windows.request[part], windows.valid[:, part])
 
 
 @cache

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from aurora_kernels.rows import chunk_rows, log_softmax
 from aurora_kernels.trees import sibling_ranks
-from aurora_rl.envs.verification.rules import VerificationRule, rule_of_code
+from aurora_rl.envs.verification.rules import rule_of_code
+from aurora_rl.objectives.chunks import by_chunks, rows_and_head
 from aurora_rl.tree_index import TreeIndex
 
 # A sum of recorded float32 probabilities loses less than this to rounding.
@@ -62,27 +64,72 @@ def log_left(log_q: Tensor, context: Tensor, row: Tensor, distinct: Tensor) -> T
 
 
 class TreeLaw:
-    """The nodes of a batch as draws from contexts.
+    """The nodes of a batch as draws from contexts, by both distributions at them.
+
+    The distributions are read a few contexts at a time, and again in the backward pass.
+
+    Args:
+        trees: Index of the contexts.
+        row: Column of each node, ``[M]`` int64.
+        rule: Code of the rule of each node, ``[M]`` int64.
+        logits: The drafter's logits at the contexts that nodes were drawn from, ``[C, Vd]``.
+        served: Function that returns the served distribution at some of these contexts, ``[c, Vd]``.
+        without: Whether the siblings of each node were drawn without replacement, ``[M]`` bool.
+        alone: Whether to compute :attr:`alone`.
 
     Attributes:
         trees: Index of the contexts.
-        context: Row of ``p`` and ``q`` that each node was drawn from, ``[M]`` int64.
-        row: Column of each node, ``[M]`` int64.
-        p: Served distribution, ``[C, Vd]``.
-        q: Distribution of the drafter, ``[C, Vd]``, with gradients.
+        context: Context that each node was drawn from, among those that nodes were drawn from, ``[M]`` int64.
         log_q: Log-probability of each draw given its earlier siblings, ``[M]``, with gradients.
-        needs_q: Whether the rule of each node looks at ``q``, ``[M]`` bool.
-        without: Whether the siblings of each node were drawn without replacement, ``[M]`` bool.
+        acceptance: Chance that each node is accepted given the drawn tree, if its parent is, ``[M]``, with gradients.
+        alone: Chance that each node would be accepted as the first of its siblings, ``[M]``; None if not asked for.
+        below: Whether the drafter's probability of each node's token is below the served one, ``[M]`` bool.
+        needs_q: Whether the rule of each node looks at the drafter's distribution, ``[M]`` bool.
+        without: See above.
     """
 
     def __init__(
-        self, trees: TreeIndex, context: Tensor, row: Tensor, p: Tensor, log_q: Tensor, rule: Tensor, *, without: Tensor
+        self,
+        trees: TreeIndex,
+        row: Tensor,
+        rule: Tensor,
+        *,
+        logits: Tensor,
+        served: Callable[[slice], Tensor],
+        without: Tensor,
+        alone: bool = False,
     ) -> None:
-        self.trees, self.context, self.row, self.p, self.q = trees, context, row, p, log_q.exp()
-        self._rule, self.without = rule, without
-        self._log_left = log_left(log_q, context, row, without)
-        self.log_q = log_q[context, row] - self._log_left
-        self.needs_q = self.by_rule(lambda rule, here: torch.full_like(self.log_q[here], float(rule.needs_q))) > 0
+        self.trees, self.context, self.without = trees, trees.context, without
+        needs_q = {code: rule_of_code(code).needs_q for code in rule.unique().tolist()}
+        self.needs_q = torch.isin(rule, rule.new_tensor([code for code, needed in needs_q.items() if needed]))
+        rank = sibling_ranks(self.context)
+        states, head = rows_and_head(logits)
+
+        def judge(states: Tensor, start: int, nodes: Tensor) -> tuple[Tensor, ...]:
+            """Return what is asked of the nodes of a chunk of contexts, each as ``[m]``."""
+            log_q, context, column = log_softmax(head(states)), self.context[nodes] - start, row[nodes]
+            left = log_left(log_q, context, column, without[nodes])
+            own, q = log_q[context, column], log_q.exp()
+            # Last, for the backward pass, which does not get here if no rule looks at q.
+            p = served(slice(start, start + len(states))).to(q.dtype)
+            below = q.detach()[context, column] < p[context, column]
+            found = own, left, _acceptance(rule[nodes], p, q, column, context), below
+            if not alone:
+                return found
+            first = torch.zeros_like(own)
+            with torch.no_grad():
+                for turn in rank[nodes].unique().tolist():  # no two of them are siblings
+                    here = (rank[nodes] == turn).nonzero().flatten()
+                    first[here] = _acceptance(rule[nodes[here]], p, q, column[here], context[here])
+            return *found, first
+
+        # Siblings stay in their order. Every context has a node, and so has every chunk.
+        size, order = chunk_rows(row.device, logits.shape[-1], len(states)), self.context.argsort(stable=True)
+        nodes = order.split((self.context // size).bincount(minlength=1).tolist())
+        chunks = zip(states.split(size), range(0, max(len(states), 1), size), nodes, strict=True)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        own, self._log_left, self.acceptance, self.below, *first = (each[place] for each in by_chunks(judge, chunks))
+        self.log_q, self.alone = own - self._log_left, first[0] if first else None
 
     def condition_on_siblings(self, recorded: Tensor) -> Tensor:
         """Condition recorded log-probabilities given the path, ``[M]``, on the earlier siblings too."""
@@ -97,10 +144,12 @@ class TreeLaw:
         siblings = before(self.context, ratio.log()).exp()
         return self.trees.path_products(ratio * siblings)
 
-    def by_rule(self, of: Callable[[VerificationRule, Tensor], Tensor]) -> Tensor:
-        """Return a value of each node, ``[M]``: that of ``of``, called with each rule and the nodes served with it."""
-        out = torch.zeros_like(self.q[self.context, self.row])
-        for code in self._rule.unique().tolist():
-            here = (self._rule == code).nonzero().flatten()
-            out = out.index_copy(0, here, of(rule_of_code(code)(), here).to(out.dtype))
-        return out
+
+def _acceptance(rule: Tensor, p: Tensor, q: Tensor, row: Tensor, context: Tensor) -> Tensor:
+    """Return the acceptance of every node by the rule of its code, ``[m]``, see ``VerificationRule.acceptance``."""
+    out = p.new_zeros(len(rule))
+    for code in rule.unique().tolist():
+        here = (rule == code).nonzero().flatten()
+        chance = rule_of_code(code)().acceptance(p, q, row[here], context[here])
+        out = out.index_copy(0, here, chance.to(out.dtype))
+    return out

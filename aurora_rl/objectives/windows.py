@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class Windows(NamedTuple):
-    """Windows of the committed text, as an objective that is a function sees a batch.
+    """Windows of the committed text, as an objective that is a function sees them: some of a batch at a time.
 
-    A window starts at each of the ``C`` completion tokens. It is what serving drafts at once: draft ``j`` of window
-    ``c`` predicts completion token ``c + j`` after the ``j`` tokens of the text before it.
+    A window starts at each completion token. It is what serving drafts at once: draft ``j`` of the window that starts
+    at token ``c`` predicts token ``c + j`` after the ``j`` tokens of the text before it. Shapes are of ``C`` windows.
 
     Attributes:
         rows: Row of the draft vocabulary that holds the text's token, ``[J, C]`` int64; −1 if none does.

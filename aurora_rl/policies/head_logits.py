@@ -14,7 +14,7 @@ from typing_extensions import override
 
 
 class HeadLogits(Tensor):
-    """The tensor ``states @ weight.T``, computed by the first operation that reads it.
+    """The tensor ``states @ weight.T``, computed by the first operation that reads more of it than its shape.
 
     ``Drafter.unroll`` returns its logits so. An objective that can go through the head in chunks of rows takes
     ``states`` and ``weight`` in their place; all others see a plain tensor.
@@ -57,6 +57,9 @@ class HeadLogits(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func == Tensor.shape.__get__:  # type: ignore[attr-defined]
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
         args, kwargs = tree_map_only(HeadLogits, lambda logits: logits.product, (tuple(args), dict(kwargs or {})))
         return func(*args, **kwargs)
 

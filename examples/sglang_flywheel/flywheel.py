@@ -1,4 +1,4 @@
-"""The loop in one process, put together from a configuration as the command does it: a learner in a thread, serving in front.
+"""The loop in one process, put together from a configuration as the command does: a learner in a thread, and serving.
 
 python examples/sglang_flywheel/flywheel.py traffic.requests=40                        # the embedded engine
 python examples/sglang_flywheel/flywheel.py --config examples/sglang_flywheel/laptop.yaml traffic.requests=40

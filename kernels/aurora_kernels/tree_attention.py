@@ -10,6 +10,7 @@ over programs; a text needs no mask there. Elsewhere PyTorch's fused attention c
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,17 +74,51 @@ def tree_attention(
         return attend(query, key, value, mask, scale, softcap, sinks, block_table)
     if block_table is not None:
         key, value = (part[block_table].transpose(1, 2).flatten(2, 3) for part in (key, value))
+    out = _attend(query, key, value, mask, scale, softcap, sinks)
+    if bool(out.detach().sum(dtype=torch.promote_types(out.dtype, torch.float32)).isfinite()):
+        return out
+    return _isolated(out, query, key, value, mask, scale, softcap, sinks)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: TreeMask,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attend by the form that is fastest for the problem."""
     if softcap is not None or sinks is not None:
         return _by_scores(query, key, value, mask, scale, softcap, sinks)
-    a_chunk = len(query) == 1 and mask.seen is None and mask.first is None and query.shape[-1] == value.shape[-1]
-    if a_chunk and query.device.type == "cpu" and not learns:
+    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    on_cpu = query.device.type == "cpu" and not learns and query.shape[-1] == value.shape[-1]
+    if on_cpu and len(query) == 1 and mask.seen is None and mask.first is None:
         return _chunk(query, key, value, int(mask.prefix), scale)
     entries = len(query) * query.shape[1] // key.shape[1] * query.shape[2] * key.shape[2]
-    if entries > _BIAS and query.device.type == "cpu" and not learns and query.shape[-1] == value.shape[-1]:
+    if on_cpu and entries > _BIAS:
         return _in_parts(query, key, value, mask, scale)
     bias = mask.bias(query.shape[1] // key.shape[1], query.shape[2], key.shape[2], query.dtype)
     out = F.scaled_dot_product_attention(_packed(query, key), key, value, attn_mask=bias, scale=scale)
     return out.reshape(*query.shape[:3], -1)
+
+
+def _isolated(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, scale: float, *terms: Any
+) -> Tensor:
+    """Return ``out`` where a query sees a key or value that is not finite; compute the others without these.
+
+    To the others they are 0 times what is not finite, which is not 0.
+    """
+    fit = key.isfinite().all(-1) & value.isfinite().all(-1)
+    columns = (~fit).any(0).any(0).nonzero()[:, 0]
+    if not len(columns):
+        return out
+    seen = mask.dense(query.shape[2], key.shape[2])[:, None, :, columns]
+    sees = (seen & ~fit[:, :, None, columns]).any(-1).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    key, value = (part.masked_fill(~fit[..., None], 0.0) for part in (key, value))
+    return torch.where(sees[..., None], out, _attend(query, key, value, mask, scale, *terms))
 
 
 def _packed(query: Tensor, key: Tensor) -> Tensor:
@@ -119,7 +154,8 @@ def _by_scores(
             scores[..., :texts] += parts.text_bias
         scores[..., texts:] += parts.own_bias[:, :, few]
         scores = torch.cat([scores.to(precise), of_nothing[:, :, few].expand(b, -1, -1, -1)], -1)
-        weights = torch.special.softmax(scores, -1)[..., :columns].nan_to_num(0.0)
+        nothing = scores.amax(-1, keepdim=True) == -torch.inf
+        weights = torch.special.softmax(scores, -1)[..., :columns].masked_fill(nothing, 0.0)
         out.append(weights.to(value.dtype) @ value)
     return torch.cat(out, dim=2).reshape(b, heads, length, -1)
 
@@ -134,7 +170,7 @@ def _chunk(query: Tensor, key: Tensor, value: Tensor, prefix: int, scale: float)
     own, own_weight = _fused(rows, key[:, :, chunk], value[:, :, chunk], scale, causal=True)
     if prefix:
         text, text_weight = _fused(rows, key[:, :, :prefix], value[:, :, :prefix], scale)
-        share = (text_weight - own_weight).sigmoid()[..., None]
+        share = (text_weight - own_weight).sigmoid().nan_to_num_(0.0)[..., None]  # not a number where both are −inf
         own = own.lerp(text, share.to(own.dtype))
     return own.flatten(0, 1)[None]
 
@@ -148,7 +184,7 @@ def _in_parts(query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, scale: 
     if parts.text.stop > parts.text.start:
         text_key, text_value = key[:, :, parts.text], value[:, :, parts.text]
         text, text_weight = _fused(rows, text_key, text_value, scale, parts.text_bias)
-        share = (text_weight - weight).sigmoid().nan_to_num_(0.0)[..., None]  # not a number where nothing is seen
+        share = (text_weight - weight).sigmoid().nan_to_num_(0.0)[..., None]  # not a number where both are −inf
         out = out.lerp(text, share.to(out.dtype))
     return out.reshape(*query.shape[:3], -1)
 
@@ -165,13 +201,24 @@ def _fused(
 ) -> tuple[Tensor, Tensor]:
     """Return attention ``[b, g, R, d]`` and the logarithm of the sum of its exponentials, ``[b, g, R]``.
 
-    Rows that see nothing are 0, and −inf.
+    Rows that see nothing, or have no score above −inf, are 0, and −inf.
     """
     out, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=bias, scale=scale
     )
-    if bias is not None:  # for which PyTorch says 0
+    # PyTorch says 0 there, which may also be the sum's logarithm.
+    if bias is not None:
         weight = weight.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
+    unclear = weight == 0
+    for slot, head in unclear.any(-1).nonzero().tolist():
+        rows = unclear[slot, head].nonzero()[:, 0]
+        scores = query[slot, head, rows] @ key[slot, head].mT * scale
+        if bias is not None:
+            scores = scores + bias.expand(*weight.shape, -1)[slot, head, rows]
+        if causal:
+            later = torch.arange(key.shape[2], device=key.device) > rows[:, None]
+            scores = scores.masked_fill(later, -torch.inf)
+        weight[slot, head, rows] = weight[slot, head, rows].masked_fill(scores.amax(-1) == -torch.inf, -torch.inf)
     return out, weight
 
 

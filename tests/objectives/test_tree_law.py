@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from tensordict import TensorDict
 
+from aurora_rl.envs.verification.rules import get_rule
 from aurora_rl.objectives.tree_law import TreeLaw, before, log_left
 from aurora_rl.trajectories import rule_code
 from aurora_rl.tree_index import TreeIndex
 
 # Of the two roots, and of the first root's first child.
 Q = torch.tensor([[0.5, 0.2, 0.3], [0.25, 0.7, 0.05], [0.1, 0.6, 0.3]], dtype=torch.float64)
+P = torch.tensor([[0.1, 0.6, 0.3], [0.3, 0.3, 0.4], [0.2, 0.6, 0.2]], dtype=torch.float64)
+ROW = torch.tensor([0, 1, 2, 1, 0])
 
 
 def test_sums_over_earlier_siblings() -> None:
@@ -31,12 +35,12 @@ def law(without: list[bool] | None = None, rules: list[str] | None = None) -> Tr
     codes = torch.tensor([rule_code(name) for name in rules or ["sample_and_match"] * 5])
     return TreeLaw(
         trees,
-        trees.context,
-        torch.tensor([0, 1, 2, 1, 0]),
-        torch.full((3, 3), 1 / 3, dtype=torch.float64),
-        Q.log(),
+        ROW,
         codes,
+        logits=Q.log(),
+        served=lambda part: P[part],
         without=torch.tensor(without or [False] * 5),
+        alone=True,
     )
 
 
@@ -78,8 +82,20 @@ def test_an_acceptance_hangs_on_draws_above_and_before() -> None:
     torch.testing.assert_close(law().joint(ratio), torch.tensor([2.0, 6.0, 10.0, 7.0, 77.0], dtype=torch.float64))
 
 
-def test_values_come_from_the_rule_that_served_a_node() -> None:
-    found = law(rules=["greedy", "rejection", "greedy", "sample_and_match", "rejection"])
-    assert found.needs_q.tolist() == [False, True, False, False, True]
-    values = found.by_rule(lambda rule, nodes: nodes.double() + (10 if rule.needs_q else 0))
-    assert values.tolist() == [0, 11, 2, 3, 14]
+def test_acceptance_is_that_of_the_rule_that_served_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = ["rejection", "greedy", "rejection", "sample_and_match", "sample_and_match"]
+    context = law().context
+    wanted, first = torch.zeros(2, 5, dtype=torch.float64)
+    for rule in set(served):
+        here = torch.tensor([name == rule for name in served])
+        wanted[here] = get_rule(rule)().acceptance(P, Q, ROW[here], context[here])
+        for node in here.nonzero()[:, 0].tolist():
+            first[node] = get_rule(rule)().acceptance(P, Q, ROW[node : node + 1], context[node : node + 1])
+    assert first.tolist() != wanted.tolist()
+    for rows in (1, 2, 3):  # of a chunk
+        monkeypatch.setattr("aurora_rl.objectives.tree_law.chunk_rows", lambda *_, rows=rows: rows)
+        found = law(rules=served)
+        assert found.needs_q.tolist() == [True, False, True, False, False]
+        assert found.below.tolist() == [False, False, False, False, True]
+        torch.testing.assert_close(found.acceptance, wanted)
+        torch.testing.assert_close(found.alone, first)

@@ -35,7 +35,7 @@ def reference(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of each query of each head by itself, in float64."""
+    """Attention of each query of each head by itself, in float64; 0 where all scores are −inf."""
     b, heads, length, d = query.shape
     out = torch.zeros(b, heads, length, value.shape[-1], dtype=torch.float64)
     for slot in range(b):
@@ -49,7 +49,9 @@ def reference(
                 scores = k @ query[slot, head, row].double() * (d**-0.5 if scale is None else scale)
                 scores = scores if softcap is None else softcap * (scores / softcap).tanh()
                 nothing = torch.tensor([-math.inf if sinks is None else float(sinks[head])], dtype=torch.float64)
-                out[slot, head, row] = torch.cat([scores, nothing]).softmax(0)[:-1] @ v
+                scores = torch.cat([scores, nothing])
+                weights = torch.where((scores == -math.inf).all(), 0.0, scores.softmax(0))
+                out[slot, head, row] = weights[:-1] @ v
     return out
 
 

@@ -1,0 +1,58 @@
+"""Chunks of rows of the drafter's logits, computed again in the backward pass in place of being kept.
+
+Legend: ``X`` rows, ``c`` of a chunk, ``H`` hidden size, ``Vd`` draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from aurora_kernels.rows import product_dtype, row_dtype
+from aurora_rl.policies.head_logits import HeadLogits
+
+
+def rows_and_head(logits: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return what logits are made of: rows, and a function that makes logits ``[..., Vd]`` of some of them.
+
+    Args:
+        logits: The drafter's logits, ``[X, Vd]``. The rows are the states ``[X, H]`` of those that are
+            :class:`~aurora_rl.policies.HeadLogits`, whose product is not made here. Of others they are the logits.
+
+    Example:
+        >>> rows, head = rows_and_head(HeadLogits(torch.ones(5, 3), torch.ones(4, 3)))
+        >>> rows.shape, head(rows[:2])
+        (torch.Size([5, 3]), tensor([[3., 3., 3., 3.],
+                [3., 3., 3., 3.]]))
+    """
+    if not isinstance(logits, HeadLogits):
+        return logits, lambda rows: rows
+    dtype = product_dtype(logits.weight)
+    # The head's gradient is a sum over chunks, in float32 at least.
+    weight = logits.weight.to(row_dtype(logits.weight.dtype))
+    return logits.states, lambda rows: F.linear(rows.to(dtype), weight.to(dtype))
+
+
+def by_chunks(function: Callable[..., tuple[Tensor, ...]], chunks: Iterable[tuple[Any, ...]]) -> tuple[Tensor, ...]:
+    """Call a function on every chunk and concatenate the results along their last dimension.
+
+    What a call computes is freed after it. The backward pass calls the function again, a chunk at a time, up to the
+    last operation that has a gradient.
+
+    Args:
+        function: Pure function that returns a tuple of tensors.
+        chunks: Positional arguments of each call, at least one.
+
+    Example:
+        >>> x = torch.ones(2, 3, requires_grad=True)
+        >>> (y,) = by_chunks(lambda part: (part.exp().sum(0),), [(part,) for part in x.split(2, dim=1)])
+        >>> y.shape, torch.autograd.grad(y.sum(), x)[0].shape
+        (torch.Size([3]), torch.Size([2, 3]))
+    """
+    parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return tuple(torch.cat(each, dim=-1) for each in zip(*parts, strict=True))

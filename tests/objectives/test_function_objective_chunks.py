@@ -1,0 +1,185 @@
+"""Objectives from functions by chunks of windows: what they are with whole logits, without making them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tensor_sizes import largest_tensor
+from tensordict import TensorDict
+from tiny_drafters import noisy_drafter_and_head
+from tiny_recordings import trajectory_of
+from torch import Tensor
+
+from aurora_kernels import rows as kernel_rows
+from aurora_kernels.rows import log_softmax
+from aurora_rl.envs import SamplingParams
+from aurora_rl.models.target_head import TargetHead
+from aurora_rl.objectives import OBJECTIVES, Windows, forward_kl, get_objective, overlap, register_objective
+from aurora_rl.objectives.function_objective import FunctionObjective
+from aurora_rl.objectives.target_rows import target_rows
+from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
+from aurora_rl.policies import DFlashDrafter, Eagle3Drafter, EagleDrafter, MedusaDrafter
+from aurora_rl.policies.drafter import Drafter, draft_rows
+from aurora_rl.testing.variants import topk_form
+from aurora_rl.trajectories import pack
+
+
+def reached_kl(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Every draft's KL, by the chance that all before it are accepted, which learns too."""
+    accepted = torch.where(windows.valid, overlap(log_p, log_q), 0.0)
+    reached = torch.cat([torch.ones_like(accepted[:1]), accepted[:-1]]).cumprod(0)
+    return reached * torch.where(windows.valid, forward_kl(log_p, log_q), 0.0), windows.valid
+
+
+def text(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the text's own tokens, where they have a row, with a factor of each request."""
+    value = -log_q.gather(-1, windows.rows.clamp(min=0)[..., None])[..., 0]
+    return value * (1.0 + windows.request), windows.valid & (windows.rows >= 0)
+
+
+def constant(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Nothing learns at positions where the target is sure, of which a chunk may have no others."""
+    sure = log_p.amax(-1) > -0.3
+    return torch.where(sure, 0.0, forward_kl(log_p, log_q)), windows.valid & ~sure
+
+
+FUNCTIONS = [reached_kl, text, constant]
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(OBJECTIVES, "_parts", dict(OBJECTIVES._parts))
+    monkeypatch.setattr(OBJECTIVES, "_sources", dict(OBJECTIVES._sources))
+    for function in FUNCTIONS:
+        register_objective(function.__name__)(function)
+    yield
+
+
+def rows_of_a_chunk(monkeypatch: pytest.MonkeyPatch, fewest: int) -> None:
+    monkeypatch.setattr(kernel_rows, "_FEWEST", fewest)
+    monkeypatch.setitem(kernel_rows._CHUNK, "cpu", 1)
+
+
+def whole(loss: FunctionObjective, batch: TensorDict) -> tuple[Tensor, Tensor]:
+    """The loss and its agreement, from whole log-probabilities."""
+    unroll = loss.drafter.unroll(batch, loss.steps)
+    law, covered = loss.target_law(batch, target_rows(batch), completion_requests(batch))
+    row = draft_rows(loss.drafter.draft_vocab, completion_tokens(batch))
+    log_q = by_window([log_softmax(logits + 0) for logits in unroll.logits])
+    log_p = by_window([loss.log_probs(law)] * len(log_q))
+    windows = Windows(by_window([row] * len(log_q)), completion_requests(batch), by_window(unroll.valid & covered))
+    value, mask = loss.function(log_p, log_q, windows)
+    valid = windows.valid & mask
+    value = torch.where(valid, value, 0.0).sum(1) / valid.sum(1).clamp(min=1)
+    agrees = (log_q.argmax(-1) == log_p.argmax(-1)) & valid
+    return loss.weight * value.sum(), agrees.sum(1) / valid.sum(1).clamp(min=1)
+
+
+def batch_of(drafter: Drafter) -> TensorDict:
+    """Requests of several lengths, one with a single token, served at different temperatures."""
+    samplings = [SamplingParams(temperature=0.7, top_p=0.6), SamplingParams(temperature=1.3), SamplingParams()]
+    sizes = [(5, 7), (1, 9), (2, 1)]
+    return pack([
+        trajectory_of(drafter, prompt_length=p, max_new_tokens=n, request=i, sampling=how)
+        for i, ((p, n), how) in enumerate(zip(sizes, samplings, strict=True))
+    ])  # fmt: skip
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"weight": 0.3},
+    {"renormalize": False},
+    {"target": "served", "steps": 2},
+    {"target": "served", "renormalize": False, "steps": 5},
+]
+
+
+@pytest.mark.parametrize("fewest", [1, 8])
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [(Eagle3Drafter, each) for each in SETTINGS]
+    + [(kind, {}) for kind in (EagleDrafter, MedusaDrafter, DFlashDrafter)],
+    ids=str,
+)
+def test_values_and_gradients_are_those_of_whole_logits(
+    kind: type[Drafter],
+    settings: dict[str, Any],
+    function: Callable[..., Any],
+    fewest: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drafter, head = noisy_drafter_and_head(kind)
+    batch, loss = batch_of(drafter), get_objective(function.__name__)(drafter, head, **settings)
+    rows_of_a_chunk(monkeypatch, fewest)
+    found, (expected, agreement) = loss(batch), whole(loss, batch)
+    torch.testing.assert_close(found[f"loss_{function.__name__}"], expected)
+    torch.testing.assert_close(found["agreement"], agreement)
+    gradients = [
+        torch.autograd.grad(each, list(drafter.parameters()), allow_unused=True, materialize_grads=True)
+        for each in (found[f"loss_{function.__name__}"], expected)
+    ]
+    torch.testing.assert_close(*gradients)
+    assert sum(float(each.abs().sum()) for each in gradients[0]) > 1e-3
+
+
+@pytest.mark.parametrize("form", ["likeliest tokens", "plain logits", "float32"])
+def test_other_forms_of_target_and_drafter(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter, head = noisy_drafter_and_head(Eagle3Drafter)
+    batch = batch_of(drafter)
+    rows_of_a_chunk(monkeypatch, 8)
+    if form == "likeliest tokens":
+        batch = pack([topk_form(trajectory_of(drafter), head, 5)])
+    elif form == "plain logits":  # at some of the steps
+        unroll = drafter.unroll
+
+        def partly_plain(batch: TensorDict, steps: int) -> Any:
+            found = unroll(batch, steps)
+            return found._replace(logits=[found.logits[0], *(each + 0 for each in found.logits[1:])])
+
+        monkeypatch.setattr(drafter, "unroll", partly_plain)
+    else:
+        drafter, head = drafter.float(), TargetHead(head.weight.float())
+        batch = batch.apply(lambda x: x.float() if x.is_floating_point() else x)
+    loss = get_objective("reached_kl")(drafter, head)
+    found, (expected, _) = loss(batch)["loss_reached_kl"], whole(loss, batch)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(each, list(drafter.parameters()), allow_unused=True) for each in (found, expected)]
+    for got, each in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, each)
+
+
+@pytest.mark.parametrize("settings", [{}, {"renormalize": False}], ids=str)
+def test_it_makes_no_tensor_of_all_positions_and_tokens(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter, head = noisy_drafter_and_head(Eagle3Drafter)
+    batch = batch_of(drafter)
+    rows_of_a_chunk(monkeypatch, 6)
+    # So many draft rows that logits would be the largest tensors.
+    drafter.lm_head = torch.nn.Linear(16, 4096, bias=False, dtype=torch.float64)
+    drafter.draft_vocab = torch.arange(4096)
+    loss = get_objective("reached_kl")(drafter, TargetHead(torch.randn(4096, 16, dtype=torch.float64)), **settings)
+    count = len(batch["sequence", "hidden"])
+    assert count > 16
+    size = largest_tensor(lambda: loss(batch)["loss_reached_kl"].backward())
+    assert size == 4096 * 16  # of a head, or its gradient
+    assert drafter.lm_head.weight.grad is not None and bool(drafter.lm_head.weight.grad.any())
+
+
+def test_a_function_that_looks_across_windows_is_refused() -> None:
+    def centred(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        value = forward_kl(log_p, log_q)
+        return value - value.mean(), windows.valid
+
+    def best_half(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        value = forward_kl(log_p, log_q)
+        return value, windows.valid & (value <= value.median(1, keepdim=True).values)
+
+    drafter, head = noisy_drafter_and_head(Eagle3Drafter)
+    for function in (centred, best_half):
+        register_objective(function.__name__)(function)
+        with pytest.raises(ValueError, match="must treat each window alone, and returns .* by itself and .* next to"):
+            get_objective(function.__name__)(drafter, head)
