@@ -91,14 +91,16 @@ ELSEWHERE = {
     },
     "objectives.contexts": {
         "SAMPLING_KEYS": "aurora_rl.objectives.objective", "SPINE_KEYS": "aurora_rl.tree_index.SEQUENCE_KEYS",
-        "completion_requests, completion_tokens": "aurora_rl.objectives.windows",
+        "completion_requests": "aurora_rl.tree_index.completion_columns",
+        "completion_tokens": "aurora_rl.objectives.windows",
         "path_products, subtree_sums": "aurora_rl.tree_index.TreeIndex",
         "windows": "aurora_rl.objectives.windows.by_window",
     },
     "objectives.draws": {"Draws": "aurora_rl.objectives.tree_law.TreeLaw"},
     "objectives.target": {"beside": "aurora_rl.objectives.target_rows.sibling_key"},
     "objectives.tree_index": {
-        "completion_requests, completion_tokens": "aurora_rl.objectives.windows",
+        "completion_requests": "aurora_rl.tree_index.completion_columns",
+        "completion_tokens": "aurora_rl.objectives.windows",
         "path_products, subtree_sums": "aurora_rl.tree_index.TreeIndex",
         "windows": "aurora_rl.objectives.windows.by_window",
     },

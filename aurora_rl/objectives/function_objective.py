@@ -18,9 +18,10 @@ from aurora_rl.objectives.chunks import by_chunks, rows_and_head
 from aurora_rl.objectives.distillation import DistillationObjective
 from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.target_rows import target_rows
-from aurora_rl.objectives.windows import Windows, by_window, completion_requests, completion_tokens
+from aurora_rl.objectives.windows import Windows, by_window, completion_tokens
 from aurora_rl.policies.drafter import Drafter, draft_rows
 from aurora_rl.settings import settings_of
+from aurora_rl.tree_index import completion_columns
 
 ObjectiveFunction = Callable[..., tuple[Tensor, Tensor]]
 """``function(log_p, log_q, windows, *, settings) -> (values, mask)``, see :class:`FunctionObjective`."""
@@ -97,7 +98,7 @@ class FunctionObjective(DistillationObjective):
 
     @override
     def values(self, batch: TensorDictBase) -> Values:
-        request = completion_requests(batch)
+        request = completion_columns(batch)[0]
         law, covered = self.target_law(batch, target_rows(batch, self.tensor_keys.hidden), request)
         unroll = self.drafter.unroll(batch, self.steps)
         steps, vocab = len(unroll.logits), self.drafter.draft_vocab

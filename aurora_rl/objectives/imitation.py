@@ -25,8 +25,9 @@ from aurora_rl.objectives.divergences import (
 from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target_rows import target_rows
-from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
+from aurora_rl.objectives.windows import by_window, completion_tokens
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows
+from aurora_rl.tree_index import completion_columns
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
 _GRANTED = 0.5
@@ -146,7 +147,7 @@ class ImitationLoss(DistillationObjective):
     @override
     def values(self, batch: TensorDictBase) -> Values:
         unroll, rows = self.drafter.unroll(batch, self.steps), target_rows(batch, self.tensor_keys.hidden)
-        law, covered = self.target_law(batch, rows, completion_requests(batch))
+        law, covered = self.target_law(batch, rows, completion_columns(batch)[0])
         valid, weight = unroll.valid & covered, self.position_weights(batch, unroll, law)
         self._check_weight(weight, valid)
         rows_weight = torch.where(valid, weight.detach(), 0.0)

@@ -45,18 +45,6 @@ def completion_tokens(batch: TensorDictBase) -> Tensor:
     return batch["sequence", "tokens"][place >= torch.repeat_interleave(offset[:-1] + prompt, offset.diff())]
 
 
-def completion_requests(batch: TensorDictBase) -> Tensor:
-    """Return the request of each completion token, ``[C]`` int64.
-
-    Example:
-        >>> from tensordict import TensorDict
-        >>> sequence = {"offset": torch.tensor([0, 3, 5]), "prompt_length": torch.tensor([1, 1])}
-        >>> completion_requests(TensorDict({"sequence": sequence}))
-        tensor([0, 0, 1])
-    """
-    return torch.repeat_interleave(batch["sequence", "offset"].diff() - batch["sequence", "prompt_length"])
-
-
 def by_window(steps: Sequence[Tensor] | Tensor) -> Tensor:
     """Lay the ``J`` steps of an unroll, each ``[C, ...]``, out by window: the drafts of a window stand in one column.
 

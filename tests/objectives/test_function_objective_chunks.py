@@ -20,11 +20,12 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import OBJECTIVES, Windows, forward_kl, get_objective, overlap, register_objective
 from aurora_rl.objectives.function_objective import FunctionObjective
 from aurora_rl.objectives.target_rows import target_rows
-from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
+from aurora_rl.objectives.windows import by_window, completion_tokens
 from aurora_rl.policies import DFlashDrafter, Eagle3Drafter, EagleDrafter, MedusaDrafter
 from aurora_rl.policies.drafter import Drafter, draft_rows
 from aurora_rl.testing.variants import topk_form
 from aurora_rl.trajectories import pack
+from aurora_rl.tree_index import completion_columns
 
 
 def reached_kl(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
@@ -66,11 +67,11 @@ def rows_of_a_chunk(monkeypatch: pytest.MonkeyPatch, fewest: int) -> None:
 def whole(loss: FunctionObjective, batch: TensorDict) -> tuple[Tensor, Tensor]:
     """The loss and its agreement, from whole log-probabilities."""
     unroll = loss.drafter.unroll(batch, loss.steps)
-    law, covered = loss.target_law(batch, target_rows(batch), completion_requests(batch))
+    law, covered = loss.target_law(batch, target_rows(batch), completion_columns(batch)[0])
     row = draft_rows(loss.drafter.draft_vocab, completion_tokens(batch))
     log_q = by_window([log_softmax(logits + 0) for logits in unroll.logits])
     log_p = by_window([loss.log_probs(law)] * len(log_q))
-    windows = Windows(by_window([row] * len(log_q)), completion_requests(batch), by_window(unroll.valid & covered))
+    windows = Windows(by_window([row] * len(log_q)), completion_columns(batch)[0], by_window(unroll.valid & covered))
     value, mask = loss.function(log_p, log_q, windows)
     valid = windows.valid & mask
     value = torch.where(valid, value, 0.0).sum(1) / valid.sum(1).clamp(min=1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDict
 
-from aurora_rl.objectives.windows import by_window, completion_requests, completion_tokens
+from aurora_rl.objectives.windows import by_window, completion_tokens
+from aurora_rl.tree_index import completion_columns
 
 TOKENS = [[7, 8, 1, 2, 3], [9, 4], [5, 6, 0]]  # of three requests, the second without a completion
 PROMPTS = [2, 2, 1]
@@ -23,7 +24,7 @@ def batch() -> TensorDict:
 
 def test_completions_are_what_follows_each_prompt() -> None:
     assert completion_tokens(batch()).tolist() == [1, 2, 3, 6, 0]
-    assert completion_requests(batch()).tolist() == [0, 0, 0, 2, 2]
+    assert completion_columns(batch())[0].tolist() == [0, 0, 0, 2, 2]
 
 
 def test_a_window_holds_the_drafts_of_consecutive_tokens() -> None:
