@@ -98,7 +98,8 @@ def recording() -> TensorDict:
         request=0, tokens=torch.randint(DRAFT_VOCAB, (prompt + POSITIONS,)), prompt_length=prompt,
         features=torch.zeros(prompt + POSITIONS - 1, 3 * hidden), target={"hidden": torch.randn(POSITIONS, hidden)},
         anchors=list(range(prompt - 1, prompt - 1 + 2 * ROUNDS, 2)), trees=trees, policy_versions=[0] * ROUNDS,
-        cache_versions=[0] * ROUNDS, sampling=SamplingParams(temperature=0.7), rule="rejection", draft_mode="sampled",
+        cache_versions=[0] * ROUNDS, sampling=SamplingParams(temperature=0.7, seed=0), rule="rejection",
+        draft_mode="sampled",
     )  # fmt: skip
     return pack([trajectory])
 

@@ -82,6 +82,20 @@ def test_samples_are_those_of_plain_decoding_in_trees_too(tiny_folder: Path, pla
     assert texts(again) == [found[1]]  # whatever else is served, and where
 
 
+@pytest.mark.parametrize("drafter", ["drafted", "plain"])
+def test_copies_of_a_prompt_are_sampled_apart(drafter: str, request: pytest.FixtureRequest) -> None:
+    served, params = request.getfixturevalue(drafter), SamplingParams(1.0, max_tokens=16)
+    completions = served.generate(["abc"] * 3, params) + served.generate("abc", params)
+    assert len(set(map(tuple, texts(completions)))) == 4
+    assert params.seed is None and len({done.request.sampling.seed for done in completions}) == 4
+    for done in completions[:2]:  # each knows what it was drawn with
+        assert texts(served.generate("abc", done.request.sampling)) == texts([done])
+        if done.trajectory is not None:
+            assert int(done.trajectory["sampling", "seed"]) == done.request.sampling.seed
+    seeded = replace(params, seed=7)
+    assert len(set(map(tuple, texts(served.generate(["abc"] * 3, seeded))))) == 1
+
+
 def test_a_text_goes_on_after_its_end_where_it_is_asked_to(
     drafted: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +149,7 @@ def test_parameters_are_one_or_as_many_as_the_prompts(plain: LLM) -> None:
 
 
 def test_chunks_make_up_the_completions(drafted: LLM) -> None:
-    params = replace(SHORT, temperature=1.0)  # random bytes, many of them parts of characters
+    params = replace(SHORT, temperature=1.0, seed=0)  # random bytes, many of them parts of characters
     chunks = list(drafted.stream(PROMPTS, params))
     completions = drafted.generate(PROMPTS, params)
     assert sum(len(chunk.tokens) > 1 for chunk in chunks) + len(completions) < len(chunks)

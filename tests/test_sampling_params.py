@@ -48,6 +48,13 @@ def test_batch_of_params() -> None:
     assert batch.seed.tolist() == [2**63 - 1, 0] and batch.seed.dtype == torch.int64
 
 
+def test_without_a_seed_only_greedy_decoding_has_noise() -> None:
+    assert SamplingParams().seed is None and SamplingParams().noise_seed == 0
+    assert SamplingBatch.from_params([SamplingParams(), SamplingParams(1.0, seed=5)]).seed.tolist() == [0, 5]
+    with pytest.raises(ValueError, match="seed is None; give a seed, or the sampling of a new Request"):
+        SamplingBatch.from_params([SamplingParams(temperature=1.0)])
+
+
 @pytest.mark.parametrize("stop", [("",), ("a", ""), (3,), ("a", None)])
 def test_a_stop_string_that_every_text_or_none_has_is_refused(stop: tuple) -> None:
     with pytest.raises(ValueError, match="stop has .*; give strings that are not empty"):

@@ -159,6 +159,14 @@ def test_the_largest_seed_is_served() -> None:
     assert 0 <= source().sampling.seed < 2**63
 
 
+def test_without_a_seed_every_turn_draws_its_own() -> None:
+    sampling = SamplingParams(temperature=1.0, max_tokens=10)
+    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling=sampling)
+    first, second = source(), source()
+    source.completed(answer(first, "yes"))
+    assert len({each.sampling.seed for each in (first, second, source())} - {None}) == 3
+
+
 def test_seeds_of_follow_ups_depend_on_no_other_request() -> None:
     def texts(order: list[int]) -> dict[str, int]:
         """Seeds by text, where requests in flight are answered in this order."""
