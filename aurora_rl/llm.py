@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 """A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content"."""
-_Prompts = Prompt | Sequence[Prompt]
-_Sampling = SamplingParams | Sequence[SamplingParams] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +157,16 @@ class LLM:
         if self._decoder.policy is not None:
             self._decoder.policy.on_fault = lambda slot, fault: logger.warning("a request goes on plainly: %s", fault)
 
-    def generate(self, prompts: _Prompts, sampling: _Sampling = None) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
         """Complete prompts.
 
         Args:
             prompts: One prompt or several, each a text to continue, token ids, or the messages of a chat.
-            sampling: Parameters of all, or of each; None decodes greedily.
+            sampling_params: Parameters of all, or of each; None decodes greedily.
 
         Returns:
             A completion for each prompt, in their order.
@@ -174,16 +176,20 @@ class LLM:
                 was decoded.
             RuntimeError: A stream of this LLM is still open.
         """
-        served = self._serve(self._requests(prompts, sampling))
+        served = self._serve(self._requests(prompts, sampling_params))
         completions = {index: done for index, _, done in served if done is not None}
         return [completions[index] for index in sorted(completions)]
 
-    def stream(self, prompts: _Prompts, sampling: _Sampling = None) -> Iterator[Chunk]:
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[Chunk]:
         """Complete prompts as :meth:`generate` does, and yield what each round added to a prompt's completion.
 
         Closing the iterator drops what is not complete.
         """
-        return self._chunks(self._requests(prompts, sampling))
+        return self._chunks(self._requests(prompts, sampling_params))
 
     def _chunks(self, requests: Sequence[Request]) -> Iterator[Chunk]:
         texts = [Detokenizer(self.tokenizer, request.sampling.stop) for request in requests]
@@ -236,10 +242,12 @@ class LLM:
         self._decoder.policy.install(self.drafter.published(), self._decoder.policy.version + 1)
         return last
 
-    def _requests(self, prompts: _Prompts, sampling: _Sampling) -> list[Request]:
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
         """Encode and check all prompts, before any is served."""
         requests = []
-        for index, (prompt, params) in enumerate(_asked(prompts, sampling)):
+        for index, (prompt, params) in enumerate(_asked(prompts, sampling_params)):
             try:
                 request = Request(self._next_id + index, self._encoded(prompt), params)
                 self._decoder.env.check(request)
@@ -330,7 +338,9 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
         return start_untrained(get_drafter(name), parts)
 
 
-def _asked(prompts: _Prompts, sampling: _Sampling) -> list[tuple[Prompt, SamplingParams]]:
+def _asked(
+    prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams]]:
     """Return each prompt with its parameters."""
     if isinstance(prompts, Mapping) or not hasattr(prompts, "__getitem__"):
         raise ValueError(
@@ -340,10 +350,11 @@ def _asked(prompts: _Prompts, sampling: _Sampling) -> list[tuple[Prompt, Samplin
     first = prompts[0] if len(prompts) else None
     alone = isinstance(prompts, str) or isinstance(first, Integral | Mapping) or isinstance(prompts, Tensor)
     listed: list[Any] = [prompts] if alone else list(prompts)
-    sampling = SamplingParams() if sampling is None else sampling
-    params = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(listed)
+    params = [SamplingParams() if sampling_params is None else sampling_params] * len(listed)
+    if isinstance(sampling_params, Sequence):
+        params = list(sampling_params)
     if wrong := [type(each).__name__ for each in params if not isinstance(each, SamplingParams)]:
-        raise ValueError(f"sampling is a {wrong[0]}; give SamplingParams(...), or a list of them")
+        raise ValueError(f"sampling_params is a {wrong[0]}; give SamplingParams(...), or a list of them")
     if len(params) != len(listed):
         raise ValueError(f"there are {len(listed)} prompts and {len(params)} SamplingParams; give one, or as many")
     return list(zip(listed, params, strict=True))

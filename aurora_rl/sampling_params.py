@@ -17,7 +17,7 @@ class SamplingParams:
 
     Attributes:
         temperature: Divides the logits; 0 decodes greedily, whatever top-k, top-p and seed say.
-        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_k: Keep the k likeliest tokens; 0 or -1, which becomes 0, keeps all.
         top_p: Keep the smallest set of likeliest tokens whose mass reaches this; 1.0 keeps all.
         seed: Key of the request's noise. The same seed, prompt and parameters give the same text. None, the default,
             lets each :class:`~aurora_rl.envs.Request` draw a seed of its own.
@@ -54,8 +54,10 @@ class SamplingParams:
                 raise ValueError(f"{name} is {reprlib.repr(value)}; give {noun}")
         if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
             raise ValueError(f"temperature is {self.temperature}; give a finite number >= 0 (0 decodes greedily)")
+        if self.top_k == -1:  # how vLLM and SGLang write all tokens
+            object.__setattr__(self, "top_k", 0)
         if not 0 <= self.top_k < 2**63:
-            raise ValueError(f"top_k is {self.top_k}; give an integer with 0 <= top_k < 2**63 (0 turns it off)")
+            raise ValueError(f"top_k is {self.top_k}; give an integer with 0 <= top_k < 2**63 (0 or -1 turns it off)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give a number with 0 < top_p <= 1 (1.0 turns it off)")
         if not 0 <= (self.seed or 0) < 2**63:

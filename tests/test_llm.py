@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +147,15 @@ def test_parameters_are_one_or_as_many_as_the_prompts(plain: LLM) -> None:
         plain.generate(["a", "b"], [SHORT] * 3)
     lengths = [len(t) for t in texts(plain.generate(["a", "b"], [SamplingParams(max_tokens=n) for n in (3, 5)]))]
     assert lengths == [3, 5]
+    by_name = plain.generate(prompts="a", sampling_params=SamplingParams(max_tokens=3))
+    assert [done.text for done in by_name] == [
+        "".join(chunk.text for chunk in plain.stream(prompts="a", sampling_params=SamplingParams(max_tokens=3)))
+    ]
+
+
+@pytest.mark.parametrize("method", [LLM, LLM.generate, LLM.stream, LLM.learn])
+def test_help_shows_public_names(method: Any) -> None:
+    assert " _" not in str(inspect.signature(method)).replace("'", " ")
 
 
 def test_chunks_make_up_the_completions(drafted: LLM) -> None:
@@ -349,7 +359,7 @@ def test_what_is_no_prompt_is_named(tiny_folder: Path, prompts: Any) -> None:
     llm = LLM(tiny_folder, device="cpu")
     with pytest.raises(ValueError, match="prompts is a .*; give a text, token ids, a list of messages"):
         llm.generate(prompts)
-    with pytest.raises(ValueError, match=r"sampling is a dict; give SamplingParams"):
+    with pytest.raises(ValueError, match=r"sampling_params is a dict; give SamplingParams"):
         llm.generate("hi", [{"max_tokens": 3}])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="prompt 0 cannot be served: every message of a chat needs 'role' and"):
         llm.generate([{"prompt": "hi"}])

@@ -117,10 +117,10 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
     Example:
         >>> sampling_fields({"max_completion_tokens": 8, "top_k": -1, "seed": None, "stop": "END"})
-        {'top_k': 0, 'stop': 'END', 'max_tokens': 8}
+        {'top_k': -1, 'stop': 'END', 'max_tokens': 8}
     """
     named = {name: fields[name] for name in SAMPLING if fields.get(name) is not None}
-    stop, seed, top_k = (named.get(name) for name in ("stop", "seed", "top_k"))
+    stop, seed = (named.get(name) for name in ("stop", "seed"))
     if stop is not None and not isinstance(stop, str | list):
         raise wrong("stop", stop, "give a string, or a list of strings")
     if isinstance(stop, list) and len(stop) > _MAX_STOPS:
@@ -129,8 +129,6 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     longest = max((len(each) for each in stops if isinstance(each, str)), default=0)
     if longest > _LONGEST_STOP:  # it is looked for at every token
         raise FieldError(f"stop has a string of {longest} characters; give at most {_LONGEST_STOP}", "stop")
-    if type(top_k) is int and top_k == -1:  # vLLM's and SGLang's word for all tokens
-        named["top_k"] = 0
     if type(seed) is int and -(2**63) <= seed < 0:
         named["seed"] = seed % 2**63
     budgets = {name: budget for name in BUDGETS if (budget := integer_field(fields, name, 1)) is not None}
