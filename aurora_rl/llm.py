@@ -22,7 +22,9 @@ from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, available_drafters, get_drafter
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter, written
+from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.registry import start_untrained
+from aurora_rl.policies.tree_shape import USUAL_LOOKUP
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
 
@@ -65,8 +67,10 @@ class LLM:
         model: ``"smollm2"`` for the embedded model, a hub id, or a folder of a causal LM.
         drafter: A drafter's name such as ``"eagle3"``, which starts untrained (see :meth:`learn`); a checkpoint, as a
             folder or hub id; a :class:`~aurora_rl.policies.Drafter`; or None for plain decoding.
-        num_speculative_tokens: Number of tokens drafted per round, as a chain.
-        shape: Tree to draft in the place of a chain; ``num_speculative_tokens`` is not used then.
+        num_speculative_tokens: Number of tokens drafted per round, as a chain. What the request's own text says after
+            the same words takes the place of less likely ones (``TreeShape.lookup``), so that some are accepted before
+            the drafter has learned anything.
+        shape: Tree to draft in the place of a chain; ``num_speculative_tokens`` is not used then. It needs a drafter.
         dtype: "float32", "bfloat16", ... or a torch dtype; "auto" is bfloat16 where the device computes in it.
         device: Device of the target; "auto" is CUDA if there is one.
         num_slots: Requests decoded side by side.
@@ -118,9 +122,13 @@ class LLM:
             )
         if not isinstance(shape, TreeShape | None):
             raise ValueError(f"shape is {shape!r}; give a TreeShape, such as TreeShape(depth=4, width=2)")
+        if shape is not None and drafter is None:
+            raise ValueError(
+                f"shape is {shape}, and there is no drafter to draft it; name one, such as drafter='eagle3', or "
+                "drafter='ngram', which looks up alone"
+            )
         _check_integers(0, num_speculative_tokens=num_speculative_tokens, seed=seed)
         _check_integers(1, num_slots=num_slots, **({} if max_length is None else {"max_length": max_length}))
-        shape = shape or TreeShape(num_speculative_tokens)
         device = usable_device(device)
         target, self.tokenizer = load_target(model, dtype=_dtype(dtype, device), device=device)
         self.drafter: Drafter | None = None
@@ -129,6 +137,10 @@ class LLM:
             parts = TargetParts.of(target)
             self.drafter, self._head = _drafter(drafter, parts, seed), parts.head
             self.drafter.to(device)
+        if shape is None:
+            looks_up = num_speculative_tokens > 0 and not isinstance(self.drafter, NgramDrafter | None)
+            shape = TreeShape(num_speculative_tokens, lookup=USUAL_LOOKUP if looks_up else 0)
+        if self.drafter is not None:
             if shape.depth > self.drafter.max_depth:
                 raise ValueError(
                     f"the trees are {shape.depth} deep, and this drafter drafts {self.drafter.max_depth} tokens at "

@@ -117,11 +117,22 @@ def test_nothing_asked_is_nothing_answered(plain: LLM) -> None:
     assert plain.generate([]) == [] and list(plain.stream([])) == []
 
 
+@pytest.mark.parametrize(("settings", "looks_up"), [({}, True), ({"shape": TreeShape(4)}, False)])
+def test_an_untrained_drafter_is_helped_by_lookup(tiny_folder: Path, settings: dict, looks_up: bool) -> None:
+    served = llm(tiny_folder, record=True, num_slots=1, **settings)
+    (done,) = served.generate([[5, 6, 7, 8, 9] * 6], SHORT)
+    # Nodes that were only looked up have no chance by the drafter.
+    assert bool(done.trajectory["nodes", "log_probs"].isneginf().any()) == looks_up
+
+
 def test_acceptance_is_what_was_recorded(drafted: LLM) -> None:
     for completion in drafted.generate(PROMPTS, SHORT):
         assert completion.trajectory is not None
-        anchor, tokens = completion.trajectory["rounds", "anchor"], completion.trajectory["sequence", "tokens"]
-        assert completion.acceptance_length == pytest.approx((len(tokens) - 1 - int(anchor[0])) / len(anchor))
+        rounds, tokens = completion.trajectory["rounds"], completion.trajectory["sequence", "tokens"]
+        delivered = rounds["anchor"].diff(append=torch.tensor([len(tokens) - 1]))
+        drafted = rounds["offset"].diff() > 0  # a round in which the drafter still reads the prompt may have no draft
+        assert drafted.sum() > len(drafted) / 2
+        assert completion.acceptance_length == pytest.approx(float(delivered[drafted].double().mean()))
 
 
 def test_a_prompt_that_cannot_be_served_is_told_before_any_is(drafted: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +304,7 @@ def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_pa
         ({"num_speculative_tokens": -1}, "num_speculative_tokens must be at least 0, got -1"),
         ({"seed": None}, "seed must be an integer, got None"),
         ({"shape": 4}, r"shape is 4; give a TreeShape, such as TreeShape\(depth=4, width=2\)"),
+        ({"shape": TreeShape(4, 2, lookup=4), "drafter": None}, r"shape is TreeShape\(.*; name one, such as"),
         ({"dtype": None}, "dtype is None; give auto, float32"),
         ({"device": None}, "device='None' cannot be used here .*; try cpu, or auto"),
         ({"device": "meta:x"}, "device='meta:x' cannot be used here .*; try cpu, or auto"),
