@@ -19,11 +19,11 @@ from aurora_rl.models.detokenizer import Detokenizer, decode
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
-from aurora_rl.policies import Drafter, TargetParts, TreeShape, available_drafters, get_drafter
+from aurora_rl.policies import Drafter, TargetParts, TreeShape, get_drafter
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter, written
 from aurora_rl.policies.lookup import NgramDrafter
-from aurora_rl.policies.registry import start_untrained
+from aurora_rl.policies.registry import names_drafter, start_untrained
 from aurora_rl.policies.tree_shape import USUAL_LOOKUP
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
@@ -343,7 +343,7 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
                 raise ValueError(f"the drafter is for a target of {name}={sizes[name]}, and this one has {target}")
         return drafter.float()
     name = os.fspath(drafter)
-    if name not in available_drafters() and ("/" in name or os.path.isdir(name)):
+    if not names_drafter(name):
         return load_drafter(name, parts)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -81,13 +80,13 @@ def compared(config: Config) -> list[Config]:
         >>> first.drafter.name, second.drafter.path
         ('ngram', 'runs/a/drafter')
     """
-    from aurora_rl.policies.registry import available_drafters  # it needs torch
+    from aurora_rl.policies.registry import names_drafter  # it needs torch
 
     if not config.compare:
         return [config]
     found = []
     for each in config.compare:
-        named = each in available_drafters() or (":" in each and not os.path.exists(each))
+        named = names_drafter(each)
         drafter = replace(config.drafter, name=each if named else None, path=None if named else each)
         found.append(replace(config, drafter=drafter, compare=[]))
     return found

@@ -64,14 +64,14 @@ class SpecDecodeEnv(EnvBase):
         processors: Returns the logits processors of transformers for a request, such as the result of
             :func:`aurora_rl.envs.generation_processors`; ValueError from it refuses the request. A processor must
             depend on ``input_ids`` and ``scores`` alone. None serves raw logits.
-        on_tokens: Called with each request that a round delivered tokens to, the tokens, and their log-probabilities
-            if the request asked for them.
-        on_completion: Called with each :class:`Completion` as it ends, after ``on_tokens``.
+        on_completion: Called with each :class:`Completion` as it ends, after :attr:`on_tokens`.
         on_refused: Called with each request that cannot be served (see :meth:`check`) and the reason; the next request
             takes its place. None, the default, raises the reason as a ValueError.
         record: Whether completions carry their trajectory.
 
     Attributes:
+        on_tokens: Called with each request that a round delivered tokens to, the tokens, and their log-probabilities
+            if the request asked for them. None, the default, tells nobody.
         recording_seconds: Wall time spent on trajectories so far.
 
     Raises:
@@ -101,7 +101,6 @@ class SpecDecodeEnv(EnvBase):
         stop_tokens: tuple[int, ...] = (),
         decode: Callable[[list[int]], str] | None = None,
         processors: Callable[[Request], LogitsProcessorList] | None = None,
-        on_tokens: Callable[[Request, list[int], list[TokenLogprobs] | None], None] | None = None,
         on_completion: Callable[[Completion], None] | None = None,
         on_refused: Callable[[Request, str], None] | None = None,
         record: bool = True,
@@ -120,7 +119,8 @@ class SpecDecodeEnv(EnvBase):
                 f"num_nodes={num_nodes} is more than the {engine.max_nodes} nodes that the engine verifies"
             )
         self._requests, self._decode = requests, decode
-        self.on_tokens, self.on_completion, self._on_refused = on_tokens, on_completion, on_refused
+        self.on_tokens: Callable[[Request, list[int], list[TokenLogprobs] | None], None] | None = None
+        self.on_completion, self._on_refused = on_completion, on_refused
         self._stop_tokens = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
         self._processors_for = processors
         self._active: dict[int, _Slot] = {}
