@@ -204,7 +204,7 @@ class LLM:
         return self._chunks(self._requests(prompts, sampling_params))
 
     def _chunks(self, requests: Sequence[Request]) -> Iterator[Chunk]:
-        texts = [Detokenizer(self.tokenizer, request.sampling.stop) for request in requests]
+        texts = [Detokenizer(self.tokenizer, request.sampling_params.stop) for request in requests]
         for index, new, done in self._serve(requests):
             text = texts[index].feed(new)
             yield Chunk(index, text if done is None else text + texts[index].finish(), new, done)
@@ -285,7 +285,7 @@ class LLM:
                 columns = zip(ids.tolist(), counts.tolist(), rows.tolist(), strict=True)
                 new = {id: row[:count] for id, count, row in columns if count}
                 for done in self._ended:
-                    text = decode(self.tokenizer, done.tokens.tolist(), done.request.sampling.stop)
+                    text = decode(self.tokenizer, done.tokens.tolist(), done.request.sampling_params.stop)
                     yield place[done.request.id], new.pop(done.request.id, []), replace(done, text=text)
                 self._ended.clear()
                 yield from ((place[id], tokens, None) for id, tokens in new.items())
@@ -362,9 +362,9 @@ def _asked(
     first = prompts[0] if len(prompts) else None
     alone = isinstance(prompts, str) or isinstance(first, Integral | Mapping) or isinstance(prompts, Tensor)
     listed: list[Any] = [prompts] if alone else list(prompts)
-    params = [SamplingParams() if sampling_params is None else sampling_params] * len(listed)
-    if isinstance(sampling_params, Sequence):
-        params = list(sampling_params)
+    if sampling_params is None:
+        sampling_params = SamplingParams()
+    params = list(sampling_params) if isinstance(sampling_params, Sequence) else [sampling_params] * len(listed)
     if wrong := [type(each).__name__ for each in params if not isinstance(each, SamplingParams)]:
         raise ValueError(f"sampling_params is a {wrong[0]}; give SamplingParams(...), or a list of them")
     if len(params) != len(listed):

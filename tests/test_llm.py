@@ -88,11 +88,11 @@ def test_copies_of_a_prompt_are_sampled_apart(drafter: str, request: pytest.Fixt
     served, params = request.getfixturevalue(drafter), SamplingParams(1.0, max_tokens=16)
     completions = served.generate(["abc"] * 3, params) + served.generate("abc", params)
     assert len(set(map(tuple, texts(completions)))) == 4
-    assert params.seed is None and len({done.request.sampling.seed for done in completions}) == 4
+    assert params.seed is None and len({done.request.sampling_params.seed for done in completions}) == 4
     for done in completions[:2]:  # each knows what it was drawn with
-        assert texts(served.generate("abc", done.request.sampling)) == texts([done])
+        assert texts(served.generate("abc", done.request.sampling_params)) == texts([done])
         if done.trajectory is not None:
-            assert int(done.trajectory["sampling", "seed"]) == done.request.sampling.seed
+            assert int(done.trajectory["sampling", "seed"]) == done.request.sampling_params.seed
     seeded = replace(params, seed=7)
     assert len(set(map(tuple, texts(served.generate(["abc"] * 3, seeded))))) == 1
 

@@ -160,7 +160,7 @@ class RequestQueue:
         turn = self._open.pop(completion.request.id)
         self.answered += 1
         prompt = turn.prompt
-        text = decode(self._tokenizer, completion.tokens.tolist(), completion.request.sampling.stop)
+        text = decode(self._tokenizer, completion.tokens.tolist(), completion.request.sampling_params.stop)
         if self.answers is not None:
             self.answers.append(
                 request=completion.request.id,
