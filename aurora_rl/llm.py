@@ -19,10 +19,12 @@ from aurora_rl.models.detokenizer import Detokenizer, decode
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
-from aurora_rl.policies import Drafter, TargetParts, TreeShape, available_drafters, get_drafter
+from aurora_rl.policies import Drafter, TargetParts, TreeShape, get_drafter
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter, written
-from aurora_rl.policies.registry import start_untrained
+from aurora_rl.policies.lookup import NgramDrafter
+from aurora_rl.policies.registry import names_drafter, start_untrained
+from aurora_rl.policies.tree_shape import USUAL_LOOKUP
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
 
@@ -30,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 """A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content"."""
-_Prompts = Prompt | Sequence[Prompt]
-_Sampling = SamplingParams | Sequence[SamplingParams] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,10 @@ class LLM:
         model: ``"smollm2"`` for the embedded model, a hub id, or a folder of a causal LM.
         drafter: A drafter's name such as ``"eagle3"``, which starts untrained (see :meth:`learn`); a checkpoint, as a
             folder or hub id; a :class:`~aurora_rl.policies.Drafter`; or None for plain decoding.
-        num_speculative_tokens: Number of tokens drafted per round, as a chain.
-        shape: Tree to draft in the place of a chain; ``num_speculative_tokens`` is not used then.
+        num_speculative_tokens: Number of tokens drafted per round, as a chain. What the request's own text says after
+            the same words takes the place of less likely ones (``TreeShape.lookup``), so that some are accepted before
+            the drafter has learned anything.
+        shape: Tree to draft in the place of a chain; ``num_speculative_tokens`` is not used then. It needs a drafter.
         dtype: "float32", "bfloat16", ... or a torch dtype; "auto" is bfloat16 where the device computes in it.
         device: Device of the target; "auto" is CUDA if there is one.
         num_slots: Requests decoded side by side.
@@ -120,9 +122,13 @@ class LLM:
             )
         if not isinstance(shape, TreeShape | None):
             raise ValueError(f"shape is {shape!r}; give a TreeShape, such as TreeShape(depth=4, width=2)")
+        if shape is not None and drafter is None:
+            raise ValueError(
+                f"shape is {shape}, and there is no drafter to draft it; name one, such as drafter='eagle3', or "
+                "drafter='ngram', which looks up alone"
+            )
         _check_integers(0, num_speculative_tokens=num_speculative_tokens, seed=seed)
         _check_integers(1, num_slots=num_slots, **({} if max_length is None else {"max_length": max_length}))
-        shape = shape or TreeShape(num_speculative_tokens)
         device = usable_device(device)
         target, self.tokenizer = load_target(model, dtype=_dtype(dtype, device), device=device)
         self.drafter: Drafter | None = None
@@ -131,6 +137,10 @@ class LLM:
             parts = TargetParts.of(target)
             self.drafter, self._head = _drafter(drafter, parts, seed), parts.head
             self.drafter.to(device)
+        if shape is None:
+            looks_up = num_speculative_tokens > 0 and not isinstance(self.drafter, NgramDrafter | None)
+            shape = TreeShape(num_speculative_tokens, lookup=USUAL_LOOKUP if looks_up else 0)
+        if self.drafter is not None:
             if shape.depth > self.drafter.max_depth:
                 raise ValueError(
                     f"the trees are {shape.depth} deep, and this drafter drafts {self.drafter.max_depth} tokens at "
@@ -159,12 +169,16 @@ class LLM:
         if self._decoder.policy is not None:
             self._decoder.policy.on_fault = lambda slot, fault: logger.warning("a request goes on plainly: %s", fault)
 
-    def generate(self, prompts: _Prompts, sampling: _Sampling = None) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
         """Complete prompts.
 
         Args:
             prompts: One prompt or several, each a text to continue, token ids, or the messages of a chat.
-            sampling: Parameters of all, or of each; None decodes greedily.
+            sampling_params: Parameters of all, or of each; None decodes greedily.
 
         Returns:
             A completion for each prompt, in their order.
@@ -174,19 +188,23 @@ class LLM:
                 was decoded.
             RuntimeError: A stream of this LLM is still open.
         """
-        served = self._serve(self._requests(prompts, sampling))
+        served = self._serve(self._requests(prompts, sampling_params))
         completions = {index: done for index, _, done in served if done is not None}
         return [completions[index] for index in sorted(completions)]
 
-    def stream(self, prompts: _Prompts, sampling: _Sampling = None) -> Iterator[Chunk]:
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[Chunk]:
         """Complete prompts as :meth:`generate` does, and yield what each round added to a prompt's completion.
 
         Closing the iterator drops what is not complete.
         """
-        return self._chunks(self._requests(prompts, sampling))
+        return self._chunks(self._requests(prompts, sampling_params))
 
     def _chunks(self, requests: Sequence[Request]) -> Iterator[Chunk]:
-        texts = [Detokenizer(self.tokenizer, request.sampling.stop) for request in requests]
+        texts = [Detokenizer(self.tokenizer, request.sampling_params.stop) for request in requests]
         for index, new, done in self._serve(requests):
             text = texts[index].feed(new)
             yield Chunk(index, text if done is None else text + texts[index].finish(), new, done)
@@ -236,10 +254,12 @@ class LLM:
         self._decoder.policy.install(self.drafter.published(), self._decoder.policy.version + 1)
         return last
 
-    def _requests(self, prompts: _Prompts, sampling: _Sampling) -> list[Request]:
+    def _requests(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
         """Encode and check all prompts, before any is served."""
         requests = []
-        for index, (prompt, params) in enumerate(_asked(prompts, sampling)):
+        for index, (prompt, params) in enumerate(_asked(prompts, sampling_params)):
             try:
                 request = Request(self._next_id + index, self._encoded(prompt), params)
                 self._decoder.env.check(request)
@@ -265,7 +285,7 @@ class LLM:
                 columns = zip(ids.tolist(), counts.tolist(), rows.tolist(), strict=True)
                 new = {id: row[:count] for id, count, row in columns if count}
                 for done in self._ended:
-                    text = decode(self.tokenizer, done.tokens.tolist(), done.request.sampling.stop)
+                    text = decode(self.tokenizer, done.tokens.tolist(), done.request.sampling_params.stop)
                     yield place[done.request.id], new.pop(done.request.id, []), replace(done, text=text)
                 self._ended.clear()
                 yield from ((place[id], tokens, None) for id, tokens in new.items())
@@ -323,14 +343,16 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
                 raise ValueError(f"the drafter is for a target of {name}={sizes[name]}, and this one has {target}")
         return drafter.float()
     name = os.fspath(drafter)
-    if name not in available_drafters() and ("/" in name or os.path.isdir(name)):
+    if not names_drafter(name):
         return load_drafter(name, parts)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return start_untrained(get_drafter(name), parts)
 
 
-def _asked(prompts: _Prompts, sampling: _Sampling) -> list[tuple[Prompt, SamplingParams]]:
+def _asked(
+    prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams]]:
     """Return each prompt with its parameters."""
     if isinstance(prompts, Mapping) or not hasattr(prompts, "__getitem__"):
         raise ValueError(
@@ -340,10 +362,11 @@ def _asked(prompts: _Prompts, sampling: _Sampling) -> list[tuple[Prompt, Samplin
     first = prompts[0] if len(prompts) else None
     alone = isinstance(prompts, str) or isinstance(first, Integral | Mapping) or isinstance(prompts, Tensor)
     listed: list[Any] = [prompts] if alone else list(prompts)
-    sampling = SamplingParams() if sampling is None else sampling
-    params = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(listed)
+    if sampling_params is None:
+        sampling_params = SamplingParams()
+    params = list(sampling_params) if isinstance(sampling_params, Sequence) else [sampling_params] * len(listed)
     if wrong := [type(each).__name__ for each in params if not isinstance(each, SamplingParams)]:
-        raise ValueError(f"sampling is a {wrong[0]}; give SamplingParams(...), or a list of them")
+        raise ValueError(f"sampling_params is a {wrong[0]}; give SamplingParams(...), or a list of them")
     if len(params) != len(listed):
         raise ValueError(f"there are {len(listed)} prompts and {len(params)} SamplingParams; give one, or as many")
     return list(zip(listed, params, strict=True))

@@ -17,9 +17,10 @@ class SamplingParams:
 
     Attributes:
         temperature: Divides the logits; 0 decodes greedily, whatever top-k, top-p and seed say.
-        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_k: Keep the k likeliest tokens; 0 or -1, which becomes 0, keeps all.
         top_p: Keep the smallest set of likeliest tokens whose mass reaches this; 1.0 keeps all.
-        seed: Key of the request's noise. The same seed, prompt and parameters give the same text.
+        seed: Key of the request's noise. The same seed, prompt and parameters give the same text. None, the default,
+            lets each :class:`~aurora_rl.envs.Request` draw a seed of its own.
         max_tokens: Token budget of the completion.
         stop: Strings that end the completion, at the token that completes one. A single string is one stop string; None
             is no string.
@@ -38,7 +39,7 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None
     max_tokens: int = 128
     stop: Sequence[str] = ()
     logprobs: int | None = None
@@ -48,17 +49,19 @@ class SamplingParams:
         for name in ("temperature", "top_p", "top_k", "seed", "max_tokens", "logprobs"):
             value = getattr(self, name)
             kind, noun = (Real, "a number") if name in ("temperature", "top_p") else (Integral, "an integer")
-            unset = name == "logprobs" and value is None
+            unset = name in ("seed", "logprobs") and value is None
             if not unset and (isinstance(value, bool) or not isinstance(value, kind)):
                 raise ValueError(f"{name} is {reprlib.repr(value)}; give {noun}")
         if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
             raise ValueError(f"temperature is {self.temperature}; give a finite number >= 0 (0 decodes greedily)")
+        if self.top_k == -1:  # how vLLM and SGLang write all tokens
+            object.__setattr__(self, "top_k", 0)
         if not 0 <= self.top_k < 2**63:
-            raise ValueError(f"top_k is {self.top_k}; give an integer with 0 <= top_k < 2**63 (0 turns it off)")
+            raise ValueError(f"top_k is {self.top_k}; give an integer with 0 <= top_k < 2**63 (0 or -1 turns it off)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give a number with 0 < top_p <= 1 (1.0 turns it off)")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; give an integer with 0 <= seed < 2**63")
+        if not 0 <= (self.seed or 0) < 2**63:
+            raise ValueError(f"seed is {self.seed}; give an integer with 0 <= seed < 2**63, or None")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; give an integer >= 1")
         if not 0 <= (self.logprobs or 0) <= 20:
@@ -74,6 +77,17 @@ class SamplingParams:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop has {reprlib.repr(text)}; give strings that are not empty")
         object.__setattr__(self, "stop", stop)
+
+    @property
+    def noise_seed(self) -> int:
+        """The seed; 0 if there is none and none is needed, at temperature 0.
+
+        Raises:
+            ValueError: A seed is needed, and None was drawn.
+        """
+        if self.seed is None and self.temperature > 0:
+            raise ValueError("seed is None; give a seed, or the sampling of a new Request, which draws one")
+        return self.seed or 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +118,10 @@ class SamplingBatch:
         """
         filled = [each or SamplingParams() for each in params]
 
-        def stack(name: str) -> Tensor:
-            dtype = torch.float32 if name in ("temperature", "top_p") else torch.int64
+        def stack(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor([getattr(each, name) for each in filled], dtype=dtype, device=device)
 
-        return cls(*(stack(field.name) for field in fields(cls)))
+        return cls(stack("temperature"), stack("top_k", torch.int64), stack("top_p"), stack("noise_seed", torch.int64))
 
     def __getitem__(self, rows: Tensor) -> SamplingBatch:
         return SamplingBatch(*(getattr(self, field.name)[rows] for field in fields(self)))

@@ -105,7 +105,7 @@ def make_trajectory(
                 "temperature": torch.tensor(sampling.temperature, dtype=torch.float32),
                 "top_k": torch.tensor(sampling.top_k),
                 "top_p": torch.tensor(sampling.top_p, dtype=torch.float32),
-                "seed": torch.tensor(sampling.seed),
+                "seed": torch.tensor(sampling.noise_seed),
                 # At temperature 0 the built-in rules accept as the greedy one does; others are known by their own law.
                 "rule": torch.tensor(rule_code("greedy" if sampling.temperature == 0 and rule in RULE_CODES else rule)),
                 "draft_mode": torch.tensor(DRAFT_MODES.index(draft_mode)),

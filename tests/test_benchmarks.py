@@ -43,7 +43,7 @@ def test_prompts_become_greedy_requests(tiny_folder: Path, monkeypatch: pytest.M
     usual = common.usual_request(options, requests)
     served = list(iter(requests, None))
     assert [r.id for r in served] == [0, 1, 2]
-    assert all((r.sampling.temperature, r.sampling.max_tokens) == (0, 5) for r in [usual, *served])
+    assert all((r.sampling_params.temperature, r.sampling_params.max_tokens) == (0, 5) for r in [usual, *served])
 
 
 # ---- the clients of benchmarks/serving.py ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,20 @@ def test_samples_are_those_of_plain_decoding_in_trees_too(tiny_folder: Path, pla
     assert texts(again) == [found[1]]  # whatever else is served, and where
 
 
+@pytest.mark.parametrize("drafter", ["drafted", "plain"])
+def test_copies_of_a_prompt_are_sampled_apart(drafter: str, request: pytest.FixtureRequest) -> None:
+    served, params = request.getfixturevalue(drafter), SamplingParams(1.0, max_tokens=16)
+    completions = served.generate(["abc"] * 3, params) + served.generate("abc", params)
+    assert len(set(map(tuple, texts(completions)))) == 4
+    assert params.seed is None and len({done.request.sampling_params.seed for done in completions}) == 4
+    for done in completions[:2]:  # each knows what it was drawn with
+        assert texts(served.generate("abc", done.request.sampling_params)) == texts([done])
+        if done.trajectory is not None:
+            assert int(done.trajectory["sampling", "seed"]) == done.request.sampling_params.seed
+    seeded = replace(params, seed=7)
+    assert len(set(map(tuple, texts(served.generate(["abc"] * 3, seeded))))) == 1
+
+
 def test_a_text_goes_on_after_its_end_where_it_is_asked_to(
     drafted: LLM, plain: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,11 +117,22 @@ def test_nothing_asked_is_nothing_answered(plain: LLM) -> None:
     assert plain.generate([]) == [] and list(plain.stream([])) == []
 
 
+@pytest.mark.parametrize(("settings", "looks_up"), [({}, True), ({"shape": TreeShape(4)}, False)])
+def test_an_untrained_drafter_is_helped_by_lookup(tiny_folder: Path, settings: dict, looks_up: bool) -> None:
+    served = llm(tiny_folder, record=True, num_slots=1, **settings)
+    (done,) = served.generate([[5, 6, 7, 8, 9] * 6], SHORT)
+    # Nodes that were only looked up have no chance by the drafter.
+    assert bool(done.trajectory["nodes", "log_probs"].isneginf().any()) == looks_up
+
+
 def test_acceptance_is_what_was_recorded(drafted: LLM) -> None:
     for completion in drafted.generate(PROMPTS, SHORT):
         assert completion.trajectory is not None
-        anchor, tokens = completion.trajectory["rounds", "anchor"], completion.trajectory["sequence", "tokens"]
-        assert completion.acceptance_length == pytest.approx((len(tokens) - 1 - int(anchor[0])) / len(anchor))
+        rounds, tokens = completion.trajectory["rounds"], completion.trajectory["sequence", "tokens"]
+        delivered = rounds["anchor"].diff(append=torch.tensor([len(tokens) - 1]))
+        drafted = rounds["offset"].diff() > 0  # a round in which the drafter still reads the prompt may have no draft
+        assert drafted.sum() > len(drafted) / 2
+        assert completion.acceptance_length == pytest.approx(float(delivered[drafted].double().mean()))
 
 
 def test_a_prompt_that_cannot_be_served_is_told_before_any_is(drafted: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +158,19 @@ def test_parameters_are_one_or_as_many_as_the_prompts(plain: LLM) -> None:
         plain.generate(["a", "b"], [SHORT] * 3)
     lengths = [len(t) for t in texts(plain.generate(["a", "b"], [SamplingParams(max_tokens=n) for n in (3, 5)]))]
     assert lengths == [3, 5]
+    by_name = plain.generate(prompts="a", sampling_params=SamplingParams(max_tokens=3))
+    assert [done.text for done in by_name] == [
+        "".join(chunk.text for chunk in plain.stream(prompts="a", sampling_params=SamplingParams(max_tokens=3)))
+    ]
+
+
+@pytest.mark.parametrize("method", [LLM, LLM.generate, LLM.stream, LLM.learn])
+def test_help_shows_public_names(method: Any) -> None:
+    assert " _" not in str(inspect.signature(method)).replace("'", " ")
 
 
 def test_chunks_make_up_the_completions(drafted: LLM) -> None:
-    params = replace(SHORT, temperature=1.0)  # random bytes, many of them parts of characters
+    params = replace(SHORT, temperature=1.0, seed=0)  # random bytes, many of them parts of characters
     chunks = list(drafted.stream(PROMPTS, params))
     completions = drafted.generate(PROMPTS, params)
     assert sum(len(chunk.tokens) > 1 for chunk in chunks) + len(completions) < len(chunks)
@@ -269,6 +304,7 @@ def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_pa
         ({"num_speculative_tokens": -1}, "num_speculative_tokens must be at least 0, got -1"),
         ({"seed": None}, "seed must be an integer, got None"),
         ({"shape": 4}, r"shape is 4; give a TreeShape, such as TreeShape\(depth=4, width=2\)"),
+        ({"shape": TreeShape(4, 2, lookup=4), "drafter": None}, r"shape is TreeShape\(.*; name one, such as"),
         ({"dtype": None}, "dtype is None; give auto, float32"),
         ({"device": None}, "device='None' cannot be used here .*; try cpu, or auto"),
         ({"device": "meta:x"}, "device='meta:x' cannot be used here .*; try cpu, or auto"),
@@ -335,7 +371,7 @@ def test_what_is_no_prompt_is_named(tiny_folder: Path, prompts: Any) -> None:
     llm = LLM(tiny_folder, device="cpu")
     with pytest.raises(ValueError, match="prompts is a .*; give a text, token ids, a list of messages"):
         llm.generate(prompts)
-    with pytest.raises(ValueError, match=r"sampling is a dict; give SamplingParams"):
+    with pytest.raises(ValueError, match=r"sampling_params is a dict; give SamplingParams"):
         llm.generate("hi", [{"max_tokens": 3}])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="prompt 0 cannot be served: every message of a chat needs 'role' and"):
         llm.generate([{"prompt": "hi"}])

@@ -18,7 +18,7 @@ from aurora_rl.sampling_params import SamplingBatch, SamplingParams
         ("temperature", math.inf, "give a finite number >= 0"),
         ("temperature", math.nan, "give a finite number >= 0"),
         ("temperature", 10**39, "give a finite number >= 0"),  # no float32
-        ("top_k", -1, "0 <= top_k"),
+        ("top_k", -2, "0 <= top_k"),
         ("top_k", 2**63, r"0 <= top_k < 2\*\*63"),
         ("top_k", 2.5, "give an integer"),
         ("top_k", True, "give an integer"),
@@ -46,6 +46,17 @@ def test_batch_of_params() -> None:
     assert batch.top_k.tolist() == [7, 0] and batch.top_k.dtype == torch.int64
     assert batch.top_p.tolist() == [0.25, 1.0] and batch.top_p.dtype == torch.float32
     assert batch.seed.tolist() == [2**63 - 1, 0] and batch.seed.dtype == torch.int64
+
+
+def test_top_k_of_minus_one_keeps_all_as_in_vllm() -> None:
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+
+
+def test_without_a_seed_only_greedy_decoding_has_noise() -> None:
+    assert SamplingParams().seed is None and SamplingParams().noise_seed == 0
+    assert SamplingBatch.from_params([SamplingParams(), SamplingParams(1.0, seed=5)]).seed.tolist() == [0, 5]
+    with pytest.raises(ValueError, match="seed is None; give a seed, or the sampling of a new Request"):
+        SamplingBatch.from_params([SamplingParams(temperature=1.0)])
 
 
 @pytest.mark.parametrize("stop", [("",), ("a", ""), (3,), ("a", None)])

@@ -53,7 +53,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == expected
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert "aurora_rl/py.typed" in names
+    assert {"aurora_rl/py.typed", "aurora_kernels/py.typed"} <= names
     page = {f"aurora_rl/serving/http/page/{path.name}" for path in PAGE.iterdir()}
     assert page <= names and len(page) >= 6
     scenarios = {f"aurora_rl/adaptation/scenarios/{path.name}" for path in SCENARIOS.iterdir()}

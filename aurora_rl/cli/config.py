@@ -255,7 +255,7 @@ class Config:
     temperature: float = 0.0
     """Sampling temperature; 0 decodes greedily."""
     top_k: int = 0
-    """Sample from this many likeliest tokens; 0 takes all."""
+    """Sample from this many likeliest tokens; 0 or -1 takes all."""
     top_p: float = 1.0
     """Sample from the likeliest tokens of this total probability."""
     rule: str | None = None

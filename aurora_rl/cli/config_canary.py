@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -87,13 +86,13 @@ def compared(config: Config) -> list[Config]:
         >>> first.drafter.name, second.drafter.path
         ('ngram', 'runs/a/drafter')
     """
-    from aurora_rl.policies.registry import available_drafters, get_drafter  # it needs torch
+    from aurora_rl.policies.registry import get_drafter, names_drafter  # it needs torch
 
     if not config.compare:
         return [config]
     found = []
     for each in config.compare:
-        named = each in available_drafters() or not (os.path.exists(each) or ("/" in each and ":" not in each))
+        named = names_drafter(each)
         if named:
             with naming(f"compare={list(config.compare)}: {each!r} is no folder"):
                 get_drafter(each)

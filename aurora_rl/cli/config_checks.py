@@ -94,9 +94,9 @@ def check(config: Config) -> None:
     check_trials(config)
     _check_wire(config)
     check_privacy(config)
-    if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < 0:
+    if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < -1:
         raise ConfigError(
-            "sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+            "sampling needs temperature >= 0, top_k >= -1 and 0 < top_p <= 1, got "
             f"{config.temperature}, {config.top_k}, {config.top_p}"
         )
 

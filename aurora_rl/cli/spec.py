@@ -16,6 +16,7 @@ from aurora_rl.objectives import check_settings
 from aurora_rl.policies import Drafter, TreeShape, get_drafter
 from aurora_rl.policies.formats.files import drafter_class
 from aurora_rl.policies.registry import drafter_name
+from aurora_rl.policies.tree_shape import USUAL_LOOKUP
 
 _MAX_NEW_TOKENS = 96  # budget of traffic that names none
 
@@ -128,7 +129,7 @@ def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
     settings, lookup = config.drafter, config.drafter.lookup
     if lookup is None:
         takes_it = config.engine.name == "transformers" and settings.mode == "topk" and name != "ngram"
-        lookup = 8 if takes_it else 0
+        lookup = USUAL_LOOKUP if takes_it else 0
     elif lookup and config.engine.name == "sglang":
         raise ConfigError(f"drafter.lookup={lookup}: SGLang's trees take no lookup; leave the key out, or set it to 0")
     with naming("drafter"):

@@ -140,13 +140,13 @@ def generation_processors(
         raise ValueError(f"the model's generation config ({values}) cannot be applied: {error}; {cure}") from error
 
     def processors_of(request: Request) -> LogitsProcessorList:
-        if sampled and request.sampling.temperature > 0:
+        if sampled and request.sampling_params.temperature > 0:
             name, value = next(iter(sampled.items()))
             raise ValueError(
-                f"temperature {request.sampling.temperature:g} with {name}={value!r} of the model's generation config, "
-                f"which is not applied to samples; set temperature=0, {cure}"
+                f"temperature {request.sampling_params.temperature:g} with {name}={value!r} of the model's generation "
+                f"config, which is not applied to samples; set temperature=0, {cure}"
             )
-        return build(request.prompt, request.sampling.max_tokens, model.device)
+        return build(request.prompt, request.sampling_params.max_tokens, model.device)
 
     return processors_of
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import secrets
+from dataclasses import dataclass, field, replace
 
 from tensordict import TensorDict
 from torch import Tensor
@@ -19,7 +20,9 @@ class Request:
     Attributes:
         id: Number of the request, not negative, as the trajectory carries it.
         prompt: Tokens of the prompt, at least one, ``[P]`` int64.
-        sampling: Temperature, top-k, top-p, seed, token budget and stop strings.
+        sampling_params: Temperature, top-k, top-p, seed, token budget and stop strings. A request that is sampled and
+            has no seed draws one as it is made, so each copy of a prompt has its own, and a trajectory has the one that
+            it was served with.
         speculative: Whether drafts are verified for it. False decodes it plainly; the text is the same.
         learn: Whether a server may send its trajectory to the learner.
         counted: Whether a server's statistics count it.
@@ -29,18 +32,22 @@ class Request:
 
     Example:
         >>> import torch
-        >>> Request(0, torch.tensor([3, 4, 5]), SamplingParams(max_tokens=8)).sampling.max_tokens
+        >>> Request(0, torch.tensor([3, 4, 5]), SamplingParams(max_tokens=8)).sampling_params.max_tokens
         8
     """
 
     id: int
     prompt: Tensor
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
     speculative: bool = True
     learn: bool = True
     counted: bool = True
     cache_salt: str | None = None
     tenant: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampling_params.seed is None and self.sampling_params.temperature > 0:
+            self.sampling_params = replace(self.sampling_params, seed=secrets.randbits(63))
 
     @property
     def salt(self) -> str | None:

@@ -64,14 +64,14 @@ class SpecDecodeEnv(EnvBase):
         processors: Returns the logits processors of transformers for a request, such as the result of
             :func:`aurora_rl.envs.generation_processors`; ValueError from it refuses the request. A processor must
             depend on ``input_ids`` and ``scores`` alone. None serves raw logits.
-        on_tokens: Called with each request that a round delivered tokens to, the tokens, and their log-probabilities
-            if the request asked for them.
-        on_completion: Called with each :class:`Completion` as it ends, after ``on_tokens``.
+        on_completion: Called with each :class:`Completion` as it ends, after :attr:`on_tokens`.
         on_refused: Called with each request that cannot be served (see :meth:`check`) and the reason; the next request
             takes its place. None, the default, raises the reason as a ValueError.
         record: Whether completions carry their trajectory.
 
     Attributes:
+        on_tokens: Called with each request that a round delivered tokens to, the tokens, and their log-probabilities
+            if the request asked for them. None, the default, tells nobody.
         recording_seconds: Wall time spent on trajectories so far.
 
     Raises:
@@ -101,7 +101,6 @@ class SpecDecodeEnv(EnvBase):
         stop_tokens: tuple[int, ...] = (),
         decode: Callable[[list[int]], str] | None = None,
         processors: Callable[[Request], LogitsProcessorList] | None = None,
-        on_tokens: Callable[[Request, list[int], list[TokenLogprobs] | None], None] | None = None,
         on_completion: Callable[[Completion], None] | None = None,
         on_refused: Callable[[Request, str], None] | None = None,
         record: bool = True,
@@ -120,7 +119,8 @@ class SpecDecodeEnv(EnvBase):
                 f"num_nodes={num_nodes} is more than the {engine.max_nodes} nodes that the engine verifies"
             )
         self._requests, self._decode = requests, decode
-        self.on_tokens, self.on_completion, self._on_refused = on_tokens, on_completion, on_refused
+        self.on_tokens: Callable[[Request, list[int], list[TokenLogprobs] | None], None] | None = None
+        self.on_completion, self._on_refused = on_completion, on_refused
         self._stop_tokens = torch.tensor(stop_tokens, dtype=torch.int64, device=device)
         self._processors_for = processors
         self._active: dict[int, _Slot] = {}
@@ -150,16 +150,17 @@ class SpecDecodeEnv(EnvBase):
                 f"{where}: the prompt's tokens must lie in 0..{vocab - 1} (the target's vocabulary), got "
                 f"{int(request.prompt.min())}..{int(request.prompt.max())}; was it encoded by another tokenizer?"
             )
-        if length + request.sampling.max_tokens > limit:
+        if length + request.sampling_params.max_tokens > limit:
             raise ValueError(
-                f"{where}: a prompt of {length} tokens and {request.sampling.max_tokens} new ones exceed the context "
-                f"of {limit}; shorten the prompt, lower max_tokens or raise max_length"
+                f"{where}: a prompt of {length} tokens and {request.sampling_params.max_tokens} new ones exceed the "
+                f"context of {limit}; shorten the prompt, lower max_tokens or raise max_length"
             )
-        if request.sampling.temperature > 0 and self.rule.name == "greedy":
+        if request.sampling_params.temperature > 0 and self.rule.name == "greedy":
             raise ValueError(
-                f"{where}: temperature {request.sampling.temperature} needs the rule 'sample_and_match', not 'greedy'"
+                f"{where}: temperature {request.sampling_params.temperature} needs the rule 'sample_and_match', not "
+                "'greedy'"
             )
-        if request.sampling.stop and self._decode is None:
+        if request.sampling_params.stop and self._decode is None:
             raise ValueError(f"{where}: stop strings need the environment's `decode`")
         if self._processors_for is not None:
             try:
@@ -196,7 +197,8 @@ class SpecDecodeEnv(EnvBase):
         """Do nothing: requests carry their own seeds, and the environment draws nothing."""
 
     def _set_sampling(self) -> None:
-        params = [self._active[s].request.sampling if s in self._active else None for s in range(self.engine.num_slots)]
+        slots = range(self.engine.num_slots)
+        params = [self._active[slot].request.sampling_params if slot in self._active else None for slot in slots]
         self._sampling = SamplingBatch.from_params(params, self.device)
 
     def _blank(self) -> TensorDict:
@@ -230,7 +232,7 @@ class SpecDecodeEnv(EnvBase):
             self._prefill.add(slot, self._taken.popleft())
         loaded, out = self._prefill.read(slots, decoding=bool(self._active)), self._blank()
         for slot, request in loaded:
-            stop = request.sampling.stop
+            stop = request.sampling_params.stop
             self._active[slot] = _Slot(
                 request,
                 self._processors_for and self._processors_for(request),
@@ -322,7 +324,7 @@ class SpecDecodeEnv(EnvBase):
             if nodes:
                 each.drafts.add(taken, nodes, delivered)
             new, logprobs = sequence[index, :delivered].tolist(), None
-            if (top := each.request.sampling.logprobs) is not None:
+            if (top := each.request.sampling_params.logprobs) is not None:
                 judged = [0, *(node + 1 for node in path[index, : delivered - 1].tolist())]
                 logprobs = token_logprobs(raw[index, judged], new, top)
                 each.logprobs += logprobs
@@ -356,7 +358,7 @@ class SpecDecodeEnv(EnvBase):
         columns = zip(slots.tolist(), length.tolist(), generated.tolist(), strict=True)
         for i, (slot, drafted, done) in enumerate(columns):
             held = self._active[slot]
-            sampling = held.request.sampling
+            sampling = held.request.sampling_params
             budget = sampling.max_tokens
             count = min(drafted + 1, budget - done)
             stop = None if sampling.ignore_eos else next((j + 1 for j in range(count) if stops[i][j]), None)
@@ -404,13 +406,13 @@ class SpecDecodeEnv(EnvBase):
         request, trajectory = held.request, None
         if self._recorder:
             began = time.perf_counter()
-            trajectory = self._recorder.cut(slot, request.id, request.sampling, self.rule.name, self.draft_mode)
+            trajectory = self._recorder.cut(slot, request.id, request.sampling_params, self.rule.name, self.draft_mode)
             self.recording_seconds += time.perf_counter() - began
         tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()
         cached = int(store.cached_lengths[slot])
         self._release(slot)
         if self.on_completion:
-            logprobs = None if request.sampling.logprobs is None else held.logprobs
+            logprobs = None if request.sampling_params.logprobs is None else held.logprobs
             self.on_completion(
                 Completion(request, tokens, ended, trajectory, held.drafts, logprobs, cached_tokens=cached)
             )

@@ -58,6 +58,8 @@ class HubMixin:
         layout: str | None = None,
         options: Mapping[str, Any] = MappingProxyType({}),
         trained_for: str = "target",
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Self:
         """Read a drafter for a target, in float32.
 
@@ -70,6 +72,9 @@ class HubMixin:
             layout: Format of the checkpoint; None takes the first of the architecture's ``formats``.
             options: Options of the architecture that the checkpoint does not state.
             trained_for: "target" refuses a drafter trained for weights other than the target's; "any" takes it.
+            revision: Branch, tag or commit of the drafter's repository; None takes its main branch. A folder has none.
+            token: Token of the hub for the drafter's repository. None takes the one that ``hf auth login`` stored;
+                False sends none.
 
         Raises:
             CheckpointError: Files are missing or broken, or the drafter does not fit the target.
@@ -92,7 +97,17 @@ class HubMixin:
             target, _ = load_target(target, dtype=default_dtype("cpu"), device="cpu")
         parts = target if isinstance(target, TargetParts) else TargetParts.of(target)
         kind = None if inspect.isabstract(cls) else cast("type[Drafter]", cls)
-        return cast(Self, load_drafter(source, parts, kind, layout=layout, options=options, trained_for=trained_for))
+        drafter = load_drafter(
+            source,
+            parts,
+            kind,
+            layout=layout,
+            options=options,
+            trained_for=trained_for,
+            revision=revision,
+            token=token,
+        )
+        return cast(Self, drafter)
 
     def push_to_hub(
         self,

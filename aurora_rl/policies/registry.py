@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,18 @@ def get_drafter(name: str) -> type[Drafter]:
         'MedusaDrafter'
     """
     return DRAFTERS.get(name)
+
+
+def names_drafter(text: str) -> bool:
+    """Return whether a text is a drafter's name or import path, and not the folder or hub id of a checkpoint.
+
+    A registered name comes before a folder of that name. What is no folder and has no slash is a name, known or not.
+
+    Example:
+        >>> names_drafter("eagle3"), names_drafter("my_package.drafters:Mine"), names_drafter("runs/a/drafter")
+        (True, True, False)
+    """
+    return text in available_drafters() or not ("/" in text or os.path.exists(text))
 
 
 def drafter_name(kind: type[Drafter]) -> str:

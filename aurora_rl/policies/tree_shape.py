@@ -8,6 +8,8 @@ from aurora_rl.trajectories import DRAFT_MODES
 
 # Longest path, and most children of a node, in trees that are looked up.
 _DEEPEST_LOOKUP, _WIDEST_LOOKUP = 6, 4
+USUAL_LOOKUP = 8
+"""Most nodes that are looked up where nobody says how many."""
 
 
 @dataclass(frozen=True, slots=True, init=False)

@@ -72,7 +72,7 @@ class Job:
 
     Attributes:
         prompt: ``[P]`` int64 tokens.
-        sampling: Its parameters.
+        sampling_params: Its parameters.
         speculative: Whether drafts are verified for it.
         learn: Whether the learner may see it.
         counted: Whether statistics and metrics count it.
@@ -81,7 +81,7 @@ class Job:
     """
 
     prompt: Tensor
-    sampling: SamplingParams
+    sampling_params: SamplingParams
     speculative: bool = True
     learn: bool = True
     counted: bool = True

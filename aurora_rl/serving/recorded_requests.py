@@ -48,7 +48,7 @@ def record(
         drafter,
         waiting,
         shape=shape,
-        max_length=max(len(r.prompt) + r.sampling.max_tokens for r in waiting),
+        max_length=max(len(r.prompt) + r.sampling_params.max_tokens for r in waiting),
         num_slots=slots,
         on_completion=keep,
         **settings,

@@ -93,7 +93,8 @@ class RequestQueue:
 
     A request that cannot be served fails by name, with the turns after it, and the others are served. A first turn's id
     is the place of its prompt in the traffic; its seed is the prompt's own, or else the seed of ``sampling`` plus that
-    place (modulo 2**63). Seeds of follow-ups come from :func:`turn_seed`.
+    place (modulo 2**63), so a run gives the same texts again. Seeds of follow-ups come from :func:`turn_seed`. Where
+    ``sampling`` has no seed, every request draws its own.
 
     Args:
         prompts: Traffic to serve. What a prompt says of its sampling, budget and stop strings counts before
@@ -165,7 +166,7 @@ class RequestQueue:
         turn = self._open.pop(completion.request.id)
         self.answered += 1
         prompt = turn.prompt
-        text = decode(self._tokenizer, completion.tokens.tolist(), completion.request.sampling.stop)
+        text = decode(self._tokenizer, completion.tokens.tolist(), completion.request.sampling_params.stop)
         if self.answers is not None:
             self.answers.append(
                 request=completion.request.id,
@@ -221,8 +222,10 @@ class RequestQueue:
                 f"the prompt has {len(tokens)} tokens; with {key}={budget} that exceeds engine.max_length="
                 f"{self._max_length}; shorten it, or raise engine.max_length up to the model's context"
             )
-        settings = {"seed": (self._sampling.seed + turn.index) % 2**63, **prompt.sampling}
-        settings |= {"seed": turn_seed(settings["seed"], turn.number), "max_tokens": budget, "stop": prompt.stop}
+        first = self._sampling.seed
+        seed = prompt.sampling.get("seed", None if first is None else (first + turn.index) % 2**63)
+        seed = None if seed is None else turn_seed(seed, turn.number)
+        settings = {**prompt.sampling, "seed": seed, "max_tokens": budget, "stop": prompt.stop}
         sampling = replace(self._sampling, **settings)
         return Request(
             id, torch.tensor(tokens), sampling, prompt.speculative, prompt.learn, cache_salt=prompt.cache_salt

@@ -88,7 +88,7 @@ class MetricsLog(JsonLines):
         max_bytes: See :class:`JsonLines`.
     """
 
-    def __init__(self, path: Path, source: str, max_bytes: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], source: str, max_bytes: int | None = None) -> None:
         super().__init__(path, max_bytes)
         self._source = source
 
@@ -159,10 +159,11 @@ class MetricsReader:
                     yield event
 
 
-def older_part(path: Path) -> Path:
+def older_part(path: str | os.PathLike[str]) -> Path:
     """Return where the lines before those of a file are.
 
-    >>> older_part(Path("run/metrics.jsonl")).name
+    >>> older_part("run/metrics.jsonl").name
     'metrics.1.jsonl'
     """
+    path = Path(path)
     return path.with_name(f"{path.stem}.1{path.suffix}")

@@ -179,7 +179,8 @@ def serve(
         shape: Trees to draft.
         max_new_tokens: Length of every completion; nothing else ends it.
         num_slots: Slots of the engine.
-        sampling: Parameters of every request, the seed raised by the prompt's place; None decodes greedily.
+        sampling: Parameters of every request, the seed (0 if it has none) raised by the prompt's place; None decodes
+            greedily.
         rule: Name of the verification rule.
         first_request: Number of the first request.
         before_round: Called with the number of each round, from 0 on, and the policy, which it may change.
@@ -188,11 +189,12 @@ def serve(
         One packed trajectory for each prompt, in their order.
     """
     sampling = replace(sampling or SamplingParams(), max_tokens=max_new_tokens)
+    seed = sampling.seed or 0
     done: list[Completion] = []
     decoder = SpeculativeDecoder(
         copy.deepcopy(target),
         drafter,
-        [Request(first_request + i, p, replace(sampling, seed=sampling.seed + i)) for i, p in enumerate(prompts)],
+        [Request(first_request + i, p, replace(sampling, seed=seed + i)) for i, p in enumerate(prompts)],
         shape=shape,
         max_length=max(len(p) for p in prompts) + max_new_tokens,
         num_slots=num_slots,

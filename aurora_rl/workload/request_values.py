@@ -149,14 +149,14 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
     Example:
         >>> sampling_fields({"max_completion_tokens": 8, "top_k": -1, "seed": None, "stop": "END"})
-        {'top_k': 0, 'stop': 'END', 'max_tokens': 8}
+        {'top_k': -1, 'stop': 'END', 'max_tokens': 8}
     """
     named = {name: fields[name] for name in SAMPLING if fields.get(name) is not None}
     for name, value in named.items():
         kinds, fix = SAMPLING[name]
         if type(value) not in kinds:  # true is an int to Python
             raise wrong(name, value, fix)
-    stop, seed, top_k = (named.get(name) for name in ("stop", "seed", "top_k"))
+    stop, seed = named.get("stop"), named.get("seed")
     if isinstance(stop, list) and len(stop) > _MAX_STOPS:
         raise FieldError(f"stop has {len(stop)} strings; give at most {_MAX_STOPS}", "stop")
     stops = [stop] if isinstance(stop, str) else stop or []
@@ -166,8 +166,6 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     longest = max(map(len, stops), default=0)
     if longest > _LONGEST_STOP:  # it is looked for at every token
         raise FieldError(f"stop has a string of {longest} characters; give at most {_LONGEST_STOP}", "stop")
-    if top_k == -1:  # vLLM's and SGLang's word for all tokens
-        named["top_k"] = 0
     if seed is not None and -(2**63) <= seed < 0:
         named["seed"] = seed % 2**63
     budgets = {name: budget for name in BUDGETS if (budget := integer_field(fields, name, 1)) is not None}

@@ -22,7 +22,7 @@ class Clerk:
         if (request := self.source()) is None:
             return False
         self.served += 1
-        self.source.completed(Completion(request, torch.zeros(request.sampling.max_tokens), terminated=False))
+        self.source.completed(Completion(request, torch.zeros(request.sampling_params.max_tokens), terminated=False))
         return True
 
 

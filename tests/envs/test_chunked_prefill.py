@@ -72,7 +72,7 @@ def model_of(config: PretrainedConfig) -> PreTrainedModel:
 @torch.inference_mode()
 def plain_text(model: PreTrainedModel, request: Request) -> list[int]:
     """What follows a prompt, from a pass over the whole text for each token."""
-    text, wanted = request.prompt[None], request.sampling
+    text, wanted = request.prompt[None], request.sampling_params
     for position in range(len(request.prompt), len(request.prompt) + wanted.max_tokens):
         logits = model(text, use_cache=False).logits[0, -1]
         if wanted.temperature:

@@ -58,7 +58,7 @@ def test_collector() -> None:
     def again() -> Request:
         number = next(source)
         request = wanted[number % len(wanted)]
-        return Request(number, request.prompt, request.sampling)
+        return Request(number, request.prompt, request.sampling_params)
 
     world = World([])
     env = SpecDecodeEnv(world.engine, again, num_nodes=NODES, on_completion=done.append)
@@ -94,8 +94,8 @@ def test_stop_tokens(policy: str) -> None:
 def test_stop_tokens_are_tokens_like_others_where_a_request_says_so(policy: str) -> None:
     wanted = requests(*MANY)
     for request in wanted[::2]:
-        request.sampling = replace(request.sampling, ignore_eos=True)
-    truths = [Truth.of(r, stop_tokens=() if r.sampling.ignore_eos else (6, 2)) for r in wanted]
+        request.sampling_params = replace(request.sampling_params, ignore_eos=True)
+    truths = [Truth.of(r, stop_tokens=() if r.sampling_params.ignore_eos else (6, 2)) for r in wanted]
     assert any({6, 2} & set(truth.tokens[:-1]) for truth in truths[::2]) and any(t.terminated for t in truths[1::2])
     world = World(wanted, stop_tokens=(6, 2))
     check(world, world.run(plain if policy == "plain" else knowing(truths, chain=policy == "chain")), truths)
@@ -112,7 +112,7 @@ def test_stop_tokens_are_tokens_like_others_where_a_request_says_so(policy: str)
 def test_a_stop_string_ends_what_stop_tokens_do_not() -> None:
     request = requests((4, 18))[0]
     known = Truth.of(request).tokens
-    request.sampling = replace(request.sampling, ignore_eos=True, stop=(letters(known)[6:9],))
+    request.sampling_params = replace(request.sampling_params, ignore_eos=True, stop=(letters(known)[6:9],))
     truth = Truth.of(request)
     assert truth.terminated
     world = World([request], stop_tokens=tuple(set(known)), decode=letters)
@@ -122,9 +122,9 @@ def test_a_stop_string_ends_what_stop_tokens_do_not() -> None:
 def test_a_stop_token_as_the_last_of_the_budget_terminates() -> None:
     request = requests((4, 12))[0]
     known = Truth.of(request).tokens
-    request.sampling = SamplingParams(max_tokens=known.index(known[5]) + 1)
+    request.sampling_params = SamplingParams(max_tokens=known.index(known[5]) + 1)
     truth = Truth.of(request, stop_tokens=(known[5],))
-    assert truth.terminated and len(truth.tokens) == request.sampling.max_tokens
+    assert truth.terminated and len(truth.tokens) == request.sampling_params.max_tokens
     world = World([request], stop_tokens=(known[5],))
     check(world, world.run(knowing([truth])), [truth])
 
@@ -135,7 +135,7 @@ def test_stop_strings(policy: str) -> None:
     wanted = requests((4, 18), (3, 24), (9, 20), (2, 9))
     for request in wanted[:3]:
         said = letters(Truth.of(request).tokens)
-        request.sampling = replace(request.sampling, stop=(said[6:9], "zz"))
+        request.sampling_params = replace(request.sampling_params, stop=(said[6:9], "zz"))
     truths = [Truth.of(r) for r in wanted]
     assert [t.terminated for t in truths] == [True, True, True, False]
     world = World(wanted, decode=letters)
@@ -241,7 +241,7 @@ def test_the_largest_tree_that_fits_is_verified_to_the_end_of_a_slot() -> None:
         return td
 
     world.run(chain)
-    assert world.completions[0].tokens.tolist() == next_tokens((1,) * 4, request.sampling, "llama", 60)
+    assert world.completions[0].tokens.tolist() == next_tokens((1,) * 4, request.sampling_params, "llama", 60)
     with pytest.raises(
         ValueError, match=f"num_nodes={most + 1} is more than the {most} nodes that the engine verifies"
     ):

@@ -225,7 +225,7 @@ SAMPLING = (
 def test_sampled_text_is_that_of_plain_sampling() -> None:
     wanted = requests(*MANY)
     for request, sampling in zip(wanted, SAMPLING, strict=True):
-        request.sampling = replace(sampling, max_tokens=request.sampling.max_tokens)
+        request.sampling_params = replace(sampling, max_tokens=request.sampling_params.max_tokens)
     truths = [Truth.of(r) for r in wanted]
     greedy = [Truth.of(r) for r in requests(*MANY)]
     assert any(a.tokens != b.tokens for a, b in zip(truths, greedy, strict=True))

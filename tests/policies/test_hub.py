@@ -76,6 +76,13 @@ def test_a_published_drafter_is_read_back_by_its_id(drafter: Eagle3Drafter, run:
     assert all(torch.equal(read.published()[name], tensor) for name, tensor in drafter.published().items())
 
 
+def test_a_revision_is_read_with_a_token(drafter: Eagle3Drafter, server: Hub) -> None:
+    drafter.push_to_hub("me/drafter")
+    server.read.clear()
+    Drafter.from_pretrained("me/drafter", tiny_target(dtype=torch.float32), revision="v1", token="hf_secret")
+    assert server.read[0] == ("v1", "Bearer hf_secret") and {token for _, token in server.read} == {"Bearer hf_secret"}
+
+
 def test_a_second_upload_writes_the_card_anew_and_keeps_what_was_added_on_the_hub(
     drafter: Eagle3Drafter, run: Path, server: Hub, tmp_path: Path
 ) -> None:

@@ -135,7 +135,7 @@ def check_runs(with_rows: Chats, without: Chats) -> None:
     assert sorted(with_rows.done) == sorted(without.done)
     for id, completion in with_rows.done.items():
         check_equal(completion.trajectory, without.done[id].trajectory)
-        said = plain_text(tuple(completion.request.prompt.tolist()), completion.request.sampling)
+        said = plain_text(tuple(completion.request.prompt.tolist()), completion.request.sampling_params)
         assert completion.tokens.tolist() == said[: len(completion.tokens)]
 
 
@@ -207,7 +207,7 @@ def _reset(chats: Chats, td: TensorDictBase, slot: int) -> TensorDictBase:
 def with_drops(reuse: bool) -> tuple[Chats, int]:
     """Requests that are dropped in mid-text, and before the drafter sees them in a slot with rows of another."""
     chats, dropped = Chats(reuse=reuse, slots=2, chats=2), [0]
-    chats.queue[0].sampling = SamplingParams(max_tokens=40)
+    chats.queue[0].sampling_params = SamplingParams(max_tokens=40)
     chats.env.on_completion = lambda completion: chats.done.update({completion.request.id: completion})
 
     def dropping(chats: Chats, td: TensorDictBase) -> TensorDictBase:

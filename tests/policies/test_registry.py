@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -11,10 +12,32 @@ import torch
 
 from aurora_rl import registry
 from aurora_rl.policies import Eagle3Drafter, NgramDrafter, TargetParts, available_drafters, get_drafter
-from aurora_rl.policies.registry import recognized, register_drafter, start_untrained
+from aurora_rl.policies.registry import names_drafter, recognized, register_drafter, start_untrained
 from aurora_rl.testing import tiny_target
 
 MODULE = "test_registry_module"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_name"),
+    [
+        ("eagle3", True),  # also where a folder has the name
+        ("eagel3", True),  # a misspelled name, which is told as one
+        ("package.module:Thing", True),
+        ("mine", False),
+        ("odd:folder", False),
+        ("owner/drafter", False),
+        ("./eagle3", False),
+        ("no/such:folder", False),
+    ],
+)
+def test_names_are_told_from_folders_and_hub_ids(
+    text: str, is_name: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("eagle3", "mine", "odd:folder"):
+        (tmp_path / folder).mkdir()
+    assert names_drafter(text) == is_name
 
 
 @pytest.fixture

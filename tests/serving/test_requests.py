@@ -63,7 +63,9 @@ def test_first_turns_in_order() -> None:
     assert [read(r) for r in requests] == ["<u>one<a>", "<u>two<a>", "<u>three<a>"]
     assert [r.id for r in requests] == [0, 1, 2]
     # A seed of its own for each, so that two requests with one prompt do not share their noise.
-    assert [r.sampling for r in requests] == [SamplingParams(0.5, 7, 0.9, 100 + i, max_tokens=10) for i in range(3)]
+    assert [r.sampling_params for r in requests] == [
+        SamplingParams(0.5, 7, 0.9, 100 + i, max_tokens=10) for i in range(3)
+    ]
     assert source() is None
     assert source.completed(answer(requests[1], "x")) == "chat" and source.completed(answer(requests[0], "x")) == "code"
     assert source() is None and source.failed == []
@@ -92,7 +94,7 @@ def fails_alone(fourth: Prompt, reason: str, **options: object) -> None:
     source = queue_of(*good[:3], fourth, good[3], **options)
     requests = [source() for _ in range(4)]
     assert [read(r) for r in requests] == ["<u>a<a>", "<u>b<a>", "<u>c<a>", "<u>d<a>"] and source() is None
-    assert [(r.id, r.sampling.seed) for r in requests] == [(0, 100), (1, 101), (2, 102), (4, 104)]
+    assert [(r.id, r.sampling_params.seed) for r in requests] == [(0, 100), (1, 101), (2, 102), (4, 104)]
     assert len(source.failed) == 2 and source.total == 4 + len(source.failed)
     assert all(re.fullmatch(f"prompt 'bad', turn 1: {reason}", failed) for failed in source.failed)
 
@@ -154,9 +156,17 @@ def test_the_largest_seed_is_served() -> None:
     sampling = SamplingParams(seed=2**63 - 1, max_tokens=10)
     source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling=sampling)
     first, second = source(), source()
-    assert (first.sampling.seed, second.sampling.seed) == (2**63 - 1, 0)
+    assert (first.sampling_params.seed, second.sampling_params.seed) == (2**63 - 1, 0)
     source.completed(answer(first, "yes"))
-    assert 0 <= source().sampling.seed < 2**63
+    assert 0 <= source().sampling_params.seed < 2**63
+
+
+def test_without_a_seed_every_turn_draws_its_own() -> None:
+    sampling = SamplingParams(temperature=1.0, max_tokens=10)
+    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling=sampling)
+    first, second = source(), source()
+    source.completed(answer(first, "yes"))
+    assert len({each.sampling_params.seed for each in (first, second, source())} - {None}) == 3
 
 
 def test_seeds_of_follow_ups_depend_on_no_other_request() -> None:
@@ -166,7 +176,7 @@ def test_seeds_of_follow_ups_depend_on_no_other_request() -> None:
         flying, seeds = [source(), source()], {}
         for place in order:
             request = flying.pop(place)
-            seeds[read(request)] = request.sampling.seed
+            seeds[read(request)] = request.sampling_params.seed
             source.completed(answer(request, "yes"))
             flying += [following] if (following := source()) else []
         return seeds
@@ -191,7 +201,7 @@ def test_what_a_line_asks_for_counts_before_the_configuration() -> None:
     short = Prompt("q", "", ({"role": "user", "content": "x" * 45},), max_tokens=9)
     source = queue_of(asked, short, prompt("r", "three"))
     requests = [source(), source(), source()]
-    assert [r.sampling for r in requests] == [
+    assert [r.sampling_params for r in requests] == [
         SamplingParams(0, 7, 0.9, seed=7, max_tokens=50, stop=("\n", "END"), ignore_eos=True),
         SamplingParams(0.5, 7, 0.9, seed=101, max_tokens=9),
         SamplingParams(0.5, 7, 0.9, seed=102, max_tokens=10),

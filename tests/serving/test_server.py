@@ -100,7 +100,9 @@ def test_what_nobody_may_draft_for_is_no_measure_of_speculation(tmp_path: Path) 
 
 def test_what_asks_only_whether_the_server_works_is_counted_nowhere(tmp_path: Path) -> None:
     first, second = requests(2)
-    probe = replace(first, id=7, sampling=SamplingParams(max_tokens=1), speculative=False, learn=False, counted=False)
+    probe = replace(
+        first, id=7, sampling_params=SamplingParams(max_tokens=1), speculative=False, learn=False, counted=False
+    )
     alone, beside = Serving(tmp_path / "a", [second], Oracle([second])), tmp_path / "b"
     serving = Serving(
         beside, [probe, second, replace(probe, id=8)], Oracle([first, second]), windows=BaselineWindows(0.0, 1)

@@ -106,7 +106,7 @@ def test_a_broken_drafter_is_named_and_its_request_served_without_it(tmp_path: P
 def lookup_rounds(request: Request, held: int, shape: TreeShape) -> int:
     """Rounds that lookup alone needs from so many tokens of the completion on."""
     completion, rounds = truth(request), 0
-    while held < request.sampling.max_tokens:
+    while held < request.sampling_params.max_tokens:
         tree, node = ngram_tree(request.prompt.tolist() + completion[:held], shape), -1
         children = set(zip(tree.parents, tree.tokens, strict=True))
         for token in completion[held:]:

@@ -18,6 +18,8 @@ class Hub(ThreadingHTTPServer):
         files: Contents by repository and path.
         commits: Message of each commit.
         created: Fields of each call that creates a repository.
+        tokens: Tokens of the calls that write.
+        read: Revision and token of each call that asks what a repository holds.
     """
 
     def __init__(self) -> None:
@@ -26,6 +28,7 @@ class Hub(ThreadingHTTPServer):
         self.commits: list[str] = []
         self.created: list[dict] = []
         self.tokens: set[str | None] = set()
+        self.read: list[tuple[str, str | None]] = []
 
     @property
     def url(self) -> str:
@@ -88,7 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         where = self.path.partition("?")[0]
         sha = f"{len(hub.commits):040x}"
         if where.startswith("/api/models/"):
-            repo = where.removeprefix("/api/models/").partition("/revision/")[0].partition("/tree/")[0]
+            repo, _, revision = where.removeprefix("/api/models/").partition("/tree/")[0].partition("/revision/")
+            hub.read.append((revision, self.headers["Authorization"]))
             if repo not in hub.files:
                 self._send(b"{}", 404, X_Error_Code="RepoNotFound")
                 return

@@ -54,7 +54,7 @@ def text(prompt: tuple[int, ...], count: int) -> list[int]:
 
 
 def truth(request: Request) -> list[int]:
-    return text(tuple(request.prompt.tolist()), request.sampling.max_tokens)
+    return text(tuple(request.prompt.tolist()), request.sampling_params.max_tokens)
 
 
 class Oracle(Drafter):
@@ -68,7 +68,7 @@ class Oracle(Drafter):
         self.draft_vocab = torch.arange(VOCAB)
         # Beyond the budget too: what is drafted there is cut, not wrong.
         self._texts = [
-            r.prompt.tolist() + text(tuple(r.prompt.tolist()), r.sampling.max_tokens + DEPTH + 1) for r in known
+            r.prompt.tolist() + text(tuple(r.prompt.tolist()), r.sampling_params.max_tokens + DEPTH + 1) for r in known
         ]
 
     @classmethod
@@ -172,7 +172,7 @@ def endless(known: Sequence[Request]) -> Iterator[Request]:
     """The requests again and again, numbered on."""
     for number in itertools.count():
         request = known[number % len(known)]
-        yield Request(number, request.prompt, request.sampling)
+        yield Request(number, request.prompt, request.sampling_params)
 
 
 class Serving:

@@ -65,12 +65,12 @@ class Truth:
 
     @classmethod
     def of(cls, request: Request, architecture: str = "llama", stop_tokens: Sequence[int] = ()) -> Truth:
-        count = request.sampling.max_tokens + NODES + 1
-        known = next_tokens(tuple(request.prompt.tolist()), request.sampling, architecture, count)
-        end, terminated = request.sampling.max_tokens, False
-        for count in range(request.sampling.max_tokens, 0, -1):
+        count = request.sampling_params.max_tokens + NODES + 1
+        known = next_tokens(tuple(request.prompt.tolist()), request.sampling_params, architecture, count)
+        end, terminated = request.sampling_params.max_tokens, False
+        for count in range(request.sampling_params.max_tokens, 0, -1):
             said = known[:count]
-            if said[-1] in stop_tokens or any(letters(said).endswith(s) for s in request.sampling.stop):
+            if said[-1] in stop_tokens or any(letters(said).endswith(s) for s in request.sampling_params.stop):
                 end, terminated = count, True
         text = torch.cat([request.prompt, torch.tensor(known)])
         states = reference(architecture)(text[None], output_hidden_states=True).hidden_states

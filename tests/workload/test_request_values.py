@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.workload.request_fields import FieldError
 from aurora_rl.workload.request_values import chat_messages, parse_json, sampling_fields
 
@@ -18,7 +19,8 @@ def test_what_a_request_leaves_out_or_says_null_to_is_not_there() -> None:
 
 
 def test_clients_words_become_ours() -> None:
-    assert sampling_fields({"top_k": -1, "seed": -1}) == {"top_k": 0, "seed": 2**63 - 1}
+    asked = SamplingParams(**sampling_fields({"top_k": -1, "seed": -1}))
+    assert asked == SamplingParams(top_k=0, seed=2**63 - 1)
     assert sampling_fields({"seed": -(2**63)}) == {"seed": 0}
     assert sampling_fields({"max_tokens": 3, "max_completion_tokens": 3}) == {"max_tokens": 3}
 

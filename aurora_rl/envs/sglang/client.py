@@ -213,7 +213,7 @@ class SGLangClient:
         Raises:
             SGLangError: The server refuses, or does not answer.
         """
-        sampling = request.sampling
+        sampling = request.sampling_params
         if not request.speculative:
             raise SGLangError(f"request {request.id}: speculative=false is not supported by SGLang; leave it out")
         if self._argmax and sampling.temperature > 0:

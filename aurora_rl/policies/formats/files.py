@@ -66,8 +66,9 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
     write_folder(folder, tensors, {"config.json": config})
 
 
-def holds_drafter(folder: Path) -> bool:
+def holds_drafter(folder: str | os.PathLike[str]) -> bool:
     """Return whether a folder holds what :func:`save_drafter` writes, and nothing else."""
+    folder = Path(folder)
     return folder.is_dir() and {path.name for path in folder.iterdir()} == set(_FILES)
 
 
@@ -103,6 +104,8 @@ def load_drafter(
     layout: str | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
     trained_for: str = "target",
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Drafter:
     """Read a drafter for a target, in float32. From then on it is this target's, see ``Drafter.trained_for``.
 
@@ -114,6 +117,8 @@ def load_drafter(
         options: ``drafter.options``, see ``Drafter.read``.
         trained_for: "target" refuses a folder that names other weights than the target's. "any" takes it, for example
             for a later state of the target.
+        revision: Branch, tag or commit of a repository; None takes its main branch.
+        token: Token of the hub; None takes the one that ``hf auth login`` stored, False sends none.
 
     Raises:
         CheckpointError: Files are missing or broken, or the drafter was made for another target. The message names the
@@ -129,7 +134,7 @@ def load_drafter(
         ...     type(load_drafter(folder, parts)).__name__
         'MedusaDrafter'
     """
-    folder = local_folder(source)
+    folder = local_folder(source, revision, token)
     tensors, config = read_folder(folder, "config.json")
     try:
         _check_types(tensors, config)
@@ -226,13 +231,14 @@ def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetPart
             )
 
 
-def local_folder(source: str | os.PathLike[str]) -> Path:
+def local_folder(source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
     """Return the folder of a drafter, downloaded if ``source`` names none here."""
     folder = Path(source)
     # What has one slash at most may be a repository on the hub; anything else is a folder that is not there.
     if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         return folder
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]))
+        wanted = ["*.json", "*.safetensors", "pytorch_model.bin"]
+        return Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=wanted))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(f"{source} is neither a folder nor a repository of the hub: {error}") from error

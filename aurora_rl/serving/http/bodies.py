@@ -155,7 +155,7 @@ class Bodies(ABC):
         tokens, found = completion.tokens.tolist(), completion.logprobs
         return {
             "index": index,
-            **self._message(decode(self._tokenizer, tokens, completion.request.sampling.stop)),
+            **self._message(decode(self._tokenizer, tokens, completion.request.sampling_params.stop)),
             "logprobs": None if found is None else self.logprobs(tokens, found),
             "finish_reason": completion.finish_reason,
         }

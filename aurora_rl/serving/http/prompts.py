@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -66,8 +65,7 @@ class Encoder:
         for tokens in self._prompts(body):
             sampling, prompt = self._params(body, len(tokens)), torch.tensor(tokens, dtype=torch.int64)
             for index in range(n):
-                seed = secrets.randbits(63) if first is None else (first + index) % 2**63
-                sampled = replace(sampling, seed=seed)
+                sampled = replace(sampling, seed=None if first is None else (first + index) % 2**63)
                 jobs.append(Job(prompt, sampled, speculative, learn, cache_salt=body.cache_salt, tenant=tenant))
         return jobs
 

@@ -80,7 +80,7 @@ class _Choice:
     """What was sent of one choice."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
-        self.detokenizer = Detokenizer(tokenizer, job.sampling.stop)
+        self.detokenizer = Detokenizer(tokenizer, job.sampling_params.stop)
         self.begun, self.characters = False, 0
 
 

@@ -140,7 +140,7 @@ def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
 def test_a_cached_prefix_is_recorded_with_its_features(attached, learner, model, drafter, tmp_path):
     (first,) = requests(60, seed=2)
     attached.generate(first)
-    longer = Request(next(_numbers), torch.cat([first.prompt, torch.tensor([9, 8, 7])]), first.sampling)
+    longer = Request(next(_numbers), torch.cat([first.prompt, torch.tensor([9, 8, 7])]), first.sampling_params)
     attached.generate(longer)
     (trajectory,) = learner.take(longer.id)
     own = recorded_here(model, drafter, [longer], SHAPES["chain"], tmp_path)
@@ -288,7 +288,7 @@ def test_weights_that_do_not_fit_are_rejected_and_the_old_ones_serve(attached, l
 def test_swaps_under_load_change_no_text_and_fail_no_request(attached, learner, drafter):
     asked = requests(*[10] * 12, new=120, seed=5)
     expected = [answer.tokens for answer in ask_all(attached, asked[:4])]
-    again = [Request(next(_numbers), each.prompt, each.sampling) for _ in range(4) for each in asked[:4]]
+    again = [Request(next(_numbers), each.prompt, each.sampling_params) for _ in range(4) for each in asked[:4]]
     stop = threading.Event()
     answers = []
 

@@ -23,7 +23,7 @@ from aurora_rl.policies import (
     TargetParts,
     get_drafter,
 )
-from aurora_rl.policies.formats.files import load_drafter, save_drafter
+from aurora_rl.policies.formats.files import holds_drafter, load_drafter, save_drafter
 from aurora_rl.storage import CheckpointError
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
@@ -320,6 +320,12 @@ def test_a_draft_map_of_another_type_is_named(
     edit_tensors(saved_eagle3[1], d2t=offsets)
     with pytest.raises(CheckpointError, match="tensor 'd2t' must hold an integer for each row"):
         load_drafter(saved_eagle3[1], parts)
+
+
+def test_a_folder_may_be_named_by_a_string(parts: TargetParts, tmp_path: Path) -> None:
+    assert not holds_drafter(str(tmp_path))
+    save_drafter(MedusaDrafter.from_target(parts, draft_vocab=torch.arange(16)), str(tmp_path / "drafter"))
+    assert holds_drafter(str(tmp_path / "drafter")) and holds_drafter(tmp_path / "drafter")
 
 
 def test_a_source_that_is_neither_a_folder_nor_on_the_hub_is_named(
