@@ -75,6 +75,33 @@ def test_a_name_belongs_to_one_part(parts: Registry[type[Part]]) -> None:
         parts.register("dict")(dict)
 
 
+def test_a_part_has_one_name(parts: Registry[type[Part]]) -> None:
+    own = sys.modules[MODULE].Own
+    assert parts.name_of(own) == "installed"  # its entry point's, before it is loaded
+    assert parts.get(f"{MODULE}:Own") is parts.get("installed") is own and parts.name_of(own) == "installed"
+    with pytest.raises(ValueError, match=f"^{MODULE}:Own is the part 'installed' already; use that name in the place"):
+        parts.register("mine")(own)
+    other = sys.modules[MODULE].Other = type("Other", (Part,), {"__module__": MODULE})  # type: ignore[attr-defined]
+    assert parts.name_of(other) == f"{MODULE}:Other" and parts.get(f"{MODULE}:Other") is other
+    with pytest.raises(ValueError, match=f"is the part '{MODULE}:Other' already"):
+        parts.register("other")(other)
+    registered = sys.modules[MODULE].Third = type("Third", (Part,), {"__module__": MODULE})  # type: ignore[attr-defined]
+    parts.register("third")(registered)
+    assert parts.get(f"{MODULE}:Third") is registered and parts.name_of(registered) == "third"
+
+
+def test_what_is_prepared_is_prepared_once_and_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def prepare(name: str, part: object) -> type[Part]:
+        names.append(name)
+        return type("Prepared", (Part,), {})
+
+    prepared: Registry[type[Part]] = Registry("part", "tests.none", Part, prepare=prepare)
+    kept = prepared.get("math:sqrt")
+    assert prepared.get("math:sqrt") is kept and names == ["math:sqrt"] and prepared.name_of(kept) == "math:sqrt"
+
+
 def test_functions(parts: Registry[type[Part]]) -> None:
     functions = Registry("function", "tests.functions")
     assert functions.get("math:sqrt")(4) == 2

@@ -99,7 +99,7 @@ def _rule(config: Config) -> str:
         raise ConfigError(
             f"rule={name} needs drafter.mode={' or '.join(rule.draft_modes)}, got drafter.mode={config.drafter.mode}"
         )
-    if name == "greedy" and config.temperature > 0:
+    if rule.name == "greedy" and config.temperature > 0:
         raise ConfigError(f"rule=greedy needs temperature=0, got {config.temperature:g}; set rule=null to sample")
     return name
 

@@ -49,8 +49,7 @@ def drafter_name(kind: type[Drafter]) -> str:
         >>> drafter_name(get_drafter("medusa"))
         'medusa'
     """
-    name = kind.__name__.removesuffix("Drafter").lower()
-    return name if name in available_drafters() else f"{kind.__module__}:{kind.__qualname__}"
+    return DRAFTERS.name_of(kind)
 
 
 def start_untrained(

@@ -8,6 +8,7 @@ wrong rules.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
@@ -20,6 +21,7 @@ from tree_contexts import contexts
 
 from aurora_kernels.trees import accepted_path, depths, last_accepted, valid_nodes
 from aurora_rl.envs.verification.rules import (
+    RULES,
     Greedy,
     SampleAndMatch,
     Verdict,
@@ -66,10 +68,36 @@ def test_a_rule_by_its_import_path_takes_the_place_of_no_other_by_its_name(
         "class Usurper(VerificationRule):\n    name, verify, acceptance = 'sample_and_match', None, None\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    wrong = "'sample_and_match' belongs to aurora_rl.*:SampleAndMatch; choose another for usurping_rules:Usurper"
-    with pytest.raises(ValueError, match=wrong):
-        get_rule("usurping_rules:Usurper")
-    assert rule_of_code(rule_code("sample_and_match")) is SampleAndMatch
+    usurper = get_rule("usurping_rules:Usurper")
+    assert usurper.name == "usurping_rules:Usurper" and rule_of_code(rule_code(usurper.name)) is usurper
+    assert rule_of_code(rule_code("sample_and_match")) is SampleAndMatch and SampleAndMatch.name == "sample_and_match"
+
+
+def test_rules_of_one_class_name_in_two_modules_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "from aurora_rl.envs import SampleAndMatch\nclass MyRule(SampleAndMatch):\n    pass\n"
+        "class Registered(SampleAndMatch):\n    pass\n"
+    )
+    for name in ("rules_of_one", "rules_of_two"):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    first, second = get_rule("rules_of_one:MyRule"), get_rule("rules_of_two:MyRule")
+    codes = [rule_code(rule.name) for rule in (first, second)]
+    assert codes[0] != codes[1] and [rule_of_code(code) for code in codes] == [first, second]
+    # Each process knows a registered rule by its name, whether its own configuration has the name or the path.
+    registered = RULES.register("one")(importlib.import_module("rules_of_one").Registered)
+    assert get_rule("rules_of_one:Registered") is registered and registered.name == "one"
+
+
+def test_a_rule_keeps_its_name() -> None:
+    class Own(SampleAndMatch):  # type: ignore[misc]
+        pass
+
+    register_rule("kept")(Own)
+    rule = Own()
+    with pytest.raises(ValueError, match=r":.*Own is the verification rule 'kept' already; use that name in"):
+        register_rule("other")(Own)
+    assert rule.name == "kept" and "other" not in RULES
 
 
 @pytest.mark.parametrize("rule", [Greedy(), SampleAndMatch()])
