@@ -87,7 +87,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         formats: Names of the layouts that :meth:`write` and :meth:`read` know; runs are kept in the first.
         target_sizes: Entries of a checkpoint's ``config.json`` that must be the target's.
         sglang_algorithm: SGLang's ``--speculative-algorithm`` for folders in the format "sglang"; None if SGLang does
-            not serve the architecture.
+            not serve the architecture. ``aurora_rl.envs.sglang.LEARNED`` has those that learn there.
         options: Keywords that a subclass's :meth:`from_target` took, kept in the folder.
         trained_for: ``TargetParts.fingerprint`` of its target, kept in the folder; None if unknown.
 
