@@ -94,11 +94,10 @@ def _report_drafters(spec: RunSpec, target: Target, say: Callable[[str], Any]) -
     """Start every drafter untrained; the configured one as it is configured."""
     started, config = {}, spec.config
     for name in sorted({*available_drafters(), spec.drafter_name}):
-        settings = config.drafter
-        if name != spec.drafter_name:
-            settings = replace(settings, name=name, options={}, path=None, feature_layers=None)
+        other = replace(config.drafter, name=name, options={}, path=None, feature_layers=None)
         try:
-            started[name] = drafter = start_drafter(resolve(replace(config, drafter=settings)), target, [])
+            its_spec = spec if name == spec.drafter_name else resolve(replace(config, drafter=other))
+            started[name] = drafter = start_drafter(its_spec, target, [])
         except ValueError as error:
             say(f"drafter      {name} does not start: {error}")
             continue

@@ -23,7 +23,7 @@ from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
 from aurora_rl.envs.sglang.plugin_server import PluginError, ask
 from aurora_rl.models.detokenizer import decode
-from aurora_rl.models.loading import embedded_model_path, stop_token_ids
+from aurora_rl.models.loading import DEFAULT_TARGET, embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
 from aurora_rl.policies.formats.files import save_drafter
@@ -283,7 +283,7 @@ def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> SGL
         )
     save_drafter(drafter, folder, "sglang")
     return SGLangClient.launch(
-        embedded_model_path() if config.model == "smollm2" else config.model,
+        embedded_model_path() if config.model == DEFAULT_TARGET else config.model,
         drafter=folder,
         depth=tree.depth,
         width=tree.width,
