@@ -57,7 +57,7 @@ unit: $(STAMP)  ## tests and doctests on tiny models
 	$(IN_TWO) -m 'not smollm2 and not faults and not sglang and not vllm and not stress' --doctest-modules tests aurora_rl kernels
 
 smollm2: $(STAMP)  ## tests on the embedded model
-	$(IN_TWO) -m smollm2
+	$(IN_TWO) -m 'smollm2 and not stress'
 
 faults: $(STAMP)  ## tests that interrupt, kill and restart its processes
 	$(IN_TWO) -m faults tests/faults
@@ -80,6 +80,7 @@ stress: $(STAMP)  ## random tests and faults again and again, ROUNDS=20 times wi
 		$(BIN)/python -m pytest -q -n 2 -m 'hypothesis and not sglang' --hypothesis-seed=$$round tests || exit 1; \
 		$(BIN)/python -m pytest -q -m 'faults or stress' tests/faults || exit 1; \
 	done
+	$(BIN)/python -m pytest -q -m 'stress and smollm2' tests/test_smollm2.py
 	$(BIN)/python benchmarks/canary.py --name canary_stress
 	AURORA_RL_FRAMES=1000000 $(BIN)/python -m pytest -q tests/collectors/test_codec_fuzz.py
 	$(BIN)/python benchmarks/soak.py --minutes 5 --name soak_stress

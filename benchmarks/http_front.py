@@ -105,7 +105,7 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
             elif not clients.step():
                 clients.wait(_IDLE_S)
     finally:
-        clients.end("the measurement is over")
+        clients.end()
         http.stop()
         server.close()
 

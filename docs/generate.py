@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def _default(field: Field) -> str:
 
 def configuration() -> Iterator[str]:
     """Return the lines of the reference of configuration keys."""
-    yield _GENERATED.format("aurora_rl/cli/config.py")
+    yield _GENERATED.format("aurora_rl/cli/config.py and the sections that it imports")
     yield "# Configuration keys\n"
     yield "Set a key by `key=value` on the command line, or in a YAML file that `--config` names:\n"
     yield "```bash\naurora-rl flywheel --config run.yaml engine.slots=4 'objectives=[{name: imitation}]'\n```\n"
@@ -62,7 +63,8 @@ def configuration() -> Iterator[str]:
         yield "| key | type | default | meaning |\n|---|---|---|---|"
         for field in fields(cls):
             if not _is_section(field):
-                kind = str(field.type).replace(" | ", " or ").replace("None", "null")
+                kind = re.sub(r"tuple\[(.*), \.\.\.\]", r"list[\1]", str(field.type))  # YAML knows no tuples
+                kind = kind.replace(" | ", " or ").replace("None", "null")
                 yield f"| `{prefix}{field.name}` | {kind} | {_default(field)} | {texts[field.name]} |"
 
 

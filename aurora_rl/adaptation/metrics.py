@@ -15,6 +15,7 @@ REGAINED = 0.95
 """Share of the level of before that counts as regained."""
 SETTLED = 1 / 3
 """Last share of a phase, whose acceptance is the phase's level."""
+_BLOCK = 8  # neighbouring requests that the bootstrap draws at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +115,10 @@ def regret(served: Served, fixed: Mapping[str, Served]) -> tuple[str, float]:
     return best, sum(served.rounds) / sum(fixed[best].rounds) - 1
 
 
-def block_bootstrap(
-    arm: Served, reference: Served, *, block: int = 8, samples: int = 2000, seed: int = 0
-) -> tuple[float, float] | None:
+def block_bootstrap(arm: Served, reference: Served, *, samples: int = 2000) -> tuple[float, float] | None:
     """Return a 95% interval of the ratio of an arm's acceptance length to a reference's on the same requests.
 
-    Blocks of ``block`` neighbouring requests are drawn with replacement, since neighbours were served by the same
+    Blocks of eight neighbouring requests are drawn with replacement, since neighbours were served by the same
     weights (Künsch 1989, the moving-block bootstrap). There is no interval with fewer requests than four blocks.
 
     Example:
@@ -127,17 +126,19 @@ def block_bootstrap(
         >>> block_bootstrap(same, same)
         (1.0, 1.0)
     """
-    draw, count = random.Random(seed), len(arm)
-    if count < 4 * block:
+    draw, count = random.Random(0), len(arm)
+    if count < 4 * _BLOCK:
         return None
     sums = [
-        tuple(sum(part[first : first + block]) for part in (arm.tokens, arm.rounds, reference.tokens, reference.rounds))
-        for first in range(count - block + 1)
+        tuple(
+            sum(part[first : first + _BLOCK]) for part in (arm.tokens, arm.rounds, reference.tokens, reference.rounds)
+        )
+        for first in range(count - _BLOCK + 1)
     ]
     ratios = []
     for _ in range(samples):
         tokens, rounds, reference_tokens, reference_rounds = (
-            sum(values) for values in zip(*draw.choices(sums, k=-(-count // block)), strict=True)
+            sum(values) for values in zip(*draw.choices(sums, k=-(-count // _BLOCK)), strict=True)
         )
         ratios.append((tokens / rounds) / (reference_tokens / reference_rounds))
     ratios.sort()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.keys import ClientKeys, ServerKeys
 from aurora_rl.envs import Engine
@@ -127,21 +128,19 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]], seed:
 
 
 def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]], seed: int) -> Drafter:
-    settings, kind = spec.config.drafter, spec.drafter_class
+    settings, kind, options = spec.config.drafter, spec.drafter_class, plain(spec.config.drafter.options)
     if settings.path is not None:
-        return load_drafter(
-            settings.path, target.parts, kind, options=settings.options, trained_for=settings.trained_for
-        )
+        return load_drafter(settings.path, target.parts, kind, options=options, trained_for=settings.trained_for)
     torch.manual_seed(seed)
-    prior, layers = token_prior(target.model, prompts), settings.feature_layers
+    prior = token_prior(target.model, prompts)
     with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
         return start_untrained(
             kind,
             target.parts,
             prior,
             vocab_size=settings.vocab_size,
-            feature_layers=tuple(layers) if layers else None,
-            options=settings.options,
+            feature_layers=settings.feature_layers or None,
+            options=options,
         )
 
 

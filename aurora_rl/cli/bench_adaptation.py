@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.config_privacy import check_records
 from aurora_rl.cli.engines import embedded_server
 from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.learner import assembled, learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
@@ -241,7 +243,7 @@ class _Bench:
         learner, wire, flops = None, LocalWire(), 0
         serving = drafter.serving_copy(spec.dtype)
         if arm.learns:
-            learning_spec = replace(spec, config=replace(spec.config, seed=spec.config.seed + seed))
+            learning_spec = resolve(replace(spec.config, seed=spec.config.seed + seed))
             loss, optimizers = learning(spec, drafter, target)
             flops = step_flops(loss, stream, spec.config.learner.batch_size)
             log = MetricsLog(folder / "metrics.jsonl", "learner")
@@ -299,11 +301,11 @@ class _Bench:
         # As many steps for a request as arms get that learn.
         replay = min(settings.replay, max(int(self._scenario.pace * settings.batch_size) - 1, 0))
         parts = [*_origin(spec), settings.muon_lr, settings.adam_lr, replay, settings.batch_size]
-        parts += [spec.config.objectives, spec.config.seed]
+        parts += [plain(spec.config.objectives), spec.config.seed]
         name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         folder = self._out / "trained" / name[:12]
         if folder.exists():
-            return load_drafter(folder, target.parts, spec.drafter_class, options=spec.config.drafter.options)
+            return load_drafter(folder, target.parts, spec.drafter_class, options=plain(spec.config.drafter.options))
         stream = self._stream("training", drafter)
         loss, optimizers = learning(spec, drafter, target)
         with watch(self._console, "training", len(stream), 0) as shown:
@@ -323,24 +325,38 @@ class _Bench:
         live, ends = self._scenario.live, _ends(self._prompts)
         names = live.arms or list(self._scenario.arms)
         arms = [name for name in names if (self._out / "arms" / f"{name}-0" / "result.json").exists()]
-        cells = [(phase, slots) for phase in range(len(ends)) for slots in live.slots]
-        for phase, slots in cells:
+        missing = []
+        for phase, slots in itertools.product(range(len(ends)), live.slots):
             path = self._out / "live" / f"phase-{phase}-slots-{slots}.json"
-            if path.exists() and set(json.loads(path.read_text())["arms"]) == {*arms, PLAIN}:
-                continue
-            self._console.print(f"tokens per second: phase {phase}, {slots} slots", soft_wrap=True)
-            path.parent.mkdir(exist_ok=True)
-            samples = self._measure(arms, phase, ends[phase] - live.requests, slots, drafters)
-            path.write_text(json.dumps({"arms": [PLAIN, *arms], "samples": samples}, indent=1) + "\n")
+            if not (path.exists() and set(json.loads(path.read_text())["arms"]) == {*arms, PLAIN}):
+                missing.append((phase, slots, path))
+        with ExitStack() as stack:
+            learns = [name for name in arms if missing and self._scenario.arms[name].learns]
+            learners = {name: stack.enter_context(self._busy(name)) for name in learns}
+            for phase, slots, path in missing:
+                self._console.print(f"tokens per second: phase {phase}, {slots} slots", soft_wrap=True)
+                path.parent.mkdir(exist_ok=True)
+                samples = self._measure(arms, phase, ends[phase] - live.requests, slots, drafters, learners)
+                path.write_text(json.dumps({"arms": [PLAIN, *arms], "samples": samples}, indent=1) + "\n")
+
+    def _busy(self, name: str) -> BusyProcess:
+        """Return the process that learns next to an arm: always from the first requests, as its pace alone matters."""
+        path, overrides = self._given
+        pairs = [*self._scenario.set, *overrides, *self._scenario.arms[name].set]
+        return BusyProcess(busy_learner, path, pairs, self._out / "stream" / "phase-0", self._layers)
 
     def _measure(
-        self, arms: Sequence[str], phase: int, point: int, slots: int, drafters: dict[str, Drafter]
+        self,
+        arms: Sequence[str],
+        phase: int,
+        point: int,
+        slots: int,
+        drafters: dict[str, Drafter],
+        learners: dict[str, BusyProcess],
     ) -> list[dict[str, Any]]:
         live, prompts = self._scenario.live, self._prompts[phase][-self._scenario.live.requests :]
         plain = self._spec("drafter.name=ngram", "drafter.lookup=0", "drafter.adaptive=false")
-        servers, requests, learners = {}, {}, {}
-        path, overrides = self._given
-        recorded = self._out / "stream" / f"phase-{phase}"
+        servers, requests = {}, {}
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             for name in (PLAIN, *arms):
@@ -362,9 +378,6 @@ class _Bench:
                     add_answers(server.policy.earlier, self._stream("phases", drafter), point)
                 stack.callback(server.close)
                 servers[name], requests[name] = (server, source), list(iter(queue, None))
-                if name != PLAIN and self._scenario.arms[name].learns:
-                    pairs = [*self._scenario.set, *overrides, *self._scenario.arms[name].set]
-                    learners[name] = stack.enter_context(BusyProcess(busy_learner, path, pairs, recorded, self._layers))
 
             def company(name: str) -> AbstractContextManager[object]:
                 return learners[name].running() if name in learners else nullcontext()
@@ -374,12 +387,12 @@ class _Bench:
 
 def _configuration(spec: RunSpec) -> dict[str, Any]:
     """Return the sections and keys that figures depend on."""
-    return {key: value for key, value in asdict(spec.config).items() if key not in _NO_FIGURE}
+    return {key: value for key, value in plain(spec.config).items() if key not in _NO_FIGURE}
 
 
 def _origin(spec: RunSpec) -> list[Any]:
     """Return the settings that say which drafter a run starts with."""
-    drafts = asdict(spec.config.drafter)
+    drafts = plain(spec.config.drafter)
     return [drafts[key] for key in ("name", "path", "options", "vocab_size", "trained_for", "feature_layers")]
 
 
@@ -391,15 +404,14 @@ def _shape(spec: RunSpec, arm: Arm) -> TreeShape:
 def _alone(spec: RunSpec, slots: int, wire: Path) -> RunSpec:
     """Return a spec that serves so many slots, without plain windows, at a wire of its own."""
     config = spec.config
-    return replace(
-        spec,
-        config=replace(
+    return resolve(
+        replace(
             config,
             # Turns repeat their prompts, which are to be read each time.
             engine=replace(config.engine, slots=slots, prefix_cache_tokens=0),
             baseline=replace(config.baseline, share=0.0),
             wire=replace(config.wire, trajectories=f"ipc://{wire}-t", weights=f"ipc://{wire}-w", queue=1),
-        ),
+        )
     )
 
 

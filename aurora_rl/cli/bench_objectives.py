@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.assembly import Target, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.learner import learning
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
@@ -70,7 +71,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     spec, recording, out = resolve(config), arguments.recording, arguments.out
     every, ahead = arguments.every, arguments.ahead
     variants = dict.fromkeys(name.strip() for name in arguments.variants.split(","))
-    known = {**VARIANTS, _CONFIGURED: config.objectives}
+    known = {**VARIANTS, _CONFIGURED: plain(config.objectives)}
     for option in ("seeds", "every", "ahead", "limit"):
         number = getattr(arguments, option)
         if number is not None and number < 1:
@@ -79,7 +80,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         if variant not in known:
             raise ConfigError(f"--variants: unknown {variant!r}; there are {', '.join(known)}")
     if _CONFIGURED not in variants and config.objectives != Config().objectives:
-        raise ConfigError(f"no variant learns by objectives={config.objectives}; add {_CONFIGURED!r} to --variants")
+        raise ConfigError(f"no variant learns by objectives={known[_CONFIGURED]}; add {_CONFIGURED!r} to --variants")
     dataset = TrajectoryDataset(recording)
     count = min(len(dataset), arguments.limit or len(dataset))
     if every % config.learner.batch_size:
@@ -151,7 +152,7 @@ def learning_curve(
     drafter = start_drafter(spec, target, prompts, seed=seed)
     config, settings = spec.config, spec.config.learner
     shapes = {mode: replace(spec.tree, mode=mode) for mode in dict.fromkeys(("topk", spec.tree.mode))}
-    loss, optimizers = learning(replace(spec, config=replace(config, objectives=objectives)), drafter, target)
+    loss, optimizers = learning(replace(spec, config=replace(config, objectives=tuple(objectives))), drafter, target)
     served = drafter.serving_copy(spec.dtype)
     curves: dict[str, list[tuple[int, float]]] = {mode: [] for mode in shapes}
 
@@ -184,7 +185,7 @@ def learning_curve(
 def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) -> dict[str, Any]:
     """Return the settings that a curve depends on, by their configuration keys. Objectives and seed are left out."""
     config = spec.config
-    drafter, learner = asdict(config.drafter), asdict(config.learner)
+    drafter, learner = plain(config.drafter), plain(config.learner)
     return {
         "model": config.model,
         "dtype": str(spec.dtype).removeprefix("torch."),

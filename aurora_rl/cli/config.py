@@ -1,11 +1,11 @@
 """Configuration of the commands: one dataclass per part, read by OmegaConf from a file and ``key=value`` pairs.
 
-Constructors elsewhere take flat arguments and never see these classes.
+Constructors elsewhere take flat arguments and never see these classes. Nothing of a :class:`Config` can be changed: its
+lists are tuples, and its mappings are read-only. ``dataclasses.replace`` makes another.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,10 +20,11 @@ from aurora_rl.cli.config_checks import check
 from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
 from aurora_rl.cli.cpus import usable_cpus
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.frozen import frozen, plain
 from aurora_rl.settings import nearest
 
 
-@dataclass
+@dataclass(frozen=True)
 class EngineConfig:
     """The serving engine.
 
@@ -48,7 +49,7 @@ class EngineConfig:
     and dtype, unless they are set, and lengths and the trees' shape are the server's."""
     plugin_address: str | None = None
     """Address of that server's plugin, which is in its environment as AURORA_RL_SGLANG."""
-    arguments: list[str] = field(default_factory=list)
+    arguments: tuple[str, ...] = ()
     """More arguments of ``sglang.launch_server``."""
     capture_rate: float = 1.0
     """Share of the requests that are captured: that go to the learner, and whose answers lookup searches."""
@@ -63,7 +64,7 @@ class EngineConfig:
         return self.name == "sglang" and self.url is not None
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrafficConfig:
     """Where requests come from."""
 
@@ -77,7 +78,7 @@ class TrafficConfig:
     """Requests that the built-in generator makes."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class DrafterConfig:
     """The drafter and the trees that it proposes."""
 
@@ -92,7 +93,7 @@ class DrafterConfig:
     """Weights that a checkpoint must be trained for: target takes those of the target alone, any takes all."""
     vocab_size: int = 8192
     """Rows of the draft head."""
-    feature_layers: list[int] | None = None
+    feature_layers: tuple[int, ...] | None = None
     """Target layers that make the features; null takes the architecture's default."""
     depth: int = 4
     """Longest path."""
@@ -113,7 +114,7 @@ class DrafterConfig:
     """Choose depth, chain or tree, or no speculation by measured acceptance and costs; false keeps one shape."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class BaselineConfig:
     """Windows of plain decoding that speculation is compared with."""
 
@@ -123,7 +124,7 @@ class BaselineConfig:
     """Rounds of a window."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class WireConfig:
     """ZeroMQ addresses, bound by the learner."""
 
@@ -142,7 +143,7 @@ class WireConfig:
     this host do not. SGLang takes its folder from AURORA_RL_SGLANG_KEYS in its environment."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class HttpConfig:
     """The server of OpenAI's API; it needs ``pip install 'aurora-rl[serve]'``."""
 
@@ -164,11 +165,11 @@ class HttpConfig:
     """Requests that may wait for a slot; the next are answered with status 429."""
     timeout: float = 600.0
     """Most seconds of a request, waiting included."""
-    cors_origins: list[str] = field(default_factory=list)
+    cors_origins: tuple[str, ...] = ()
     """Origins whose pages may call the server from a browser, such as https://chat.example; * is any."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class LearnerConfig:
     """The training server."""
 
@@ -204,7 +205,7 @@ class LearnerConfig:
     """Folder to write every trajectory to that arrives; null keeps none."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class CheckpointConfig:
     """Training states, from which a learner goes on."""
 
@@ -214,7 +215,7 @@ class CheckpointConfig:
     """Save the replay buffer too, so that a learner goes on exactly as if it had not stopped. It has users' text."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class GateConfig:
     """What a candidate has to show before it is served."""
 
@@ -224,7 +225,7 @@ class GateConfig:
     """Loss of acceptance length that is tolerated: publish if the mean paired difference is above minus this."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class TelemetryConfig:
     """Where the figures of a run go, next to its ``metrics.jsonl``."""
 
@@ -235,7 +236,7 @@ class TelemetryConfig:
     """Most bytes of ``metrics.jsonl``. Once it has so many it replaces ``metrics.1.jsonl``, and is begun anew."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     """Everything that a run is made of."""
 
@@ -268,13 +269,13 @@ class Config:
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     wire: WireConfig = field(default_factory=WireConfig)
-    objectives: list[dict[str, Any]] = field(default_factory=lambda: [{"name": "imitation"}])
+    objectives: tuple[dict[str, Any], ...] = field(default_factory=lambda: ({"name": "imitation"},))
     """Name and settings of each objective; their losses are summed."""
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     canary: CanaryConfig = field(default_factory=CanaryConfig)
-    compare: list[str] = field(default_factory=list)
+    compare: tuple[str, ...] = ()
     """Two drafters to compare on live traffic, ``[a, b]``: each a folder, a hub id, or a name as of ``drafter.name``.
     They draft in turns as ``canary`` says, a in place of the served weights and b in place of the new ones. Nobody
     learns. Empty compares none."""
@@ -282,6 +283,10 @@ class Config:
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     run_dir: str | None = None
     """New or empty folder of the run; null is ``runs/<time>``."""
+
+    def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, frozen(value))
 
 
 _MOVED = {
@@ -307,7 +312,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
         >>> load_config(overrides=["engine.slots=2"]).engine.slots
         2
     """
-    merged = OmegaConf.structured(Config)
+    merged = _schema()
     sources = [(pair, _from_pair(pair, merged)) for pair in usual]
     if path is not None:
         try:
@@ -356,19 +361,6 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
     return config
 
 
-def make_absolute(config: Config) -> None:
-    """Make paths absolute, so that a saved configuration means the same in every folder."""
-    learner = config.learner
-    for part, name in ((config.traffic, "path"), (learner, "record"), (learner, "resume"), (config.wire, "keys")):
-        if (path := getattr(part, name)) is not None:
-            setattr(part, name, os.path.abspath(path))
-    if config.model != Config.model and os.path.exists(config.model):  # else a name, or an id of the hub
-        config.model = os.path.abspath(config.model)
-    if config.drafter.path is not None and os.path.exists(config.drafter.path):
-        config.drafter.path = os.path.abspath(config.drafter.path)
-    config.compare = [os.path.abspath(each) if os.path.exists(each) else each for each in config.compare]
-
-
 def _moved(key: str) -> str | None:
     """Return the new name of a key if it, or a key above it, was renamed."""
     return next((now + key[len(was) :] for was, now in _MOVED.items() if key == was or key.startswith(f"{was}.")), None)
@@ -381,7 +373,7 @@ def nearest_key(name: str) -> str:
         >>> nearest_key("slots"), nearest_key("drafter"), nearest_key("engine.slot")
         ('engine.slots', 'drafter.name', 'engine.slots')
     """
-    known = _keys(OmegaConf.structured(Config))
+    known = _keys(_schema())
     if f"{name}.name" in known:
         return f"{name}.name"
     last = [key for key in known if key.rpartition(".")[2] == name]
@@ -407,6 +399,15 @@ def _from_pair(pair: str, config: DictConfig) -> DictConfig:
         return OmegaConf.from_dotlist([pair])
     except Exception as error:  # the YAML parser has its own hierarchy of errors
         raise ConfigError(f"{pair}: not a valid value: {str(error).splitlines()[0]}") from error
+
+
+def _schema() -> DictConfig:
+    """Return the defaults as a tree that takes values: OmegaConf makes that of a frozen dataclass read-only."""
+    tree = OmegaConf.structured(Config)
+    for part in (tree, *tree.values()):
+        if isinstance(part, DictConfig):
+            OmegaConf.set_readonly(part, None)
+    return tree
 
 
 def _node(config: DictConfig, key: str) -> Any:
@@ -436,7 +437,7 @@ def to_yaml(config: Config, *, run_dir: bool = True) -> str:
         config: The configuration.
         run_dir: False leaves ``run_dir`` out, so that a run's saved configuration starts another run elsewhere.
     """
-    tree = OmegaConf.structured(config)
-    return OmegaConf.to_yaml(
-        tree if run_dir else OmegaConf.masked_copy(tree, [key for key in tree if key != "run_dir"])
-    )
+    tree = plain(config)
+    if not run_dir:
+        del tree["run_dir"]
+    return OmegaConf.to_yaml(OmegaConf.create(tree))

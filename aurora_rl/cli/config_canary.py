@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.errors import ConfigError, naming
 
 if TYPE_CHECKING:
     from aurora_rl.cli.config import Config
 
 
-@dataclass
+@dataclass(frozen=True)
 class CanaryConfig:
     """How weights that passed the gate are tried before they draft every round; with the embedded engine."""
 
@@ -44,7 +44,7 @@ def without_trials(merged: DictConfig, named: Collection[str]) -> None:
 
 def check_trials(config: Config) -> None:
     """Raise ConfigError if values of ``canary`` and ``compare`` do not go together, or not with the engine."""
-    canary, share = config.canary, f"canary.share={config.canary.share:g}"
+    canary, compare = config.canary, f"compare={list(config.compare)}"
     if canary.most_rounds is not None and canary.most_rounds < canary.window:
         raise ConfigError(
             f"canary.most_rounds={canary.most_rounds} is less than a window of canary.window={canary.window} rounds; "
@@ -52,15 +52,15 @@ def check_trials(config: Config) -> None:
         )
     if config.engine.name == "sglang" and (canary.share or config.compare):
         raise ConfigError(
-            f"{f'compare={config.compare}' if config.compare else share}: SGLang keeps one drafter, and cannot rebuild "
-            "its cache for requests in flight, so two versions cannot take turns there; set canary.share=0 and no "
-            "compare, or engine.name=transformers"
+            f"{compare if config.compare else f'canary.share={canary.share:g}'}: SGLang keeps one drafter, and cannot "
+            "rebuild its cache for requests in flight, so two versions cannot take turns there; set canary.share=0 and "
+            "no compare, or engine.name=transformers"
         )
     if not config.compare:
         return
     if len(config.compare) != 2:
         raise ConfigError(
-            f"compare takes two drafters, such as compare=[runs/a/drafter,runs/b/drafter], got {config.compare}"
+            f"compare takes two drafters, such as compare=[runs/a/drafter,runs/b/drafter], got {list(config.compare)}"
         )
     if not canary.share:
         raise ConfigError(
@@ -68,12 +68,18 @@ def check_trials(config: Config) -> None:
         )
     if config.learner.spawn:
         raise ConfigError("compare is of two drafters that stay what they are, got learner.spawn=true; leave it out")
+    for name in ("resume", "record"):
+        if (value := getattr(config.learner, name)) is not None:
+            raise ConfigError(f"learner.{name}={value} has no effect with compare, as nobody learns; leave it out")
     if config.drafter.name is not None or config.drafter.path is not None:
-        raise ConfigError(f"compare={config.compare} names the drafters; leave drafter.name and drafter.path out")
+        raise ConfigError(f"{compare} names the drafters; leave drafter.name and drafter.path out")
 
 
 def compared(config: Config) -> list[Config]:
     """Return a configuration of each drafter to serve: of both that are compared, or of the one that there is.
+
+    Raises:
+        ConfigError: One of ``compare`` is no folder, and cannot be an id of the hub or a drafter's name either.
 
     Example:
         >>> from aurora_rl.cli.config import load_config
@@ -81,13 +87,16 @@ def compared(config: Config) -> list[Config]:
         >>> first.drafter.name, second.drafter.path
         ('ngram', 'runs/a/drafter')
     """
-    from aurora_rl.policies.registry import available_drafters  # it needs torch
+    from aurora_rl.policies.registry import available_drafters, get_drafter  # it needs torch
 
     if not config.compare:
         return [config]
     found = []
     for each in config.compare:
-        named = each in available_drafters() or (":" in each and not os.path.exists(each))
+        named = each in available_drafters() or not (os.path.exists(each) or ("/" in each and ":" not in each))
+        if named:
+            with naming(f"compare={list(config.compare)}: {each!r} is no folder"):
+                get_drafter(each)
         drafter = replace(config.drafter, name=each if named else None, path=None if named else each)
-        found.append(replace(config, drafter=drafter, compare=[]))
+        found.append(replace(config, drafter=drafter, compare=()))
     return found

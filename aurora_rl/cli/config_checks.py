@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
-
-from omegaconf import OmegaConf
 
 from aurora_rl.addresses import is_local
 from aurora_rl.cli.config_canary import check_trials
 from aurora_rl.cli.config_privacy import check_privacy
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.frozen import plain
 from aurora_rl.telemetry.loggers import LOGGERS
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
 
 def check(config: Config) -> None:
     """Raise ConfigError if a value is out of range, or two do not go together."""
-    tree, learner, drafter = OmegaConf.structured(config), config.learner, config.drafter
+    learner, drafter = config.learner, config.drafter
     for key, (duty, holds) in _RULES.items():
-        value = OmegaConf.select(tree, key)
+        value = attrgetter(key)(config)
         if not holds(value):
-            raise ConfigError(f"{key} must {duty}, got {value!r}")
+            raise ConfigError(f"{key} must {duty}, got {plain(value)!r}")
     if learner.buffer < learner.batch_size:
         raise ConfigError(
             f"learner.buffer={learner.buffer} is less than learner.batch_size={learner.batch_size}, so that no step "
@@ -87,8 +87,8 @@ def check(config: Config) -> None:
         was = "drafter.name=hybrid" if drafter.name else f"drafter.options.{old[0]} of the drafter hybrid"
         now = f"drafter.name={options.get('learned', 'medusa')} drafter.lookup={options.get('lookup', 2)}"
         raise ConfigError(f"{was} is {now} now, and its learned_options are drafter.options")
-    layers = drafter.feature_layers or []
-    if sorted(set(layers)) != list(layers):
+    layers = list(drafter.feature_layers or ())
+    if sorted(set(layers)) != layers:
         raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
     _check_engine(config)
     check_trials(config)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
@@ -21,11 +22,11 @@ _KEPT = (
 )  # each keeps texts after their gradient step
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrivacyConfig:
     """What is kept of users' texts, and for how long (docs/privacy.md). Server and learner need the same."""
 
-    opt_out: list[str] = field(default_factory=list)
+    opt_out: tuple[str, ...] = ()
     """Tenants whose requests are never captured, by their names in the header X-Aurora-Tenant."""
     max_age: float | None = None
     """Seconds from the end of a request after which its trajectory is dropped. It is dropped wherever it waits: in the
@@ -60,9 +61,8 @@ def check_privacy(config: Config) -> None:
         raise ConfigError(f"privacy.max_age={config.privacy.max_age} must be a number of seconds above 0, or null")
     if not config.privacy.zero_retention:
         return
-    tree = OmegaConf.structured(config)
     for key in _KEPT:
-        if value := OmegaConf.select(tree, key):
+        if value := attrgetter(key)(config):
             raise ConfigError(f"privacy.zero_retention=true keeps nothing, got {key}={value}; set {key}=0")
     if config.learner.record is not None:
         raise ConfigError(

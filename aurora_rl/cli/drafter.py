@@ -14,10 +14,12 @@ from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, encoded_prompts, load, start_drafter, traffic
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.policies import Drafter, get_drafter, load_drafter
 from aurora_rl.policies.formats.files import TRAINED_FOR, drafter_class, holds_drafter, local_folder
+from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.model_card import engine_commands
 from aurora_rl.storage import CheckpointError, read_folder
 
@@ -139,7 +141,7 @@ def _load(spec: RunSpec, target: Target, layout: str | None = None) -> Drafter:
         target.parts,
         _named_kind(spec.config),
         layout=layout,
-        options=settings.options,
+        options=plain(settings.options),
         trained_for=settings.trained_for,
     )
 
@@ -172,8 +174,8 @@ def _rows(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> int:
 
 def _feature_layers(entries: Mapping[str, Any]) -> str:
     """Return the target's layers by this library's ids: the layer that a state enters."""
-    entered = entries.get("feature_layers") or entries.get("eagle_aux_hidden_state_layer_ids") or []
-    for part, name in (("eagle_config", "eagle_aux_hidden_state_layer_ids"), ("dflash_config", "target_layer_ids")):
+    entered = entries.get("feature_layers") or entries.get(LAYER_IDS) or []
+    for part, name in (("eagle_config", LAYER_IDS), ("dflash_config", "target_layer_ids")):
         left = (entries.get(part) or {}).get(name) or []
         entered = entered or [layer + 1 for layer in left]
     return ", ".join(map(str, entered)) or "not stated: the architecture's own"

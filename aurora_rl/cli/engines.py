@@ -89,7 +89,7 @@ def embedded_server(
             layers=None if tuple(drafter.feature_layers) == layers else layers,
         )
 
-    faults: list[DrafterFault] = []
+    faults: list[tuple[int, DrafterFault]] = []  # by version
 
     def timed(policy: DrafterPolicy) -> TreeController | None:
         if not config.drafter.adaptive:
@@ -99,7 +99,7 @@ def embedded_server(
             candidates = TreeController.candidates(shape)
             costs = measure_rounds(engine, policy, tried, candidates, processors=processors)
         except DrafterFault as error:
-            faults.append(error)
+            faults.append((policy.version, error))
             alone = shape.without_drafter(shape.lookup) if shape.lookup else None
             policy.shape = alone or TreeShape(0, mode=shape.mode)
             return None
@@ -145,8 +145,9 @@ def embedded_server(
         note=requests.completed,
         captures=Capture(config.engine.capture_rate, config.privacy.opt_out, config.seed),
     )
-    for fault in faults:
-        server.note_fault(str(fault), None, "every request is served without the drafter")
+    for version, fault in faults:
+        those = "every request is" if rival is None else f"in the turns of version {version} every request is"
+        server.note_fault(str(fault), version, f"{those} served without the drafter")
     return server
 
 

@@ -116,12 +116,12 @@ class HttpFront:
         from aurora_rl.serving.http.proxy import Proxy
 
         proxy = Proxy(
-            server.engine.url,
+            server.client.url,
             max_waiting=spec.config.http.max_waiting,
             slots=lambda: server.slots,
             num_spec_tokens=lambda: server.depth,
             opt_out=spec.config.privacy.opt_out,
-            delete=server.engine.delete,
+            delete=server.client.delete,
             **self._common(spec.config, server, history),
         )
         self._start(proxy)

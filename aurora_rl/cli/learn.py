@@ -31,21 +31,22 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Learn until a signal comes. Returns the exit status."""
     parent: int | None = arguments.parent
-    figures = config.telemetry.logger if parent is None else None  # a server logs those of its learner
-    check_installed(figures)
+    logger = config.telemetry.logger if parent is None else None  # a server logs those of its learner
+    check_installed(logger)
     os.nice(config.learner.nice)  # before the model is loaded: the server times its rounds meanwhile
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # A server's own learner shares its folder, where its configuration is already.
     resume = arguments.resume is not None
     if parent is not None:
-        return _learn(config, stop, figures, contextlib.nullcontext())
+        return _learn(config, stop, logger, contextlib.nullcontext())
     folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume)
+    arguments.run_dir = folder.path
     with contextlib.closing(folder):
-        return _learn(config, stop, figures, folder.undone_if_refused())
+        return _learn(folder.config, stop, logger, folder.undone_if_refused())
 
 
-def _learn(config: Config, stop: Stop, figures: str | None, refused: contextlib.AbstractContextManager[None]) -> int:
+def _learn(config: Config, stop: Stop, logger: str | None, refused: contextlib.AbstractContextManager[None]) -> int:
     """Learn in the folder of a run until a signal comes. Returns the exit status."""
     run_dir = Path(config.run_dir or "")
     log = MetricsLog(run_dir / "metrics.jsonl", "learner", config.telemetry.max_log)
@@ -62,7 +63,7 @@ def _learn(config: Config, stop: Stop, figures: str | None, refused: contextlib.
     stop.working = True
     log.write("learner_ready", pid=os.getpid(), seen=learner.seen)
     print(f"learning; metrics and checkpoints in {run_dir}", flush=True)
-    with contextlib.closing(learner), logged(figures, run_dir):
+    with contextlib.closing(learner), logged(logger, run_dir):
         try:
             while not stop.requested:
                 learner.step()

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 
 from aurora_rl.cli.assembly import Target, load, opening, start_drafter, wire_keys
 from aurora_rl.cli.errors import naming
+from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.codec import Limits
 from aurora_rl.collectors.collector import ZMQCollector
@@ -39,7 +40,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     target = load(spec)
     parts = target.parts
     drafter = start_drafter(spec, target, [])
-    greeting = Handshake.of(parts, drafter, spec.drafter_name)
+    handshake = Handshake.of(parts, drafter, spec.drafter_name)
     loss, optimizers = learning(spec, drafter.to(spec.device), target)
     vocab_size, width = parts.head.weight.shape
     del target, parts
@@ -65,7 +66,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         with opening("wire.trajectories", config.wire.trajectories):
             collector = ZMQCollector(
                 config.wire.trajectories,
-                handshake=greeting,
+                handshake=handshake,
                 keys=keys,
                 validate=check_one,
                 on_trajectory=save_trajectory,
@@ -73,7 +74,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
             )
         opened.callback(collector.shutdown)
         with opening("wire.weights", config.wire.weights):
-            publisher = WeightPublisher(config.wire.weights, handshake=greeting, keys=keys, limits=limits)
+            publisher = WeightPublisher(config.wire.weights, handshake=handshake, keys=keys, limits=limits)
         opened.callback(publisher.close)
         result = assembled(spec, drafter, loss, optimizers, collector, publisher, log, outputs, run_dir / "learner")
         if settings.resume is not None:
@@ -90,7 +91,7 @@ def learning(spec: RunSpec, drafter: Drafter, target: Target) -> tuple[SumLoss, 
     if spec.dtype != torch.bfloat16:
         head = head.float()
     with naming("objectives"):
-        loss = SumLoss(make_objectives(spec.config.objectives, drafter, head))
+        loss = SumLoss(make_objectives(plain(spec.config.objectives), drafter, head))
     with naming(f"drafter.name={spec.drafter_name}"):
         return loss, drafter_optimizers(drafter, muon_lr=settings.muon_lr, adam_lr=settings.adam_lr)
 

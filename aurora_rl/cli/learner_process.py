@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from pathlib import Path
 
 from aurora_rl.cli.config import Config, to_yaml
@@ -83,7 +82,7 @@ class LearnerProcess:
         if now < self._due:
             return False
         # It reads every byte of the training state, while requests are served.
-        plan = self._plan = self._plan or self._worker.submit(self._from_where)
+        plan = self._plan = self._plan or self._worker.submit(go_on, self._config, self._run_dir)
         if not wait([plan], _LOOK_S).done:
             return False
         self._due, self._plan = 0.0, None
@@ -102,11 +101,6 @@ class LearnerProcess:
             return False
         self.restarts, self.resumed, self._obstacle = self.restarts + 1, config.learner.resume is not None, ""
         return True
-
-    def _from_where(self) -> tuple[Config, list[str]]:
-        """Return the next configuration, and what is wrong with the training states if all are broken."""
-        config = replace(self._config)
-        return config, go_on(config, self._run_dir)
 
     def wait_ready(self, events: MetricsReader) -> None:
         """Wait until the learner listens, so that a configuration that it refuses is told before a request is served.

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from aurora_rl.cli.config import Config, load_config, make_absolute, nearest_key, to_yaml
+from aurora_rl.cli.config import Config, load_config, nearest_key, to_yaml
 from aurora_rl.cli.errors import TEMPORARY, ConfigError, may_pass
 from aurora_rl.cli.output import SafeStream
-from aurora_rl.cli.run_dir import resumed_config, write_traceback
+from aurora_rl.cli.run_dir import make_absolute, resumed_config, write_traceback
 from aurora_rl.cli.signals import Stop
 from aurora_rl.memory import importing
 from aurora_rl.telemetry.outputs import one_line
@@ -30,7 +30,8 @@ class Command:
     Attributes:
         help: What it does, in a line.
         module: File of this package with its functions ``register(parser)``, which adds the command's arguments, and
-            ``run(config, arguments, stop)``, which returns the exit status. Imported for this command alone.
+            ``run(config, arguments, stop)``, which returns the exit status. Imported for this command alone. A folder
+            that it makes for its run is noted in ``arguments.run_dir``, where an unexpected error leaves its traceback.
         learns: Whether it trains, so that what PyTorch keeps of each shape of a batch is limited.
     """
 
@@ -109,7 +110,8 @@ def _main(words: list[str]) -> int:
     # Server and learner share the cores. OpenMP's threads spin between parallel regions unless told not to, and hold
     # the core that the other process waits for; read when torch is loaded, which is later.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    name, stop, config = next((word for word in words if not word.startswith("-")), ""), Stop(), Config()
+    name, stop = next((word for word in words if not word.startswith("-")), ""), Stop()
+    config, arguments = Config(), argparse.Namespace()
     try:
         if name in _MOVED:
             raise ConfigError(f"`aurora-rl {name}` is called `aurora-rl {_MOVED[name]}` now")
@@ -127,7 +129,7 @@ def _main(words: list[str]) -> int:
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0
-        make_absolute(config)
+        config = make_absolute(config)
         assert module is not None, "the parser knows no other command"
         status: int = module.run(config, arguments, stop)
         return status
@@ -137,7 +139,7 @@ def _main(words: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        path = write_traceback(error, config.run_dir, name)
+        path = write_traceback(error, getattr(arguments, "run_dir", config.run_dir), name)
         print(f"aurora-rl: {type(error).__name__}: {one_line(error)}; the traceback is in {path}", file=sys.stderr)
         return 1
 

@@ -20,7 +20,7 @@ from aurora_rl.training.states import newest_valid
 
 
 class RunDir:
-    """The folder of a run, with its configuration in it, and noted in the configuration.
+    """The folder of a run, with its configuration in it.
 
     No other process can resume the run until this one closes the folder or ends.
 
@@ -28,14 +28,15 @@ class RunDir:
     in ``part-2``, and so on.
 
     Args:
-        config: Configuration of the run; its ``run_dir`` is set. Of a run that resumes, the drafter and the checkpoint
-            to go on from are set once it is saved: a saved configuration starts another run elsewhere.
+        config: Configuration of the run, which is saved: it starts another run elsewhere.
         documents: Files that this command writes anew; the first gets the configuration. Without any nothing is saved.
         suffix: End of the name of a folder that is named by the time.
         resume: Whether ``config.run_dir`` holds an earlier run to continue.
 
     Attributes:
         path: The folder.
+        config: Configuration to run by: it has the folder in ``run_dir``, and of a run that resumes the drafter and the
+            checkpoint to go on from.
 
     Raises:
         ConfigError: The folder cannot be made, it holds something already and is not resumed, or its run still goes on.
@@ -61,17 +62,19 @@ class RunDir:
             else:
                 self._new_folders = [] if self.path.exists() else [self.path]
                 self.path = _folder_of_now(self.path, suffix)
-            config.run_dir = str(self.path)
+            self.config = replace(config, run_dir=str(self.path))
             if documents:
                 # "x": of two runs that find the folder empty at the same time, one is refused here.
                 with open(self.path / documents[0], "x", encoding="utf-8") as file:
                     file.write(to_yaml(config, run_dir=False))
-            if resume and (broken := go_on(config, self.path)):
-                raise ConfigError(
-                    f"--resume {self.path}: no training state can be used: {'; '.join(broken)}; remove "
-                    f"{self.path / 'learner'} to learn anew from the drafter that was served"
-                )
-            if not resume:
+            if resume:
+                self.config, broken = go_on(self.config, self.path)
+                if broken:
+                    raise ConfigError(
+                        f"--resume {self.path}: no training state can be used: {'; '.join(broken)}; remove "
+                        f"{self.path / 'learner'} to learn anew from the drafter that was served"
+                    )
+            else:
                 self._lock = _locked(self.path)
         except OSError as error:
             raise ConfigError(f"run_dir={str(self.path)!r} cannot be used: {error.strerror}") from error
@@ -106,6 +109,27 @@ class RunDir:
     def close(self) -> None:
         """Let other processes resume the run."""
         os.close(self._lock)
+
+
+def make_absolute(config: Config) -> Config:
+    """Return a configuration with absolute paths, so that it means the same in every folder when it is saved."""
+
+    def path(name: str | None) -> str | None:
+        return None if name is None else os.path.abspath(name)
+
+    def found(name: str) -> str:  # else it is a name, or an id of the hub
+        return os.path.abspath(name) if os.path.exists(name) else name
+
+    drafter, learner = config.drafter, config.learner
+    return replace(
+        config,
+        model=config.model if config.model == Config.model else found(config.model),
+        traffic=replace(config.traffic, path=path(config.traffic.path)),
+        drafter=drafter if drafter.path is None else replace(drafter, path=found(drafter.path)),
+        wire=replace(config.wire, keys=path(config.wire.keys)),
+        learner=replace(learner, record=path(learner.record), resume=path(learner.resume)),
+        compare=tuple(map(found, config.compare)),
+    )
 
 
 def _locked(folder: Path) -> int:
@@ -163,25 +187,24 @@ def resumed_config(
     return replace(config, run_dir=folder)
 
 
-def go_on(config: Config, run: Path) -> list[str]:
-    """Set the drafter and the training states in the folder of a run as those to start from.
+def go_on(config: Config, run: Path) -> tuple[Config, list[str]]:
+    """Return the configuration that starts from the drafter and the training states in the folder of a run.
 
     Returns:
-        What is wrong with each training state, if there are some and none can be used: the learner then starts anew,
-        from the drafter that was published last.
+        The configuration, and what is wrong with each training state, if there are some and none can be used: the
+        learner then starts anew, from the drafter that was published last.
     """
     state, broken = newest_valid(run / "learner")
     published = sorted((run / "versions").glob("[0-9]*"), key=lambda folder: int(folder.name), reverse=True)
     drafters = [*([] if state is None else [state / "drafter"]), *published, run / "drafter", run / "drafter-day0"]
     if found := [drafter for drafter in drafters if (drafter / "config.json").is_file()]:
-        config.drafter = replace(config.drafter, path=str(found[0]))
+        config = replace(config, drafter=replace(config.drafter, path=str(found[0])))
     if state is None:
-        return broken
-    config.learner = replace(config.learner, resume=str(run / "learner"))
-    return []
+        return config, broken
+    return replace(config, learner=replace(config.learner, resume=str(run / "learner"))), []
 
 
-def write_traceback(error: Exception, run_dir: str | None, command: str) -> Path:
+def write_traceback(error: Exception, run_dir: Path | str | None, command: str) -> Path:
     """Write a traceback into the run's folder, or into a temporary file where that cannot take it."""
     text = "".join(traceback.format_exception(error))
     path = Path(run_dir or tempfile.mkdtemp(prefix="aurora-rl-")) / f"{command}-traceback.txt"

@@ -56,11 +56,12 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             from aurora_rl.cli.engines import served_config
 
         config = served_config(config)
-    replays, resume = arguments.command == "flywheel", arguments.resume is not None
     session: _Session | None = None
     try:
         with stop.held():  # a folder that was begun gets its summary, however early the user stops
-            session = _Session(config, stop, replays=replays, resume=resume)
+            folder = RunDir(config, _DOCUMENTS, resume=arguments.resume is not None)
+            arguments.run_dir = folder.path
+            session = _Session(folder, stop, replays=arguments.command == "flywheel")
         session.start()
         session.serve()
     except KeyboardInterrupt:
@@ -73,14 +74,13 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 class _Session:
     """A run from its start to its end. It ``replays`` if traffic drives the server, rather than clients."""
 
-    def __init__(self, config: Config, stop: Stop, *, replays: bool, resume: bool) -> None:
-        self._config, self._stop, self._replays = config, stop, replays
+    def __init__(self, folder: RunDir, stop: Stop, *, replays: bool) -> None:
+        self._config, self._stop, self._replays = folder.config, stop, replays
         self._began, self._console = time.monotonic(), plain_console()
-        self._folder = RunDir(config, _DOCUMENTS, resume=resume)
-        self._run_dir = self._folder.path
-        self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server", config.telemetry.max_log)
+        self._folder, self._run_dir = folder, folder.path
+        self._log = MetricsLog(self._run_dir / "metrics.jsonl", "server", self._config.telemetry.max_log)
         self._reader, self._ready = (MetricsReader(self._log.path, from_now=True) for _ in range(2))
-        self._history, self._outputs, self._figures = RunHistory(), Outputs(), ExitStack()
+        self._history, self._outputs, self._loggers = RunHistory(), Outputs(), ExitStack()
         self._followers: list[Callable[[dict[str, Any]], None]] = []  # get every event of both processes
         # What `start` opens, and `end` closes, however far the start came.
         self._learner: LearnerProcess | None = None
@@ -128,7 +128,7 @@ class _Session:
             (spec, *others), prompts = map(resolve, compared(config)), [] if attached else traffic(config)
             wire_keys(config, engine_keys)  # what is wrong with them is told before a model is loaded
             http = self._http = HttpFront.of(config, replays=self._replays)
-            self._figures.enter_context(logged(config.telemetry.logger, run_dir))
+            self._loggers.enter_context(logged(config.telemetry.logger, run_dir))
             say(f"loading {config.model} · run folder {run_dir}")
             if config.traffic.path and not self._replays:
                 say("traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it")
@@ -153,7 +153,7 @@ class _Session:
                 with self._stop.held():
                     self._learner = LearnerProcess(learner_config, run_dir)
             if self._requests is not None and not config.privacy.zero_retention:
-                self._requests.answers = JsonLines(run_dir / "answers.jsonl")
+                self._requests.write_answers(JsonLines(run_dir / "answers.jsonl"))
             clients = self._clients = AsyncEngine(
                 max_waiting=config.http.max_waiting, workload=self._requests, first_id=first_id
             )
@@ -162,7 +162,7 @@ class _Session:
                 if config.engine.name == "sglang":
                     source = clients if self._replays else None
                     self._server = sglang = sglang_server(spec, target, source, drafter, self._log, run_dir)
-                    self._step, address = sglang.step, f"SGLang listens at {sglang.engine.url}/v1"
+                    self._step, address = sglang.step, f"SGLang listens at {sglang.client.url}/v1"
                 else:
                     usual = firsts[0] if firsts else [0, 0]
                     self._server = embedded = embedded_server(spec, target, clients, usual, drafter, self._log, *rivals)
@@ -224,14 +224,17 @@ class _Session:
                     for tick in ticks:
                         tick()
                 self._drain(clients)
-            except (ValueError, OSError) as error:  # the program's fault, not its input's: show where
-                raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
+            except Exception as error:
+                clients.end("a fault has ended the engine; the server's log says which")
+                if isinstance(error, ValueError | OSError):  # the program's fault, not its input's: show where
+                    raise RuntimeError(f"serving stopped: {type(error).__name__}: {one_line(error)}") from error
+                raise
             view.log_status()
             live.update(view.table())  # a terminal keeps the last state on its screen
 
     def _drain(self, clients: AsyncEngine) -> None:
         """Complete what clients have asked, for a few seconds, and take nothing new."""
-        clients.close("the server is shutting down")
+        clients.close()
         deadline = time.monotonic() + _DRAIN_S
         while clients.num_open and time.monotonic() < deadline:
             self._step()
@@ -261,14 +264,14 @@ class _Session:
         stop, outputs, view, server = self._stop, self._outputs, self._view, self._server
         stop.ignore()
         if self._clients is not None:
-            self._clients.end("the server is shutting down")
+            self._clients.end()
         if self._http is not None:
             self._http.stop()
         if server is not None:
             outputs.write("the end of serving", server.close)
         if self._learner is not None and (lost := self._learner.end()):
             outputs.failures["learner"] = lost
-        self._figures.close()
+        self._loggers.close()
         if view is not None:
             view.read()
         if view is not None and view.unsaved and "learner" not in outputs.failures:  # it died before it could try again
@@ -298,7 +301,6 @@ class _Session:
         if server is not None:
             outputs.write("drafter", lambda: server.save_drafter(run_dir / "drafter"))
         if requests is not None and requests.answers is not None:
-            requests.write_failed()
             outputs.count(requests.answers)
         for reason in failed:
             self._log.write("failed", reason=reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 
 from aurora_rl.cli import serve
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
@@ -44,7 +45,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         return _ask(engine.plugin_address, arguments.what, config)
     if engine.url is None:
         raise ConfigError("engine.url is missing: set it to SGLang's own, such as engine.url=http://127.0.0.1:30000")
-    engine.name = "sglang"
+    config = replace(config, engine=replace(engine, name="sglang"))
     check(config)
     return serve.run(config, arguments, stop)
 

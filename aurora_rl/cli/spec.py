@@ -8,6 +8,7 @@ import torch
 
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.cli.frozen import plain
 from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
 from aurora_rl.envs.sglang import LEARNED
 from aurora_rl.envs.verification.rules import require_replayable
@@ -25,7 +26,7 @@ class RunSpec:
     """A configuration, resolved once: what the parts of a run are built from.
 
     Attributes:
-        config: Configuration. What stands below is read here, not there.
+        config: Configuration, of which nothing can be changed. What stands below is read here, not there.
         device: Device of the target.
         dtype: Dtype in which the target and the drafter are served.
         engine_class: Class of the engine in this process; None if SGLang serves.
@@ -59,7 +60,7 @@ def resolve(config: Config) -> RunSpec:
         3
     """
     if config.compare:
-        raise ConfigError(f"compare={config.compare} is of aurora-rl serve and aurora-rl flywheel; leave it out")
+        raise ConfigError(f"compare={list(config.compare)} is of aurora-rl serve and aurora-rl flywheel; leave it out")
     try:
         device = usable_device(config.device)
     except ValueError as error:
@@ -73,7 +74,7 @@ def resolve(config: Config) -> RunSpec:
     if not config.objectives:
         raise ConfigError("objectives is empty; name at least one, such as objectives=[{name: imitation}]")
     with naming("objectives"):
-        for settings in config.objectives:
+        for settings in plain(config.objectives):
             check_settings(settings).check_served(settings, tree)
     return RunSpec(
         config,
@@ -110,7 +111,7 @@ def _drafter_class(config: Config, name: str) -> type[Drafter]:
     with naming("drafter.name"):
         kind = get_drafter(name)
     with naming("drafter.options"):
-        kind.check_options(settings.options)
+        kind.check_options(plain(settings.options))
     if settings.mode not in kind.draft_modes:
         raise ConfigError(
             f"drafter.name={name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="

@@ -24,6 +24,7 @@ from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, engine_maker, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.learner import learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
@@ -45,6 +46,7 @@ from aurora_rl.workload.traffic import Prompt
 
 _SAVE_S = 300.0
 _ARGUMENTS = "train.json"
+_DAY0 = "drafter-day0"
 _TYPES = {"recording": list | None, "epochs": int, "held_out": float, "data": str | None}
 
 
@@ -70,7 +72,9 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Record if there is nothing recorded, learn, and leave the drafter. Returns the exit status."""
     _settle(arguments)
     if arguments.resume is not None:
-        go_on(config, Path(arguments.resume))
+        config, _ = go_on(config, Path(arguments.resume))
+        if (day0 := Path(arguments.resume) / _DAY0).is_dir():  # what was learned since is in the training state
+            config = replace(config, drafter=replace(config.drafter, path=str(day0)))
     check_installed(config.telemetry.logger)
     spec, began = resolve(config), time.monotonic()
     if not arguments.recording:
@@ -89,6 +93,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
                 "reordered since it was started; restore that, or start in another folder"
             )
         folder = RunDir(config, resume=True)
+    arguments.run_dir = folder.path
     with contextlib.closing(folder):
         return _run(spec, arguments, prompts, folder, stop, began)
 
@@ -168,7 +173,7 @@ def _sources(config: Config, arguments: argparse.Namespace) -> str:
 
 def _settings(config: Config) -> dict[str, Any]:
     """Return the settings that a training depends on, by their keys. The drafter starts from the run's folder."""
-    values = asdict(config)
+    values = plain(config)
     keys = ("model", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "generation_config", "seed")
     learner = ("batch_size", "muon_lr", "adam_lr")
     return {
@@ -206,15 +211,11 @@ def _start(
     folders = [Path(folder) for folder in arguments.recording or []]
     with refused:
         console.print(f"loading {spec.config.model} · run folder {run_dir}", soft_wrap=True)
-        target, day0 = load(spec), run_dir / "drafter-day0"
+        target, day0 = load(spec), run_dir / _DAY0
         requests = None if folders else request_queue(spec, target, prompts)
         first = (
             requests.first_prompts(VOCAB_PROMPTS) if requests is not None else recorded_prompts(folders, VOCAB_PROMPTS)
         )
-        started = day0.is_dir()
-        if started:
-            settings = replace(spec.config.drafter, path=str(day0))
-            spec = replace(spec, config=replace(spec.config, drafter=settings))
         drafter = start_drafter(spec, target, first)
         loss, optimizers = learning(spec, drafter, target)
         recordings = [open_recording(folder, target, drafter) for folder in folders]
@@ -225,7 +226,7 @@ def _start(
                 f"learner.batch_size={batch_size} is more than the {count} requests that are left to learn from; set "
                 "it to that, or record more"
             )
-        if not started:
+        if not day0.is_dir():
             drafter.save_pretrained(day0)
     if requests is not None:
         recordings = [record_answers(spec, target, requests, drafter, run_dir / "recording", console)]

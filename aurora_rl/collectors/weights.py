@@ -50,6 +50,8 @@ from aurora_rl.telemetry.throttle import Throttle
 logger = logging.getLogger(__name__)
 
 _TURN_MS = 20
+_HEARTBEAT_S = 1.0  # between two ``serving`` messages: a restarted learner knows an engine after so long
+_SILENCE_S = 5.0  # without an answer, after which a warning says that the learner is silent
 _CONTROL = Limits(max_bytes=1 << 16, max_leaves=0, max_header_bytes=1 << 16)
 _MAX_REPLIES = 64
 _MAX_NAME = 256
@@ -210,8 +212,6 @@ class WeightReceiver:
         checksum: Their `codec.checksum`, so that a learner can tell whether it has them; None says nothing of them.
         name: Name of this engine at the learner; the default is unique to the process.
         limits: Limits of a weights message.
-        heartbeat_s: Seconds between ``serving`` messages; a restarted learner knows this engine after at most so long.
-        silence_s: Seconds without an answer after which a warning says that the learner is silent.
 
     Raises:
         OSError: ``address`` is malformed. An absent learner is no error.
@@ -227,8 +227,6 @@ class WeightReceiver:
         checksum: str | None = None,
         name: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
-        heartbeat_s: float = 1.0,
-        silence_s: float = 5.0,
     ) -> None:
         self.name = name or engine_name()
         self.error: str | None = None
@@ -237,7 +235,7 @@ class WeightReceiver:
         """Messages dropped because they were malformed or their checksum was wrong."""
         self._key = f"engines/{keys.name}.key" if keys is not None else ""
         self._handshake_meta, self._identity = handshake.to_meta(), handshake.identity
-        self._limits, self._heartbeat_s, self._silence_s = limits, heartbeat_s, silence_s
+        self._limits = limits
         self._heard: float | None = None  # when the learner said something last
         self._silent = False
         self._lock, self._log = threading.Lock(), Throttle(logging.getLogger(__name__))
@@ -313,11 +311,11 @@ class WeightReceiver:
             self._log.warning("key", "%s", self.error)
 
     def _note_silence(self) -> None:
-        if self._heard is not None and not self._silent and time.monotonic() - self._heard > self._silence_s:
+        if self._heard is not None and not self._silent and time.monotonic() - self._heard > _SILENCE_S:
             self._silent = True
             logger.warning(
                 "the learner has not answered for %.0f s; serving goes on with version %d",
-                *(self._silence_s, self._version),
+                *(_SILENCE_S, self._version),
             )
 
     def _note_heard(self) -> None:
@@ -335,7 +333,7 @@ class WeightReceiver:
                 state = {"version": self._version, "checksum": self._checksum, "received": self._received}
                 serving = encode("serving", {"engine": self.name, **state, "handshake": self._handshake_meta})
                 if self._send(serving):  # else nobody is connected: again next turn
-                    self._next_beat = time.monotonic() + self._heartbeat_s
+                    self._next_beat = time.monotonic() + _HEARTBEAT_S
 
     def _send(self, frames: list[Buffer]) -> bool:
         try:

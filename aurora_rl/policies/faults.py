@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,15 +34,70 @@ class Fault:
     detail: str
 
 
-def sample(tensor: Tensor) -> Tensor:
-    """Return the numbers of a tensor that are compared: all, or evenly spaced ones of a large tensor.
+class Sample(NamedTuple):
+    """A copy of numbers of a tensor, by which :func:`unchanged` tells later whether it is what it was.
+
+    Attributes:
+        values: Every ``step``-th number of the flattened tensor.
+        step: Distance of two of them in the tensor.
+        shape: Shape of the tensor.
+    """
+
+    values: Tensor
+    step: int
+    shape: torch.Size
+
+
+def sample(tensor: Tensor, most: int = _SAMPLE) -> Sample:
+    """Copy the numbers of a tensor that are compared: all, or evenly spaced ones of a tensor of more than ``most``.
 
     Example:
-        >>> len(sample(torch.zeros(3, 4))), len(sample(torch.zeros(1 << 20)))
+        >>> len(sample(torch.zeros(3, 4)).values), len(sample(torch.zeros(1 << 20)).values)
         (12, 65536)
     """
     flat = tensor.detach().flatten()
-    return flat[:: -(-len(flat) // _SAMPLE)] if len(flat) > _SAMPLE else flat
+    step = max(-(-len(flat) // most), 1)
+    return Sample(flat[::step].clone(), step, tensor.shape)
+
+
+def unchanged(held: Tensor, before: Sample) -> bool:
+    """Return whether a tensor is what it was, cast to another floating-point dtype or with rows appended at most.
+
+    Engines do both to rotary tables: they cast them to the dtype of the queries, and append rows for later positions.
+
+    Args:
+        held: The tensor now.
+        before: Sample of it.
+
+    Example:
+        >>> table = torch.tensor([[0.1, 0.2], [0.3, float("nan")]])
+        >>> longer = torch.cat([table.bfloat16(), torch.ones(1, 2, dtype=torch.bfloat16)])
+        >>> unchanged(longer, sample(table)), unchanged(2 * table, sample(table)), unchanged(table[:1], sample(table))
+        (True, False, False)
+    """
+    longer = len(before.shape) > 1 and held.shape[1:] == before.shape[1:] and len(held) > before.shape[0]
+    if held.shape != before.shape and not longer:
+        return False
+    now, then = held.detach().flatten()[: before.shape.numel() : before.step], before.values
+    if now.dtype != then.dtype and not (now.is_floating_point() and then.is_floating_point()):
+        return False
+    return same(now, then.to(now)) or same(now.to(then), then)
+
+
+def same(held: Tensor, before: Tensor) -> bool:
+    """Return whether two tensors of one dtype are equal, NaN to NaN.
+
+    Example:
+        >>> same(torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("nan")]))
+        True
+    """
+    if torch.equal(held, before):
+        return True
+    return held.shape == before.shape and torch.equal(_bits(held), _bits(before))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().flatten().contiguous().view(torch.uint8)
 
 
 def difference(held: Tensor, published: Tensor) -> str:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Architectures of drafters that SGLang loads; a standalone drafter is of any causal LM.
 _SGLANG = ("LlamaForCausalLMEagle3", "LlamaForCausalLMEagle", "DFlashDraftModel")
-_LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 
 def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str, target: str) -> dict[str, str]:
@@ -39,11 +38,12 @@ def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str
         >>> engine_commands(MedusaDrafter, {"architectures": ["MedusaDrafter"]}, "runs/1/drafter", "smollm2")
         {'aurora_rl': 'aurora-rl serve model=smollm2 drafter.name=medusa drafter.path=runs/1/drafter'}
     """
-    from aurora_rl.policies import StandaloneDrafter
+    from aurora_rl.policies import StandaloneDrafter  # all three import this module
+    from aurora_rl.policies.formats.vllm import LAYER_IDS
     from aurora_rl.policies.registry import drafter_name
 
     name = config["architectures"][0]
-    nested = (config.get("eagle_config") or {}).get(_LAYER_IDS) or ()
+    nested = (config.get("eagle_config") or {}).get(LAYER_IDS) or ()
     left = nested or (config.get("dflash_config") or {}).get("target_layer_ids") or ()  # layers that states leave
     standalone = issubclass(kind, StandaloneDrafter)
     pairs = (f"model={target}", f"drafter.name={drafter_name(kind)}", f"drafter.path={drafter}")
@@ -54,7 +54,7 @@ def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str
         start = ["python", "-m", "sglang.launch_server", "--model-path", target, "--speculative-algorithm", algorithm]
         commands["sglang"] = shlex.join([*start, "--speculative-draft-model-path", drafter])
     # vLLM wants the ids of EAGLE-3's layers at the top level; without any, it takes the authors' defaults.
-    stated = name == "LlamaForCausalLMEagle3" and (_LAYER_IDS in config or not nested)
+    stated = name == "LlamaForCausalLMEagle3" and (LAYER_IDS in config or not nested)
     method = "draft_model" if standalone else "medusa" if name == "MedusaModel" else "eagle3" if stated else None
     if method is not None:
         settings = json.dumps({"method": method, "model": drafter, "num_speculative_tokens": 3})

@@ -32,8 +32,19 @@ class QueueFullError(RuntimeError):
         super().__init__(f"{waiting} requests wait already, and http.max_waiting allows {most}")
 
 
-class EngineDeadError(RuntimeError):
-    """Rounds have ended; nothing is served any more."""
+class UnavailableError(RuntimeError):
+    """No requests are taken."""
+
+
+class ShuttingDownError(UnavailableError):
+    """The server ends in good order: it completes what it has, for a while, and takes nothing new."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
+class EngineDeadError(UnavailableError):
+    """A fault has ended the rounds; nothing is served any more."""
 
 
 class RefusedError(ValueError):
@@ -142,7 +153,7 @@ class AsyncEngine:
         self._deletions: list[_Deletion] = []
         self._updates: list[tuple[_Stream, Update | Exception]] = []  # from the round that runs
         self._arrived = threading.Event()
-        self._closed = ""  # why no more requests are taken
+        self._closed, self._fault = False, ""  # whether no more requests are taken, and the fault that ended the rounds
         self._server: InferenceServer | None = None
 
     # ---- called by clients ------------------------------------------------------------------------------------------
@@ -163,9 +174,14 @@ class AsyncEngine:
         return self._server is not None and not self._closed
 
     def check_alive(self) -> None:
-        """Raise EngineDeadError, with the reason, if no requests are taken."""
+        """Raise UnavailableError, with the reason, if no requests are taken."""
         if not self.alive:
-            raise EngineDeadError(self._closed or "the engine does not run; see the server's log")
+            raise self._unavailable()
+
+    def _unavailable(self) -> UnavailableError:
+        if self._closed and not self._fault:
+            return ShuttingDownError()
+        return EngineDeadError(self._fault or "the engine does not run; see the server's log")
 
     def counts(self) -> dict[str, float]:
         """Return what changes from moment to moment, by the names of :data:`aurora_rl.telemetry.prometheus.METRICS`."""
@@ -187,7 +203,7 @@ class AsyncEngine:
         Raises:
             QueueFullError: More requests would wait than ``max_waiting``.
             RefusedError: The engine cannot serve one of the requests.
-            EngineDeadError: Rounds have ended.
+            UnavailableError: The server is shutting down, or a fault has ended the rounds.
         """
         queue: asyncio.Queue[tuple[_Stream, Update | Exception]] = asyncio.Queue()
         loop, left = asyncio.get_running_loop(), []
@@ -222,7 +238,7 @@ class AsyncEngine:
         """Drop what is kept of a tenant's requests. Those in flight are completed first, and are not captured.
 
         Raises:
-            EngineDeadError: Rounds have ended.
+            UnavailableError: The server is shutting down, or a fault has ended the rounds.
         """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Deleted] = loop.create_future()
@@ -270,20 +286,24 @@ class AsyncEngine:
         """Clients' requests that are not complete."""
         return len(self._streams)
 
-    def close(self, reason: str) -> None:
-        """Take no more requests, the workload's included, and tell those who ask why; the others go on."""
+    def close(self) -> None:
+        """Take no more requests, the workload's included, as the server is shutting down; those in flight go on."""
         with self._lock:
-            self._closed = reason
+            self._closed = True
 
-    def end(self, reason: str) -> None:
-        """Take no more requests, and tell those in flight why."""
+    def end(self, fault: str = "") -> None:
+        """Take no more requests, and tell those in flight why.
+
+        Args:
+            fault: What ended the rounds; empty if the server is shutting down.
+        """
         with self._lock:  # nobody is added after this
-            self._closed = reason
-            self._updates += [(stream, EngineDeadError(reason)) for stream in self._streams.values()]
+            self._closed, self._fault = True, self._fault or fault
+            self._updates += [(stream, self._unavailable()) for stream in self._streams.values()]
             self._streams.clear()
             deletions, self._deletions = self._deletions, []
         for deletion in deletions:
-            deletion.end(EngineDeadError(reason))
+            deletion.end(self._unavailable())
         self._deliver()
 
     def __call__(self) -> Request | None:

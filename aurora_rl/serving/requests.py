@@ -107,7 +107,8 @@ class RequestQueue:
         total: First turns and follow-ups, the requests that will be served if none fails.
         answered: Requests that have completed.
         failed: Messages of requests that could not be asked.
-        answers: File that gets a line for each completion; None, the default, writes none.
+        answers: File that gets a line for each completion and each failed turn, see :meth:`write_answers`; None without
+            one.
 
     Raises:
         TrafficError: No prompt can be served; says why the first cannot.
@@ -130,7 +131,7 @@ class RequestQueue:
         self.total = sum(1 + len(prompt.follow_ups) for prompt in prompts)
         self.answered = 0
         self.failed: list[str] = []
-        self._failures: list[tuple[_Turn, str]] = []  # the first turn of a conversation that failed, and why
+        self._unwritten: list[tuple[_Turn, str]] = []  # the first turn of a conversation that failed, and why
         self.answers: JsonLines | None = None
         for index, prompt in enumerate(prompts):
             self._ask(_Turn(prompt, index, 0, prompt.messages), index)
@@ -140,6 +141,11 @@ class RequestQueue:
     def first_prompts(self, count: int) -> list[list[int]]:
         """Return the token ids of the first prompts, for the day-0 draft vocabulary."""
         return [request.prompt.tolist() for _, request in list(self._waiting)[:count]]
+
+    def write_answers(self, lines: JsonLines) -> None:
+        """Write a line for each completion from now on, and for each turn that failed or will, as soon as it does."""
+        self.answers = lines
+        self._write_failed()
 
     @property
     def done(self) -> bool:
@@ -191,15 +197,18 @@ class RequestQueue:
     def _fail(self, turn: _Turn, reason: str) -> None:
         turns_left = len(turn.prompt.follow_ups) - turn.number + 1
         self.failed += [f"prompt {turn.prompt.id!r}, turn {turn.number + 1}: {reason}"] * turns_left
-        self._failures.append((turn, reason))
+        self._unwritten.append((turn, reason))
+        self._write_failed()
 
-    def write_failed(self) -> None:
-        """Write a line for each turn that failed to :attr:`answers`, with its error in place of a text."""
-        if self.answers is not None:
-            for turn, reason in self._failures:
-                prompt = turn.prompt
-                for number in range(turn.number, len(prompt.follow_ups) + 1):
-                    self.answers.append(prompt=prompt.id, domain=prompt.domain, turn=number + 1, error=reason)
+    def _write_failed(self) -> None:
+        """Write a line for each turn that failed, with its error in place of a text."""
+        if self.answers is None:
+            return
+        for turn, reason in self._unwritten:
+            prompt = turn.prompt
+            for number in range(turn.number, len(prompt.follow_ups) + 1):
+                self.answers.append(prompt=prompt.id, domain=prompt.domain, turn=number + 1, error=reason)
+        self._unwritten.clear()
 
     def _request(self, turn: _Turn, id: int) -> Request:
         """Return the request of a turn; raise ValueError with what is wrong with it."""

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -247,15 +247,12 @@ class InferenceServer:
             return
         tokens, rounds = acceptance_length(trajectory, asked)
         covered = torch.isin(completion.tokens, self.policy.drafter.draft_vocab.cpu()).float().mean()
-        self.stats.finish(domain, len(completion.tokens), tokens, rounds)
         accepted, drafted = accepted_per_round(trajectory)
-        self._log.write(
-            "request",
-            request=completion.request.id,
-            domain=domain,
-            prompt_tokens=len(completion.request.prompt),
-            tokens=len(completion.tokens),
-            terminated=completion.terminated,
+        note_request(
+            completion,
+            domain,
+            self.stats,
+            self._log,
             speculative_tokens=tokens,
             speculative_rounds=rounds,
             drafted_tokens=int(drafted.sum()),
@@ -293,15 +290,19 @@ class InferenceServer:
     def _fault(self, slot: int, fault: str) -> None:
         """Note that a slot's request goes on without the drafter."""
         request = self.env.request_of(slot).id
-        self.note_fault(fault, request, f"request {request} goes on without the drafter")
+        self.note_fault(fault, self.policy.version, f"request {request} goes on without the drafter", request)
 
-    def note_fault(self, fault: str, request: int | None, outcome: str) -> None:
+    def note_fault(self, fault: str, version: int, outcome: str, request: int | None = None) -> None:
         """Count and log a fault of the drafter, and warn of the first one and its outcome.
 
-        ``request`` is the id of the request that it failed; None if there was none yet.
+        Args:
+            fault: What the drafter did.
+            version: Version of its weights.
+            outcome: What becomes of it.
+            request: Id of the request that it failed; None if there was none yet.
         """
         self.stats.drafter_faults += 1
-        self._log.write("drafter_fault", request=request, version=self.policy.version, fault=fault)
+        self._log.write("drafter_fault", request=request, version=version, fault=fault)
         if self.stats.drafter_faults == 1:
             logger.warning("%s: %s", outcome, fault)
 
@@ -315,6 +316,39 @@ class InferenceServer:
         if self._sink is not None:
             self._sink.close(timeout=2.0)
         self.versions.close()
+
+
+def note_request(
+    completion: Completion,
+    domain: str,
+    stats: Stats,
+    log: MetricsLog,
+    *,
+    speculative_tokens: int,
+    speculative_rounds: int,
+    drafted_tokens: int,
+    accepted: Mapping[int, int],
+    versions: Sequence[int],
+    depth: int,
+    coverage: float | None,
+) -> None:
+    """Count a request that ended, and write its event "request", whose fields the arguments are."""
+    stats.finish(domain, len(completion.tokens), speculative_tokens, speculative_rounds)
+    log.write(
+        "request",
+        request=completion.request.id,
+        domain=domain,
+        prompt_tokens=len(completion.request.prompt),
+        tokens=len(completion.tokens),
+        terminated=completion.terminated,
+        speculative_tokens=speculative_tokens,
+        speculative_rounds=speculative_rounds,
+        drafted_tokens=drafted_tokens,
+        accepted=accepted,
+        versions=versions,
+        depth=depth,
+        coverage=coverage,
+    )
 
 
 def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:

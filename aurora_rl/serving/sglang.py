@@ -20,6 +20,7 @@ from aurora_rl.envs import Completion, Request
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
 from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.envs.sglang.recorder import Served
+from aurora_rl.serving.server import note_request
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import Round
 from aurora_rl.telemetry.stats import Stats
@@ -35,12 +36,13 @@ class AttachedServer:
     """An SGLang that a learner is attached to. Its clients are others; what it served them, the plugin counts.
 
     Args:
-        engine: Client of the engine.
+        client: Client of SGLang.
         attach: Attaches the learner to the engine; called now, and again when the engine was restarted.
         log: Log of requests and swaps.
         published: Returns the folder of the drafter that the learner published last; None if that is not known.
 
     Attributes:
+        client: Client of SGLang.
         stats: Statistics of the run so far.
         status: Status of the plugin, as last heard.
         detached: Whether somebody else detached the learner, which is not attached again then.
@@ -48,13 +50,13 @@ class AttachedServer:
 
     def __init__(
         self,
-        engine: SGLangClient,
+        client: SGLangClient,
         attach: Callable[[], dict[str, Any]],
         *,
         log: MetricsLog,
         published: Callable[[], Path | None] = lambda: None,
     ) -> None:
-        self.stats, self.engine, self.detached = Stats(0), engine, False
+        self.stats, self.client, self.detached = Stats(0), client, False
         self._attach, self._log, self._published = attach, log, published
         self._next_watch, self._unreachable = 0.0, ""
         self._drops_before, self._sent_before = Counter[str](), 0  # counts of servers before this one
@@ -113,7 +115,7 @@ class AttachedServer:
         """Ask for the plugin's status, log swaps and requests; attach again to a server that was restarted."""
         self._next_watch = time.monotonic() + _WATCH_S
         try:
-            status = self.engine.status()
+            status = self.client.status()
             if status["session"] == "":  # a new process
                 self._begin()
                 status = self.status
@@ -165,17 +167,17 @@ class AttachedServer:
         self.watch()
         if not self.detached and not self._unreachable:
             with contextlib.suppress(PluginError):  # it is gone already
-                last = self.engine.detach()
+                last = self.client.detach()
                 if last["session"] == self.status["session"]:
                     self._follow(last)  # it has what was recorded at the last moment
-        self.engine.close()
+        self.client.close()
 
 
 class SGLangServer(AttachedServer):
     """The same, with requests of ours alone: keeps the engine's slots filled, and counts its own answers.
 
     Args:
-        engine: Client of the engine.
+        client: Client of SGLang.
         attach: Attaches the learner to the engine; called now, and again when the engine was restarted.
         requests: Called for the next request; None if there is none now.
         slots: Requests in flight.
@@ -188,7 +190,7 @@ class SGLangServer(AttachedServer):
 
     def __init__(
         self,
-        engine: SGLangClient,
+        client: SGLangClient,
         attach: Callable[[], dict[str, Any]],
         requests: Callable[[], Request | None],
         *,
@@ -199,7 +201,7 @@ class SGLangServer(AttachedServer):
         on_refused: Callable[[Request, str], None],
         published: Callable[[], Path | None] = lambda: None,
     ) -> None:
-        super().__init__(engine, attach, log=log, published=published)
+        super().__init__(client, attach, log=log, published=published)
         self._requests, self._slots = requests, slots
         self._stop_tokens, self._note, self._on_refused = tuple(stop_tokens), note, on_refused
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix="requests")
@@ -210,7 +212,7 @@ class SGLangServer(AttachedServer):
     def step(self) -> bool:
         """Send requests to free slots and take finished ones. Return False if nothing is in flight."""
         while len(self._flying) < self._slots and (request := self._requests()) is not None:
-            self._flying[self._pool.submit(self.engine.generate, request, stop_tokens=self._stop_tokens)] = request
+            self._flying[self._pool.submit(self.client.generate, request, stop_tokens=self._stop_tokens)] = request
         if not self._flying:
             self.watch()
             return False
@@ -227,20 +229,18 @@ class SGLangServer(AttachedServer):
         return True
 
     def _completed(self, completion: SGLangCompletion, occupied: int) -> None:
-        domain = self._note(Completion(completion.request, completion.tokens, completion.terminated))
+        ended = Completion(completion.request, completion.tokens, completion.terminated)
+        domain = self._note(ended)
         drafted = sum((count + 1) * rounds for count, rounds in completion.accepted.items())
         now, count = time.perf_counter(), len(self.stats.finished)
         # A remote engine shows only what is answered: between two answers all slots together made this one.
         self.stats.rounds.append(Round(True, occupied, len(completion.tokens), now - self._last_completion, count))
         self._last_completion = now
-        self.stats.finish(domain, len(completion.tokens), drafted, completion.rounds)
-        self._log.write(
-            "request",
-            request=completion.request.id,
-            domain=domain,
-            prompt_tokens=len(completion.request.prompt),
-            tokens=len(completion.tokens),
-            terminated=completion.terminated,
+        note_request(
+            ended,
+            domain,
+            self.stats,
+            self._log,
             speculative_tokens=drafted,
             speculative_rounds=completion.rounds,
             drafted_tokens=completion.drafted,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aurora_rl.envs import Engine
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
-from aurora_rl.policies.faults import EVERY, PORTIONS, Fault, difference, sample
+from aurora_rl.policies.faults import EVERY, PORTIONS, Fault, Sample, difference, sample, unchanged
 
 _PAIRS, _FEWEST = 32, 4  # pairs that are replayed, at most and at least
 _ASKED = TreeShape(1)
@@ -48,7 +48,7 @@ class Watchdog:
 
     def __init__(self, policy: DrafterPolicy, engine: Engine) -> None:
         self._policy, self._engine, self._store = policy, engine, engine.store
-        self._frozen: dict[str, Tensor] = {}  # of the version of the question
+        self._frozen: dict[str, Sample] = {}  # of the version of the question
         self._question: _Question | None = None
         self._turn = 0
         self._short = self._long = 0.0
@@ -115,7 +115,7 @@ class Watchdog:
         if self._question is None or self._question.version != self._policy.version:
             return None
         for name, tensor in self._fixed():
-            if not torch.equal(sample(tensor), self._frozen[name]):
+            if not unchanged(tensor, self._frozen[name]):
                 return Fault("mismatched", f"tensor {name!r}, which is not published, changed while it served")
         return None
 
@@ -136,7 +136,7 @@ class Watchdog:
                 return fault
             pairs = self._made_up()
             self._question = _Question(self._policy.version, *pairs, self._ask(*pairs))
-            self._frozen = {name: sample(tensor).clone() for name, tensor in self._fixed()}
+            self._frozen = {name: sample(tensor) for name, tensor in self._fixed()}
             return None
         version, tokens, features, before = self._question
         now = self._ask(tokens, features)

@@ -58,7 +58,7 @@ METRICS: dict[str, Metric] = {
         "counter",
         "HTTP requests for completions that were refused or failed, by the code of the error.",
         "code",
-        ("queue_full", "timeout", "engine_dead"),
+        ("queue_full", "timeout", "shutting_down", "engine_dead"),
     ),
     "requests_cancelled_total": Metric(
         "counter", "Requests in slots or in the queue whose client left, or whose time ran out."

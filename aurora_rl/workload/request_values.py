@@ -8,6 +8,8 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from typing_extensions import override
+
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.workload.request_fields import FieldError, check_fields
 
@@ -15,7 +17,13 @@ Message = Mapping[str, str]
 """One message of a chat: "role", "content", and "name" if it has one."""
 
 BUDGETS = ("max_tokens", "max_completion_tokens")
-SAMPLING = ("temperature", "top_p", "top_k", "seed", "stop", "ignore_eos")
+SAMPLING: Mapping[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("temperature", "top_p"), ((int, float), "give a number")),
+    **dict.fromkeys(("top_k", "seed"), ((int,), "give an integer")),
+    "stop": ((str, list), "give a string, or a list of strings"),
+    "ignore_eos": ((bool,), "give true or false"),
+}
+"""Types of the fields that say how tokens are drawn and what ends them, and what to give in the place of others."""
 _MAX_STOPS, _LONGEST_STOP = 16, 1000
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 # What clients send back of an answer that they got; templates are not given it.
@@ -58,6 +66,26 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON; write a number or null")
 
 
+class _Json(reprlib.Repr):
+    """What :class:`reprlib.Repr` says of Python's values, for those of JSON."""
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+    @override
+    def repr_str(self, x: str, level: int) -> str:
+        half = (self.maxstring - len("...")) // 2
+        short = x if len(x) <= self.maxstring else f"{x[:half]}...{x[-half:]}"
+        return json.dumps(short, ensure_ascii=not short.isprintable())
+
+
+as_json = _Json().repr
+"""Return a value as JSON for a message; what is long is cut."""
+
+
 def wrong(place: str, value: Any, fix: str) -> FieldError:
     """Return the error of a value.
 
@@ -65,8 +93,12 @@ def wrong(place: str, value: Any, fix: str) -> FieldError:
         place: Place of the field in the request.
         value: Its value.
         fix: What to give in its place.
+
+    Example:
+        >>> str(wrong("n", {"a": [True, None, "x"]}, "give an integer"))
+        'n is {"a": [true, null, "x"]}; give an integer'
     """
-    return FieldError(f"{place} is {reprlib.repr(value)}; {fix}", place)
+    return FieldError(f"{place} is {as_json(value)}; {fix}", place)
 
 
 def missing(place: str) -> FieldError:
@@ -120,18 +152,23 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         {'top_k': 0, 'stop': 'END', 'max_tokens': 8}
     """
     named = {name: fields[name] for name in SAMPLING if fields.get(name) is not None}
+    for name, value in named.items():
+        kinds, fix = SAMPLING[name]
+        if type(value) not in kinds:  # true is an int to Python
+            raise wrong(name, value, fix)
     stop, seed, top_k = (named.get(name) for name in ("stop", "seed", "top_k"))
-    if stop is not None and not isinstance(stop, str | list):
-        raise wrong("stop", stop, "give a string, or a list of strings")
     if isinstance(stop, list) and len(stop) > _MAX_STOPS:
         raise FieldError(f"stop has {len(stop)} strings; give at most {_MAX_STOPS}", "stop")
     stops = [stop] if isinstance(stop, str) else stop or []
-    longest = max((len(each) for each in stops if isinstance(each, str)), default=0)
+    for each in stops:
+        if not isinstance(each, str) or not each:
+            raise FieldError(f"stop has {as_json(each)}; give strings that are not empty", "stop")
+    longest = max(map(len, stops), default=0)
     if longest > _LONGEST_STOP:  # it is looked for at every token
         raise FieldError(f"stop has a string of {longest} characters; give at most {_LONGEST_STOP}", "stop")
-    if type(top_k) is int and top_k == -1:  # vLLM's and SGLang's word for all tokens
+    if top_k == -1:  # vLLM's and SGLang's word for all tokens
         named["top_k"] = 0
-    if type(seed) is int and -(2**63) <= seed < 0:
+    if seed is not None and -(2**63) <= seed < 0:
         named["seed"] = seed % 2**63
     budgets = {name: budget for name in BUDGETS if (budget := integer_field(fields, name, 1)) is not None}
     if len(set(budgets.values())) > 1:

@@ -20,6 +20,7 @@ from aurora_rl.workload.request_values import (
     BUDGETS,
     SAMPLING,
     Message,
+    as_json,
     boolean_field,
     cache_salt_field,
     chat_messages,
@@ -151,7 +152,7 @@ def _parse(line: bytes, number: int, model: str | None) -> Prompt:
     except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"expected an object with 'messages', got {_kind(record)}")
+        raise ValueError(f"expected an object with 'messages', got {as_json(record)}")
     # Files carry columns of their own, which are ignored; a misspelt one of ours must not be. A cutoff of 0.8 would
     # take the column "clean" for "learn".
     columns = record.keys() - {*_KEYS, *HARMLESS, *NEUTRAL, *_OF_HTTP}
@@ -170,12 +171,12 @@ def _parse(line: bytes, number: int, model: str | None) -> Prompt:
         raise FieldError(f"model is {named!r:.200}{serves}; leave it out", "model")
     identifier, domain = record.get("id", f"line-{number}"), record.get("domain", "")
     if type(identifier) not in (str, int):
-        raise ValueError(f"'id' must be a string or an integer, got {_kind(identifier)}")
+        raise ValueError(f"'id' must be a string or an integer, got {as_json(identifier)}")
     if not isinstance(domain, str):
-        raise ValueError(f"'domain' must be a string, got {_kind(domain)}")
+        raise ValueError(f"'domain' must be a string, got {as_json(domain)}")
     follow_ups = record.get("follow_ups", [])
     if not isinstance(follow_ups, list) or not all(isinstance(turn, str) and turn.strip() for turn in follow_ups):
-        raise ValueError(f"'follow_ups' must be a list of strings that are not empty, got {follow_ups!r:.60}")
+        raise ValueError(f"'follow_ups' must be a list of strings that are not empty, got {as_json(follow_ups)}")
     sampling = sampling_fields(fields)
     stop = sampling.pop("stop", ())
     return Prompt(
@@ -189,10 +190,6 @@ def _parse(line: bytes, number: int, model: str | None) -> Prompt:
         **{key: boolean_field(fields, key) is not False for key in ("speculative", "learn")},
         cache_salt=cache_salt_field(fields),
     )
-
-
-def _kind(value: object) -> str:
-    return "null" if value is None else f"a value of type {type(value).__name__}"
 
 
 # ---- from the generator -----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The loop as a library, on whichever engine the configuration names: a learner in a thread, serving in front of it.
+"""The loop in one process, put together from a configuration as the command does it: a learner in a thread, serving in front.
 
 python examples/sglang_flywheel/flywheel.py traffic.requests=40                        # the embedded engine
 python examples/sglang_flywheel/flywheel.py --config examples/sglang_flywheel/laptop.yaml traffic.requests=40
@@ -26,6 +26,8 @@ def main() -> None:
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
     run_dir = Path(config.run_dir or time.strftime("runs/example-%Y%m%d-%H%M%S"))
+    if run_dir.exists():
+        parser.error(f"run_dir={run_dir} exists; name another")
     run_dir.mkdir(parents=True)
     logs = {half: MetricsLog(run_dir / "metrics.jsonl", half) for half in ("server", "learner")}
 

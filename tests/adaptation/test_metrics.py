@@ -79,8 +79,8 @@ def test_the_interval_has_the_ratio_in_it_about_as_often_as_it_says() -> None:
 
 def test_the_interval_is_that_of_whole_blocks() -> None:
     arm, reference = some(32, 1), some(32, 2)
-    interval = block_bootstrap(arm, reference, block=8)
+    interval = block_bootstrap(arm, reference)
     assert interval is not None
     ratio = arm.acceptance_length() / reference.acceptance_length()
     assert interval[0] < ratio < interval[1]
-    assert block_bootstrap(arm.part(0, 31), reference.part(0, 31), block=8) is None
+    assert block_bootstrap(arm.part(0, 31), reference.part(0, 31)) is None

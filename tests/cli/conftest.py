@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,16 @@ def _signal_handlers(signal_handlers: None) -> None:
 
 
 @pytest.fixture
-def config(tiny_folder: Path, ports: list[str]) -> Config:
-    return load_config(
-        overrides=[
-            *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
-            *("engine.max_length=256", "max_new_tokens=8", "traffic.requests=5"),
-            *(f"wire.trajectories={ports[0]}", f"wire.weights={ports[1]}"),
-        ]
-    )
+def configured(tiny_folder: Path, ports: list[str]) -> Callable[..., Config]:
+    """Return the configuration of a short run on the tiny model, with further `key=value` pairs."""
+    pairs = [
+        *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.slots=2"),
+        *("engine.max_length=256", "max_new_tokens=8", "traffic.requests=5"),
+        *(f"wire.trajectories={ports[0]}", f"wire.weights={ports[1]}"),
+    ]
+    return lambda *more: load_config(overrides=[*pairs, *more])
+
+
+@pytest.fixture
+def config(configured: Callable[..., Config]) -> Config:
+    return configured()

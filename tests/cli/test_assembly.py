@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.models.target_head import TargetHead
+from aurora_rl.policies import Drafter
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.storage import CheckpointError
 from aurora_rl.workload.traffic import TrafficError, generate
@@ -24,23 +26,19 @@ def target(tiny_folder: Path) -> assembly.Target:
     return assembly.load(spec.resolve(load_config(overrides=[f"model={tiny_folder}", "device=cpu", "dtype=float32"])))
 
 
-def test_the_limit_holds_for_the_generator_too(config: Config) -> None:
-    config.traffic.limit = 3
-    assert len(assembly.traffic(config)) == 3
-    config.traffic.limit = 99
-    assert len(assembly.traffic(config)) == 5
+def test_the_limit_holds_for_the_generator_too(configured: Callable[..., Config]) -> None:
+    assert len(assembly.traffic(configured("traffic.limit=3"))) == 3
+    assert len(assembly.traffic(configured("traffic.limit=99"))) == 5
 
 
-def test_prompts_that_cannot_be_served(config: Config, target: assembly.Target, tmp_path: Path) -> None:
-    prompts = assembly.traffic(config)
-    assert assembly.request_queue(spec.resolve(config), target, prompts).total == 5
-    config.engine.max_length = 40
+def test_prompts_that_cannot_be_served(configured: Callable[..., Config], target: assembly.Target) -> None:
+    prompts = assembly.traffic(configured())
+    assert assembly.request_queue(spec.resolve(configured()), target, prompts).total == 5
     reason = r"\(5\); the first: prompt '.*', turn 1: the prompt has \d+ tokens; with max_new_tokens=8 that exceeds"
     with pytest.raises(TrafficError, match=f"none of the prompts can be served {reason}"):
-        assembly.request_queue(spec.resolve(config), target, prompts)
-    config.engine.max_length = 513
+        assembly.request_queue(spec.resolve(configured("engine.max_length=40")), target, prompts)
     with pytest.raises(ConfigError, match="engine.max_length=513 exceeds the context .*; set engine.max_length=512"):
-        assembly.request_queue(spec.resolve(config), target, prompts)
+        assembly.request_queue(spec.resolve(configured("engine.max_length=513")), target, prompts)
 
 
 def test_a_chat_template_that_refuses(config: Config, tiny_folder: Path) -> None:
@@ -63,83 +61,88 @@ def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tin
     assembly.start_drafter(spec.resolve(config), target, requests.first_prompts(64))  # the target reads them
 
 
-def test_an_untrained_drafter_of_another_seed_is_another_one(config: Config, target: assembly.Target) -> None:
-    config.drafter.name = "eagle3"
-    run = spec.resolve(config)
-    first, again, other = (assembly.start_drafter(run, target, [], seed=seed) for seed in (None, config.seed, 7))
+def test_an_untrained_drafter_of_another_seed_is_another_one(
+    configured: Callable[..., Config], target: assembly.Target
+) -> None:
+    run = spec.resolve(configured("drafter.name=eagle3"))
+    first, again, other = (assembly.start_drafter(run, target, [], seed=seed) for seed in (None, run.config.seed, 7))
     assert torch.equal(first.fc.weight, again.fc.weight) and not torch.equal(first.fc.weight, other.fc.weight)
 
 
 @pytest.mark.parametrize("name", ["eagle3", "medusa", "dflash"])
 @pytest.mark.parametrize("own_learner", [True, False])
 def test_both_halves_start_from_the_same_drafter(
-    config: Config, target: assembly.Target, tmp_path: Path, name: str, own_learner: bool
+    configured: Callable[..., Config], target: assembly.Target, tmp_path: Path, name: str, own_learner: bool
 ) -> None:
-    config.drafter.name = name
-    requests = assembly.request_queue(spec.resolve(config), target, assembly.traffic(config))
+    run = spec.resolve(configured(f"drafter.name={name}"))
+    requests = assembly.request_queue(run, target, assembly.traffic(run.config))
     served, learner_config = assembly.first_drafter(
-        spec.resolve(config), target, requests.first_prompts(64), tmp_path / "day0" if own_learner else None
+        run, target, requests.first_prompts(64), tmp_path / "day0" if own_learner else None
     )
     learned = assembly.start_drafter(spec.resolve(learner_config), target, [])
     assert Handshake.of(target.parts, served, "eagle3") == Handshake.of(target.parts, learned, "eagle3")
     assert all(torch.equal(t, learned.published()[key]) for key, t in served.published().items())
-    assert config.drafter.path is None
+    assert run.config.drafter.path is None
     # Only a drafter that is handed on in a folder can know the prompts.
-    knows = not served.draft_vocab.equal(assembly.start_drafter(spec.resolve(config), target, []).draft_vocab)
+    knows = not served.draft_vocab.equal(assembly.start_drafter(run, target, []).draft_vocab)
     assert knows == own_learner == (learner_config.drafter.path is not None)
 
 
-def test_another_draft_vocabulary_is_a_mismatch(config: Config, target: assembly.Target) -> None:
-    handshake = Handshake.of(
-        target.parts, assembly.start_drafter(spec.resolve(config), target, []), config.drafter.name
+def test_another_draft_vocabulary_is_a_mismatch(configured: Callable[..., Config], target: assembly.Target) -> None:
+    ours, theirs = (
+        Handshake.of(target.parts, assembly.start_drafter(run, target, []), run.drafter_name)
+        for run in map(spec.resolve, (configured(), configured("drafter.vocab_size=32")))
     )
-    config.drafter.vocab_size = 32
-    mismatch = handshake.mismatch(
-        Handshake.of(target.parts, assembly.start_drafter(spec.resolve(config), target, []), config.drafter.name)
-    )
+    mismatch = ours.mismatch(theirs)
     assert mismatch is not None and "draft_map_checksum" in mismatch
 
 
-def test_trees_deeper_than_the_drafter_drafts_are_refused(config: Config, target: assembly.Target) -> None:
-    config.drafter.depth, config.drafter.num_nodes = 5, 5
+def test_trees_deeper_than_the_drafter_drafts_are_refused(
+    configured: Callable[..., Config], target: assembly.Target
+) -> None:
+    deep = ("drafter.depth=5", "drafter.num_nodes=5")
     with pytest.raises(ConfigError, match="drafter.depth=5 is more than the 4 nodes that this drafter"):
-        assembly.start_drafter(spec.resolve(config), target, [])
-    config.drafter.options = {"num_heads": 5}
-    assert assembly.start_drafter(spec.resolve(config), target, []).max_depth == 5
+        assembly.start_drafter(spec.resolve(configured(*deep)), target, [])
+    run = spec.resolve(configured(*deep, "drafter.options={num_heads: 5}"))
+    assert assembly.start_drafter(run, target, []).max_depth == 5
 
 
-def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(config: Config, target: assembly.Target) -> None:
-    config.drafter.name, config.drafter.feature_layers = "eagle3", [0, 1, 3]
+def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(
+    configured: Callable[..., Config], target: assembly.Target
+) -> None:
+    def start(*pairs: str) -> None:
+        assembly.start_drafter(spec.resolve(configured("drafter.name=eagle3", *pairs)), target, [])
+
     with pytest.raises(
         ConfigError, match=r"drafter.name=eagle3 cannot be saved: feature_layers has 3; engines capture"
     ):
-        assembly.start_drafter(spec.resolve(config), target, [])
-    config.drafter.feature_layers = [0, 1]
-    assembly.start_drafter(spec.resolve(config), target, [])
-    config.engine.name = "sglang"
+        start("drafter.feature_layers=[0,1,3]")
+    start("drafter.feature_layers=[0,1]")
     with pytest.raises(ConfigError, match="cannot be saved: .* SGLang cannot capture what enters layer 0"):
-        assembly.start_drafter(spec.resolve(config), target, [])
+        start("drafter.feature_layers=[0,1]", "engine.name=sglang")
 
 
 def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
-    config: Config, target: assembly.Target, tmp_path: Path
+    configured: Callable[..., Config], target: assembly.Target, tmp_path: Path
 ) -> None:
-    save_drafter(assembly.start_drafter(spec.resolve(config), target, []), tmp_path / "drafter")
-    config.drafter.path = str(tmp_path / "drafter")
+    save_drafter(assembly.start_drafter(spec.resolve(configured()), target, []), tmp_path / "drafter")
+    saved = f"drafter.path={tmp_path / 'drafter'}"
     newer = replace(target, parts=replace(target.parts, head=TargetHead(target.parts.head.weight + 0.1)))
     with pytest.raises(CheckpointError, match="the drafter was trained for others"):
-        assembly.start_drafter(spec.resolve(config), newer, [])
-    config.drafter.trained_for = "any"
-    assert assembly.start_drafter(spec.resolve(config), newer, []).trained_for == newer.parts.fingerprint
+        assembly.start_drafter(spec.resolve(configured(saved)), newer, [])
+    run = spec.resolve(configured(saved, "drafter.trained_for=any"))
+    assert assembly.start_drafter(run, newer, []).trained_for == newer.parts.fingerprint
 
 
 def test_a_drafter_for_another_model_names_what_does_not_match(
-    config: Config, target: assembly.Target, tmp_path: Path
+    configured: Callable[..., Config], target: assembly.Target, tmp_path: Path
 ) -> None:
-    config.drafter.name = "eagle3"
-    save_drafter(assembly.start_drafter(spec.resolve(config), target, []), tmp_path / "drafter")
-    config.drafter.path = str(tmp_path / "drafter")
-    assembly.start_drafter(spec.resolve(config), target, [])
+    def start(*pairs: str) -> Drafter:
+        return assembly.start_drafter(spec.resolve(configured("drafter.name=eagle3", *pairs)), target, [])
+
+    save_drafter(start(), tmp_path / "drafter")
+    saved = f"drafter.path={tmp_path / 'drafter'}"
+    start(saved)
     document = json.loads((tmp_path / "drafter" / "config.json").read_text())
 
     def edit(**entries: object) -> None:
@@ -147,16 +150,15 @@ def test_a_drafter_for_another_model_names_what_does_not_match(
 
     edit(hidden_size=64)
     with pytest.raises(CheckpointError, match="drafter: config.json: hidden_size is 64, the target has 32"):
-        assembly.start_drafter(spec.resolve(config), target, [])
+        start(saved)
     edit(intermediate_size=128)
     with pytest.raises(CheckpointError, match=r"tensor 'midlayer.mlp.gate_proj.weight' has shape \(64, 32\)"):
-        assembly.start_drafter(spec.resolve(config), target, [])
+        start(saved)
     edit(architectures=["MedusaDrafter"])
     with pytest.raises(CheckpointError, match="config.json is of MedusaDrafter, and Eagle3Drafter is asked for"):
-        assembly.start_drafter(spec.resolve(config), target, [])
-    config.drafter.path = str(tmp_path)
+        start(saved)
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
-        assembly.start_drafter(spec.resolve(config), target, [])
+        start(f"drafter.path={tmp_path}")
 
 
 THIRD_PARTY = """
@@ -185,23 +187,25 @@ def third_party_drafters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("third_party_drafters")
-def test_what_started_a_drafter_is_in_its_folder(config: Config, target: assembly.Target, tmp_path: Path) -> None:
-    config.drafter.name, config.drafter.options, config.drafter.depth = "their_drafters:Narrow", {"heads": 3}, 3
-    started = assembly.start_drafter(spec.resolve(config), target, [])
+def test_what_started_a_drafter_is_in_its_folder(
+    configured: Callable[..., Config], target: assembly.Target, tmp_path: Path
+) -> None:
+    def resolved(*pairs: str) -> spec.RunSpec:
+        return spec.resolve(configured("drafter.name=their_drafters:Narrow", "drafter.depth=3", *pairs))
+
+    started = assembly.start_drafter(resolved("drafter.options={heads: 3}"), target, [])
     save_drafter(started, tmp_path / "drafter")
-    config.drafter.path, config.drafter.options = str(tmp_path / "drafter"), {}
-    read = assembly.start_drafter(spec.resolve(config), target, [])
+    read = assembly.start_drafter(resolved(f"drafter.path={tmp_path / 'drafter'}"), target, [])
     assert read.published().keys() == started.published().keys() and read.max_depth == 3
     with pytest.raises(ConfigError, match="drafter.options: Narrow: heads must be an integer, got 2.5"):
-        config.drafter.options = {"heads": 2.5}
-        spec.resolve(config)
+        resolved(f"drafter.path={tmp_path / 'drafter'}", "drafter.options={heads: 2.5}")
     assert Handshake.of(target.parts, read, "mine").feature_layers == (3,)
     read.feature_layers = [3]  # type: ignore[assignment]
     assert Handshake.of(target.parts, read, "mine").feature_layers == (3,)
 
 
 @pytest.mark.usefixtures("third_party_drafters")
-def test_a_class_that_makes_no_drafter_is_named(config: Config, target: assembly.Target) -> None:
-    config.drafter.name = "their_drafters:Returnless"
+def test_a_class_that_makes_no_drafter_is_named(configured: Callable[..., Config], target: assembly.Target) -> None:
+    config = configured("drafter.name=their_drafters:Returnless")
     with pytest.raises(ConfigError, match="drafter.name=their_drafters:Returnless: from_target gave None"):
         assembly.start_drafter(spec.resolve(config), target, [])

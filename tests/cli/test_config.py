@@ -71,7 +71,7 @@ def test_pairs_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
     file.write_text("engine: {slots: 3, threads: 2}\nmodel: here\ndrafter: {feature_layers: [1, 2]}\n")
     config = load_config(file, ["engine.slots=5", "traffic.limit=7", "drafter.path=null"])
     assert (config.engine.slots, config.engine.threads, config.model) == (5, 2, "here")
-    assert config.drafter.feature_layers == [1, 2]
+    assert config.drafter.feature_layers == (1, 2)
     assert config.traffic.limit == 7
     assert config.engine.max_length == Config().engine.max_length
 
@@ -118,7 +118,7 @@ def test_a_string_may_name_other_keys() -> None:
 def test_null_lists_and_mappings_are_read_as_yaml(tmp_path: Path) -> None:
     pairs = ["traffic.path=null", "model=null", "engine.arguments=[--a, b]", "drafter.options={model: tiny, n: 3}"]
     config = load_config(overrides=pairs)
-    assert (config.traffic.path, config.model, config.engine.arguments) == (None, "null", ["--a", "b"])
+    assert (config.traffic.path, config.model, config.engine.arguments) == (None, "null", ("--a", "b"))
     assert config.drafter.options == {"model": "tiny", "n": 3}
 
 

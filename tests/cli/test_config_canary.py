@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from aurora_rl.cli.config import load_config, make_absolute, to_yaml
+from aurora_rl.cli.config import load_config, to_yaml
 from aurora_rl.cli.config_canary import compared
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.run_dir import make_absolute
 from aurora_rl.cli.spec import resolve
 
 BOTH = "compare=[ngram,eagle3]"
@@ -28,6 +29,8 @@ def test_sglang_takes_new_weights_at_once_and_refuses_a_trial_by_name() -> None:
         (["compare=[ngram]"], "compare takes two drafters, such as compare=[runs/a/drafter,runs/b/drafter], got ['ng"),
         ([BOTH, "canary.share=0"], "compare needs a share of the rounds for the second drafter, got canary.share=0"),
         ([BOTH, "learner.spawn=true"], "compare is of two drafters that stay what they are, got learner.spawn=true"),
+        ([BOTH, "learner.resume=old"], "learner.resume=old has no effect with compare, as nobody learns; leave it out"),
+        ([BOTH, "learner.record=new"], "learner.record=new has no effect with compare, as nobody learns; leave it out"),
         ([BOTH, "drafter.name=medusa"], "compare=['ngram', 'eagle3'] names the drafters; leave drafter.name and"),
         (["canary.most_rounds=4"], "canary.most_rounds=4 is less than a window of canary.window=8 rounds; set it to 8"),
     ],
@@ -40,15 +43,29 @@ def test_what_does_not_go_together_is_named(pairs: list[str], message: str) -> N
 def test_names_folders_and_classes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    config = load_config(overrides=["compare=[mine,some.package:Drafter]"])
-    make_absolute(config)
+    config = make_absolute(load_config(overrides=["compare=[mine,aurora_rl.policies:MedusaDrafter]"]))
     assert not config.learner.spawn
     first, second = compared(config)
     assert (first.drafter.name, first.drafter.path) == (None, str(tmp_path / "mine"))
-    assert (second.drafter.name, second.drafter.path) == ("some.package:Drafter", None)
+    assert (second.drafter.name, second.drafter.path) == ("aurora_rl.policies:MedusaDrafter", None)
     assert compared(first) == [first]
+    hub, _ = compared(load_config(overrides=["compare=[org/drafter,ngram]"]))
+    assert (hub.drafter.name, hub.drafter.path) == (None, "org/drafter")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("medsua", "no drafter is called 'medsua'; did you mean 'medusa'? There are"),
+        ("nowhere.at:Drafter", "the drafter 'nowhere.at:Drafter' cannot be imported: No module named 'nowhere'"),
+    ],
+)
+def test_an_unknown_drafter_is_told_which_there_are(name: str, message: str) -> None:
+    says = re.escape(f"compare=['{name}', 'medusa']: '{name}' is no folder: {message}")
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        compared(load_config(overrides=[f"compare=[{name},medusa]"]))
 
 
 def test_a_command_that_serves_nobody_refuses_it() -> None:

@@ -35,7 +35,7 @@ def test_what_is_at_its_limit_is_taken() -> None:
     )
     assert (config.http.port, config.http.cors_origins, config.engine.prefix_cache_tokens) == (
         0,
-        ["*", "http://a:1"],
+        ("*", "http://a:1"),
         0,
     )
     assert load_config(overrides=["http.port=null"]).http.port is None

@@ -39,7 +39,7 @@ def test_a_saved_configuration_is_read_back(tmp_path: Path) -> None:
     config = load_config(overrides=[ZERO, "privacy.opt_out=[a, b-7]", "privacy.max_age=60"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
-    assert (config.privacy.opt_out, config.privacy.max_age) == (["a", "b-7"], 60.0)
+    assert (config.privacy.opt_out, config.privacy.max_age) == (("a", "b-7"), 60.0)
 
 
 @pytest.mark.parametrize(

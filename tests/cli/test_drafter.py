@@ -173,12 +173,12 @@ def test_export_writes_what_an_engine_reads_and_reads_it_back(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
-    config = load_config(overrides=[*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"])
-    target = assembly.load(spec.resolve(config))
+    ours = [*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"]
+    target = assembly.load(spec.resolve(load_config(overrides=ours)))
     # Of the target's three layers SGLang cannot capture the default, and "hf" does not name others.
-    for layout, layers, again in (("vllm", [1, 2], "sglang"), ("hf", None, "vllm"), ("sglang", [1, 2], "sglang")):
-        config.drafter.feature_layers = layers
-        save_drafter(assembly.start_drafter(spec.resolve(config), target, []), tmp_path / "ours")
+    for layout, layers, again in (("vllm", "[1,2]", "sglang"), ("hf", "null", "vllm"), ("sglang", "[1,2]", "sglang")):
+        run = spec.resolve(load_config(overrides=[*ours, f"drafter.feature_layers={layers}"]))
+        save_drafter(assembly.start_drafter(run, target, []), tmp_path / "ours")
         there, back = tmp_path / layout, tmp_path / f"from-{layout}"
         assert export(tmp_path / "ours", there, "--to", layout, *pairs) == 0
         assert export(there, back, "--from", layout, "--to", again, *pairs) == 0

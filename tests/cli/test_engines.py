@@ -14,15 +14,17 @@ import pytest
 from torch import Tensor
 
 from aurora_rl.cli import assembly, spec
-from aurora_rl.cli.config import load_config
+from aurora_rl.cli.config import load_config, to_yaml
+from aurora_rl.cli.config_canary import compared
 from aurora_rl.cli.engines import embedded_server, served_config, sglang_server
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.envs import Completion, SampleAndMatch, TransformersEngine
 from aurora_rl.envs.sglang import plugin_server
 from aurora_rl.envs.sglang.plugin_server import PluginServer
 from aurora_rl.envs.verification.rules import Verdict
+from aurora_rl.policies import MedusaDrafter
 from aurora_rl.serving.server import InferenceServer
-from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 
 BUDGET = 24
 Serve = Callable[..., tuple[list[list[int]], list[list[int]]]]
@@ -162,6 +164,27 @@ def test_an_engine_and_a_rule_by_their_import_paths(serve: Serve) -> None:
     assert CountingEngine.passes >= CountingRule.rounds > 3
 
 
+def test_a_compared_drafter_that_fails_while_it_is_timed_is_named_by_its_version(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("no ideas at all")
+
+    monkeypatch.setattr(MedusaDrafter, "propose", fails)
+    model = [f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64"]
+    small = ["engine.slots=1", "engine.max_length=256", "traffic.requests=1", "max_new_tokens=8", "drafter.depth=1"]
+    config = load_config(overrides=["compare=[ngram,medusa]", "drafter.lookup=0", *model, *small])
+    first, second = map(spec.resolve, compared(config))
+    target = assembly.load(first)
+    requests = assembly.request_queue(first, target, assembly.traffic(config))
+    drafter, rival = (assembly.start_drafter(each, target, []) for each in (first, second))
+    log, usual = MetricsLog(tmp_path / "metrics.jsonl", "test"), requests.first_prompts(1)[0]
+    embedded_server(first, target, requests, usual, drafter, log, (second, rival)).close()
+    (fault,) = (event for event in MetricsReader(log.path) if event["event"] == "drafter_fault")
+    assert (fault["request"], fault["version"]) == (None, 1) and "no ideas at all" in fault["fault"]
+    assert "in the turns of version 1 every request is served without the drafter: " in caplog.text
+
+
 # ---- an SGLang that runs already -------------------------------------------------------------------------------------
 
 SERVED = {
@@ -186,12 +209,12 @@ def attaching() -> Iterator[list[str]]:
 
 def test_what_a_running_server_decides_is_taken_from_it(attaching: list[str]) -> None:
     asked = load_config(overrides=[*attaching, "drafter.path=d", "drafter.name=eagle3", "drafter.depth=7"])
-    before = copy.deepcopy(asked)
+    before = to_yaml(asked)
     config = served_config(asked)
     assert (config.model, config.dtype, config.engine.max_length) == ("org/model", "float16", 4096 - 12)
     tree = config.drafter
     assert (tree.depth, tree.width, tree.num_nodes, tree.name, tree.path) == (3, 2, 5, "eagle3", "d")
-    assert asked == before  # the caller's stays as it is
+    assert to_yaml(asked) == before  # the caller's stays as it is
 
 
 def test_a_model_and_a_dtype_that_are_named_stay(attaching: list[str]) -> None:

@@ -59,3 +59,18 @@ def test_a_last_training_state_that_is_not_written_is_no_error_of_the_users(
     assert capsys.readouterr().err.splitlines()[-1] == (
         "aurora-rl: the training state could not be written: the disk is full"
     )
+
+
+def test_an_error_of_the_program_leaves_its_traceback_in_the_folder_that_the_run_chose(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(learner: Learner) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Learner, "step", fail)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["learn", *arguments, "run_dir=null"]) == 1
+    (run,) = (tmp_path / "runs").iterdir()
+    path = run.relative_to(tmp_path) / "learn-traceback.txt"
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"a bug; the traceback is in {path}")
+    assert 'raise ValueError("a bug")' in (tmp_path / path).read_text()

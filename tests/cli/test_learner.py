@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,9 +33,11 @@ def learner(config: Config, folder: Path) -> Iterator[object]:
         built.close()
 
 
-def test_a_learner_of_several_objectives(config: Config, tmp_path: Path) -> None:
-    config.objectives = [{"name": "imitation", "steps": 2}, {"name": "acceptance_reward", "weight": 0.5}]
-    config.drafter.mode, config.drafter.name, config.learner.record = "sampled", "eagle3", str(tmp_path / "stream")
+def test_a_learner_of_several_objectives(configured: Callable[..., Config], tmp_path: Path) -> None:
+    config = configured(
+        "objectives=[{name: imitation, steps: 2}, {name: acceptance_reward, weight: 0.5}]",
+        *("drafter.mode=sampled", "drafter.name=eagle3", f"learner.record={tmp_path / 'stream'}"),
+    )
     with learner(config, tmp_path) as built:
         assert [o.name for o in built._loss.objectives] == ["imitation", "acceptance_reward"]
         built._collector._on_trajectory(TensorDict({"request": torch.tensor(3)}))  # type: ignore[attr-defined]
@@ -46,11 +48,12 @@ class OwnRule(SampleAndMatch):  # type: ignore[misc]  # a third party may derive
     """A verification rule of a third party."""
 
 
-def test_a_learner_refuses_trajectories_of_rules_that_it_cannot_replay(config: Config, tmp_path: Path) -> None:
-    config.rule = f"{__name__}:OwnRule"
+def test_a_learner_refuses_trajectories_of_rules_that_it_cannot_replay(
+    configured: Callable[..., Config], tmp_path: Path
+) -> None:
     drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
     trajectory = tiny_trajectory(drafter.double())
-    with learner(config, tmp_path) as built, pytest.MonkeyPatch.context() as patch:
+    with learner(configured(f"rule={__name__}:OwnRule"), tmp_path) as built, pytest.MonkeyPatch.context() as patch:
         patch.setattr("aurora_rl.cli.learner.validate", lambda *_, **__: None)  # the tiny one is of another model
         validate = built._collector._validate
         for code in (rule_code(config.rule), rule_code("greedy")):
@@ -66,8 +69,10 @@ def test_a_learner_refuses_trajectories_of_rules_that_it_cannot_replay(config: C
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_of_the_target_a_learner_keeps_a_copy_of_the_head(config: Config, tmp_path: Path, dtype: str) -> None:
-    config.dtype = dtype
+def test_of_the_target_a_learner_keeps_a_copy_of_the_head(
+    configured: Callable[..., Config], tmp_path: Path, dtype: str
+) -> None:
+    config = configured(f"dtype={dtype}")
     with learner(config, tmp_path) as built:
         weight = built._loss.objectives[0].head.weight
     # Under autocast the product is in bfloat16 anyway.
@@ -76,15 +81,14 @@ def test_of_the_target_a_learner_keeps_a_copy_of_the_head(config: Config, tmp_pa
     assert torch.equal(weight, assembly.load(spec.resolve(config)).parts.head.weight)
 
 
-def test_each_optimizer_has_its_own_rate(config: Config, tmp_path: Path) -> None:
-    config.learner.muon_lr, config.learner.adam_lr = 0.03, 0.0007
-    with learner(config, tmp_path) as built:
+def test_each_optimizer_has_its_own_rate(configured: Callable[..., Config], tmp_path: Path) -> None:
+    with learner(configured("learner.muon_lr=0.03", "learner.adam_lr=0.0007"), tmp_path) as built:
         rates = {type(each).__name__: each.param_groups[0]["lr"] for each in built._optimizers}
     assert rates == {"Muon": 0.03, "AdamW": 0.0007}
 
 
-def test_a_recording_of_other_layers_is_not_continued(config: Config, tmp_path: Path) -> None:
-    config.drafter.name, config.learner.record = "eagle3", str(tmp_path / "stream")
+def test_a_recording_of_other_layers_is_not_continued(configured: Callable[..., Config], tmp_path: Path) -> None:
+    config = configured("drafter.name=eagle3", f"learner.record={tmp_path / 'stream'}")
     TrajectoryDataset(tmp_path / "stream", (0, 2)).append(TensorDict({"request": torch.tensor(1)}))
     message = "learner.record: .*stream was recorded for a drafter that reads layers 0,2, this one reads 0,1"
     with pytest.raises(ConfigError, match=message), learner(config, tmp_path):
@@ -106,13 +110,13 @@ def test_a_port_in_use_names_address_and_key(config: Config, ports: list[str], t
         pass
 
 
-def test_a_learner_resumes(config: Config, tmp_path: Path) -> None:
-    with learner(config, tmp_path) as first:
+def test_a_learner_resumes(configured: Callable[..., Config], tmp_path: Path) -> None:
+    with learner(configured(), tmp_path) as first:
         first.seen, first.steps, first.version = 40, 30, 2  # type: ignore[attr-defined]
         first.save()  # type: ignore[attr-defined]
-    config.learner.resume = str(tmp_path / "learner")
-    with learner(config, tmp_path) as second:
+    resume = f"learner.resume={tmp_path / 'learner'}"
+    with learner(configured(resume), tmp_path) as second:
         assert (second.seen, second.steps, second.version) == (40, 30, 3)  # type: ignore[attr-defined]
-    config.drafter.vocab_size = 32
+    config = configured(resume, "drafter.vocab_size=32")
     with pytest.raises(CheckpointError, match="tensor 'lm_heads.0.weight'"), learner(config, tmp_path):
         pass

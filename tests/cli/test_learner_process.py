@@ -139,7 +139,7 @@ def test_serving_does_not_wait_until_a_large_training_state_is_read(
     learner = learner_of(SimpleNamespace(poll=lambda: -9, returncode=-9), tmp_path)
     monkeypatch.setattr(learner_process.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(LearnerProcess, "_start", lambda self, config: SimpleNamespace(poll=lambda: None))
-    monkeypatch.setattr(learner_process, "go_on", lambda config, run: [] if read.wait(60) else ["never"])
+    monkeypatch.setattr(learner_process, "go_on", lambda config, run: (config, [] if read.wait(60) else ["never"]))
     for _ in range(4):  # due after the second
         assert not learner.tend()
         clock[0] += 1

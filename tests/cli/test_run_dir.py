@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from aurora_rl.training.states import add_state, states
 def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(run_dir.time, "strftime", lambda form: "20300101-000000")
-    folders = [RunDir(load_config(), ["config.yaml"]).path for _ in range(3)]
-    assert [str(folder) for folder in folders] == [f"runs/20300101-000000{end}" for end in ("", "-2", "-3")]
+    folders = [RunDir(load_config(), ["config.yaml"]) for _ in range(3)]
+    assert [folder.config.run_dir for folder in folders] == [f"runs/20300101-000000{end}" for end in ("", "-2", "-3")]
+    assert [str(folder.path) for folder in folders] == [folder.config.run_dir for folder in folders]
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -77,7 +79,9 @@ def write_state(folder: Path) -> None:
 def test_a_run_goes_on_by_its_own_configuration(earlier: Path) -> None:
     config = resumed_config("serve", str(earlier), None, ["gate.requests=5"])
     assert (config.engine.slots, config.gate.requests, config.run_dir) == (3, 5, str(earlier))
-    RunDir(config, ["config.yaml"], resume=True).close()
+    with contextlib.closing(RunDir(config, ["config.yaml"], resume=True)) as folder:
+        config = folder.config
+    assert config.run_dir == str(earlier)
     assert config.drafter.path == str(earlier / "learner" / "000002" / "drafter")
     assert config.learner.resume == str(earlier / "learner")
     # What is saved starts another run elsewhere: it names nothing of this one.
@@ -88,12 +92,11 @@ def test_a_run_goes_on_by_its_own_configuration(earlier: Path) -> None:
 def test_a_broken_training_state_is_passed_over_and_of_all_of_them_one_error_tells(earlier: Path) -> None:
     newest, older = states(earlier / "learner")
     (newest / "drafter" / "config.json").write_text("{ }")
-    config = load_config()
-    assert go_on(config, earlier) == []
+    config, broken = go_on(load_config(), earlier)
+    assert broken == []
     assert (config.drafter.path, config.learner.resume) == (str(older / "drafter"), str(earlier / "learner"))
     (older / "progress.json").unlink()
-    config = load_config()
-    broken = go_on(config, earlier)
+    config, broken = go_on(load_config(), earlier)
     assert broken == [
         f"{newest}: drafter/config.json is not what was written",
         f"{older}: progress.json cannot be read (No such file or directory)",

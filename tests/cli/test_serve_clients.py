@@ -95,6 +95,17 @@ def test_an_end_in_the_middle_completes_what_a_client_has_asked_and_no_traffic(
     assert figures["client_requests"] == 1 and figures["requests"] < 7
 
 
+def test_a_client_of_an_engine_that_fails_hears_that_it_is_dead(run: SimpleNamespace, arguments: list[str]) -> None:
+    def fails() -> None:
+        if run.rounds == 12:
+            raise RuntimeError("a bug")
+
+    run.before_round = fails
+    assert cli.main([*FLYWHEEL, *arguments, "http.port=0"]) == 1
+    error = run.answer.result(10)["error"]
+    assert error["code"] == "engine_dead" and error["message"].startswith("a fault has ended the engine")
+
+
 def test_a_port_in_use_is_told_before_anything_begins(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+from typing import Any
+
 import pytest
 import torch
 
 from aurora_rl.cli import assembly, spec
-from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.config import Config, DrafterConfig, load_config, to_yaml
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.envs import TransformersEngine
 from aurora_rl.policies import TreeShape
@@ -95,21 +99,18 @@ class NodesOfTwo(TransformersEngine):
 
 
 def test_an_engine_by_its_import_path_has_limits_of_its_own() -> None:
-    config = load_config(overrides=[f"engine.name={__name__}:NodesOfTwo", "drafter.depth=2", "drafter.num_nodes=2"])
-    assert spec.resolve(config).engine_class is NodesOfTwo
-    config.drafter.num_nodes = 4
+    pairs = [f"engine.name={__name__}:NodesOfTwo", "drafter.depth=2"]
+    assert spec.resolve(load_config(overrides=[*pairs, "drafter.num_nodes=2"])).engine_class is NodesOfTwo
     with pytest.raises(ConfigError, match="trees of 4 nodes, and the engine verifies 2 at most"):
-        spec.resolve(config)
+        spec.resolve(load_config(overrides=[*pairs, "drafter.num_nodes=4"]))
 
 
-def test_device_and_dtype(config: Config) -> None:
-    run = spec.resolve(config)
+def test_device_and_dtype(configured: Callable[..., Config]) -> None:
+    run = spec.resolve(configured())
     assert (run.device, run.dtype) == (torch.device("cpu"), torch.float32)
-    config.dtype = "auto"
-    assert spec.resolve(config).dtype in (torch.bfloat16, torch.float32)
-    config.device = "warp"
+    assert spec.resolve(configured("dtype=auto")).dtype in (torch.bfloat16, torch.float32)
     with pytest.raises(ConfigError, match="device='warp' cannot be used here .*; try cpu"):
-        spec.resolve(config)
+        spec.resolve(configured("device=warp"))
 
 
 @pytest.mark.parametrize(
@@ -174,3 +175,53 @@ def test_lookup_is_on_where_trees_can_take_it(config: Config) -> None:
 def test_traffic_without_a_budget_gets_one() -> None:
     assert spec.resolve(load_config(overrides=["device=cpu"])).sampling.max_tokens == 96
     assert spec.resolve(load_config(overrides=["device=cpu", "max_new_tokens=7"])).sampling.max_tokens == 7
+
+
+def values(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
+    """Yield (path, owner, key, value) of all that a configuration holds, to any depth."""
+    if is_dataclass(config):
+        items: Any = ((field.name, getattr(config, field.name)) for field in fields(config))
+    else:
+        items = config.items() if hasattr(config, "items") else enumerate(config)
+    for key, value in items:
+        yield f"{path}.{key}", config, key, value
+        if is_dataclass(value) or (hasattr(value, "__getitem__") and not isinstance(value, str)):
+            yield from values(value, f"{path}.{key}")
+
+
+def test_nothing_of_a_resolved_configuration_can_be_changed() -> None:
+    pairs = ["drafter.options={num_heads: 2}", "drafter.feature_layers=[1,2]", "engine.arguments=[--a]"]
+    given = load_config(
+        overrides=[
+            *pairs,
+            "device=cpu",
+            "privacy.opt_out=[a]",
+            "http.cors_origins=[http://a:1]",
+            "objectives=[{name: imitation, divergence: {name: jensen_shannon, beta: 0.5}}]",
+        ]
+    )
+    before, config = to_yaml(given), spec.resolve(given).config
+    tried = set()
+    for path, owner, key, value in values(config):
+        tried.add(path)
+        with pytest.raises((FrozenInstanceError, TypeError)):
+            if is_dataclass(owner):
+                setattr(owner, key, value)
+            else:
+                owner[key] = value
+    # A key, one of a section, an element of a list, a setting, and one in a mapping in a mapping in a list.
+    some = {".seed", ".engine.slots", ".drafter.feature_layers.1", ".drafter.options.num_heads"}
+    assert some | {".objectives.0.divergence.beta"} <= tried
+    assert len(tried) > len(fields(Config))
+    for more in (config.drafter.options, config.objectives[0]):
+        with pytest.raises(TypeError):
+            more["more"] = 1
+    assert to_yaml(given) == before and config == given  # the caller's own is the same and frozen, too
+
+
+def test_lists_and_mappings_of_the_caller_stay_the_callers_own() -> None:
+    options, layers = {"num_heads": 3}, [1, 2]
+    drafter = DrafterConfig(options=options, feature_layers=layers)  # type: ignore[arg-type]
+    config = spec.resolve(Config(device="cpu", drafter=drafter)).config
+    options["num_heads"], layers[0] = 5, 0
+    assert (config.drafter.options, config.drafter.feature_layers) == ({"num_heads": 3}, (1, 2))

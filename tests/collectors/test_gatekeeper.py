@@ -96,13 +96,14 @@ def test_an_engine_pins_the_learner(folder: Path, tmp_path: Path) -> None:
     plain.shutdown()
 
 
+@pytest.mark.usefixtures("quick_heartbeats")
 def test_weights_go_to_known_engines_and_a_refused_one_is_told(
     folder: Path, stranger: ClientKeys, caplog: pytest.LogCaptureFixture
 ) -> None:
     publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE, keys=learner_keys(folder))
     publisher.publish(1, {"w": torch.ones(300_000)})
-    refused = WeightReceiver(publisher.address, handshake=HANDSHAKE, keys=stranger, heartbeat_s=0.05)
-    known = WeightReceiver(publisher.address, handshake=HANDSHAKE, keys=engine_keys(folder), heartbeat_s=0.05)
+    refused = WeightReceiver(publisher.address, handshake=HANDSHAKE, keys=stranger)
+    known = WeightReceiver(publisher.address, handshake=HANDSHAKE, keys=engine_keys(folder))
     got: list[tuple[int, TensorDict]] = []
     until(lambda: got.extend(filter(None, [known.latest()])) or got)
     known.acknowledge(1, checksum(got[0][1]), 0.1)

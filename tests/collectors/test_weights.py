@@ -14,6 +14,8 @@ from weight_ends import HANDSHAKE, LOCAL, FakeLearner, engine, free_address, loa
 from aurora_rl.collectors.codec import CodecError, Limits, checksum, decode, encode
 from aurora_rl.collectors.weights import WeightPublisher
 
+pytestmark = pytest.mark.usefixtures("quick_heartbeats")
+
 
 def test_publish_load_acknowledge() -> None:
     publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
@@ -294,9 +296,12 @@ def test_a_version_that_nobody_can_have_published_is_not_believed(version: int) 
     publisher.close()
 
 
-def test_a_learner_that_is_silent_is_told_once_and_again_when_it_answers(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_learner_that_is_silent_is_told_once_and_again_when_it_answers(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aurora_rl.collectors.weights._SILENCE_S", 0.3)
     learner = FakeLearner()
-    receiver = engine(learner.address, version=3, silence_s=0.3)
+    receiver = engine(learner.address, version=3)
     time.sleep(0.5)
     assert not caplog.records  # who was never heard is not missed
     identity, _ = learner.receive("serving")

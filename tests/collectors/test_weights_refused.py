@@ -10,6 +10,8 @@ from weight_ends import HANDSHAKE, FakeLearner, engine, load, take, weights
 
 from aurora_rl.collectors.codec import checksum, encode
 
+pytestmark = pytest.mark.usefixtures("quick_heartbeats")
+
 
 def test_corrupted_weights_are_rejected_by_the_receiver() -> None:
     learner = FakeLearner()

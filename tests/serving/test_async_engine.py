@@ -14,7 +14,15 @@ from driven_engine import LENGTH, ClientRig, driven
 from transformers import PreTrainedModel
 
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.serving.async_engine import AsyncEngine, EngineDeadError, Job, QueueFullError, RefusedError, Update
+from aurora_rl.serving.async_engine import (
+    AsyncEngine,
+    EngineDeadError,
+    Job,
+    QueueFullError,
+    RefusedError,
+    ShuttingDownError,
+    Update,
+)
 from aurora_rl.telemetry.prometheus import METRICS
 from aurora_rl.testing import tiny_target
 
@@ -237,9 +245,9 @@ def test_an_engine_that_closes_completes_what_it_has(rig: Rig) -> None:
     async def close_in_the_middle() -> int:
         running = rig.clients.generate([Job(torch.tensor([3]), SamplingParams(max_tokens=24))])
         tokens = len((await anext(running))[1].tokens)
-        rig.clients.close("the server is shutting down")
+        rig.clients.close()
         assert not rig.clients.alive and rig.clients.num_open == 1
-        with pytest.raises(EngineDeadError, match="shutting down"):
+        with pytest.raises(ShuttingDownError, match="the server is shutting down"):
             await rig.complete([3], SamplingParams(max_tokens=8))
         return tokens + sum([len(update.tokens) async for _, update in running])
 
@@ -252,7 +260,7 @@ def test_an_engine_that_closes_begins_no_more_of_its_workload() -> None:
     engine = AsyncEngine(max_waiting=1, workload=workload, first_id=9)
     first = engine()
     assert first is not None and first.id == 0
-    engine.close("the traffic has ended")
+    engine.close()
     assert engine() is None and next(waiting).id == 1
 
 

@@ -237,18 +237,25 @@ def test_a_follow_up_that_does_not_fit_fails_with_those_after_it() -> None:
     assert source.total == 3 + len(source.failed)  # each was served or failed
 
 
-def test_failed_turns_are_among_the_answers(tmp_path: Path) -> None:
-    source = queue_of(prompt("p", "one", "more"), prompt("long", "x" * 60), prompt("q", "two"))
-    source.answers = JsonLines(tmp_path / "answers.jsonl")
+def test_failed_turns_are_among_the_answers_as_soon_as_they_fail(tmp_path: Path) -> None:
+    """So a run that is killed has them, too."""
+    source = queue_of(prompt("p", "one", "more", "end"), prompt("long", "x" * 60), prompt("q", "two", "again"))
+    source.write_answers(JsonLines(tmp_path / "answers.jsonl"))
+
+    def lines() -> list[dict[str, object]]:
+        return [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+
+    assert [line["prompt"] for line in lines()] == ["long"]  # it failed when the traffic was read
     source.completed(answer(source(), "yes"))
     source.refused(source(), "no room")
-    source.completed(answer(source(), "no"))
-    source.write_failed()
-    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [(line["prompt"], line["turn"], "text" in line) for line in lines] == [
-        ("p", 1, True), ("p", 2, True), ("long", 1, False), ("q", 1, False),
+    assert len(lines()) == 4
+    source.completed(answer(source(), "y" * 60))  # which leaves no room for the last turn
+    assert [(line["prompt"], line["turn"], "text" in line) for line in lines()] == [
+        ("long", 1, False), ("p", 1, True), ("q", 1, False), ("q", 2, False), ("p", 2, True), ("p", 3, False),
     ]  # fmt: skip
-    assert "the prompt has 66 tokens" in lines[2]["error"] and lines[3]["error"] == "no room"
+    errors = [str(line["error"]) for line in lines() if "error" in line]
+    assert "the prompt has 66 tokens" in errors[0] and errors[1:3] == ["no room"] * 2
+    assert "that exceeds engine.max_length=60" in errors[3]
 
 
 def test_traffic_is_not_changed() -> None:
@@ -272,7 +279,7 @@ def test_an_answer_that_ends_at_eos_shows_none(tiny_folder: Path, tmp_path: Path
     assert request is not None
     tokens = [*tokenizer("Yes.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     assert tokenizer.decode(tokens) != "Yes."
-    requests.answers = JsonLines(tmp_path / "answers.jsonl")
+    requests.write_answers(JsonLines(tmp_path / "answers.jsonl"))
     assert requests.completed(Completion(request, torch.tensor(tokens), True, None)) == "chat"
     (line,) = (tmp_path / "answers.jsonl").read_text().splitlines()
     assert json.loads(line) == {

@@ -25,7 +25,7 @@ class Wire:
 
     def __init__(self) -> None:
         self.publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
-        self.receiver = WeightReceiver(self.publisher.address, handshake=HANDSHAKE, heartbeat_s=0.05, name="engine")
+        self.receiver = WeightReceiver(self.publisher.address, handshake=HANDSHAKE, name="engine")
 
     def close(self) -> None:
         self.receiver.close()
@@ -33,7 +33,7 @@ class Wire:
 
 
 @pytest.fixture
-def wire() -> Iterator[Wire]:
+def wire(quick_heartbeats: None) -> Iterator[Wire]:
     ends = Wire()
     yield ends
     ends.close()

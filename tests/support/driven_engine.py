@@ -97,7 +97,7 @@ def driven(engine: AsyncEngine, server: InferenceServer) -> Iterator[None]:
         except BaseException as error:
             engine.end(f"the engine has ended: {error!r}")
         else:
-            engine.end("the server is shutting down")
+            engine.end()
 
     thread = threading.Thread(target=rounds, daemon=True)
     thread.start()

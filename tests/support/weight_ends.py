@@ -23,7 +23,7 @@ def weights(value: float) -> TensorDict:
 
 
 def engine(address: str, **options: object) -> WeightReceiver:
-    return WeightReceiver(address, **{"handshake": HANDSHAKE, "heartbeat_s": 0.05, "name": "engine", **options})
+    return WeightReceiver(address, **{"handshake": HANDSHAKE, "name": "engine", **options})
 
 
 def take(receiver: WeightReceiver) -> tuple[int, TensorDict]:

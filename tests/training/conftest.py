@@ -60,7 +60,7 @@ class Loss:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Make]:
+def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
     """Makes a learner with both ends of its wire: `learner`, `sink`, `receiver`, and what tests look at."""
     with ExitStack() as stack:
 
@@ -87,9 +87,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             collector = ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)
             publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=HANDSHAKE)
             sink = TrajectorySink(collector.address, handshake=engine)
-            receiver = WeightReceiver(
-                publisher.address, handshake=engine, version=version, checksum=checksum, heartbeat_s=0.05
-            )
+            receiver = WeightReceiver(publisher.address, handshake=engine, version=version, checksum=checksum)
             loss = Loss(drafter)
             scratch = copy.deepcopy(drafter).to(dtype).requires_grad_(False)
             learner = Learner(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aurora_rl.envs.sglang.session import Session
-from aurora_rl.policies.faults import EVERY, PORTIONS, Fault, difference, sample
+from aurora_rl.policies.faults import EVERY, PORTIONS, Fault, Sample, difference, same, sample, unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class DrafterWatchdog:
         self._checks = [self._tensor_fault, self._constant_fault, self._cache_fault, self._dead_fault]
         try:
             self._worker, self._target = scheduler.draft_worker.draft_worker, scheduler.tp_worker.model_runner.model
-            self._constants = self._fixed()
+            self._constants = self._sampled()
             self._copy()
         except Exception:
             self._give_up()
@@ -111,22 +111,29 @@ class DrafterWatchdog:
         )
 
     def _fixed(self) -> dict[str, Tensor]:
-        """Return what no weights change: samples of tensors, the draft vocabulary, and the layers that it reads."""
-        found = {f"tensor {name!r}": sample(tensor).clone() for name, tensor in self._tensors()[1].items()}
+        """Return what no weights change: tensors, the draft vocabulary, and the layers that it reads."""
+        found = {f"tensor {name!r}": tensor for name, tensor in self._tensors()[1].items()}
         if (rows := self._worker.hot_token_id) is not None:
-            found["the draft vocabulary"] = rows.clone()
+            found["the draft vocabulary"] = rows
         layers = getattr(self._target.model, "layers_to_capture", [])
         return {**found, "the list of layers whose states it reads": torch.tensor(list(layers))}
+
+    def _sampled(self) -> dict[str, Sample]:
+        """Return samples of what no weights change, and the whole of the draft vocabulary."""
+        return {
+            name: sample(tensor, tensor.numel()) if name == "the draft vocabulary" else sample(tensor)
+            for name, tensor in self._fixed().items()
+        }
 
     def _tensor_fault(self) -> Fault | None:
         """Compare a third of the tensors with those that were loaded; all of them if one differs."""
         held, loaded = self._tensors()[0], self._copies[self.session.version]
-        if all(torch.equal(held[name], loaded[name]) for name in list(loaded)[self._turn % PORTIONS :: PORTIONS]):
+        if all(same(held[name], loaded[name]) for name in list(loaded)[self._turn % PORTIONS :: PORTIONS]):
             return None
         for version, old in self._copies.items():
-            if version != self.session.version and all(torch.equal(held[name], old[name]) for name in old):
+            if version != self.session.version and all(same(held[name], old[name]) for name in old):
                 return Fault("stale", f"all tensors are those of version {version}, not {self.session.version}")
-        different = [name for name in loaded if not torch.equal(held[name], loaded[name])]
+        different = [name for name in loaded if not same(held[name], loaded[name])]
         more = f", and {len(different) - 1} other tensors differ" if len(different) > 1 else ""
         name = different[0]
         return Fault("corrupted", f"tensor {name!r} {difference(held[name], loaded[name])}{more}")
@@ -135,9 +142,11 @@ class DrafterWatchdog:
         """Compare what no weights change with what it was when the session began."""
         now = self._fixed()
         for name, before in self._constants.items():
-            if name not in now or not torch.equal(now[name], before):
-                self._constants = now  # it is told once
+            if name not in now or not unchanged(now[name], before):
+                self._constants = self._sampled()  # it is told once
                 return Fault("mismatched", f"{name} changed while it served")
+            if now[name].shape != before.shape:  # rows that were appended are to stay what they are, too
+                self._constants[name] = sample(now[name])
         return None
 
     def _cache_fault(self) -> Fault | None:

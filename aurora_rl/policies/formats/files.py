@@ -16,6 +16,7 @@ from torch import Tensor
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab
 from aurora_rl.policies.formats.checks import check_target_depth
+from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.registry import recognized
 from aurora_rl.storage import CheckpointError, read_folder, write_folder
 
@@ -24,7 +25,7 @@ TRAINED_FOR = "aurora_rl_made_for"
 """Entry of a ``config.json`` with ``Drafter.trained_for``. Engines pass over entries that they do not know."""
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Entries of config.json, or of the objects in it, that name layers of the target.
-_ID_LISTS = ("eagle_aux_hidden_state_layer_ids", "target_layer_ids", "feature_layers")
+_ID_LISTS = (LAYER_IDS, "target_layer_ids", "feature_layers")
 
 
 def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str | None = None) -> None:

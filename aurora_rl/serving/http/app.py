@@ -9,12 +9,14 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+from typing_extensions import override
 
 import aurora_rl
 from aurora_rl.serving.http import errors
@@ -24,6 +26,25 @@ from aurora_rl.serving.http.reading import read_body
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
 from aurora_rl.workload.request_fields import FieldError
+
+_CORS_METHODS = ("GET", "POST", "DELETE")
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's, whose refusals have the form of all other errors."""
+
+    @override
+    def preflight_response(self, request_headers: Headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        if answer.status_code < 400:
+            return answer
+        origin, method = (request_headers[name][:200] for name in ("origin", "access-control-request-method"))
+        message = (
+            f"a page of {origin!r} may not send {method!r}: {bytes(answer.body).decode()}; this server takes "
+            f"{', '.join(_CORS_METHODS)} from pages of the origins in http.cors_origins"
+        )
+        kept = {name: value for name, value in answer.headers.items() if not name.startswith("content-")}
+        return errors.ApiError(answer.status_code, message, code="cors_refused", headers=kept).response()
 
 
 class Application(ABC):
@@ -76,12 +97,11 @@ class Application(ABC):
         """Return the application for an ASGI server."""
         middleware = []
         if self._cors_origins:  # outermost: a browser asks without a key, and its page reads refusals too
-            origins, methods = self._cors_origins, ["GET", "POST", "DELETE"]
             middleware.append(
                 Middleware(
-                    CORSMiddleware,
-                    allow_origins=origins,
-                    allow_methods=methods,
+                    _Cors,
+                    allow_origins=self._cors_origins,
+                    allow_methods=_CORS_METHODS,
                     allow_headers=["*"],
                     expose_headers=["Retry-After"],
                 )  # fmt: skip

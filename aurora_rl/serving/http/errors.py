@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from aurora_rl.serving.async_engine import EngineDeadError, QueueFullError, RefusedError
+from aurora_rl.serving.async_engine import QueueFullError, RefusedError, ShuttingDownError, UnavailableError
 from aurora_rl.workload.request_fields import FieldError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _USUAL = {
     429: ("rate_limit_error", "queue_full"),
     500: ("server_error", "internal_error"),
     502: ("server_error", "bad_gateway"),
-    503: ("server_error", "engine_dead"),
+    503: ("server_error", "unavailable"),
     504: ("timeout_error", "timeout"),
 }
 
@@ -86,8 +86,9 @@ def of_engine(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, QueueFullError):
         return ApiError(429, f"{error}; try again later", headers={"Retry-After": "1"})
-    if isinstance(error, EngineDeadError):
-        return ApiError(503, str(error), headers={"Retry-After": "5"})
+    if isinstance(error, UnavailableError):
+        code = "shutting_down" if isinstance(error, ShuttingDownError) else "engine_dead"
+        return ApiError(503, str(error), code=code, headers={"Retry-After": "5"})
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed on this request; its log says why")
 

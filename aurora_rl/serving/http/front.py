@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from aurora_rl.envs import SamplingParams
 from aurora_rl.models.detokenizer import token_bytes
-from aurora_rl.serving.async_engine import AsyncEngine, EngineDeadError, Job, QueueFullError
+from aurora_rl.serving.async_engine import AsyncEngine, Job, QueueFullError, UnavailableError
 from aurora_rl.serving.http.app import Application
 from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
 from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine, timed_out
@@ -151,7 +151,7 @@ class Front(Application):
         """Tell whether the engine runs."""
         try:
             self._engine.check_alive()
-        except EngineDeadError as error:
+        except UnavailableError as error:
             raise of_engine(error) from error
         return Response()
 
@@ -173,7 +173,8 @@ class Front(Application):
                     if error is None:
                         return
                     reason = of_engine(error if isinstance(error, Exception) else RuntimeError(repr(error)))
-                    raise ApiError(503, f"no token was generated: {reason.message}", code=reason.code)
+                    message = f"no token was generated: {reason.message}"
+                    raise ApiError(503, message, code=reason.code, headers=reason.headers)
                 if loop.time() > deadline:
                     message = f"no round has delivered a token within {_HEALTH_S:g} s; see the server's log"
                     raise ApiError(503, message, code="no_token")
@@ -191,7 +192,7 @@ class Front(Application):
         except TimeoutError:
             message = "the tenant's requests in flight took longer than http.timeout; they go on, and deletion follows"
             raise ApiError(504, message) from None
-        except EngineDeadError as error:
+        except UnavailableError as error:
             raise of_engine(error) from error
         return JSONResponse({"tenant": tenant, **asdict(deleted)})
 

@@ -28,6 +28,7 @@ from aurora_rl.serving.http.sglang_answer import SGLangAnswer
 from aurora_rl.serving.http.streams import EventStream, event
 from aurora_rl.tenants import joint_salt
 from aurora_rl.workload.request_fields import FieldError
+from aurora_rl.workload.request_values import boolean_field, wrong
 
 logger = logging.getLogger(__name__)
 
@@ -258,16 +259,14 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str], opt_out: C
         {'prompt': 'a', 'cache_salt': 'b@', 'custom_params': {'aurora_rl': False}}
     """
     passed = {name: value for name, value in fields.items() if name not in ("speculative", "learn")}
-    for name in ("speculative", "learn"):
-        if not isinstance(value := fields.get(name), bool | None):
-            raise FieldError(f"{name} is {value!r}: give true or false", name)
-    if not switch(fields.get("speculative"), headers, "x-aurora-speculative"):
+    speculative, learn = (boolean_field(fields, name) for name in ("speculative", "learn"))
+    if not switch(speculative, headers, "x-aurora-speculative"):
         message = "speculative=false is not supported with engine.name=sglang, which drafts for all requests"
         raise FieldError(f"{message}: leave it out", "speculative", "unsupported_field")
     tenant, salt = tenant_of(headers), fields.get("cache_salt")
     if tenant is not None or salt is not None:
         passed["cache_salt"] = [_salt(tenant, s) for s in salt] if isinstance(salt, list) else _salt(tenant, salt)
-    if not switch(fields.get("learn"), headers, "x-aurora-learn") or tenant in opt_out:
+    if not switch(learn, headers, "x-aurora-learn") or tenant in opt_out:
         params = fields.get("custom_params") or {}
         if not isinstance(params, dict):
             raise FieldError("custom_params must be an object", "custom_params")
@@ -278,5 +277,5 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str], opt_out: C
 def _salt(tenant: str | None, salt: Any) -> str | None:
     """Return a salt of a tenant's among those of all requests."""
     if not isinstance(salt, str | None):
-        raise FieldError(f"cache_salt is {salt!r:.60}: give a string, or a list of one for each prompt", "cache_salt")
+        raise wrong("cache_salt", salt, "give a string, or a list of one for each prompt")
     return joint_salt(tenant, salt)

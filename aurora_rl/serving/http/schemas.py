@@ -12,6 +12,7 @@ from aurora_rl.workload.request_values import (
     BUDGETS,
     SAMPLING,
     Message,
+    as_json,
     boolean_field,
     cache_salt_field,
     chat_messages,
@@ -230,7 +231,7 @@ def json_object(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(value, dict):
-        raise ApiError(400, f"the body must be a JSON object, got {type(value).__name__}", code="invalid_json")
+        raise ApiError(400, f"the body must be a JSON object, got {as_json(value)}", code="invalid_json")
     return value
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from attach_fields import FIELDS
 from tensordict import TensorDict
 
-from aurora_rl.envs.sglang.recorder import FeatureStore, TrajectoryAssembler
+from aurora_rl.envs.sglang.recorder import FeatureStore, Served, TrajectoryAssembler
 from aurora_rl.envs.sglang.session import Session
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.tenants import joint_salt, tenant_of_salt
@@ -89,6 +93,72 @@ def test_a_session_deletes_from_its_queue_and_bounds_the_age_of_what_waits() -> 
     finally:
         session.close()
         forever.close()
+
+
+# ---- a deletion, and the trajectory of a request that has just ended ------------------------------------------------
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    session = Session(FIELDS, exact=True)
+    yield session
+    session.sink.close(0.0)  # there is no learner to wait for
+    session.close()
+
+
+def test_a_deletion_waits_for_what_is_on_its_way_into_the_queue(session: Session) -> None:
+    records, lock, emit = session.records, threading.Lock(), session.records._emit
+    sending, arrived, go_on = (threading.Event() for _ in range(3))
+
+    class Lock:
+        """Says that the deletion is there before it waits."""
+
+        def __enter__(self) -> None:
+            if not lock.acquire(blocking=False):
+                arrived.set()
+                lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+
+    def held_up(trajectory: TensorDict, tenant: str | None) -> None:
+        sending.set()
+        assert go_on.wait(10)
+        emit(trajectory, tenant)
+
+    records._emitting, records._emit = Lock(), held_up  # type: ignore[assignment]
+    begin(records, 1, "a")
+    end(records, 1)
+    assert sending.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        deletion = pool.submit(session.delete, "a")
+        deletion.add_done_callback(lambda _: arrived.set())
+        came = arrived.wait(10)
+        go_on.set()
+        assert came and deletion.result(10) == {"trajectories": 1, "learner": "absent"}
+    records.close()
+    assert session.sink.queued == 0
+
+
+def test_what_was_to_stay_is_dropped_if_it_is_deleted_before_it_is_queued(session: Session) -> None:
+    records, checked, go_on = session.records, threading.Event(), threading.Event()
+
+    class Sums:
+        def plus(self, *_: object) -> Served:  # after the last look whether the request is deleted, but for the lock's
+            checked.set()
+            assert go_on.wait(10)
+            return Served()
+
+    sums: Any = Sums()
+    records.served = sums
+    begin(records, 1, "a")
+    end(records, 1)
+    came = checked.wait(10)
+    deleted = session.delete("a")
+    go_on.set()
+    assert came and deleted == {"trajectories": 0, "learner": "absent"}
+    records.close()
+    assert session.sink.queued == 0
 
 
 @pytest.mark.parametrize("tenant", ["a", None])

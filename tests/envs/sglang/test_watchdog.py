@@ -184,6 +184,38 @@ def test_what_no_weights_change_is_named_once(world: World, change: Any, what: s
     assert world.run(5 * EVERY) == []
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.bfloat16(),  # to the dtype of the queries
+        lambda table: torch.cat([table, torch.randn(32, 4)]),  # for later positions
+        lambda table: torch.cat([table, torch.randn(32, 4)]).bfloat16(),
+    ],
+)
+def test_a_rotary_table_that_sglang_casts_or_grows_is_what_it_was(world: World, change: Any) -> None:
+    world.drafter.cos_sin_cache = change(world.drafter.cos_sin_cache)
+    assert world.run(3 * EVERY) == []
+    world.drafter.cos_sin_cache[-1] += 1  # also of the rows that were appended
+    assert [cause for cause, _ in world.run(EVERY)] == ["mismatched"]
+    assert world.session.faults[0]["detail"] == "tensor 'cos_sin_cache' changed while it served"
+    assert world.run(3 * EVERY) == []
+
+
+def test_what_is_not_a_number_from_the_start_stays_so(world: World) -> None:
+    """Memory that nothing reads may hold anything."""
+    with torch.no_grad():
+        world.drafter.cos_sin_cache[3:] = world.drafter.head.weight[2:] = float("nan")
+    world.watchdog = DrafterWatchdog(world.watchdog._scheduler, world.session)
+    assert world.run(6 * EVERY) == []
+
+
+def test_a_longer_draft_vocabulary_or_list_of_layers_is_another(world: World) -> None:
+    world.worker.hot_token_id = torch.arange(6)
+    assert world.run(EVERY) == [("mismatched", "SGLang drafts on with it: restart it on its drafter")]
+    world.target.model.layers_to_capture.append(6)
+    assert world.run(EVERY) == [("mismatched", "SGLang drafts on with it: restart it on its drafter")]
+
+
 def test_a_cache_that_changes_under_a_running_request_is_found_and_emptied_later(world: World) -> None:
     world.begin("a", slot=1)
     assert world.run(2 * EVERY) == []

@@ -22,7 +22,15 @@ def test_pages_of_other_origins_are_let_in_by_name_only(rig: Any) -> None:
     deletes = httpx.options(f"{url}/tenant_data", headers=asked | {"Access-Control-Request-Method": "DELETE"})
     assert deletes.status_code == 200
     stranger = httpx.options(f"{url}/v1/completions", headers=asked | more | {"Origin": "https://evil.example"})
-    assert stranger.status_code == 400
+    assert stranger.status_code == 400 and "access-control-allow-origin" not in stranger.headers
+    put = httpx.options(f"{url}/v1/completions", headers=asked | {"Access-Control-Request-Method": "PUT"})
+    assert put.status_code == 400 and put.headers["access-control-allow-origin"] == "https://chat.example"
+    refusals = {"'https://evil.example' may not send": stranger, "may not send 'PUT': Disallowed CORS method": put}
+    for says, answer in refusals.items():
+        assert answer.headers["content-type"] == "application/json" and "Origin" in answer.headers["vary"]
+        error = answer.json()["error"]
+        assert error.keys() == {"message", "type", "param", "code"} and says in error["message"]
+        assert (error["type"], error["code"]) == ("invalid_request_error", "cors_refused")
     refused = httpx.get(f"{url}/v1/models", headers={"Origin": "https://chat.example"})
     assert refused.status_code == 401 and "access-control-allow-origin" in refused.headers
     assert refused.headers["access-control-expose-headers"] == "Retry-After"  # which 429 and 503 have

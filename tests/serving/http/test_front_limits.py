@@ -200,3 +200,23 @@ def test_an_engine_that_dies_is_told_by_every_path(make_rig: Any, monkeypatch: p
         ]:
             assert answer.status_code == status
             assert status == 200 or answer.json()["error"]["code"] == "engine_dead"
+    rig.clients.end()  # the server shuts down after it, and says still why
+    assert httpx.get(f"{rig.url}/health").json()["error"]["code"] == "engine_dead"
+
+
+def test_a_server_that_shuts_down_is_not_dead_and_completes_what_it_has(make_rig: Any) -> None:
+    rig = make_rig()
+    with httpx.Client(base_url=rig.url, timeout=30) as http:
+        with http.stream("POST", "/v1/completions", json=LONG | {"max_tokens": 40, "stream": True}) as running:
+            pieces = running.iter_lines()
+            next(pieces)
+            rig.clients.close()
+            for answer in (http.post("/v1/completions", json={"prompt": "a"}), http.get("/health")):
+                error = answer.json()["error"]
+                assert (answer.status_code, error["type"], error["code"]) == (503, "server_error", "shutting_down")
+                assert error["message"] == "the server is shutting down"
+                assert answer.headers["retry-after"] == "5"  # OpenAI's clients ask again then
+            assert list(pieces)[-2:] == ["data: [DONE]", ""] and running.status_code == 200
+        assert 'aurora_request_failures_total{code="shutting_down"} 1.0' in http.get("/metrics").text
+        answer = http.get("/health_generate")  # nothing runs any more that would deliver a token
+        assert (answer.json()["error"]["code"], answer.headers["retry-after"]) == ("shutting_down", "5")

@@ -79,8 +79,8 @@ def test_a_deletion_needs_a_tenant_a_key_and_an_engine(rig: Any, make_rig: Calla
     guarded = rig.serve(api_keys=["secret"])
     assert httpx.delete(f"{guarded}/tenant_data", headers=A).status_code == 401
     assert httpx.delete(f"{guarded}/tenant_data", headers={**A, "Authorization": "Bearer secret"}).status_code == 200
-    dead = make_rig()
-    dead.clients.end("the server is shutting down")
-    answer = httpx.delete(f"{dead.url}/tenant_data", headers=A)
+    ended = make_rig()
+    ended.clients.end()
+    answer = httpx.delete(f"{ended.url}/tenant_data", headers=A)
     assert answer.status_code == 503 and "shutting down" in answer.text and answer.headers["retry-after"] == "5"
-    assert "shutting down" in httpx.get(f"{dead.url}/health").text
+    assert "shutting down" in httpx.get(f"{ended.url}/health").text

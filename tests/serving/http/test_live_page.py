@@ -216,6 +216,35 @@ def test_an_error_of_drawing_is_not_blamed_on_the_server(rig: Any, page: Page) -
     assert any("TypeError" in complaint for complaint in page.complaints)
 
 
+@pytest.mark.parametrize("width", [1200, 800, 360])
+def test_words_of_the_tables_are_whole_and_the_page_is_as_wide_as_the_screen(rig: Any, page: Page, width: int) -> None:
+    history = RunHistory()
+    tensor = "tensor 'layers.0.self_attn.qkv_proj.weight' differs from what was published in 123456 of 4194304 values"
+    action = "its weights were loaded again, and something changes them: restart SGLang on its drafter"
+    for event in (
+        status(40), gate(requests=40), swap(40), verdict(version=6),
+        watchdog(detail=f"{tensor}, and 7 other tensors differ", action=action, cause="mismatched"),
+    ):  # fmt: skip
+        history.follow(event)
+    page.call("Emulation.setDeviceMetricsOverride", width=width, height=740, deviceScaleFactor=1, mobile=False)
+    page.open(f"{rig.serve(history=history)}/")
+    page.wait_for("document.querySelectorAll('table:not(.u-legend) td').length === 18")
+    words, broken, narrowest = page.evaluate("""(() => {
+        const free = "#faults td:nth-child(n + 4)";
+        const words = [...document.querySelectorAll(`table:not(.u-legend) :is(th, td:not(${free}))`)]
+            .flatMap(({ firstChild }) => [...firstChild.data.matchAll(/\\S+/g)].map((word) => {
+                const range = document.createRange();
+                range.setStart(firstChild, word.index);
+                range.setEnd(firstChild, word.index + word[0].length);
+                return [word[0], range.getClientRects().length];
+            }));
+        const widths = [...document.querySelectorAll(free)].map((cell) => cell.offsetWidth);
+        return [words.length, words.filter(([, lines]) => lines !== 1).map(([word]) => word), Math.min(...widths)];
+    })()""")
+    assert words > 40 and broken == [] and narrowest > 150
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_the_page_fits_a_phone_and_a_dark_room(rig: Any, page: Page, view: LiveView) -> None:
     view.log_status()
     view.follow()

@@ -86,7 +86,9 @@ def test_neutral_and_harmless_fields_are_taken(http: httpx.Client, path: str) ->
         ({"prompt": "a", "stop": ["a"] * 17}, "stop", "at most 16"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "logprobs is 21"),
         ({"prompt": "a", "logprobs": True}, "logprobs", "give an integer"),
-        ({"prompt": "a", "stream": "yes"}, "stream", "give true or false"),
+        ({"prompt": "a", "stream": "yes"}, "stream", 'stream is "yes"; give true or false'),
+        ({"prompt": [True, None]}, "prompt", "prompt is [true, null]; give a string"),
+        ({"prompt": "a", "max_tokens": True}, "max_tokens", "max_tokens is true; give an integer"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "needs stream=true"),
         ({"prompt": [3], "stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "1"),
         ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown field"),
@@ -111,7 +113,7 @@ def test_neutral_and_harmless_fields_are_taken(http: httpx.Client, path: str) ->
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content[0].type",
-            "is 'image_url'; give parts of type 'text'",
+            'is "image_url"; give parts of type ',
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]", "string in 'text'"),
         (
@@ -150,8 +152,9 @@ def test_wrong_values_are_refused_by_name(http: httpx.Client, body: Any, param: 
         (b'{"prompt": ' + b"[" * 100_000, "not valid JSON"),
         (b'{"prompt": "a", "temperature": 1e999}', "finite number"),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "not valid JSON: an integer has too many digits"),
-        (b"[1]", "must be a JSON object, got list"),
-        (b'"a"', "must be a JSON object, got str"),
+        (b"[1]", "must be a JSON object, got [1]"),
+        (b'"a"', 'must be a JSON object, got "a"'),
+        (b"null", "must be a JSON object, got null"),
     ],
     ids=lambda value: value[:20] if isinstance(value, bytes) else "",
 )
