@@ -48,7 +48,7 @@ def test_rules_by_name() -> None:
         get_rule("gredy")
 
 
-def test_a_name_is_taken_once() -> None:
+def test_a_name_is_taken_once_and_a_rule_keeps_its_name() -> None:
     assert register_rule("greedy")(Greedy) is Greedy  # a module that is imported twice does no harm
 
     class Usurper(Greedy):  # type: ignore[misc]
@@ -57,7 +57,9 @@ def test_a_name_is_taken_once() -> None:
     owner = "aurora_rl.envs.verification.rules:Greedy"
     with pytest.raises(ValueError, match=f"the verification rule name 'greedy' belongs to {owner}; choose another"):
         register_rule("greedy")(Usurper)
-    assert get_rule("greedy") is Greedy
+    with pytest.raises(ValueError, match=f"{owner} is the verification rule 'greedy' already; use that name in the pl"):
+        register_rule("argmax")(Greedy)
+    assert get_rule("greedy") is Greedy and Greedy.name == "greedy" and "argmax" not in RULES
 
 
 def test_a_rule_by_its_import_path_takes_the_place_of_no_other_by_its_name(
@@ -87,17 +89,6 @@ def test_rules_of_one_class_name_in_two_modules_are_two(tmp_path: Path, monkeypa
     # Each process knows a registered rule by its name, whether its own configuration has the name or the path.
     registered = RULES.register("one")(importlib.import_module("rules_of_one").Registered)
     assert get_rule("rules_of_one:Registered") is registered and registered.name == "one"
-
-
-def test_a_rule_keeps_its_name() -> None:
-    class Own(SampleAndMatch):  # type: ignore[misc]
-        pass
-
-    register_rule("kept")(Own)
-    rule = Own()
-    with pytest.raises(ValueError, match=r":.*Own is the verification rule 'kept' already; use that name in"):
-        register_rule("other")(Own)
-    assert rule.name == "kept" and "other" not in RULES
 
 
 @pytest.mark.parametrize("rule", [Greedy(), SampleAndMatch()])
