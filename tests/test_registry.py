@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -14,6 +15,25 @@ from aurora_rl import registry
 from aurora_rl.registry import Registry
 
 MODULE = "test_registry_parts"
+
+
+@pytest.mark.parametrize(
+    ("room", "part", "names"),
+    [
+        ("policies", "drafter", {"eagle3", "medusa"}),
+        ("objectives", "objective", {"imitation"}),
+        ("objectives", "divergence", {"forward_kl"}),
+        ("envs", "engine", {"transformers", "sglang"}),
+        ("envs", "rule", {"greedy", "rejection"}),
+    ],
+)
+def test_the_five_seams_have_one_face(room: str, part: str, names: set[str]) -> None:
+    module = importlib.import_module(f"aurora_rl.{room}")
+    seam = getattr(module, f"{part.upper()}S")
+    assert isinstance(seam, Registry) and names <= set(seam)
+    assert {f"{part.upper()}S", f"get_{part}", f"register_{part}"} <= set(module.__all__)
+    with pytest.raises(ValueError, match=f"{part} is called 'nobody'; did you mean"):
+        getattr(module, f"get_{part}")("nobody")
 
 
 class Part:
