@@ -48,7 +48,8 @@ __all__ = [
     "register_objective",
 ]
 
-sys.meta_path.insert(0, MovedModules())
+if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):  # as after a reload
+    sys.meta_path.insert(0, MovedModules())
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,7 @@ MOVED = {
     "collectors.weight_scheme": "collectors.weights", "serving.recording": "serving.recorded_requests",
     "cli.recording": "cli.training_data", "adaptation.recording": "adaptation.recorded_stream",
     "envs.sglang.control": "envs.sglang.plugin_server",
+    "envs.sglang.SGLangEngine": "envs.sglang.client.SGLangClient",
     "collectors.Hello": "collectors.handshake.Handshake",
     "collectors.ZMQWeightSyncScheme": "collectors.weights.WeightPublisher",
     "collectors.dataset.record": "serving.recorded_requests.record",
@@ -192,10 +193,15 @@ class MovedModules(MetaPathFinder):
 
             def prepared(module: ModuleType) -> None:
                 def missing(attribute: str) -> Any:
-                    _refuse(f"{name}.{attribute}")
+                    try:
+                        _refuse(f"{name}.{attribute}")
+                    except ModuleNotFoundError as error:
+                        raise AttributeError(str(error)) from None  # so that hasattr answers
                     raise AttributeError(f"module {fullname!r} has no attribute {attribute!r}")
 
                 vars(module)["__getattr__"] = missing
+                # `from module import name` asks for a submodule of that name, if there may be any, and so finds here.
+                vars(module).setdefault("__path__", [])
                 execute(module)
                 if name == _FUNCTION:
                     module.__class__ = _FormerFunction

@@ -16,14 +16,14 @@ class Registry(Generic[P]):
     """Parts of one seam by name: registered ones, those of installed packages, and any by its import path.
 
     A package makes its part known without being imported first by an entry point of the seam's group. The entry
-    point's name is the part's name, and its value is the part's import path.
+    point's name is the part's name, and its value is the part's import path. A part has one name: the one that it was
+    registered under, that of its entry point, or its import path.
 
     Args:
         seam: Noun for one part, for messages, such as "drafter".
         group: Group of entry points, such as "aurora_rl.drafters".
         base: Class that every part is a concrete subclass of; None if the parts are functions.
-        prepare: Called with the name and the part before it is checked; returns the part to keep. In the place of an
-            import path it gets the part's own name.
+        prepare: Called with the part's name and the part before it is checked; returns the part to keep.
         reserved: Names that configurations give another meaning. They are suggested, and cannot be registered.
 
     Example:
@@ -49,33 +49,47 @@ class Registry(Generic[P]):
         reserved: Sequence[str] = (),
     ) -> None:
         self._seam, self._group, self._base, self._prepare, self._reserved = seam, group, base, prepare, reserved
-        self._parts: dict[str, P] = {}
-        self._sources: dict[str, str] = {}  # import path of what was registered
+        # By name: parts as they are defined, and as they are kept.
+        self._registered: dict[str, tuple[Any, P]] = {}
+        self._loaded: dict[str, tuple[Any, P]] = {}
 
     def register(self, name: str) -> Callable[[_AnyPart], _AnyPart]:
         """Make a part available by name. A part that is defined again, as in a notebook, replaces itself.
 
         Raises:
-            ValueError: Another part has the name, or the part is not of the seam's kind.
+            ValueError: Another part has the name, the part has another name, or it is not of the seam's kind.
         """
 
         def register(part: _AnyPart) -> _AnyPart:
             new = _path(part)
-            owner = "the configuration" if name in self._reserved else self._sources.get(name, new)
+            known = {**self._loaded, **self._registered}
+            owner = "the configuration" if name in self._reserved else _path(known.get(name, (part, part))[0])
             if owner != new:
                 raise ValueError(f"the {self._seam} name {name!r} belongs to {owner}; choose another for {new}")
-            self._parts[name] = self._checked(name, part, new)
-            self._sources[name] = new
+            for other, (defined, _) in known.items():
+                if defined is part and other != name:
+                    raise ValueError(
+                        f"{new} is the {self._seam} {other!r} already; use that name in the place of {name!r}"
+                    )
+            self._registered[name] = part, self._checked(name, part, new)
             return part
 
         return register
 
     def names(self) -> list[str]:
         """Return all names, sorted: registered ones and the entry points of installed packages."""
-        return sorted({*self._parts, *self._reserved, *(point.name for point in entry_points(group=self._group))})
+        return sorted({*self._registered, *self._reserved, *(point.name for point in entry_points(group=self._group))})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
+
+    def name_of(self, part: Any) -> str:
+        """Return the name of a part: the registered one, that of its entry point, or its import path."""
+        for name, (defined, kept) in {**self._loaded, **self._registered}.items():
+            if part is defined or part is kept:
+                return name
+        path = _path(part)
+        return next((point.name for point in entry_points(group=self._group) if point.value == path), path)
 
     def get(self, name: str) -> P:
         """Return a registered part, that of an entry point, or that of an import path ``package.module:Thing``.
@@ -84,12 +98,13 @@ class Registry(Generic[P]):
             ValueError: Nothing has the name (the message suggests the nearest), it cannot be imported, or it is not of
                 the seam's kind.
         """
-        if name in self._parts:
-            return self._parts[name]
+        if name in self._registered:
+            return self._registered[name][1]
+        found = {point.name: point for point in entry_points(group=self._group)}
         if ":" in name.strip(":"):
-            point = EntryPoint(name=name, value=name, group=self._group)
+            installed = (point for point in found.values() if point.value == name)
+            point = next(installed, EntryPoint(name=name, value=name, group=self._group))
         else:
-            found = {point.name: point for point in entry_points(group=self._group)}
             if name not in found:
                 known = self.names()
                 # A path with a dot in the place of the colon is no misspelled name.
@@ -105,14 +120,18 @@ class Registry(Generic[P]):
             part = point.load()
         except Exception as error:  # whatever a module does when it is imported
             raise ValueError(f"the {self._seam} {name!r} cannot be imported: {error}") from error
-        return self._checked(name, part, point.value)
+        for defined, kept in (*self._registered.values(), *self._loaded.values()):
+            if defined is part:
+                return kept
+        kept = self._checked(point.name, part, point.value)
+        self._loaded[point.name] = part, kept
+        return kept
 
     def _checked(self, name: str, part: Any, path: str) -> P:
         """Return the part in the form that the registry keeps, or raise ValueError saying what it lacks."""
         base, lead = self._base, f"the {self._seam} {name!r} is {path}, which"
         if self._prepare is not None and callable(part):
-            own = str(getattr(part, "__dict__", {}).get("name") or getattr(part, "__name__", name))
-            part = self._prepare(own if ":" in name else name, part)
+            part = self._prepare(name, part)
         if base is None:
             # An object that can be called, as a partial, has no types of its settings to read.
             if not callable(part) or isinstance(part, type) or not hasattr(part, "__qualname__"):

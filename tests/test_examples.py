@@ -47,7 +47,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 @pytest.fixture
 def own_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a script registers is forgotten after the test."""
-    for table in ("_parts", "_sources"):
+    for table in ("_registered", "_loaded"):
         monkeypatch.setattr(OBJECTIVES, table, dict(getattr(OBJECTIVES, table)))
 
 

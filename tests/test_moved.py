@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import sys
 from types import ModuleType
 
 import pytest
 
-from aurora_rl._moved import ELSEWHERE, GONE, MOVED
+from aurora_rl._moved import ELSEWHERE, GONE, MOVED, MovedModules
 
 # ---- names of the flat tree that the rooms replaced -----------------------------------------------------------------
 
@@ -219,3 +220,27 @@ def test_the_command_s_old_function_names_the_new_one() -> None:
 
     with pytest.raises(TypeError, match=r"^aurora_rl\.cli\.main is a module now; call aurora_rl\.cli\.main\.main$"):
         main(["check"])  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("old", ["models.load_target", "trajectories.ContextStore", "objectives.ImitationValues"])
+def test_a_module_has_no_name_that_left_it(old: str) -> None:
+    room, _, name = f"aurora_rl.{old}".rpartition(".")
+    module = importlib.import_module(room)
+    assert not hasattr(module, name) and getattr(module, name, None) is None
+    with pytest.raises(AttributeError, match=rf"^aurora_rl\.{old} is "):
+        getattr(module, name)
+    with pytest.raises(ImportError, match="^cannot import name 'never_there' from"):
+        exec(f"from {room} import never_there")
+    assert not hasattr(module, "never_there")
+
+
+def test_a_reload_leaves_one_finder() -> None:
+    importlib.reload(importlib.import_module("aurora_rl"))
+    assert sum(isinstance(finder, MovedModules) for finder in sys.meta_path) == 1
+
+
+def test_the_old_name_of_sglang_s_client_names_the_new_one() -> None:
+    new = "aurora_rl.envs.sglang.client.SGLangClient"
+    assert pkgutil.resolve_name(new)
+    with pytest.raises(ImportError, match=rf"^aurora_rl\.envs\.sglang\.SGLangEngine is {re.escape(new)} now$"):
+        exec("from aurora_rl.envs.sglang import SGLangEngine")

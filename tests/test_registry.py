@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -14,6 +15,25 @@ from aurora_rl import registry
 from aurora_rl.registry import Registry
 
 MODULE = "test_registry_parts"
+
+
+@pytest.mark.parametrize(
+    ("room", "part", "names"),
+    [
+        ("policies", "drafter", {"eagle3", "medusa"}),
+        ("objectives", "objective", {"imitation"}),
+        ("objectives", "divergence", {"forward_kl"}),
+        ("envs", "engine", {"transformers", "sglang"}),
+        ("envs", "rule", {"greedy", "rejection"}),
+    ],
+)
+def test_the_five_seams_have_one_face(room: str, part: str, names: set[str]) -> None:
+    module = importlib.import_module(f"aurora_rl.{room}")
+    seam = getattr(module, f"{part.upper()}S")
+    assert isinstance(seam, Registry) and names <= set(seam)
+    assert {f"{part.upper()}S", f"get_{part}", f"register_{part}"} <= set(module.__all__)
+    with pytest.raises(ValueError, match=f"{part} is called 'nobody'; did you mean"):
+        getattr(module, f"get_{part}")("nobody")
 
 
 class Part:
@@ -73,6 +93,33 @@ def test_a_name_belongs_to_one_part(parts: Registry[type[Part]]) -> None:
         parts.register("elsewhere")(Part)
     with pytest.raises(ValueError, match="the part 'dict' is builtins:dict, which is no subclass of .*.Part"):
         parts.register("dict")(dict)
+
+
+def test_a_part_has_one_name(parts: Registry[type[Part]]) -> None:
+    own = sys.modules[MODULE].Own
+    assert parts.name_of(own) == "installed"  # its entry point's, before it is loaded
+    assert parts.get(f"{MODULE}:Own") is parts.get("installed") is own and parts.name_of(own) == "installed"
+    with pytest.raises(ValueError, match=f"^{MODULE}:Own is the part 'installed' already; use that name in the place"):
+        parts.register("mine")(own)
+    other = sys.modules[MODULE].Other = type("Other", (Part,), {"__module__": MODULE})  # type: ignore[attr-defined]
+    assert parts.name_of(other) == f"{MODULE}:Other" and parts.get(f"{MODULE}:Other") is other
+    with pytest.raises(ValueError, match=f"is the part '{MODULE}:Other' already"):
+        parts.register("other")(other)
+    registered = sys.modules[MODULE].Third = type("Third", (Part,), {"__module__": MODULE})  # type: ignore[attr-defined]
+    parts.register("third")(registered)
+    assert parts.get(f"{MODULE}:Third") is registered and parts.name_of(registered) == "third"
+
+
+def test_what_is_prepared_is_prepared_once_and_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def prepare(name: str, part: object) -> type[Part]:
+        names.append(name)
+        return type("Prepared", (Part,), {})
+
+    prepared: Registry[type[Part]] = Registry("part", "tests.none", Part, prepare=prepare)
+    kept = prepared.get("math:sqrt")
+    assert prepared.get("math:sqrt") is kept and names == ["math:sqrt"] and prepared.name_of(kept) == "math:sqrt"
 
 
 def test_functions(parts: Registry[type[Part]]) -> None:

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.keys import ClientKeys, ServerKeys
+from aurora_rl.envs import Engine
 from aurora_rl.models.loading import load_target
 from aurora_rl.models.target_head import context_length
 from aurora_rl.policies import Drafter, TargetParts, token_prior
@@ -42,6 +44,21 @@ def load(spec: RunSpec) -> Target:
     """Load the target."""
     model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
     return Target(model, tokenizer, TargetParts.of(model))
+
+
+def engine_maker(spec: RunSpec) -> Callable[..., Engine]:
+    """Return the class of the engine in this process, with its options: it is called as ``TransformersEngine`` is.
+
+    Raises:
+        ConfigError: The engine is a server of its own.
+    """
+    if spec.engine_class is None:
+        raise ConfigError(
+            f"engine.name={spec.config.engine.name} is a server of its own, and this command runs the engine in this "
+            "process; set engine.name=transformers"
+        )
+    # Engines of others need not have the option.
+    return partial(spec.engine_class, **({"batch_invariant": True} if spec.config.engine.batch_invariant else {}))
 
 
 def check_context(config: Config, target: Target) -> None:

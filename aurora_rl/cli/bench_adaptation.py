@@ -28,7 +28,7 @@ from aurora_rl.adaptation.recorded_stream import RecordedPhase, record_plainly
 from aurora_rl.adaptation.scenario import PLAIN, Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
 from aurora_rl.adaptation.simulation import ArmRun, LocalWire, add_answers, simulate
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, load, request_queue, start_drafter
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, engine_maker, load, request_queue, start_drafter
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.config_privacy import check_records
 from aurora_rl.cli.engines import embedded_server
@@ -98,13 +98,13 @@ class _Bench:
         self._scenario, self._wanted, self._out, self._console = scenario, wanted, out, console
         self._given = arguments.config, arguments.overrides
         self._started: dict[str, Drafter] = {}
-        self._specs = {}
+        self._specs, self._base = {}, self._spec()
+        engine_maker(self._base)
         for name, arm in scenario.arms.items():
             with naming(f"arm {name!r}"):
                 spec = self._specs[name] = self._spec(*arm.set, *["drafter.adaptive=false"] * arm.lookup_only)
                 if arm.lookup_only and not spec.tree.lookup:
                     raise ConfigError("it is lookup_only, and nothing is looked up; set drafter.lookup=8")
-        self._base = self._spec()
         with naming("--scenario"):
             self._prompts, self._training = phase_prompts(scenario, self._base.config.seed)
         self._settle()
@@ -190,6 +190,8 @@ class _Bench:
                 slots=max(config.engine.slots, _RECORDING_SLOTS),
                 stop_tokens=stop_token_ids(target.model, target.tokenizer),
                 seed=config.seed,
+                engine=engine_maker(self._base),
+                rule=self._base.rule,
             )
 
     def _target_of(self, phase: Phase | None) -> Target:

@@ -11,11 +11,11 @@ import torch
 from transformers import LogitsProcessorList
 
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.assembly import Target, check_context, load, start_drafter
+from aurora_rl.cli.assembly import Target, check_context, engine_maker, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.envs import Request, TransformersEngine, generation_processors
+from aurora_rl.envs import Engine, Request, TransformersEngine, generation_processors
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape, available_drafters
 from aurora_rl.policies.calibration import measure_rounds
@@ -27,18 +27,20 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
-    """Report on the model. Returns the exit status: 1 if the embedded engine does not serve it."""
+    """Report on the model. Returns the exit status: 1 if the engine does not serve it."""
     torch.set_num_threads(config.engine.threads)
     return 0 if check_model(config) else 1
 
 
 def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
-    """Report on the configured model, line by line; return whether the embedded engine serves it with the drafter.
+    """Report on the configured model, line by line; return whether the engine serves it with the drafter.
 
     Raises:
+        ConfigError: The engine is a server of its own.
         ModelError: The model cannot be loaded.
     """
     spec = resolve(config)
+    new_engine = engine_maker(spec)
     target = load(spec)
     model, weights = target.model, _size(sum(p.nbytes for p in target.model.parameters()))
     dtype = str(spec.dtype).removeprefix("torch.")
@@ -57,16 +59,26 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
     drafter = drafters.get(spec.drafter_name)
     try:
         check_context(config, target)
-        engine = TransformersEngine(
+        engine = new_engine(
             model,
             num_slots=config.engine.slots,
             max_length=config.engine.max_length,
             feature_layers=drafter.feature_layers if drafter is not None else (),
-            batch_invariant=config.engine.batch_invariant,
         )
     except ValueError as error:
         say(f"engine       refused: {error}")
         return False
+    if isinstance(engine, TransformersEngine):
+        _report_exactness(engine, say)
+    else:
+        say(f"engine       {config.engine.name} starts; aurora_rl.testing.check_engine tells whether it is exact")
+    if drafter is None:
+        return False
+    _report_rounds(spec, engine, drafter, processors, say)
+    return served
+
+
+def _report_exactness(engine: TransformersEngine, say: Callable[[str], Any]) -> None:
     found = engine.exactness
     for form, reason in found.switched_off.items():
         say(f"engine       {form} form switched off: {reason}")
@@ -76,21 +88,16 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
     )
     slots = f"{engine.num_slots} slots of {engine.max_length} tokens"
     say(f"memory       {_size(engine.cache_bytes)} of keys and values for {slots}")
-    if drafter is None:
-        return False
-    _report_rounds(spec, engine, drafter, processors, say)
-    return served
 
 
 def _report_drafters(spec: RunSpec, target: Target, say: Callable[[str], Any]) -> dict[str, Drafter]:
     """Start every drafter untrained; the configured one as it is configured."""
     started, config = {}, spec.config
     for name in sorted({*available_drafters(), spec.drafter_name}):
-        settings = config.drafter
-        if name != spec.drafter_name:
-            settings = replace(settings, name=name, options={}, path=None, feature_layers=None)
+        other = replace(config.drafter, name=name, options={}, path=None, feature_layers=None)
         try:
-            started[name] = drafter = start_drafter(resolve(replace(config, drafter=settings)), target, [])
+            its_spec = spec if name == spec.drafter_name else resolve(replace(config, drafter=other))
+            started[name] = drafter = start_drafter(its_spec, target, [])
         except ValueError as error:
             say(f"drafter      {name} does not start: {error}")
             continue
@@ -101,7 +108,7 @@ def _report_drafters(spec: RunSpec, target: Target, say: Callable[[str], Any]) -
 
 def _report_rounds(
     spec: RunSpec,
-    engine: TransformersEngine,
+    engine: Engine,
     drafter: Drafter,
     processors: Callable[[Request], LogitsProcessorList] | None,
     say: Callable[[str], Any],

@@ -18,7 +18,7 @@ from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.policies import Drafter, get_drafter, load_drafter
-from aurora_rl.policies.formats.files import drafter_class, holds_drafter, local_folder
+from aurora_rl.policies.formats.files import TRAINED_FOR, drafter_class, holds_drafter, local_folder
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.model_card import engine_commands
 from aurora_rl.storage import CheckpointError, read_folder
@@ -101,7 +101,7 @@ def _inspect(config: Config, source: str, check: bool) -> int:
             f"{folder}: config.json: vocab_size must be an integer, got {entries.get('vocab_size')!r}"
         )
     commands = engine_commands(kind, entries, source, config.model if check else "TARGET")
-    trained_for = entries.get("aurora_rl_made_for")
+    trained_for = entries.get(TRAINED_FOR)
     weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights}))
     lines = {

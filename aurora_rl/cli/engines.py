@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from aurora_rl.cli.assembly import Target, opening, wire_keys
+from aurora_rl.cli.assembly import Target, engine_maker, opening, wire_keys
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
@@ -18,12 +18,12 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import control_client_keys, engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs import Engine, Request, SpecDecodeEnv, generation_processors
+from aurora_rl.envs import Request, SpecDecodeEnv, generation_processors
 from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
 from aurora_rl.envs.sglang.plugin_server import PluginError, ask
 from aurora_rl.models.detokenizer import decode
-from aurora_rl.models.loading import embedded_model_path, stop_token_ids
+from aurora_rl.models.loading import DEFAULT_TARGET, embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
 from aurora_rl.policies.formats.files import save_drafter
@@ -74,13 +74,8 @@ def embedded_server(
             processors = generation_processors(target.model, stop_tokens)
             if processors is not None:
                 processors(tried)
-    assert spec.engine_class is not None
-    engine: Engine = cast(Any, spec.engine_class)(
-        target.model,
-        num_slots=config.engine.slots,
-        max_length=config.engine.max_length,
-        feature_layers=layers,
-        **({"batch_invariant": True} if config.engine.batch_invariant else {}),  # engines of others have no such option
+    engine = engine_maker(spec)(
+        target.model, num_slots=config.engine.slots, max_length=config.engine.max_length, feature_layers=layers
     )
 
     def new_policy(run: RunSpec, drafter: Drafter, version: int = 0) -> DrafterPolicy:
@@ -289,7 +284,7 @@ def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> SGL
         )
     save_drafter(drafter, folder, "sglang")
     return SGLangClient.launch(
-        embedded_model_path() if config.model == "smollm2" else config.model,
+        embedded_model_path() if config.model == DEFAULT_TARGET else config.model,
         drafter=folder,
         depth=tree.depth,
         width=tree.width,

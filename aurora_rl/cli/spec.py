@@ -10,6 +10,7 @@ from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
 from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
+from aurora_rl.envs.sglang import LEARNED
 from aurora_rl.envs.verification.rules import require_replayable
 from aurora_rl.models.loading import default_dtype, usable_device
 from aurora_rl.objectives import check_settings
@@ -101,7 +102,7 @@ def _rule(config: Config) -> str:
         raise ConfigError(
             f"rule={name} needs drafter.mode={' or '.join(rule.draft_modes)}, got drafter.mode={config.drafter.mode}"
         )
-    if name == "greedy" and config.temperature > 0:
+    if rule.name == "greedy" and config.temperature > 0:
         raise ConfigError(f"rule=greedy needs temperature=0, got {config.temperature:g}; set rule=null to sample")
     return name
 
@@ -117,9 +118,11 @@ def _drafter_class(config: Config, name: str) -> type[Drafter]:
             f"drafter.name={name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
             f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
         )
-    if config.engine.name == "sglang" and kind.sglang_algorithm is None:
+    if config.engine.name == "sglang" and kind.sglang_algorithm not in LEARNED:
+        served = "SGLang does not serve it" if kind.sglang_algorithm is None else "SGLang serves it as it is"
         raise ConfigError(
-            f"drafter.name={name} is not supported by SGLang; with engine.name=sglang set drafter.name=eagle3"
+            f"drafter.name={name} does not learn with SGLang ({served}); with engine.name=sglang set "
+            "drafter.name=eagle3"
         )
     return kind
 

@@ -21,7 +21,7 @@ from tensordict import TensorDict
 from torch.utils.data import ConcatDataset, Subset
 
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
-from aurora_rl.cli.assembly import VOCAB_PROMPTS, load, request_queue, start_drafter, traffic
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, engine_maker, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
@@ -77,6 +77,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             config = replace(config, drafter=replace(config.drafter, path=str(day0)))
     check_installed(config.telemetry.logger)
     spec, began = resolve(config), time.monotonic()
+    if not arguments.recording:
+        engine_maker(spec)
     prompts = [] if arguments.recording else questions(traffic(config))
     data = _fingerprint(arguments.recording or [], prompts)
     if arguments.resume is None:
@@ -175,7 +177,8 @@ def _settings(config: Config) -> dict[str, Any]:
     keys = ("model", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "generation_config", "seed")
     learner = ("batch_size", "muon_lr", "adam_lr")
     return {
-        **{key: values[key] for key in (*keys, "objectives")},
+        **{key: values[key] for key in (*keys, "rule", "objectives")},
+        "engine.name": config.engine.name,
         **{f"{part}.{key}": value for part in ("traffic", "drafter") for key, value in values[part].items()},
         **{f"learner.{key}": values["learner"][key] for key in learner},
         "drafter.path": None,

@@ -10,7 +10,7 @@ from rich.console import Console
 from tensordict import TensorDict
 from typing_extensions import override
 
-from aurora_rl.cli.assembly import Target
+from aurora_rl.cli.assembly import Target, engine_maker
 from aurora_rl.cli.config_privacy import check_records
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.progress import Watch, watch
@@ -89,7 +89,7 @@ class ShownRecording(TrajectoryDataset):
 def record_answers(
     spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, folder: Path, console: Console
 ) -> TrajectoryDataset:
-    """Serve the requests that are not recorded yet by the embedded engine, with the drafter as it starts."""
+    """Serve the requests that are not recorded yet by an engine in this process, with the drafter as it starts."""
     config, model = spec.config, target.model
     check_records(config)
     stop_tokens = stop_token_ids(model, target.tokenizer)
@@ -109,5 +109,7 @@ def record_answers(
             stop_tokens=stop_tokens,
             processors=processors,
             seed=config.seed,
+            engine=engine_maker(spec),
+            rule=spec.rule,
         )
     return recording

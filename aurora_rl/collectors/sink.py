@@ -17,6 +17,7 @@ from aurora_rl.collectors.codec import DEFAULT_LIMITS, Limits, encode
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import ClientKeys
 from aurora_rl.collectors.sockets import SocketThread, connect, engine_name, open_socket
+from aurora_rl.tenants import MOST_DELETIONS
 from aurora_rl.trajectories import size_of
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ TRAJECTORY, DELETION = "trajectory", "deletion"
 _SEND_HIGH_WATER = 4
 _TURN_MS, _IDLE_S = 50, 1.0
 _HEADER = 1 << 14  # bytes that a header has at most
-_MOST_DELETIONS = 4096
 
 
 class _Queued(NamedTuple):
@@ -141,7 +141,7 @@ class TrajectorySink:
         with self._changed:
             self._deletions.pop(tenant, None)
             self._deletions[tenant] = self._untold[tenant] = time.time()
-            while len(self._deletions) > _MOST_DELETIONS:
+            while len(self._deletions) > MOST_DELETIONS:
                 del self._deletions[next(iter(self._deletions))]
             kept = [queued for queued in self._queue if queued.tenant != tenant]
             dropped, self._queue = len(self._queue) - len(kept), deque(kept)

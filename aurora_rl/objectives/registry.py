@@ -21,7 +21,9 @@ _Part = TypeVar("_Part", bound=Callable[..., Any])
 
 
 def _prepared(name: str, part: Any) -> Any:
-    """Make a class of a function, and give a class its name."""
+    """Make a class of a function, and give a class its name. An import path is too long for the key of a loss."""
+    if ":" in name:
+        name = str(getattr(part, "__dict__", {}).get("name") or getattr(part, "__name__", name))
     if inspect.isfunction(part):
         return objective_from_function(name, part)
     if isinstance(part, type) and issubclass(part, Objective):

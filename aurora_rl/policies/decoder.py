@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from transformers import PreTrainedModel
 
-from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Engine, Request, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.policy import DrafterPolicy
 from aurora_rl.policies.tree_shape import TreeShape
@@ -26,7 +26,9 @@ class SpeculativeDecoder:
         max_length: Most tokens of a slot, prompt and completion.
         num_slots: Requests decoded side by side.
         seed: Seed of drafts that are sampled.
-        **settings: Further arguments of :class:`~aurora_rl.envs.SpecDecodeEnv`, such as ``on_completion``.
+        engine: Class of the engine, or a function with its arguments that returns one.
+        **settings: Further arguments of :class:`~aurora_rl.envs.SpecDecodeEnv`, such as ``on_completion``
+            and ``rule``.
 
     Attributes:
         engine: The engine.
@@ -63,12 +65,13 @@ class SpeculativeDecoder:
         max_length: int,
         num_slots: int = 1,
         seed: int = 0,
+        engine: Callable[..., Engine] = TransformersEngine,
         **settings: Any,
     ) -> None:
         if drafter is not None:
             drafter = drafter.serving_copy(model.dtype, model.device)
         layers = () if drafter is None else drafter.feature_layers
-        self.engine = TransformersEngine(model, num_slots=num_slots, max_length=max_length, feature_layers=layers)
+        self.engine = engine(model, num_slots=num_slots, max_length=max_length, feature_layers=layers)
         if not callable(requests):
             waiting = iter(requests)
             requests = lambda: next(waiting, None)  # noqa: E731

@@ -71,6 +71,7 @@ class DFlashDrafter(Drafter):
     """
 
     formats: ClassVar[tuple[str, ...]] = ("hf", "sglang")
+    sglang_algorithm: ClassVar[str | None] = "DFLASH"
     embedding: Tensor
     target_head: Tensor | None
     head: Tensor

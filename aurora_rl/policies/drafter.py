@@ -7,6 +7,7 @@ Legend: ``B`` slots, ``b`` of them in a call, ``N`` nodes without the root, ``Vd
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -87,7 +88,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         formats: Names of the layouts that :meth:`write` and :meth:`read` know; runs are kept in the first.
         target_sizes: Entries of a checkpoint's ``config.json`` that must be the target's.
         sglang_algorithm: SGLang's ``--speculative-algorithm`` for folders in the format "sglang"; None if SGLang does
-            not serve the architecture.
+            not serve the architecture. ``aurora_rl.envs.sglang.LEARNED`` has those that learn there.
         options: Keywords that a subclass's :meth:`from_target` took, kept in the folder.
         trained_for: ``TargetParts.fingerprint`` of its target, kept in the folder; None if unknown.
 
@@ -112,6 +113,23 @@ class Drafter(HubMixin, nn.Module, ABC):
     options: Mapping[str, Any] = MappingProxyType({})
     trained_for: str | None = None
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Let the class's :meth:`from_target` state the target in what it returns, however it is called."""
+        super().__init_subclass__(**keywords)
+        own = vars(cls).get("from_target")
+        if not isinstance(own, classmethod):
+            return
+
+        @functools.wraps(own.__func__)
+        def from_target(kind: type[Drafter], parts: TargetParts, **options: Any) -> Drafter:
+            started = own.__get__(None, kind)(parts, **options)
+            if not isinstance(started, Drafter):
+                raise ValueError(f"from_target gave {started!r} and no drafter")
+            started.trained_for = parts.fingerprint
+            return started
+
+        cls.from_target = classmethod(from_target)  # type: ignore[method-assign, assignment]
+
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Raise ValueError naming the first option that :meth:`from_target` does not take, or of another type."""
@@ -124,7 +142,7 @@ class Drafter(HubMixin, nn.Module, ABC):
     def from_target(
         cls, parts: TargetParts, *, draft_vocab: Tensor, feature_layers: tuple[int, ...] | None = None
     ) -> Self:
-        """Start a day-0 drafter in float32 for a target.
+        """Start a day-0 drafter in float32 for a target, whose weights :attr:`trained_for` then states.
 
         A subclass may take more keywords, which configurations set as ``drafter.options``.
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from aurora_rl.policies.drafter import Drafter
 
 _EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_SGLANG = {"LlamaForCausalLMEagle3": "EAGLE3", "LlamaForCausalLMEagle": "EAGLE", "DFlashDraftModel": "DFLASH"}
+# Architectures of drafters that SGLang loads; a standalone drafter is of any causal LM.
+_SGLANG = ("LlamaForCausalLMEagle3", "LlamaForCausalLMEagle", "DFlashDraftModel")
 
 
 def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str, target: str) -> dict[str, str]:
@@ -48,7 +49,7 @@ def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str
     pairs = (f"model={target}", f"drafter.name={drafter_name(kind)}", f"drafter.path={drafter}")
     commands = {"aurora_rl": shlex.join(["aurora-rl", "serve", *pairs])}
     target = _EMBEDDED_ID if target == DEFAULT_TARGET else target
-    algorithm = "STANDALONE" if standalone else _SGLANG.get(name)
+    algorithm = kind.sglang_algorithm if standalone or name in _SGLANG else None
     if algorithm is not None and min(left, default=0) >= 0:  # SGLang cannot capture what enters layer 0
         start = ["python", "-m", "sglang.launch_server", "--model-path", target, "--speculative-algorithm", algorithm]
         commands["sglang"] = shlex.join([*start, "--speculative-draft-model-path", drafter])

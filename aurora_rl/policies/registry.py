@@ -62,8 +62,7 @@ def drafter_name(kind: type[Drafter]) -> str:
         >>> drafter_name(get_drafter("medusa"))
         'medusa'
     """
-    name = kind.__name__.removesuffix("Drafter").lower()
-    return name if name in available_drafters() else f"{kind.__module__}:{kind.__qualname__}"
+    return DRAFTERS.name_of(kind)
 
 
 def start_untrained(
@@ -91,11 +90,8 @@ def start_untrained(
     options, prior = options or {}, torch.zeros(len(parts.head)) if prior is None else prior
     vocab = choose_draft_vocab(min(vocab_size, len(parts.head)), prior)
     started = kind.from_target(parts, draft_vocab=vocab, feature_layers=feature_layers, **options)
-    if not isinstance(started, Drafter):
-        raise ValueError(f"from_target gave {started!r} and no drafter")
     # What started it belongs to its checkpoint, also where its class does not say so.
     started.options = started.options or options
-    started.trained_for = parts.fingerprint
     return started
 
 

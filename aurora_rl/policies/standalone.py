@@ -121,6 +121,7 @@ class StandaloneDrafter(Drafter):
     """
 
     formats: ClassVar[tuple[str, ...]] = ("hf", "sglang", "vllm")
+    sglang_algorithm: ClassVar[str | None] = "STANDALONE"
     target_sizes: ClassVar[tuple[str, ...]] = ("vocab_size",)
     feature_layers = ()
 

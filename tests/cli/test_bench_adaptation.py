@@ -126,6 +126,7 @@ def test_an_arm_that_is_another_now_is_refused(
         (["--arms", "scratch,sttic"], "--arms: unknown 'sttic'; the scenario has lookup, suffix, static, scratch"),
         (["drafter.depht=3"], "did you mean 'drafter.depth'"),
         (["drafter.mode=sampled", "temperature=1"], "arms are compared by their likeliest drafts"),
+        (["engine.name=sglang", "drafter.name=eagle3"], "engine.name=sglang is a server of its own"),
     ],
 )
 def test_bad_input_is_named_before_anything_runs(

@@ -127,7 +127,7 @@ def test_objectives_of_the_configuration_are_a_variant(
         assert bench(tiny_folder, streams["topk"], tmp_path, "--variants", "forward_kl, configured", *pairs) == 0
         assert isinstance(losses[-1].drafter, Eagle3Drafter)
     finally:
-        del OBJECTIVES._parts["doubled_imitation"]
+        del OBJECTIVES._registered["doubled_imitation"]
     result = json.loads((tmp_path / "topk-configured-0.json").read_text())
     assert result["settings"]["objectives"] == [{"name": "doubled_imitation", "steps": 1}]
     assert "| topk | topk | configured | 1 |" in (tmp_path / "table.md").read_text()

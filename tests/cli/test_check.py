@@ -21,6 +21,8 @@ from transformers import (
 
 from aurora_rl.cli.check import _size, check_model
 from aurora_rl.cli.config import load_config
+from aurora_rl.cli.errors import ConfigError
+from aurora_rl.envs import TransformersEngine
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -71,6 +73,20 @@ def test_rounds_are_timed_with_the_processors_that_serving_applies(
     served, lines = report(folder, "drafter.name=ngram")
     assert served and applied
     assert "generation   the processors of generation_config are applied at every node" in lines
+
+
+class OwnEngine(TransformersEngine):
+    """An engine of a third party, which verifies no such model."""
+
+    def __init__(self, model: PreTrainedModel, **settings: object) -> None:
+        raise ValueError("another model is needed")
+
+
+def test_the_engine_that_is_configured_is_checked(tiny_folder: Path) -> None:
+    served, lines = report(tiny_folder, "drafter.name=ngram", f"engine.name={__name__}:OwnEngine")
+    assert not served and lines[-1] == "engine       refused: another model is needed"
+    with pytest.raises(ConfigError, match="^engine.name=sglang is a server of its own, .*; set engine.name=transform"):
+        report(tiny_folder, "drafter.name=eagle3", "engine.name=sglang")
 
 
 def test_a_context_that_is_shorter_than_the_slots(tiny_folder: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_learner_refuses_trajectories_of_rules_that_it_cannot_replay(
     with learner(configured(f"rule={__name__}:OwnRule"), tmp_path) as built, pytest.MonkeyPatch.context() as patch:
         patch.setattr("aurora_rl.cli.learner.validate", lambda *_, **__: None)  # the tiny one is of another model
         validate = built._collector._validate
-        for code in (rule_code("OwnRule"), rule_code("greedy")):
+        for code in (rule_code(f"{__name__}:OwnRule"), rule_code("greedy")):
             trajectory["sampling", "rule"] = torch.tensor(code)
             validate(trajectory)
         for name, message in (

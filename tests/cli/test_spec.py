@@ -64,7 +64,11 @@ OBJECTIVES = {
     "greedy": (("rule=greedy", "temperature=0.5"), "rule=greedy needs temperature=0, got 0.5; set rule=null"),
     "not in SGLang": (
         ("engine.name=sglang", "drafter.name=medusa"),
-        "drafter.name=medusa is not supported by SGLang; with engine.name=sglang set drafter.name=eagle3",
+        r"drafter.name=medusa does not learn with SGLang \(SGLang does not serve it\); .* set drafter.name=eagle3",
+    ),
+    "not learned in SGLang": (
+        ("engine.name=sglang", "drafter.name=dflash"),
+        r"drafter.name=dflash does not learn with SGLang \(SGLang serves it as it is\); .* set drafter.name=eagle3",
     ),
 }  # fmt: skip
 

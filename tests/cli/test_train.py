@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from aurora_rl.cli import main as cli
 from aurora_rl.cli import train as train_command
@@ -24,11 +25,13 @@ from aurora_rl.cli.config import load_config
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.spec import resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.envs import SampleAndMatch, TransformersEngine
+from aurora_rl.envs.verification.rules import rule_of_code
 from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.serving.recorded_requests import record
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.offline import OfflineTrainer
-from aurora_rl.trajectories import rule_code
+from aurora_rl.trajectories import RULE_CODES, rule_code
 
 FILES = {
     "config.yaml",
@@ -144,6 +147,40 @@ def test_the_target_answers_itself_what_chats_end_with_an_answer_to(pairs: list[
     assert summary(run)["domains"] == {}
 
 
+class CountingEngine(TransformersEngine):
+    """An engine of a third party."""
+
+    passes = 0
+
+    def verify(self, *round_: Any) -> Tensor:
+        CountingEngine.passes += 1
+        return super().verify(*round_)
+
+
+class OwnRule(SampleAndMatch):  # type: ignore[misc]  # a third party may derive where the library does not
+    """A verification rule of a third party."""
+
+
+def test_answers_are_recorded_by_the_engine_and_the_rule_that_are_configured(pairs: list[str], tmp_path: Path) -> None:
+    CountingEngine.passes, run, rule = 0, tmp_path / "run", f"{__name__}:OwnRule"
+    own = [f"engine.name={__name__}:CountingEngine", f"rule={rule}"]
+    assert train("--epochs", "1", *pairs, *own, f"run_dir={run}") == 0
+    assert CountingEngine.passes > 6
+    (code,) = set(TrajectoryDataset(run / "recording").numbers("sampling.rule"))
+    assert rule_of_code(code) is OwnRule and code >= len(RULE_CODES)
+
+
+def test_a_server_of_its_own_records_no_answers(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*pairs, "engine.name=sglang", f"run_dir={tmp_path / 'run'}") == 2
+    assert capsys.readouterr().err == (
+        "aurora-rl: engine.name=sglang is a server of its own, and this command runs the engine in this process; set "
+        "engine.name=transformers\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 # ---- from recordings ------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +262,10 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(
     assert summary(parts)["steps"] == 6
 
 
-@pytest.mark.parametrize("pair", ["seed=1", "drafter.depth=3", "traffic.requests=9", "learner.muon_lr=0.5"])
+OTHERS = ["seed=1", "drafter.depth=3", "traffic.requests=9", "learner.muon_lr=0.5", "rule=greedy"]
+
+
+@pytest.mark.parametrize("pair", [*OTHERS, f"engine.name={__name__}:CountingEngine"])
 def test_other_settings_are_not_resumed(
     pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], pair: str
 ) -> None:

@@ -46,8 +46,8 @@ def text(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(OBJECTIVES, "_parts", dict(OBJECTIVES._parts))
-    monkeypatch.setattr(OBJECTIVES, "_sources", dict(OBJECTIVES._sources))
+    for table in ("_registered", "_loaded"):
+        monkeypatch.setattr(OBJECTIVES, table, dict(getattr(OBJECTIVES, table)))
     for function in (kl, reached, text):
         assert register_objective(function.__name__)(function) is function
     yield

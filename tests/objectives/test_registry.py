@@ -23,12 +23,13 @@ from aurora_rl.objectives import (
 )
 from aurora_rl.policies import Drafter
 from aurora_rl.registry import Registry
+from aurora_rl.testing import tiny_batch
 from aurora_rl.testing.enumerable_worlds import EnumerableDrafter, EnumerableTarget
 
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry[type[Objective]]:
-    for table in ("_parts", "_sources"):
+    for table in ("_registered", "_loaded"):
         monkeypatch.setattr(OBJECTIVES, table, dict(getattr(OBJECTIVES, table)))
     return OBJECTIVES
 
@@ -73,6 +74,15 @@ def test_a_class_that_is_defined_again_replaces_itself(registry: Registry[type[O
     cells = [type("Mine", (ImitationLoss,), {"__module__": "__main__"}) for _ in range(2)]
     assert [register_objective("mine")(cell) for cell in cells] == cells
     assert get_objective("mine") is cells[1] and cells[1].name == "mine"
+
+
+def test_a_class_keeps_its_name(registry: Registry[type[Objective]]) -> None:
+    kept = type("Kept", (ImitationLoss,), {"__module__": "third_party"})
+    drafter, head, _ = tiny_batch()
+    loss = register_objective("kept")(kept)(drafter, head)
+    with pytest.raises(ValueError, match="third_party:Kept is the objective 'kept' already; use that name in"):
+        register_objective("other")(kept)
+    assert loss.name == "kept" and loss.out_keys[0] == "loss_kept"
 
 
 def test_entry_points(registry: Registry[type[Objective]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,9 +24,7 @@ RUN = {
 @pytest.fixture
 def drafter() -> Eagle3Drafter:
     parts = TargetParts.of(tiny_target(dtype=torch.float32))
-    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(0, 32, 2), feature_layers=(1, 2))
-    drafter.trained_for = parts.fingerprint
-    return drafter
+    return Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(0, 32, 2), feature_layers=(1, 2))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from aurora_rl.envs import Completion, Request, SamplingParams
+from aurora_rl.envs import Completion, Request, SamplingParams, TransformersEngine
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.testing import tiny_target
@@ -53,3 +53,13 @@ def test_a_rule_that_needs_the_drafter_s_law_has_it(drafter: Drafter) -> None:
     nodes = {id: completion.trajectory["nodes", "tokens"].tolist() for id, completion in first.items()}
     assert nodes == {id: completion.trajectory["nodes", "tokens"].tolist() for id, completion in again.items()}
     assert any(each[0].trajectory["nodes", "tokens"].tolist() != nodes[0] for each in other_seeds)
+
+
+class OwnEngine(TransformersEngine):
+    """An engine of a third party."""
+
+
+def test_the_engine_may_be_another(drafter: Drafter) -> None:
+    settings = {"shape": TreeShape(3), "max_length": 32}
+    assert type(SpeculativeDecoder(tiny_target(), drafter, [], **settings).engine) is TransformersEngine
+    assert type(SpeculativeDecoder(tiny_target(), drafter, [], engine=OwnEngine, **settings).engine) is OwnEngine

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aurora_rl.policies import Eagle3Drafter, TargetParts
+from aurora_rl.policies import Eagle3Drafter, TargetParts, get_drafter
 from aurora_rl.policies.drafter import check_weights, draft_rows
 from aurora_rl.testing import tiny_target
 
@@ -39,3 +39,21 @@ def test_a_serving_copy_leaves_the_drafter_in_training() -> None:
     assert drafter.training and all(p.dtype == torch.float32 for p in drafter.parameters())
     assert any(p.requires_grad for p in drafter.parameters())
     assert {p.data_ptr() for p in served.parameters()}.isdisjoint(p.data_ptr() for p in drafter.parameters())
+
+
+class Derived(Eagle3Drafter):
+    """A third party's, whose start goes through another's."""
+
+    @classmethod
+    def from_target(cls, parts, *, draft_vocab, feature_layers=None, width: int = 2):
+        return super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers)
+
+
+def test_a_drafter_states_the_target_that_it_was_started_for() -> None:
+    parts = TargetParts.of(tiny_target())
+    for kind in (Derived, *map(get_drafter, ("dflash", "eagle", "eagle3", "medusa", "ngram", "standalone"))):
+        started = kind.from_target(parts, draft_vocab=torch.arange(16))
+        assert type(started) is kind and started.trained_for == parts.fingerprint
+    Derived.check_options({"width": 3})
+    with pytest.raises(ValueError, match="Derived has no setting 'widht'; did you mean 'width'"):
+        Derived.check_options({"widht": 3})

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, StandaloneDrafter, TargetParts
+from aurora_rl.policies import (
+    DFlashDrafter,
+    Drafter,
+    Eagle3Drafter,
+    EagleDrafter,
+    MedusaDrafter,
+    StandaloneDrafter,
+    TargetParts,
+)
 from aurora_rl.policies.model_card import engine_commands, model_card
 from aurora_rl.testing import tiny_target
 
@@ -97,6 +105,10 @@ def test_a_card_names_no_folder_of_the_machine(
         (Eagle3Drafter, "sglang", (1, 2), ["aurora_rl", "sglang"]),
         (Eagle3Drafter, "vllm", (1, 2), ["aurora_rl", "sglang", "vllm"]),
         (Eagle3Drafter, "sglang", (0, 2), ["aurora_rl"]),
+        (EagleDrafter, "sglang", None, ["aurora_rl", "sglang"]),
+        (EagleDrafter, "hf", None, ["aurora_rl"]),
+        (DFlashDrafter, "hf", None, ["aurora_rl", "sglang"]),
+        (StandaloneDrafter, "hf", None, ["aurora_rl", "sglang", "vllm"]),
         (MedusaDrafter, "aurora_rl", None, ["aurora_rl"]),
         (MedusaDrafter, "vllm", None, ["aurora_rl", "vllm"]),
     ],
@@ -106,7 +118,10 @@ def test_engines_that_load_a_folder(
 ) -> None:
     parts = TargetParts.of(tiny_target())
     config = kind.from_target(parts, draft_vocab=torch.arange(16), feature_layers=layers).write(layout).config
-    assert list(engine_commands(kind, config, "drafter", "target")) == engines
+    commands = engine_commands(kind, config, "drafter", "target")
+    assert list(commands) == engines
+    if "sglang" in commands:
+        assert f" --speculative-algorithm {kind.sglang_algorithm} " in commands["sglang"]
 
 
 def test_commands_are_quoted_for_a_shell() -> None:

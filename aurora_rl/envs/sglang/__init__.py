@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
 
-__all__ = ["ENVIRONMENT", "KEYS_ENVIRONMENT", "SGLangCompletion", "SGLangClient", "SGLangError", "register"]
+__all__ = ["ENVIRONMENT", "KEYS_ENVIRONMENT", "LEARNED", "SGLangCompletion", "SGLangClient", "SGLangError", "register"]
 
 ENVIRONMENT = "AURORA_RL_SGLANG"
 """Environment variable of SGLang's processes: the address at which the plugin answers requests."""
 KEYS_ENVIRONMENT = "AURORA_RL_SGLANG_KEYS"
 """And the folder with the keys of this engine, as ``aurora-rl keys`` makes it; without, all is on this host."""
+LEARNED = ("EAGLE3", "EAGLE")
+"""SGLang's algorithms whose drafters learn while it serves: the plugin records their rounds and swaps their weights."""
 
 
 def register() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import control_client_keys
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.sglang import ENVIRONMENT, KEYS_ENVIRONMENT
+from aurora_rl.envs.sglang import ENVIRONMENT, KEYS_ENVIRONMENT, LEARNED
 from aurora_rl.envs.sglang.plugin_server import PluginError, ask
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.registry import recognized
@@ -376,16 +376,18 @@ def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathL
     A reduced draft vocabulary is written to ``token_map``; EAGLE-3's stays in the folder.
 
     Raises:
-        CheckpointError: The folder is not a checkpoint of a drafter that SGLang serves.
+        CheckpointError: The folder is not a checkpoint of a drafter that learns with SGLang.
     """
     tensors, config = read_folder(drafter, "config.json")
     try:
-        algorithm = recognized(config).sglang_algorithm
+        kind = recognized(config)
     except ValueError as error:
         raise CheckpointError(f"{drafter}: {error}") from error
-    if algorithm is None:
-        name = recognized(config).__name__
-        raise CheckpointError(f"{drafter}: config.json is of {name}, which SGLang does not serve")
+    if (algorithm := kind.sglang_algorithm) not in LEARNED:
+        raise CheckpointError(
+            f"{drafter}: config.json is of {kind.__name__}, which does not learn with SGLang; take a drafter of "
+            f"{' or '.join(LEARNED)}, such as drafter.name=eagle3"
+        )
     if min((config.get("eagle_config") or {}).get(LAYER_IDS) or [0]) < 0:
         raise CheckpointError(
             f"{drafter}: the drafter reads what enters layer 0, which SGLang cannot capture; start a drafter of layers "

@@ -22,6 +22,7 @@ from torch import Tensor
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import KeyFault, control_server_keys
+from aurora_rl.envs.sglang import LEARNED
 from aurora_rl.envs.sglang.copies import copies_done, to_host
 from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
 from aurora_rl.envs.sglang.recorder import EngineRound, TargetRows
@@ -187,10 +188,10 @@ class Plugin:
                 f"dp_size={args.dp_size}"
             )
         algorithm = str(args.speculative_algorithm).upper()
-        if algorithm not in ("EAGLE3", "EAGLE") or type(worker).__name__ != "EAGLEWorkerV2":
+        if algorithm not in LEARNED or type(worker).__name__ != "EAGLEWorkerV2":
             raise PluginError(
                 f"speculative_algorithm is {args.speculative_algorithm!r} (worker {type(worker).__name__}); "
-                "start the server with --speculative-algorithm EAGLE3 or EAGLE"
+                f"start the server with --speculative-algorithm {' or '.join(LEARNED)}"
             )
         if args.speculative_use_rejection_sampling:
             raise PluginError("rejection sampling is not recorded; start without --speculative-use-rejection-sampling")
@@ -239,7 +240,7 @@ class Plugin:
             algorithm = self._scheduler.server_args.speculative_algorithm
             raise PluginError(
                 f"this server has no drafter (speculative_algorithm is {algorithm!r}); start it with "
-                "--speculative-algorithm EAGLE3 or EAGLE"
+                f"--speculative-algorithm {' or '.join(LEARNED)}"
             )
         return worker
 

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from aurora_kernels.trees import reorder_depth_first
 from aurora_rl.sampling_params import SamplingParams
+from aurora_rl.tenants import MOST_DELETIONS
 from aurora_rl.trajectories import acceptance_length, accepted_per_round, make_trajectory
 
 logger = logging.getLogger(__name__)
-
-_MOST_DELETIONS = 4096
 
 TargetRows = dict[str, Tensor]
 """What is known of the target's distribution at some positions: "hidden", or "topk_ids", "topk_log_probs" and
@@ -234,7 +233,7 @@ class TrajectoryAssembler:
         with self._emitting:  # what was found to stay is in the queue before the queue is searched
             self._deletions.pop(tenant, None)
             self._deletions[tenant] = time.monotonic()
-        if len(self._deletions) > _MOST_DELETIONS:
+        if len(self._deletions) > MOST_DELETIONS:
             del self._deletions[next(iter(self._deletions))]
         self._ended.put(tenant)  # the store is the thread's
 

@@ -46,7 +46,7 @@ class VerificationRule(ABC):
     where `grad R` flows through `acceptance`; it is zero for rules whose acceptance does not look at `q`.
 
     Attributes:
-        name: Name by which it is configured and recorded.
+        name: Name by which it is configured and recorded, which the registry gives it.
         draft_modes: How trees may be drawn for the rule to be lossless, see `aurora_rl.trajectories.DRAFT_MODES`.
         needs_q: Whether the rule looks at the drafter's distribution.
         replayable: Whether recorded text says which drafts the rule would have accepted: the text does not depend on
@@ -109,9 +109,6 @@ _BY_CODE: dict[int, type[VerificationRule]] = {}  # rules that this process has 
 def _named(name: str, rule: Any) -> Any:
     """Give a rule its name, and make it known by its code."""
     if isinstance(rule, type) and issubclass(rule, VerificationRule):
-        owner, new = (f"{each.__module__}:{each.__qualname__}" for each in (_BY_CODE.get(rule_code(name), rule), rule))
-        if owner != new:
-            raise ValueError(f"the verification rule name {name!r} belongs to {owner}; choose another for {new}")
         rule.name = name
         _BY_CODE[rule_code(name)] = rule
     return rule

@@ -21,8 +21,8 @@ from aurora_rl.policies.registry import recognized
 from aurora_rl.storage import CheckpointError, read_folder, write_folder
 
 _FILES = ("config.json", "model.safetensors")
-# In config.json: `Drafter.trained_for`. Engines pass over entries that they do not know.
-_TRAINED_FOR = "aurora_rl_made_for"
+TRAINED_FOR = "aurora_rl_made_for"
+"""Entry of a ``config.json`` with ``Drafter.trained_for``. Engines pass over entries that they do not know."""
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Entries of config.json, or of the objects in it, that name layers of the target.
 _ID_LISTS = (LAYER_IDS, "target_layer_ids", "feature_layers")
@@ -62,7 +62,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     if drafter.trained_for is not None:
-        config = {**config, _TRAINED_FOR: drafter.trained_for}
+        config = {**config, TRAINED_FOR: drafter.trained_for}
     write_folder(folder, tensors, {"config.json": config})
 
 
@@ -138,7 +138,7 @@ def load_drafter(
     tensors, config = read_folder(folder, "config.json")
     try:
         _check_types(tensors, config)
-        stated = config.pop(_TRAINED_FOR, None)  # not the class's to keep
+        stated = config.pop(TRAINED_FOR, None)  # not the class's to keep
         # A folder that several could have written is of the class that is asked for.
         found = kind if kind is not None and kind.recognizes(config) else recognized(config)
         for name in found.target_sizes:
@@ -160,7 +160,7 @@ def load_drafter(
         drafter.trained_for = parts.fingerprint
         if trained_for != "any" and stated not in (None, drafter.trained_for):
             raise ValueError(
-                f"config.json: {_TRAINED_FOR} is {stated!r}, the target's weights are {drafter.trained_for!r}: the "
+                f"config.json: {TRAINED_FOR} is {stated!r}, the target's weights are {drafter.trained_for!r}: the "
                 "drafter was trained for others. To start from it nevertheless, set drafter.trained_for=any"
             )
     except StrictDataclassError as error:  # transformers' own, for an entry of config.json; no ValueError

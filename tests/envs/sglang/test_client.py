@@ -39,10 +39,10 @@ def test_the_algorithm_and_the_draft_vocabulary_are_those_of_the_folder(tmp_path
         assert torch.tensor(torch.load(token_map, weights_only=True), dtype=torch.int64).tolist() == vocab.tolist()
 
 
-def test_a_folder_that_sglang_does_not_serve_is_named(tmp_path):
+def test_a_folder_that_does_not_learn_with_sglang_is_named(tmp_path):
     drafter = MedusaDrafter.from_target(TargetParts.of(tiny_target(dtype=torch.float32)), draft_vocab=WHOLE)
     save_drafter(drafter, tmp_path / "drafter")
-    with pytest.raises(CheckpointError, match="drafter: config.json is of MedusaDrafter, which SGLang does not serve"):
+    with pytest.raises(CheckpointError, match="drafter: config.json is of MedusaDrafter, which does not learn with SG"):
         drafter_arguments(tmp_path / "drafter", tmp_path / "token_map.pt")
 
 

@@ -8,6 +8,7 @@ wrong rules.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
@@ -20,6 +21,7 @@ from tree_contexts import contexts
 
 from aurora_kernels.trees import accepted_path, depths, last_accepted, valid_nodes
 from aurora_rl.envs.verification.rules import (
+    RULES,
     Greedy,
     SampleAndMatch,
     Verdict,
@@ -46,7 +48,7 @@ def test_rules_by_name() -> None:
         get_rule("gredy")
 
 
-def test_a_name_is_taken_once() -> None:
+def test_a_name_is_taken_once_and_a_rule_keeps_its_name() -> None:
     assert register_rule("greedy")(Greedy) is Greedy  # a module that is imported twice does no harm
 
     class Usurper(Greedy):  # type: ignore[misc]
@@ -55,7 +57,9 @@ def test_a_name_is_taken_once() -> None:
     owner = "aurora_rl.envs.verification.rules:Greedy"
     with pytest.raises(ValueError, match=f"the verification rule name 'greedy' belongs to {owner}; choose another"):
         register_rule("greedy")(Usurper)
-    assert get_rule("greedy") is Greedy
+    with pytest.raises(ValueError, match=f"{owner} is the verification rule 'greedy' already; use that name in the pl"):
+        register_rule("argmax")(Greedy)
+    assert get_rule("greedy") is Greedy and Greedy.name == "greedy" and "argmax" not in RULES
 
 
 def test_a_rule_by_its_import_path_takes_the_place_of_no_other_by_its_name(
@@ -66,10 +70,25 @@ def test_a_rule_by_its_import_path_takes_the_place_of_no_other_by_its_name(
         "class Usurper(VerificationRule):\n    name, verify, acceptance = 'sample_and_match', None, None\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    wrong = "'sample_and_match' belongs to aurora_rl.*:SampleAndMatch; choose another for usurping_rules:Usurper"
-    with pytest.raises(ValueError, match=wrong):
-        get_rule("usurping_rules:Usurper")
-    assert rule_of_code(rule_code("sample_and_match")) is SampleAndMatch
+    usurper = get_rule("usurping_rules:Usurper")
+    assert usurper.name == "usurping_rules:Usurper" and rule_of_code(rule_code(usurper.name)) is usurper
+    assert rule_of_code(rule_code("sample_and_match")) is SampleAndMatch and SampleAndMatch.name == "sample_and_match"
+
+
+def test_rules_of_one_class_name_in_two_modules_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "from aurora_rl.envs import SampleAndMatch\nclass MyRule(SampleAndMatch):\n    pass\n"
+        "class Registered(SampleAndMatch):\n    pass\n"
+    )
+    for name in ("rules_of_one", "rules_of_two"):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    first, second = get_rule("rules_of_one:MyRule"), get_rule("rules_of_two:MyRule")
+    codes = [rule_code(rule.name) for rule in (first, second)]
+    assert codes[0] != codes[1] and [rule_of_code(code) for code in codes] == [first, second]
+    # Each process knows a registered rule by its name, whether its own configuration has the name or the path.
+    registered = RULES.register("one")(importlib.import_module("rules_of_one").Registered)
+    assert get_rule("rules_of_one:Registered") is registered and registered.name == "one"
 
 
 @pytest.mark.parametrize("rule", [Greedy(), SampleAndMatch()])
