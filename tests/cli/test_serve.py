@@ -27,7 +27,7 @@ from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.envs import Completion
 from aurora_rl.policies import MedusaDrafter, NgramDrafter
 from aurora_rl.serving.server import InferenceServer
-from aurora_rl.telemetry.log import MetricsLog, MetricsReader
+from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.telemetry.stats import Stats
 from aurora_rl.training.states import states
 
@@ -361,26 +361,19 @@ def test_serving_goes_on_where_its_outputs_were_closed_before_it_began(arguments
 # ---- interrupted, and stopped by an error ---------------------------------------------------------------------------
 
 
-def test_ctrl_c_while_loading(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("module", "name"), [(serve, "Outputs"), (assembly, "load")])  # the first begins the folder
+def test_ctrl_c_while_starting(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    module: Any,
+    name: str,
 ) -> None:
-    monkeypatch.setattr(assembly, "load", lambda spec: signal.raise_signal(signal.SIGINT))
+    begin = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: signal.raise_signal(signal.SIGINT) or begin(*given))
     assert cli.main(["flywheel", *arguments]) == 130
     assert summary(tmp_path / "run") == Stats().summary(duration_s=summary(tmp_path / "run")["duration_s"])
-    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
-    assert "interrupted" in capsys.readouterr().out
-
-
-def test_ctrl_c_when_the_folder_has_just_been_begun(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Interrupted(MetricsLog):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(serve, "MetricsLog", Interrupted)
-    assert cli.main(["flywheel", *arguments]) == 130
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     assert "interrupted" in capsys.readouterr().out
 
