@@ -145,6 +145,8 @@ ELSEWHERE = {
 GONE = {
     "objectives.ImitationValues": "objectives.imitation.imitation returns values and agreement as a pair",
     "objectives.imitation.ImitationValues": "objectives.imitation.imitation returns values and agreement as a pair",
+    "policies.load_drafter": "Drafter.from_pretrained reads a drafter",
+    "policies.save_drafter": "a drafter's save_pretrained writes it",
     "models.is_embedded_model_installed": "models.loading.load_target says what to install",
     "trees": "aurora_kernels.trees has draft trees as parent arrays",
     "envs.verification.sampling.gumbel": "aurora_kernels.noise.gumbel is the noise",

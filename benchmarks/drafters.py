@@ -38,12 +38,11 @@ from aurora_rl.policies import (
     TreeShape,
     choose_draft_vocab,
     get_drafter,
-    load_drafter,
-    save_drafter,
     token_prior,
 )
 from aurora_rl.policies.calibration import measure_rounds
 from aurora_rl.policies.decoder import SpeculativeDecoder
+from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.serving.recorded_requests import record
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog

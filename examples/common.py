@@ -15,7 +15,7 @@ from aurora_rl.envs import Request, SamplingParams, generation_processors
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
-from aurora_rl.policies.formats.files import holds_drafter, save_drafter
+from aurora_rl.policies.formats.files import holds_drafter
 from aurora_rl.serving.recorded_requests import record
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -65,7 +65,7 @@ class Stream:
 
     def save(self, folder: Path) -> None:
         """Write the drafter as engines read it."""
-        save_drafter(self.drafter, folder)
+        self.drafter.save_pretrained(folder)
         print(f"written to {folder}")
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from aurora_rl import LLM, Completion, Eagle3Drafter, SamplingParams, TargetParts, TreeShape
 from aurora_rl.envs import SpecDecodeEnv
 from aurora_rl.models.loading import encode_chat, load_target
-from aurora_rl.policies import save_drafter
+from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.testing import tiny_target
 
 CHAT = [{"role": "user", "content": "Hello"}]

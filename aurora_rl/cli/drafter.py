@@ -17,8 +17,8 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.policies import Drafter, get_drafter, load_drafter
-from aurora_rl.policies.formats.files import TRAINED_FOR, drafter_class, holds_drafter, local_folder
+from aurora_rl.policies import Drafter, get_drafter
+from aurora_rl.policies.formats.files import TRAINED_FOR, drafter_class, holds_drafter, load_drafter, local_folder
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.model_card import engine_commands
 from aurora_rl.storage import CheckpointError, read_folder

@@ -6,7 +6,6 @@ from aurora_rl.policies.dflash import DFlashDrafter
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll
 from aurora_rl.policies.eagle import EagleDrafter
 from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.medusa import MedusaDrafter
@@ -34,8 +33,6 @@ __all__ = [
     "available_drafters",
     "choose_draft_vocab",
     "get_drafter",
-    "load_drafter",
     "register_drafter",
-    "save_drafter",
     "token_prior",
 ]

@@ -45,7 +45,7 @@ class HubMixin:
         Raises:
             CheckpointError: The drafter has no such format, or the folder holds something else.
         """
-        from aurora_rl.policies import save_drafter
+        from aurora_rl.policies.formats.files import save_drafter
 
         save_drafter(cast("Drafter", self), folder, layout)
 
@@ -91,7 +91,7 @@ class HubMixin:
             ...     type(Drafter.from_pretrained(folder, tiny_target())).__name__
             'MedusaDrafter'
         """
-        from aurora_rl.policies import load_drafter
+        from aurora_rl.policies.formats.files import load_drafter
 
         if isinstance(target, str | os.PathLike):
             target, _ = load_target(target, dtype=default_dtype("cpu"), device="cpu")

@@ -13,7 +13,8 @@ from tensordict import TensorDict
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape, load_drafter, save_drafter
+from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
+from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.storage import CheckpointError
 from aurora_rl.testing.asserts import RECORDED, close, require
 from aurora_rl.testing.drafter_serving import filled

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from aurora_rl.cli import assembly, spec
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import load_config
-from aurora_rl.policies import save_drafter
+from aurora_rl.policies.formats.files import save_drafter
 
 # ---- init -----------------------------------------------------------------------------------------------------------
 

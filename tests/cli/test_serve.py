@@ -32,12 +32,8 @@ from aurora_rl.telemetry.stats import Stats
 from aurora_rl.training.states import states
 
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
-
-
 ALONE = ["flywheel", "learner.spawn=false"]
 QUICK = ["drafter.adaptive=false", "traffic.requests=6"]  # rounds are not measured before serving
-
-
 SERVED = FILES | {"answers.jsonl", "drafter"}
 
 PLAIN = """

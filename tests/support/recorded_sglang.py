@@ -17,7 +17,8 @@ from aurora_rl.collectors.keys import control_server_keys
 from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
 from aurora_rl.envs.sglang.session import Session
 from aurora_rl.models.loading import load_target
-from aurora_rl.policies import TargetParts, TreeShape, load_drafter
+from aurora_rl.policies import TargetParts, TreeShape
+from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.serving.http.server import HttpServer
 from aurora_rl.testing import serve
 

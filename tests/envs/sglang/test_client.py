@@ -10,7 +10,8 @@ from transformers import LlamaForCausalLM
 
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, drafter_arguments
-from aurora_rl.policies import Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts, save_drafter
+from aurora_rl.policies import Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts
+from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.storage import CheckpointError
 from aurora_rl.testing import tiny_target
 

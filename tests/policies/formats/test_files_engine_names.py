@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.policies import Drafter, EagleDrafter, MedusaDrafter, TargetParts, get_drafter, save_drafter
+from aurora_rl.policies import Drafter, EagleDrafter, MedusaDrafter, TargetParts, get_drafter
+from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 from aurora_rl.tree_index import TreeIndex
