@@ -40,12 +40,6 @@ def test_what_does_not_go_together_is_named(pairs: list[str], message: str) -> N
         load_config(overrides=pairs)
 
 
-def test_a_misspelled_name_is_told_as_a_name() -> None:
-    (first, _) = compared(load_config(overrides=["compare=[eagel3,ngram]"]))
-    with pytest.raises(ConfigError, match="drafter.name: no drafter is called 'eagel3'; did you mean 'eagle3'"):
-        resolve(first)
-
-
 def test_names_folders_and_classes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
