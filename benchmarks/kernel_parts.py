@@ -54,13 +54,13 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "discard": ("discard", {}),
     "imitation, target: served": ("imitation", {"target": "served", "steps": STEPS}),
     "imitation, weighting: expected_length": ("imitation", {"weighting": "expected_length", "steps": STEPS}),
-    "a function": ("reach_kl", {"steps": STEPS}),
+    "a function": ("kernel_parts_reach_kl", {"steps": STEPS}),
     "acceptance_reward, rejection": ("acceptance_reward", {}),
     "acceptance_reward, sample_and_match": ("acceptance_reward", {}),
 }
 
 
-@register_objective("reach_kl")
+@register_objective("kernel_parts_reach_kl")
 def reach_kl(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     """Forward KL of every draft, weighted by the chance that all before it are accepted."""
     accepted = torch.where(windows.valid, overlap(log_p, log_q), 0.0).detach()

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 logger = logging.getLogger(__name__)
 
@@ -133,10 +133,7 @@ class MetricsReader:
         when the process has no descriptor left, has nothing new: showing a run is no reason to end it.
         """
         with contextlib.ExitStack() as opened:
-            files = []
-            for path in (self._path, older_part(self._path)):  # in this order: what is begun anew meanwhile is in both
-                with contextlib.suppress(OSError):
-                    files.append(opened.enter_context(open(path, "rb")))
+            files = self._open(opened)
             current = os.fstat(files[0].fileno()).st_ino if files else 0
             for file in reversed(files):
                 there = os.fstat(file.fileno())
@@ -157,6 +154,24 @@ class MetricsReader:
                     except ValueError:  # a full disk cuts lines
                         continue
                     yield event
+
+    def _open(self, opened: contextlib.ExitStack) -> list[BinaryIO]:
+        """Open the file and the one before it, in this order: what is begun anew meanwhile is in both.
+
+        Begun anew twice meanwhile, the second would be newer than the first, and both are opened again.
+        """
+        while True:
+            files: list[BinaryIO] = []
+            for path in (self._path, older_part(self._path)):
+                with contextlib.suppress(OSError):
+                    files.append(opened.enter_context(open(path, "rb")))
+            numbers = [os.fstat(file.fileno()).st_ino for file in files]
+            if len(set(numbers)) < 2:
+                return files
+            with contextlib.suppress(OSError):
+                if os.stat(self._path).st_ino == numbers[0]:
+                    return files
+            opened.close()
 
 
 def older_part(path: str | os.PathLike[str]) -> Path:

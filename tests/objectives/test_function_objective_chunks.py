@@ -52,8 +52,8 @@ FUNCTIONS = [reached_kl, text, constant]
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(OBJECTIVES, "_parts", dict(OBJECTIVES._parts))
-    monkeypatch.setattr(OBJECTIVES, "_sources", dict(OBJECTIVES._sources))
+    for table in ("_registered", "_loaded"):
+        monkeypatch.setattr(OBJECTIVES, table, dict(getattr(OBJECTIVES, table)))
     for function in FUNCTIONS:
         register_objective(function.__name__)(function)
     yield

@@ -6,6 +6,7 @@ import os
 import resource
 import tracemalloc
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -151,6 +152,24 @@ def test_a_log_that_is_full_is_begun_anew_and_nothing_is_lost_to_a_reader(tmp_pa
     kept = [event["i"] for event in MetricsReader(path)]
     assert kept == list(range(1000 - len(kept), 1000)) and 110 < len(kept) < 240
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.1.jsonl", "metrics.jsonl"]
+
+
+def test_a_log_begun_anew_twice_while_it_is_opened_is_read_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, more = tmp_path / "m.jsonl", iter(range(1, 12))
+    log = MetricsLog(path, "server", 400)
+    log.write("event", i=0)
+
+    def late(name: Path, mode: str) -> IO[bytes]:
+        if name != path:
+            for number in more:  # of 70 bytes each, so that more than one file is full
+                log.write("event", i=number)
+        return open(name, mode)
+
+    monkeypatch.setattr("aurora_rl.telemetry.log.open", late, raising=False)
+    read = [event["i"] for event in MetricsReader(path)]
+    assert read == list(range(read[0], 12)) and len(read) > 5
 
 
 def test_two_processes_begin_a_full_log_anew_together(tmp_path: Path) -> None:

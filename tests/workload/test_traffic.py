@@ -108,7 +108,7 @@ def test_a_line_is_what_a_body_would_be(tmp_path: Path) -> None:
         "top_k": -1, "seed": -1, "ignore_eos": True,
     }  # fmt: skip
     (prompt,) = read_jsonl(write(tmp_path, json.dumps(line)))
-    assert prompt.sampling == {"top_k": 0, "seed": 2**63 - 1, "ignore_eos": True}
+    assert prompt.sampling == {"top_k": -1, "seed": 2**63 - 1, "ignore_eos": True}
     assert prompt.messages == (
         {"role": "system", "content": "Be brief.", "name": "rules"}, {"role": "user", "content": "a\nb"},
     )  # fmt: skip
