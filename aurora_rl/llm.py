@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +77,8 @@ class LLM:
         num_slots: Requests decoded side by side.
         max_length: Most tokens of prompt and completion; None takes the model's context, at most 2048.
         record: Whether completions carry their trajectory, which :meth:`learn` needs.
-        seed: Seed of an untrained drafter's weights, and of drafts that are sampled.
+        seed: Seed of an untrained drafter's weights, of drafts that are sampled, and of the seeds that sampled requests
+            without one draw: the same calls give the same texts, and copies of a prompt different ones.
 
     Attributes:
         drafter: The drafter that learns, in float32; a copy serves. None without one.
@@ -152,6 +154,7 @@ class LLM:
         self._waiting: deque[Request] = deque()
         self._ended: list[Completion] = []
         self._busy, self._next_id = False, 0
+        self._seeds = random.Random(seed)  # of sampled requests that have none
         self._decoder = SpeculativeDecoder(
             target,
             self.drafter,
@@ -261,6 +264,8 @@ class LLM:
         requests = []
         for index, (prompt, params) in enumerate(_asked(prompts, sampling_params)):
             try:
+                if params.temperature > 0 and params.seed is None:
+                    params = replace(params, seed=self._seeds.getrandbits(63))
                 request = Request(self._next_id + index, self._encoded(prompt), params)
                 self._decoder.env.check(request)
             except Exception as error:  # a template is a program of the model's, which may fail in any way
@@ -343,7 +348,7 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
                 raise ValueError(f"the drafter is for a target of {name}={sizes[name]}, and this one has {target}")
         return drafter.float()
     name = os.fspath(drafter)
-    if not names_drafter(name):
+    if isinstance(drafter, os.PathLike) or not names_drafter(name):
         return load_drafter(name, parts)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from aurora_kernels.trees import depths
 from aurora_rl.plausible import implausible
 from aurora_rl.sampling_params import SamplingParams
 
@@ -62,8 +63,9 @@ def make_trajectory(
         target: The target's outputs from position ``P - 1`` to ``S - 2``: "hidden" ``[S - P, H]``, or
             :data:`TOPK_ENTRIES`.
         anchors: Position of each round's root, rising; ``R`` of them.
-        trees: Nodes of each round in topological order: "tokens", "parents" (−1 is the root), "accepted", the entries
-            of ``target``, and "log_probs" if the drafter has scores. An entry that a round lacks is left out of all.
+        trees: Nodes of each round, depth-first (``aurora_kernels.trees.reorder_depth_first``): "tokens", "parents"
+            (−1 is the root), "accepted", the entries of ``target``, and "log_probs" if the drafter has scores. An
+            entry that a round lacks is left out of all.
         policy_versions: Version of the weights that drafted each round.
         cache_versions: Oldest version with rows in the drafter's cache at each round.
         sampling: Parameters of the request. What ends it is not recorded: budget, stop strings, ``ignore_eos``.
@@ -227,10 +229,27 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
     local = torch.arange(len(parents)) - torch.repeat_interleave(offset[:-1], offset.diff())
     if bool(((parents < -1) | (parents >= local)).any()):
         raise ValueError("nodes.parents must point to an earlier node of the same tree or to the root (-1)")
+    if not _are_depth_first(parents, parents + torch.repeat_interleave(offset[:-1], offset.diff())):
+        raise ValueError(
+            "nodes.parents must lay every tree depth-first; order its nodes by aurora_kernels.trees.reorder_depth_first"
+        )
     if not 0 <= (rule := int(get(("sampling", "rule")))) < len(RULE_CODES) and rule < _OTHER_RULES:
         raise ValueError(f"sampling.rule must index {RULE_CODES} or be the code of another rule, got {rule}")
     if not 0 <= int(get(("sampling", "draft_mode"))) < len(DRAFT_MODES):
         raise ValueError(f"sampling.draft_mode must index {DRAFT_MODES}, got {int(get(('sampling', 'draft_mode')))}")
+
+
+def _are_depth_first(parents: Tensor, above: Tensor) -> bool:
+    """Return whether each node's parent is the last node before it that is one level higher, and no level is skipped.
+
+    Args:
+        parents: Parents within the trees, ``[M]`` int64, −1 at the first level.
+        above: Their places among all nodes, ``[M]`` int64.
+    """
+    depth, place = depths(torch.where(parents < 0, -1, above)[None])[0], torch.arange(len(parents))
+    by_depth = (depth * len(parents) + place).sort().values
+    last = by_depth[torch.searchsorted(by_depth, (depth - 1) * len(parents) + place) - 1] - (depth - 1) * len(parents)
+    return bool(((parents < 0) | (last == above)).all() and (depth.diff() <= 1).all())
 
 
 def _check_topk(part: str, ids: Tensor, log_probs: Tensor, tail: Tensor) -> None:

@@ -95,7 +95,9 @@ class TreeIndex(NamedTuple):
         ends = torch.arange(len(self.parent), device=self.parent.device) + sizes
         above = self.parent - self.num_rounds
         if bool(((above >= 0) & (ends > ends[above.clamp(min=0)])).any()):
-            raise ValueError("('nodes', 'parents') is not depth-first; lay trees with trees.reorder_depth_first")
+            raise ValueError(
+                "('nodes', 'parents') is not depth-first; order it by aurora_kernels.trees.reorder_depth_first"
+            )
         return ends
 
     def path_products(self, factors: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 
 import pytest
 import torch
@@ -237,6 +239,35 @@ def test_a_corrupted_entry_is_named(served: list[TensorDict], key: tuple[str, ..
     trajectory[key] = change(trajectory[key])
     with pytest.raises(ValueError, match=message):
         validate(trajectory, **SIZES)
+
+
+def tree_with(parents: Sequence[int]) -> dict[str, Tensor]:
+    nodes = len(parents)
+    return {
+        "tokens": torch.ones(nodes, dtype=torch.int64),
+        "parents": torch.tensor(parents),
+        "accepted": torch.zeros(nodes, dtype=torch.bool),
+        "hidden": torch.zeros(nodes, 4),
+    }
+
+
+def test_trees_that_are_not_depth_first_are_refused() -> None:
+    """Every tree of up to five nodes, between two others: it is refused if a subtree has a foreign node in it."""
+    for count in range(1, 6):
+        for parents in itertools.product(*(range(-1, node) for node in range(count))):
+            trajectory = make_trajectory(
+                request=0, tokens=torch.ones(6, dtype=torch.int64), prompt_length=2, features=torch.zeros(5, 4),
+                target={"hidden": torch.zeros(4, 4)}, anchors=[1, 2, 3],
+                trees=[tree_with([-1, 0, -1]), tree_with(parents), tree_with([-1, 0])], policy_versions=[0] * 3,
+                cache_versions=[0] * 3, sampling=SamplingParams(),
+            )  # fmt: skip
+            subtrees = [{node} for node in range(count)]
+            for node in reversed(range(count)):
+                if parents[node] >= 0:
+                    subtrees[parents[node]] |= subtrees[node]
+            whole = all(max(each) - min(each) + 1 == len(each) for each in subtrees)
+            with nullcontext() if whole else pytest.raises(ValueError, match="must lay every tree depth-first; order"):
+                validate(trajectory, vocab_size=32, feature_size=4, hidden_size=4)
 
 
 def test_missing_and_unknown_entries_are_named(served: list[TensorDict]) -> None:

@@ -49,7 +49,7 @@ def test_a_node_is_seen_from_itself_to_the_end_of_its_subtree(seed: int) -> None
 
 def test_no_interval_holds_the_subtrees_of_other_orders() -> None:
     for parents in ([-1, -1, 0], [-1, 0, 0, 1]):  # by depth: the last node's parent is not on the path before it
-        with pytest.raises(ValueError, match="not depth-first; lay trees with trees.reorder_depth_first"):
+        with pytest.raises(ValueError, match="not depth-first; order it by aurora_kernels.trees.reorder"):
             _ = TreeIndex.of(batch_of([[-1, 0], parents])).ends
 
 

@@ -100,6 +100,7 @@ class _Bench:
         self._started: dict[str, Drafter] = {}
         self._specs, self._base = {}, self._spec()
         engine_maker(self._base)
+        check_records(self._base.config)
         for name, arm in scenario.arms.items():
             with naming(f"arm {name!r}"):
                 spec = self._specs[name] = self._spec(*arm.set, *["drafter.adaptive=false"] * arm.lookup_only)
@@ -131,7 +132,7 @@ class _Bench:
         if path.exists():
             for part, values in json.loads(path.read_text()).items():
                 for key, value in values.items():
-                    if settings[part].get(key) != value:
+                    if key not in _NO_FIGURE and settings[part].get(key) != value:
                         raise ConfigError(
                             f"{self._out} holds results of {part} {key}={value!r:.200}, and this run has "
                             f"{settings[part].get(key)!r:.200}; name another folder by --out"
@@ -172,7 +173,6 @@ class _Bench:
     # ---- the stream -------------------------------------------------------------------------------------------------
 
     def _record(self, name: str, phase: Phase | None, prompts: Sequence[Prompt], layers: Sequence[int]) -> None:
-        check_records(self._base.config)
         recording = ShownRecording(self._out / "stream" / name, layers)
         if len(recording) == len(prompts):
             return
@@ -229,6 +229,8 @@ class _Bench:
         done, begun, state = folder / "result.json", folder / "state.pt", None
         if done.exists() or begun.exists():
             state = json.loads(done.read_text()) if done.exists() else torch.load(begun, weights_only=True)
+            earlier = state["settings"]["configuration"]
+            state["settings"]["configuration"] = {key: earlier[key] for key in earlier if key not in _NO_FIGURE}
             if state["settings"] != settings:
                 raise ConfigError(f"{folder} has the result of another arm {name!r}; name another folder by --out")
         if done.exists():

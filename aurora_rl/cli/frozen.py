@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
+
+
+class FrozenDict(dict[str, Any]):
+    """A dictionary that cannot be changed. JSON, pickle, ``copy.deepcopy`` and ``dataclasses.asdict`` take it.
+
+    Example:
+        >>> FrozenDict(layers=2) | {"layers": 3}
+        {'layers': 3}
+    """
+
+    def _refuse(self, *arguments: object, **options: object) -> NoReturn:
+        raise TypeError("a configuration cannot be changed; make another by dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
+        return FrozenDict, (dict(self),)
 
 
 def frozen(value: Any) -> Any:
@@ -16,12 +33,12 @@ def frozen(value: Any) -> Any:
 
     Example:
         >>> frozen({"layers": [1, 2]})
-        mappingproxy({'layers': (1, 2)})
+        {'layers': (1, 2)}
     """
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{field.name: frozen(getattr(value, field.name)) for field in fields(value)})
     if isinstance(value, Mapping):
-        return MappingProxyType({key: frozen(each) for key, each in value.items()})
+        return FrozenDict({key: frozen(each) for key, each in value.items()})
     if isinstance(value, (list, tuple)):
         return tuple(map(frozen, value))
     return value

@@ -50,6 +50,12 @@ class RunDir:
         try:
             if resume:
                 self._lock = _locked(self.path)
+                resumed, broken = go_on(replace(config, run_dir=str(self.path)), self.path)
+                if broken:
+                    raise ConfigError(
+                        f"--resume {self.path}: no training state can be used: {'; '.join(broken)}; remove "
+                        f"{self.path / 'learner'} to learn anew from the drafter that was served"
+                    )
                 if documents:
                     self._part = self._keep(documents)
             elif config.run_dir:
@@ -68,12 +74,7 @@ class RunDir:
                 with open(self.path / documents[0], "x", encoding="utf-8") as file:
                     file.write(to_yaml(config, run_dir=False))
             if resume:
-                self.config, broken = go_on(self.config, self.path)
-                if broken:
-                    raise ConfigError(
-                        f"--resume {self.path}: no training state can be used: {'; '.join(broken)}; remove "
-                        f"{self.path / 'learner'} to learn anew from the drafter that was served"
-                    )
+                self.config = resumed
             else:
                 self._lock = _locked(self.path)
         except OSError as error:

@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils.data import ConcatDataset, Subset
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, engine_maker, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.config_privacy import check_records
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.learner import learning
@@ -79,6 +80,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     spec, began = resolve(config), time.monotonic()
     if not arguments.recording:
         engine_maker(spec)
+        check_records(config)
     prompts = [] if arguments.recording else questions(traffic(config))
     data = _fingerprint(arguments.recording or [], prompts)
     if arguments.resume is None:
@@ -107,7 +109,7 @@ def _run(
     console, training = plain_console(), None
     try:
         with logged(config.telemetry.logger, run_dir):
-            training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused())
+            training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused)
             stop.working = True
             finished = training.run(arguments.epochs, stop)
     except KeyboardInterrupt:
@@ -205,11 +207,11 @@ def _start(
     prompts: Sequence[Prompt],
     run_dir: Path,
     console: Console,
-    refused: contextlib.AbstractContextManager[None],
+    refused: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> _Training:
     """Load everything, and record the answers to the prompts that are not recorded yet."""
     folders = [Path(folder) for folder in arguments.recording or []]
-    with refused:
+    with refused():
         console.print(f"loading {spec.config.model} · run folder {run_dir}", soft_wrap=True)
         target, day0 = load(spec), run_dir / _DAY0
         requests = None if folders else request_queue(spec, target, prompts)
@@ -229,7 +231,8 @@ def _start(
         if not day0.is_dir():
             drafter.save_pretrained(day0)
     if requests is not None:
-        recordings = [record_answers(spec, target, requests, drafter, run_dir / "recording", console)]
+        with _unless_recorded(run_dir / "recording", refused):
+            recordings = [record_answers(spec, target, requests, drafter, run_dir / "recording", console)]
     del target
     return_freed_memory(collect=True)
     parts = [_split(len(recording), arguments.held_out) for recording in recordings]
@@ -274,6 +277,18 @@ def _split(count: int, share: float) -> int:
 
 
 # ---- the steps ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _unless_recorded(recording: Path, refused: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """Take an error for a refusal of the run, as long as nothing is recorded that a resumed one could go on with."""
+    try:
+        yield
+    except (ValueError, OSError):
+        if recording.is_dir() and len(TrajectoryDataset(recording)):
+            raise
+        with refused():
+            raise
 
 
 @dataclass(kw_only=True)

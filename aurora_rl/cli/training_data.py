@@ -11,7 +11,6 @@ from tensordict import TensorDict
 from typing_extensions import override
 
 from aurora_rl.cli.assembly import Target, engine_maker
-from aurora_rl.cli.config_privacy import check_records
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.progress import Watch, watch
 from aurora_rl.cli.spec import RunSpec
@@ -91,7 +90,6 @@ def record_answers(
 ) -> TrajectoryDataset:
     """Serve the requests that are not recorded yet by an engine in this process, with the drafter as it starts."""
     config, model = spec.config, target.model
-    check_records(config)
     stop_tokens = stop_token_ids(model, target.tokenizer)
     with naming(f"model={config.model}"):
         processors = generation_processors(model, stop_tokens) if config.generation_config == "auto" else None

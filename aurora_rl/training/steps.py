@@ -105,7 +105,7 @@ def train_on(
         stream: Trajectories in order of arrival.
         loss: Loss of packed batches.
         optimizers: Optimizers of all parameters that learn.
-        batch_size: Trajectories of a step.
+        batch_size: Trajectories of a step; the last new batch may have fewer.
         replay: Replayed batches for each new one.
         autocast: Whether to compute in bfloat16.
         seed: Seed of the replay.
@@ -125,8 +125,8 @@ def train_on(
         raise ValueError(f"the stream has {len(stream)} requests, fewer than the batch_size={batch_size} of a step")
     buffer = trajectory_buffer(len(stream), batch_size, seed)
     value, out, skipped = math.nan, TensorDict(), 0
-    for first in range(0, len(stream) - batch_size + 1, batch_size):
-        new = [stream[index] for index in range(first, first + batch_size)]
+    for first in range(0, len(stream), batch_size):
+        new = [stream[index] for index in range(first, min(first + batch_size, len(stream)))]
         buffer.extend(new)
         for batch in chain([pack(new)], (buffer.sample() for _ in range(replay))):
             try:
@@ -138,7 +138,7 @@ def train_on(
                 logger.warning("a step was skipped after %d trajectories: %s", first, error)
                 if skipped > max_skipped:
                     raise
-        yield first + batch_size, value, out
+        yield first + len(new), value, out
     check_nodes(loss)
 
 

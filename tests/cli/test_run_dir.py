@@ -105,6 +105,7 @@ def test_a_broken_training_state_is_passed_over_and_of_all_of_them_one_error_tel
     assert (config.drafter.path, config.learner.resume) == (str(earlier / "versions" / "2"), None)
     with pytest.raises(ConfigError, match="--resume .*run: no training state can be used: .*; .*; remove .*learner to"):
         RunDir(resumed_config("serve", str(earlier), None, []), ["config.yaml"], resume=True)
+    assert (earlier / "config.yaml").exists() and not list(earlier.glob("part-*"))  # nothing was moved
 
 
 @pytest.mark.parametrize("command", ["serve", "flywheel", "learn"])

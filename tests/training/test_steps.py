@@ -22,9 +22,9 @@ def test_each_is_new_once_and_replayed_with_what_came_before() -> None:
     loss = Seen()
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.0)
     seen = [n for n, _, _ in train_on(stream(11), loss, [optimizer], batch_size=4, replay=3)]  # type: ignore[arg-type]
-    assert seen == [4, 8]  # three are no batch
+    assert seen == [4, 8, 11] and loss.batches[8] == [8, 9, 10]  # the last batch has what is left
     assert loss.batches[0] == [0, 1, 2, 3] and loss.batches[4] == [4, 5, 6, 7]
-    assert len(loss.batches) == 8
+    assert len(loss.batches) == 12
     assert set(Counter(r for batch in loss.batches[1:4] for r in batch)) <= {0, 1, 2, 3}
     assert any(r >= 4 for batch in loss.batches[5:] for r in batch)
 

@@ -216,6 +216,8 @@ class SGLangClient:
         sampling = request.sampling_params
         if not request.speculative:
             raise SGLangError(f"request {request.id}: speculative=false is not supported by SGLang; leave it out")
+        if sampling.logprobs is not None:
+            raise SGLangError(f"request {request.id}: logprobs are not asked of SGLang by this client; leave them out")
         if self._argmax and sampling.temperature > 0:
             raise SGLangError(
                 f"request {request.id}: temperature {sampling.temperature:g} is not supported, since SGLang verifies "
