@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from aurora_rl import LLM, Completion, Eagle3Drafter, SamplingParams, TargetParts, TreeShape
 from aurora_rl.envs import SpecDecodeEnv
 from aurora_rl.models.loading import encode_chat, load_target
+from aurora_rl.policies import Drafter
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.testing import tiny_target
 
@@ -95,6 +96,22 @@ def test_copies_of_a_prompt_are_sampled_apart(drafter: str, request: pytest.Fixt
             assert int(done.trajectory["sampling", "seed"]) == done.request.sampling_params.seed
     seeded = replace(params, seed=7)
     assert len(set(map(tuple, texts(served.generate(["abc"] * 3, seeded))))) == 1
+
+
+def test_the_seed_decides_what_is_sampled_without_one(tiny_folder: Path) -> None:
+    params = SamplingParams(1.0, max_tokens=16)
+    first, same, other = (texts(llm(tiny_folder, None, seed=n).generate(["abc"] * 2, params)) for n in (3, 3, 4))
+    assert first == same and len(set(map(tuple, [*first, *other]))) == 4
+
+
+def test_a_path_is_a_folder_even_if_a_drafter_has_its_name(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = llm(tiny_folder, "medusa")
+    assert isinstance(saved.drafter, Drafter)
+    saved.drafter.save_pretrained(tmp_path / "eagle3")
+    monkeypatch.chdir(tmp_path)
+    assert type(llm(tiny_folder, Path("eagle3")).drafter) is type(saved.drafter) is not type(llm(tiny_folder).drafter)
 
 
 def test_a_text_goes_on_after_its_end_where_it_is_asked_to(

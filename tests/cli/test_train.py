@@ -403,6 +403,16 @@ def test_what_cannot_be_learned_is_refused_by_one_line(
     assert wrong in line
 
 
+def test_a_request_that_the_rule_does_not_serve_leaves_no_folder(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0.7}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(line) + "\n") * 12)
+    where = [f"traffic.path={tmp_path / 'chats.jsonl'}", f"run_dir={tmp_path / 'run'}"]
+    assert train(*pairs, "rule=greedy", *where) == 2
+    assert "greedy" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_a_recording_of_another_drafter_is_refused_and_leaves_no_folder(
     pairs: list[str], recordings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

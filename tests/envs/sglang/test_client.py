@@ -89,6 +89,8 @@ def test_answers_refusals_and_nonsense_of_a_server():
                     client.generate(Request(2, torch.tensor([3]), SamplingParams(max_tokens=5)), timeout=10)
                 with pytest.raises(SGLangError, match="request 3: speculative=false is not supported by SGLang; leave"):
                     client.generate(Request(3, torch.tensor([3]), speculative=False))
+                with pytest.raises(SGLangError, match="request 4: logprobs are not asked of SGLang by this client"):
+                    client.generate(Request(4, torch.tensor([3]), SamplingParams(logprobs=1)))
                 assert Answers.asked == {
                     "0": ({"aurora_rl": False}, False, None), "1": (None, True, "a"), "2": (None, False, None),
                 }  # fmt: skip
