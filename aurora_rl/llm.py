@@ -336,10 +336,12 @@ def _dtype(name: str | torch.dtype, device: str | torch.device) -> torch.dtype:
 
 def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed: int) -> Drafter:
     if isinstance(drafter, Drafter):
-        if drafter.trained_for not in (None, parts.fingerprint):
+        if drafter.formats and drafter.trained_for not in (None, parts.fingerprint):
             raise ValueError(
-                f"the drafter is trained for the target weights {drafter.trained_for}, these are {parts.fingerprint}; "
-                "give the target that it is for, or start a new one by its name"
+                f"the drafter is trained for the target weights {drafter.trained_for}, these are {parts.fingerprint} "
+                f"in {parts.embedding.dtype}; give the target that it is for, load it in the dtype that the "
+                "drafter was started from (rounding to float16 makes other weights), or start a new one by its name. "
+                "To serve it nevertheless, set its trained_for to None"
             )
         sizes = written(drafter).config if drafter.formats else {}
         for name in drafter.target_sizes:

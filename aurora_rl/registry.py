@@ -66,8 +66,8 @@ class Registry(Generic[P]):
             owner = "the configuration" if name in self._reserved else _path(known.get(name, (part, part))[0])
             if owner != new:
                 raise ValueError(f"the {self._seam} name {name!r} belongs to {owner}; choose another for {new}")
-            for other, (defined, _) in known.items():
-                if defined is part and other != name:
+            for other, (defined, kept) in known.items():
+                if other != name and (part is defined or part is kept):
                     raise ValueError(
                         f"{new} is the {self._seam} {other!r} already; use that name in the place of {name!r}"
                     )
@@ -95,11 +95,16 @@ class Registry(Generic[P]):
         """Return a registered part, that of an entry point, or that of an import path ``package.module:Thing``.
 
         Raises:
-            ValueError: Nothing has the name (the message suggests the nearest), it cannot be imported, or it is not of
-                the seam's kind.
+            ValueError: Nothing has the name (the message suggests the nearest), the name is reserved, it cannot be
+                imported, or it is not of the seam's kind.
         """
         if name in self._registered:
             return self._registered[name][1]
+        if name in self._reserved:
+            raise ValueError(
+                f"the {self._seam} {name!r} is chosen by the configuration and has no class; get one of "
+                f"{', '.join(other for other in self.names() if other not in self._reserved)}"
+            )
         found = {point.name: point for point in entry_points(group=self._group)}
         if ":" in name.strip(":"):
             installed = (point for point in found.values() if point.value == name)
@@ -121,7 +126,7 @@ class Registry(Generic[P]):
         except Exception as error:  # whatever a module does when it is imported
             raise ValueError(f"the {self._seam} {name!r} cannot be imported: {error}") from error
         for defined, kept in (*self._registered.values(), *self._loaded.values()):
-            if defined is part:
+            if part is defined or part is kept:
                 return kept
         kept = self._checked(point.name, part, point.value)
         self._loaded[point.name] = part, kept

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from aurora_rl import LLM, Completion, Eagle3Drafter, SamplingParams, TargetParts, TreeShape
 from aurora_rl.envs import SpecDecodeEnv
 from aurora_rl.models.loading import encode_chat, load_target
-from aurora_rl.policies import Drafter
+from aurora_rl.policies import Drafter, get_drafter
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.testing import tiny_target
 
@@ -399,3 +399,21 @@ def test_a_drafter_of_another_target_is_refused(tiny_folder: Path) -> None:
     stranger = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16))
     with pytest.raises(ValueError, match="the drafter is for a target of|is trained for the target weights"):
         LLM(tiny_folder, drafter=stranger, device="cpu")
+
+
+def test_a_drafter_of_the_target_in_another_dtype_is_refused_by_that_reason(tiny_folder: Path) -> None:
+    parts = TargetParts.of(load_target(tiny_folder, dtype=torch.float32, device="cpu")[0])
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16))
+    with pytest.raises(ValueError, match="in torch.float16; .* load it in the dtype that the drafter was started from"):
+        LLM(tiny_folder, drafter=drafter, dtype="float16", device="cpu")
+    drafter.trained_for = None
+    LLM(tiny_folder, drafter=drafter, dtype="float16", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["ngram", "standalone"])
+def test_a_drafter_that_serves_other_targets_is_taken(tiny_folder: Path, name: str) -> None:
+    model, _ = load_target(tiny_folder, dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    drafter = get_drafter(name).from_target(TargetParts.of(model), draft_vocab=torch.arange(16))
+    LLM(tiny_folder, drafter=drafter, dtype="float32", device="cpu")

@@ -95,6 +95,14 @@ def test_a_name_belongs_to_one_part(parts: Registry[type[Part]]) -> None:
         parts.register("dict")(dict)
 
 
+def test_a_reserved_name_has_no_part(parts: Registry[type[Part]]) -> None:
+    wanted = (
+        "^the part 'elsewhere' is chosen by the configuration and has no class; get one of counter, ghost, installed$"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        parts.get("elsewhere")
+
+
 def test_a_part_has_one_name(parts: Registry[type[Part]]) -> None:
     own = sys.modules[MODULE].Own
     assert parts.name_of(own) == "installed"  # its entry point's, before it is loaded
@@ -120,6 +128,9 @@ def test_what_is_prepared_is_prepared_once_and_by_its_name(monkeypatch: pytest.M
     prepared: Registry[type[Part]] = Registry("part", "tests.none", Part, prepare=prepare)
     kept = prepared.get("math:sqrt")
     assert prepared.get("math:sqrt") is kept and names == ["math:sqrt"] and prepared.name_of(kept) == "math:sqrt"
+    with pytest.raises(ValueError, match="Prepared is the part 'math:sqrt' already; use that name in the place of 'sq"):
+        prepared.register("square_root")(kept)
+    assert names == ["math:sqrt"]
 
 
 def test_functions(parts: Registry[type[Part]]) -> None:

@@ -90,7 +90,9 @@ class Drafter(HubMixin, nn.Module, ABC):
         sglang_algorithm: SGLang's ``--speculative-algorithm`` for folders in the format "sglang"; None if SGLang does
             not serve the architecture. ``aurora_rl.envs.sglang.LEARNED`` has those that learn there.
         options: Keywords that a subclass's :meth:`from_target` took, kept in the folder.
-        trained_for: ``TargetParts.fingerprint`` of its target, kept in the folder; None if unknown.
+        serves_other_targets: Whether an untrained drafter fits any target with the same tokenizer. :meth:`from_target`
+            then leaves :attr:`trained_for` None, as it does without :attr:`formats`.
+        trained_for: ``TargetParts.fingerprint`` of its target, kept in the folder; None if unknown or any.
 
     Example:
         >>> from aurora_rl.policies import MedusaDrafter
@@ -106,6 +108,7 @@ class Drafter(HubMixin, nn.Module, ABC):
     formats: ClassVar[tuple[str, ...]] = ("aurora_rl",)
     target_sizes: ClassVar[tuple[str, ...]] = ("hidden_size", "vocab_size")
     sglang_algorithm: ClassVar[str | None] = None
+    serves_other_targets: ClassVar[bool] = False
     feature_layers: tuple[int, ...]
     draft_vocab: Tensor
     vocab_size: int
@@ -114,18 +117,17 @@ class Drafter(HubMixin, nn.Module, ABC):
     trained_for: str | None = None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Let the class's :meth:`from_target` state the target in what it returns, however it is called."""
+        """Let the class's :meth:`from_target` state the target in what it returns."""
         super().__init_subclass__(**keywords)
         own = vars(cls).get("from_target")
         if not isinstance(own, classmethod):
             return
 
         @functools.wraps(own.__func__)
-        def from_target(kind: type[Drafter], parts: TargetParts, **options: Any) -> Drafter:
-            started = own.__get__(None, kind)(parts, **options)
-            if not isinstance(started, Drafter):
-                raise ValueError(f"from_target gave {started!r} and no drafter")
-            started.trained_for = parts.fingerprint
+        def from_target(kind: type[Drafter], parts: TargetParts, *args: Any, **options: Any) -> Drafter:
+            started: Drafter = own.__get__(None, kind)(parts, *args, **options)
+            if isinstance(started, Drafter) and started.formats and not started.serves_other_targets:
+                started.trained_for = parts.fingerprint
             return started
 
         cls.from_target = classmethod(from_target)  # type: ignore[method-assign, assignment]

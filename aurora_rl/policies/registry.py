@@ -90,8 +90,12 @@ def start_untrained(
     options, prior = options or {}, torch.zeros(len(parts.head)) if prior is None else prior
     vocab = choose_draft_vocab(min(vocab_size, len(parts.head)), prior)
     started = kind.from_target(parts, draft_vocab=vocab, feature_layers=feature_layers, **options)
+    if not isinstance(started, Drafter):
+        raise ValueError(f"from_target gave {started!r} and no drafter")
     # What started it belongs to its checkpoint, also where its class does not say so.
     started.options = started.options or options
+    if started.formats:  # from here on it learns for this target
+        started.trained_for = parts.fingerprint
     return started
 
 

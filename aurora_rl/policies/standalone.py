@@ -123,6 +123,7 @@ class StandaloneDrafter(Drafter):
     formats: ClassVar[tuple[str, ...]] = ("hf", "sglang", "vllm")
     sglang_algorithm: ClassVar[str | None] = "STANDALONE"
     target_sizes: ClassVar[tuple[str, ...]] = ("vocab_size",)
+    serves_other_targets: ClassVar[bool] = True
     feature_layers = ()
 
     def __init__(

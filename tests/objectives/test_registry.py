@@ -16,6 +16,7 @@ from aurora_rl.objectives import (
     DiscardSamplingLoss,
     ImitationLoss,
     Objective,
+    Windows,
     check_settings,
     get_objective,
     make_objectives,
@@ -83,6 +84,16 @@ def test_a_class_keeps_its_name(registry: Registry[type[Objective]]) -> None:
     with pytest.raises(ValueError, match="third_party:Kept is the objective 'kept' already; use that name in"):
         register_objective("other")(kept)
     assert loss.name == "kept" and loss.out_keys[0] == "loss_kept"
+
+
+def test_the_class_of_a_function_has_one_name(registry: Registry[type[Objective]]) -> None:
+    @register_objective("k1")
+    def k1(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        return log_p[..., 0] - log_q[..., 0], windows.valid
+
+    with pytest.raises(ValueError, match="is the objective 'k1' already; use that name in the place of 'k2'"):
+        register_objective("k2")(get_objective("k1"))
+    assert get_objective("k1").name == "k1"
 
 
 def test_entry_points(registry: Registry[type[Objective]], monkeypatch: pytest.MonkeyPatch) -> None:

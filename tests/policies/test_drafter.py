@@ -51,9 +51,25 @@ class Derived(Eagle3Drafter):
 
 def test_a_drafter_states_the_target_that_it_was_started_for() -> None:
     parts = TargetParts.of(tiny_target())
-    for kind in (Derived, *map(get_drafter, ("dflash", "eagle", "eagle3", "medusa", "ngram", "standalone"))):
+    for kind in (Derived, *map(get_drafter, ("dflash", "eagle", "eagle3", "medusa"))):
         started = kind.from_target(parts, draft_vocab=torch.arange(16))
         assert type(started) is kind and started.trained_for == parts.fingerprint
+    for kind in map(get_drafter, ("ngram", "standalone")):  # which serve other targets
+        assert kind.from_target(parts, draft_vocab=torch.arange(16)).trained_for is None
     Derived.check_options({"width": 3})
     with pytest.raises(ValueError, match="Derived has no setting 'widht'; did you mean 'width'"):
         Derived.check_options({"widht": 3})
+
+
+class Positional(Eagle3Drafter):
+    """A third party's, whose arguments need no names."""
+
+    @classmethod
+    def from_target(cls, parts, draft_vocab, feature_layers=None):
+        return super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers)
+
+
+def test_arguments_of_from_target_may_have_no_names() -> None:
+    parts = TargetParts.of(tiny_target())
+    started = Positional.from_target(parts, torch.arange(16), (1,))
+    assert started.feature_layers == (1,) and started.trained_for == parts.fingerprint

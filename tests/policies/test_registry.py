@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -116,3 +117,40 @@ def test_an_untrained_drafter_knows_its_target_and_its_vocabulary() -> None:
 
     with pytest.raises(ValueError, match="^from_target gave None and no drafter"):
         start_untrained(Returnless, parts)
+
+
+def started_by_eagle3(parts: TargetParts, **options: Any) -> Eagle3Drafter:
+    started = Eagle3Drafter.from_target(parts, **options)
+    started.trained_for = None
+    return started
+
+
+class Static(Eagle3Drafter):
+    from_target = staticmethod(started_by_eagle3)
+
+
+class Starts:
+    @classmethod
+    def from_target(cls, parts, **options):
+        return started_by_eagle3(parts, **options)
+
+
+class Mixed(Starts, Eagle3Drafter):
+    pass
+
+
+class Later(Eagle3Drafter):
+    pass
+
+
+Later.from_target = staticmethod(started_by_eagle3)
+
+
+@pytest.mark.parametrize("kind", [Static, Mixed, Later])
+def test_an_untrained_drafter_knows_its_target_wherever_its_start_is_defined(kind: type[Eagle3Drafter]) -> None:
+    parts = TargetParts.of(tiny_target())
+    assert start_untrained(kind, parts).trained_for == parts.fingerprint
+
+
+def test_a_drafter_without_weights_is_of_no_target() -> None:
+    assert start_untrained(NgramDrafter, TargetParts.of(tiny_target())).trained_for is None
