@@ -42,10 +42,11 @@ def by_chunks(function: Callable[..., tuple[Tensor, ...]], chunks: Iterable[tupl
     """Call a function on every chunk and concatenate the results along their last dimension.
 
     What a call computes is freed after it. The backward pass calls the function again, a chunk at a time, up to the
-    last operation that has a gradient.
+    last operation that has a gradient. It draws the same random numbers again.
 
     Args:
-        function: Pure function that returns a tuple of tensors.
+        function: Function that returns a tuple of tensors, the same ones when it is called again. It may draw random
+            numbers from PyTorch's default generators.
         chunks: Positional arguments of each call, at least one.
 
     Example:
@@ -54,5 +55,5 @@ def by_chunks(function: Callable[..., tuple[Tensor, ...]], chunks: Iterable[tupl
         >>> y.shape, torch.autograd.grad(y.sum(), x)[0].shape
         (torch.Size([3]), torch.Size([2, 3]))
     """
-    parts = [checkpoint(function, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    parts = [checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]
     return tuple(torch.cat(each, dim=-1) for each in zip(*parts, strict=True))

@@ -10,7 +10,6 @@ over programs; a text needs no mask there. Elsewhere PyTorch's fused attention c
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,9 @@ def tree_attention(
 ) -> Tensor:
     """Attend from the nodes of trees, or from a chunk of a prompt, to each slot's text and tree.
 
-    Only the plain form on tensors without a cap, sinks and ``block_table`` has gradients.
+    Only the plain form on tensors without a cap, sinks and ``block_table`` has gradients. They are finite where keys or
+    values that are not finite have no part in a row, by the mask or by a score of −inf, and a row that is itself not
+    finite for their sake is a constant.
 
     Args:
         query: Queries, ``[b, h, T, d]``.
@@ -75,7 +76,8 @@ def tree_attention(
     if block_table is not None:
         key, value = (part[block_table].transpose(1, 2).flatten(2, 3) for part in (key, value))
     out = _attend(query, key, value, mask, scale, softcap, sinks)
-    if bool(out.detach().sum(dtype=torch.promote_types(out.dtype, torch.float32)).isfinite()):
+    # A score of −inf leaves no trace in ``out``, but in gradients.
+    if all(_is_finite(each) for each in ((out, key) if learns else (out,))):
         return out
     return _isolated(out, query, key, value, mask, scale, softcap, sinks)
 
@@ -105,20 +107,61 @@ def _attend(
 
 
 def _isolated(
-    out: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, scale: float, *terms: Any
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: TreeMask,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Return ``out`` where a query sees a key or value that is not finite; compute the others without these.
+    """Return ``out`` without what keys and values that are not finite did to queries that do not count them.
 
-    To the others they are 0 times what is not finite, which is not 0.
+    To these they are 0 times what is not finite, which is not 0.
     """
-    fit = key.isfinite().all(-1) & value.isfinite().all(-1)
-    columns = (~fit).any(0).any(0).nonzero()[:, 0]
+    fit_key, fit_value = key.isfinite().all(-1), value.isfinite().all(-1)
+    wrong = ~(fit_key & fit_value)
+    columns = wrong.any(0).any(0).nonzero()[:, 0]
     if not len(columns):
         return out
-    seen = mask.dense(query.shape[2], key.shape[2])[:, None, :, columns]
-    sees = (seen & ~fit[:, :, None, columns]).any(-1).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    key, value = (part.masked_fill(~fit[..., None], 0.0) for part in (key, value))
-    return torch.where(sees[..., None], out, _attend(query, key, value, mask, scale, *terms))
+    group = query.shape[1] // key.shape[1]
+    dense = mask.dense(query.shape[2], key.shape[2])
+    sees = (dense[:, None, :, columns] & wrong[:, :, None, columns]).any(-1).repeat_interleave(group, dim=1)
+    clean_key, clean_value = key.masked_fill(~fit_key[..., None], 0.0), value.masked_fill(~fit_value[..., None], 0.0)
+    clean = _attend(query, clean_key, clean_value, mask, scale, softcap, sinks)
+    # The gradient of ``out`` is not finite even where nothing asks for it.
+    found = torch.where(sees[..., None], out.detach(), clean)
+    again = sees if clean.requires_grad else sees & ~out.isfinite().all(-1)
+    for slot, head in again.any(-1).nonzero().tolist():
+        at, rows = (slot, head // group), again[slot, head].nonzero()[:, 0]
+        for part in rows.split(max(_SCORES // key.shape[2], 1)):
+            one = query[slot, head, part]
+            with torch.no_grad():
+                scores = _scores(one, key[at], scale, softcap)
+                counts = dense[slot, part] & (scores != -torch.inf)
+                spoiled = (counts & ~(scores.isfinite() & fit_value[at])).any(-1)
+            part, one, counts, scores = part[~spoiled], one[~spoiled], counts[~spoiled], scores[~spoiled]
+            scores = torch.where(fit_key[at], _scores(one, clean_key[at], scale, softcap), scores)
+            scores = scores.masked_fill(~counts, -torch.inf)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[head].to(scores.dtype).expand(len(part), 1)], -1)
+            nothing = (scores == -torch.inf).all(-1, keepdim=True)
+            weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)[:, : key.shape[2]]
+            found[slot, head, part] = (weights @ clean_value[at].to(weights.dtype)).to(found.dtype)
+    return found
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Return the scores ``[R, L]`` of queries ``[R, d]`` of a head, without a mask."""
+    precise = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(precise) @ key.mT.to(precise) * scale
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Return whether all numbers are finite; false, too, if they are so large that their sum is not."""
+    return bool(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
 
 
 def _packed(query: Tensor, key: Tensor) -> Tensor:

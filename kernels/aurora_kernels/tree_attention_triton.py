@@ -52,9 +52,9 @@ def _add_block(
     values = tl.load(
         value + v_at[:, None] + of_value[None, :], mask=inside[:, None] & (of_value[None, :] < DV), other=0.0
     )
-    # 0 times what is not finite is not 0: such values are left out of the product, and spoil the rows that see them.
+    # 0 times what is not finite is not 0: such values are left out of the product, and spoil the rows that count them.
     wrong = (values != values) | (tl.abs(values) == float("inf"))
-    spoiled = tl.max(tl.where(visible, tl.max(wrong.to(tl.int32), 1)[None, :], 0), 1) > 0
+    spoiled = tl.max(tl.where(scores != -float("inf"), tl.max(wrong.to(tl.int32), 1)[None, :], 0), 1) > 0
     values = tl.where(wrong, 0.0, values).to(values.dtype)
     acc = acc * kept[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
     acc = tl.where(spoiled[:, None], float("nan"), acc)

@@ -143,3 +143,67 @@ def test_a_query_that_is_not_finite_has_the_result_of_its_scores(
     assert "softcap" in terms and not math.isnan(junk) or bool(out[0, :, 3].isnan().all())
     out[0, :, 3] = expected[0, :, 3]
     assert torch.equal(out, expected)
+
+
+@every_form
+@every_term
+@pytest.mark.parametrize("of", ["key", "value"])
+def test_beside_a_score_of_minus_infinity_too(attend: Any, terms: dict[str, Any], of: str) -> None:
+    """A row that sees a key that is not there, and not the node that is not a number, is not spoiled by the node."""
+    query, key, value, mask = excluded([3, 21])
+    {"key": key, "value": value}[of][0, :, 21 + 4] = math.nan
+    out, right = attend(query, key, value, mask, **terms), reference(query, key, value, mask, **terms)
+    assert torch.equal(out.isfinite().all(-1)[0], ~mask.seen[0, :, 4].expand(4, -1)) and bool(out[1].isfinite().all())
+    fit = right.isfinite().all(-1)
+    assert torch.equal(out.isfinite().all(-1), fit)
+    assert_equals(out[fit], right[fit])
+
+
+@every_form
+@pytest.mark.parametrize("terms", [{}, {"sinks": torch.zeros(4)}], ids=str)
+def test_the_value_of_a_score_of_minus_infinity_does_not_matter(attend: Any, terms: dict[str, Any]) -> None:
+    query, key, value, mask = excluded([3, 21, 25])
+    expected = reference(query, key, value, mask, **terms)
+    value[0, :, [3, 21, 25]] = math.nan
+    assert_equals(attend(query, key, value, mask, **terms), expected)
+
+
+def gradients(out: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad((out * torch.linspace(-1, 1, out.shape[-1])).sum(), of)
+
+
+@pytest.mark.parametrize("terms", [{}, {"scale": 0.3}], ids=str)
+def test_gradients_are_those_without_what_does_not_count(terms: dict[str, Any]) -> None:
+    query, key, value, mask = problem([21, 4], 9)
+    inputs = [each.requires_grad_() for each in (query, key, value)]
+    expected = gradients(tree_attention(*inputs, mask, **terms), *inputs)
+    spoiled = [query, *(each.detach().clone() for each in (key, value))]
+    for each in spoiled[1:]:
+        each[:, :, 31:] = math.nan  # after the first slot's tree, and the second's
+        each[1, :, 14:] = -math.inf
+        each.requires_grad_()
+    out = tree_attention(*spoiled, mask, **terms)
+    assert bool(out.isfinite().all())
+    for found, right in zip(gradients(out, *spoiled), expected, strict=True):
+        torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("spoils", [False, True])
+def test_gradients_of_a_row_are_not_those_of_others_that_are_not_finite(spoils: bool) -> None:
+    query, key, value, mask = excluded([3])
+    without = mask.dense(10, key.shape[2])
+    without[0, :, 3] = False
+    right_key = key.clone()
+    right_key[0, :, 3] = 0.0
+    inputs = [each.requires_grad_() for each in (query, right_key, value)]
+    whole = TreeMask(torch.zeros(2, dtype=torch.int64), without)
+    sees = mask.seen[:, None, :, 4].expand(-1, 4, -1) & (spoils & (torch.arange(2) == 0))[:, None, None]
+    expected = gradients(tree_attention(*inputs, whole)[~sees], *inputs)
+    spoiled = key.detach().clone()  # a score of column 3 is −inf
+    if spoils:
+        spoiled[0, :, 21 + 4] = math.nan
+    spoiled.requires_grad_()
+    out = tree_attention(query, spoiled, value, mask)
+    assert torch.equal(out.isfinite().all(-1), ~sees)
+    for found, right in zip(gradients(out[~sees], query, spoiled, value), expected, strict=True):
+        torch.testing.assert_close(found, right)

@@ -51,7 +51,8 @@ def reference(
                 nothing = torch.tensor([-math.inf if sinks is None else float(sinks[head])], dtype=torch.float64)
                 scores = torch.cat([scores, nothing])
                 weights = torch.where((scores == -math.inf).all(), 0.0, scores.softmax(0))
-                out[slot, head, row] = weights[:-1] @ v
+                there = scores[:-1] != -math.inf
+                out[slot, head, row] = weights[:-1][there] @ v[there]
     return out
 
 
