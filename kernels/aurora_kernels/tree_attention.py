@@ -68,7 +68,7 @@ def tree_attention(
     """
     _check(query, key, value, mask, sinks, block_table)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    learns = _learns(query, key, value)
     if query.is_cuda and query.dtype in _KERNEL_DTYPES and not learns and importlib.util.find_spec("triton"):
         from aurora_kernels.tree_attention_triton import attend
 
@@ -94,7 +94,7 @@ def _attend(
     """Attend by the form that is fastest for the problem."""
     if softcap is not None or sinks is not None:
         return _by_scores(query, key, value, mask, scale, softcap, sinks)
-    learns = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+    learns = _learns(query, key, value)
     on_cpu = query.device.type == "cpu" and not learns and query.shape[-1] == value.shape[-1]
     if on_cpu and len(query) == 1 and mask.seen is None and mask.first is None:
         return _chunk(query, key, value, int(mask.prefix), scale)
@@ -157,6 +157,10 @@ def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> 
     precise = torch.promote_types(query.dtype, torch.float32)
     scores = query.to(precise) @ key.mT.to(precise) * scale
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _learns(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
 
 
 def _is_finite(x: Tensor) -> bool:
