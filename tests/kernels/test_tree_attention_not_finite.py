@@ -31,9 +31,7 @@ every_term = pytest.mark.parametrize("terms", [{}, {"sinks": torch.zeros(4)}, {"
 PREFIX = [21, 4]
 
 
-def excluded(
-    columns: list[int], prefixes: list[int] = PREFIX, nodes: int = 9
-) -> tuple[Tensor, Tensor, Tensor, TreeMask]:
+def excluded(columns: list[int], prefixes: list[int] = PREFIX) -> tuple[Tensor, Tensor, Tensor, TreeMask]:
     """A problem in which every query's score of some columns of the first slot is −inf, by the keys alone."""
     query, key, value, mask = problem(prefixes, 9)
     query[..., 0] = query[..., 0].abs() + 0.1
