@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+REGISTRIES = {
+    "aurora_rl.envs": ("ENGINES", "RULES"),
+    "aurora_rl.objectives": ("DIVERGENCES", "OBJECTIVES"),
+    "aurora_rl.policies": ("DRAFTERS",),
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what a test registers forgotten after it: other tests of its process may come in any order."""
+    for package, names in REGISTRIES.items():
+        for name in names if package in sys.modules else ():
+            registry = getattr(sys.modules[package], name)
+            for table in ("_registered", "_loaded"):
+                monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
 
 
 @pytest.fixture

@@ -72,8 +72,6 @@ EXECUTED = [p for p in pages_with("python") if p not in (ROOT / "README.md", DOC
 @pytest.mark.parametrize("page", EXECUTED, ids=name)
 def test_python_blocks_run(page: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run in their order, in one namespace, with a tiny model in place of the embedded one."""
-    for kept in ("_registered", "_loaded"):
-        monkeypatch.setattr(registry.OBJECTIVES, kept, dict(getattr(registry.OBJECTIVES, kept)))
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page, "python"):

@@ -15,7 +15,7 @@ import torch
 
 from aurora_rl.cli.config import load_config
 from aurora_rl.envs.sglang.client import free_ports
-from aurora_rl.objectives import OBJECTIVES, make_objectives
+from aurora_rl.objectives import make_objectives
 from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
@@ -42,13 +42,6 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return capsys.readouterr().out
 
     return run_here
-
-
-@pytest.fixture
-def own_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a script registers is forgotten after the test."""
-    for table in ("_registered", "_loaded"):
-        monkeypatch.setattr(OBJECTIVES, table, dict(getattr(OBJECTIVES, table)))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -113,7 +106,6 @@ def test_a_new_drafter_is_checked_and_trained(tiny_folder: Path, tmp_path: Path,
     assert lines.count("\n") < 60
 
 
-@pytest.mark.usefixtures("own_objectives")
 def test_a_new_objective_is_checked_trained_and_plotted(
     tiny_folder: Path, tmp_path: Path, run_here: Callable[..., str]
 ) -> None:
@@ -130,7 +122,6 @@ def test_the_documented_objective_is_that_of_the_example() -> None:
     assert lines.count("\n") < 20
 
 
-@pytest.mark.usefixtures("own_objectives")
 def test_the_new_objective_weights_by_what_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
     runpy.run_path(str(EXAMPLES / "new_objective.py"))

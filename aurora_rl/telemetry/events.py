@@ -270,6 +270,10 @@ EVENTS: dict[str, Event] = {
         "An engine did not load the newest weights, or rolled them back; the gate compares with those before again.",
         {"version": "Version of these weights.", **_REASON, **_SEEN},
     ),
+    "renumbered": Event(
+        "The newest weights were published again: an engine serves a version above theirs, and ignored them.",
+        {"version": "Version that they have now.", **_SEEN},
+    ),
     "served": Event(
         "Once per version: whether the engine drafts with the weights that it reports.",
         {

@@ -186,6 +186,9 @@ class Learner:
             if not self.version:
                 self._start_check.check(self._publisher.served)
         self._note_rejection()
+        if self.version and self._publisher.next_version > self.version + 1:  # for an engine that ignores this version
+            self._publish(self._serving)
+            self._log.write("renumbered", version=self.version, seen=self.seen, steps=self.steps)
         if self._gate.ready:
             self._decide()
         learned = self.steps > self._decided_steps  # a swap of what nobody changed would cost every cache
@@ -347,7 +350,8 @@ class Learner:
     def _publish(self, weights: dict[str, Tensor]) -> None:
         # An engine may serve a version from before this learner started; versions only rise.
         self.version = max(self.version + 1, self._publisher.next_version)
-        self._replaced, self._serving = self._serving, weights
+        if weights is not self._serving:
+            self._replaced, self._serving = self._serving, weights
         self._audit.published(self.version, weights)
         self._publisher.publish(self.version, weights)
         self.try_save()

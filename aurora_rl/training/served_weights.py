@@ -47,8 +47,9 @@ class WeightAudit:
         self._version, self._drafted, self._own, self._old = 0, 0, 0, 0
 
     def published(self, version: int, weights: dict[str, Tensor]) -> None:
-        """Begin to check a version."""
-        self._replaced, self._weights = self._weights, weights
+        """Begin to check a version; the weights may be those that are published already."""
+        if weights is not self._weights:
+            self._replaced, self._weights = self._weights, weights
         self._version, self._drafted, self._own, self._old = version, 0, 0, 0
 
     def withdrawn(self, weights: dict[str, Tensor]) -> None:

@@ -18,7 +18,6 @@ from aurora_rl.cli.main import main
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.objectives import ImitationLoss, Objective, register_objective
-from aurora_rl.objectives.registry import OBJECTIVES
 from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.serving.recorded_requests import record
@@ -123,11 +122,8 @@ def test_objectives_of_the_configuration_are_a_variant(
 
     losses: list[Objective] = []
     pairs = ("objectives=[{name: doubled_imitation,steps: 1}]",)
-    try:
-        assert bench(tiny_folder, streams["topk"], tmp_path, "--variants", "forward_kl, configured", *pairs) == 0
-        assert isinstance(losses[-1].drafter, Eagle3Drafter)
-    finally:
-        del OBJECTIVES._registered["doubled_imitation"]
+    assert bench(tiny_folder, streams["topk"], tmp_path, "--variants", "forward_kl, configured", *pairs) == 0
+    assert isinstance(losses[-1].drafter, Eagle3Drafter)
     result = json.loads((tmp_path / "topk-configured-0.json").read_text())
     assert result["settings"]["objectives"] == [{"name": "doubled_imitation", "steps": 1}]
     assert "| topk | topk | configured | 1 |" in (tmp_path / "table.md").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from aurora_kernels.rows import log_softmax
 from aurora_rl.objectives import (
-    OBJECTIVES,
     ImitationLoss,
     Windows,
     check_settings,
@@ -45,12 +43,9 @@ def text(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for table in ("_registered", "_loaded"):
-        monkeypatch.setattr(OBJECTIVES, table, dict(getattr(OBJECTIVES, table)))
+def registered() -> None:
     for function in (kl, reached, text):
         assert register_objective(function.__name__)(function) is function
-    yield
 
 
 @pytest.mark.parametrize("settings", [{}, {"renormalize": False}, {"target": "served", "steps": 2}], ids=str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from aurora_kernels import rows as kernel_rows
 from aurora_kernels.rows import log_softmax
 from aurora_rl.envs import SamplingParams
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives import OBJECTIVES, Windows, forward_kl, get_objective, overlap, register_objective
+from aurora_rl.objectives import Windows, forward_kl, get_objective, overlap, register_objective
 from aurora_rl.objectives.function_objective import FunctionObjective
 from aurora_rl.objectives.target_rows import target_rows
 from aurora_rl.objectives.windows import by_window, completion_tokens
@@ -51,12 +51,9 @@ FUNCTIONS = [reached_kl, text, constant]
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for table in ("_registered", "_loaded"):
-        monkeypatch.setattr(OBJECTIVES, table, dict(getattr(OBJECTIVES, table)))
+def registered() -> None:
     for function in FUNCTIONS:
         register_objective(function.__name__)(function)
-    yield
 
 
 def rows_of_a_chunk(monkeypatch: pytest.MonkeyPatch, fewest: int) -> None:

@@ -15,7 +15,6 @@ from aurora_rl.objectives import (
     OBJECTIVES,
     DiscardSamplingLoss,
     ImitationLoss,
-    Objective,
     Windows,
     check_settings,
     get_objective,
@@ -23,29 +22,19 @@ from aurora_rl.objectives import (
     register_objective,
 )
 from aurora_rl.policies import Drafter
-from aurora_rl.registry import Registry
 from aurora_rl.testing import tiny_batch
 from aurora_rl.testing.enumerable_worlds import EnumerableDrafter, EnumerableTarget
 
 
-@pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Registry[type[Objective]]:
-    for table in ("_registered", "_loaded"):
-        monkeypatch.setattr(OBJECTIVES, table, dict(getattr(OBJECTIVES, table)))
-    return OBJECTIVES
-
-
-def test_names(registry: Registry[type[Objective]]) -> None:
+def test_names() -> None:
     # plain_kl is of a doctest, where that ran in this process before.
-    assert set(registry) - {"plain_kl"} == {"imitation", "discard", "acceptance_reward", "expected_length"}
+    assert set(OBJECTIVES) - {"plain_kl"} == {"imitation", "discard", "acceptance_reward", "expected_length"}
     assert get_objective("discard") is DiscardSamplingLoss
     with pytest.raises(ValueError, match="no objective is called 'imitaton'; did you mean 'imitation'[?]"):
         get_objective("imitaton")
 
 
-def test_a_class_by_its_import_path(
-    registry: Registry[type[Objective]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_by_its_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_losses.py").write_text(
         "from aurora_rl.objectives import ImitationLoss, register_objective\n"
         "class Plain(ImitationLoss):\n    pass\n"
@@ -63,21 +52,21 @@ def test_a_class_by_its_import_path(
 
 
 @pytest.mark.parametrize("qualname", ["Usurper", "ImitationLoss"])  # the second is the built-in's, of another module
-def test_a_name_that_is_taken(registry: Registry[type[Objective]], qualname: str) -> None:
+def test_a_name_that_is_taken(qualname: str) -> None:
     usurper = type(qualname, (DiscardSamplingLoss,), {"__module__": "third_party"})
     owner = "aurora_rl.objectives.imitation:ImitationLoss"
     with pytest.raises(ValueError, match=f"'imitation' belongs to {owner}; choose another for third_party:{qualname}"):
         register_objective("imitation")(usurper)
-    assert registry.get("imitation") is ImitationLoss and usurper.name == "discard"
+    assert OBJECTIVES.get("imitation") is ImitationLoss and usurper.name == "discard"
 
 
-def test_a_class_that_is_defined_again_replaces_itself(registry: Registry[type[Objective]]) -> None:
+def test_a_class_that_is_defined_again_replaces_itself() -> None:
     cells = [type("Mine", (ImitationLoss,), {"__module__": "__main__"}) for _ in range(2)]
     assert [register_objective("mine")(cell) for cell in cells] == cells
     assert get_objective("mine") is cells[1] and cells[1].name == "mine"
 
 
-def test_a_class_keeps_its_name(registry: Registry[type[Objective]]) -> None:
+def test_a_class_keeps_its_name() -> None:
     kept = type("Kept", (ImitationLoss,), {"__module__": "third_party"})
     drafter, head, _ = tiny_batch()
     loss = register_objective("kept")(kept)(drafter, head)
@@ -86,7 +75,7 @@ def test_a_class_keeps_its_name(registry: Registry[type[Objective]]) -> None:
     assert loss.name == "kept" and loss.out_keys[0] == "loss_kept"
 
 
-def test_the_class_of_a_function_has_one_name(registry: Registry[type[Objective]]) -> None:
+def test_the_class_of_a_function_has_one_name() -> None:
     @register_objective("k1")
     def k1(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         return log_p[..., 0] - log_q[..., 0], windows.valid
@@ -96,7 +85,7 @@ def test_the_class_of_a_function_has_one_name(registry: Registry[type[Objective]
     assert get_objective("k1").name == "k1"
 
 
-def test_entry_points(registry: Registry[type[Objective]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     def points(group: str) -> list[importlib.metadata.EntryPoint]:
         assert group == "aurora_rl.objectives"
         return [
@@ -131,7 +120,7 @@ def test_settings_are_checked_before_anything_is_made(settings: dict[str, Any], 
         check_settings(settings)
 
 
-def test_an_objective_that_passes_settings_on_has_those_of_its_parents(registry: Registry[type[Objective]]) -> None:
+def test_an_objective_that_passes_settings_on_has_those_of_its_parents() -> None:
     @register_objective("focal")
     class Focal(ImitationLoss):
         def __init__(self, drafter: Drafter, head: Tensor, *, gamma: float = 1.0, **settings: Any) -> None:
@@ -183,7 +172,7 @@ def test_values_of_settings_are_checked_before_anything_is_made(settings: dict[s
         make_objectives([settings], EnumerableDrafter(0), EnumerableTarget(0).head)
 
 
-def test_a_constructor_that_reads_its_drafter_is_checked_later(registry: Registry[type[Objective]]) -> None:
+def test_a_constructor_that_reads_its_drafter_is_checked_later() -> None:
     @register_objective("sized")
     class Sized(ImitationLoss):
         def __init__(self, drafter: Drafter, head: Tensor, *, top_k: Unresolvable = 1) -> None:  # type: ignore[name-defined] # noqa: F821

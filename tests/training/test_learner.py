@@ -226,6 +226,29 @@ def test_after_a_rollback_the_next_candidate_is_gated_against_what_is_served(
     assert len(loop.events("rejected")) == 1
 
 
+def test_an_engine_that_is_heard_of_late_gets_what_was_published_before(make: Make, served: list[TensorDict]) -> None:
+    loop = make(gate=2, publish_every=2)
+    publish_one(loop, served[:4])
+    wait(loop.receiver.latest)
+    loop.receiver.acknowledge(1, checksum(dict(loop.learner._serving)), 1.0)
+    published = {name: tensor.clone() for name, tensor in loop.learner._serving.items()}
+    # What an engine says that was served by an earlier learner.
+    loop.publisher._book.note_serving(b"late", "late", {"version": 7, "received": None, "checksum": None})
+    step_until(loop, lambda: loop.events("renumbered"))
+    arrived = []
+    wait(lambda: arrived.append(loop.receiver.latest()) or arrived[-1])
+    version, weights = arrived[-1]
+    assert version == loop.learner.version == 8 == loop.events("renumbered")[0]["version"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in published.items())
+    loop.learner.step(0.0)
+    assert loop.learner.version == 8 and len(loop.events("renumbered")) == 1
+
+    # An engine that refuses the version gets the weights back that were served before the candidate.
+    loop.receiver.reject(8, "not these")
+    step_until(loop, lambda: loop.events("rejected"))
+    assert any(not torch.equal(tensor, published[name]) for name, tensor in loop.learner._serving.items())
+
+
 def test_the_newest_published_drafters_are_kept(make: Make) -> None:
     loop = make(keep=2)
     for _ in range(3):
