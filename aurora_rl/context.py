@@ -140,7 +140,7 @@ class TrajectoryRecorder:
             nodes = (keep, *(c[i, keep] for c in columns))
             self._rounds[slot].append((anchors[i], policy_versions[i], cache_versions[i], nodes))
 
-    def cut(self, slot: int, request: int, sampling: SamplingParams, rule: str, draft_mode: str) -> TensorDict:
+    def cut(self, slot: int, request: int, sampling_params: SamplingParams, rule: str, draft_mode: str) -> TensorDict:
         """Return the packed trajectory of the slot's request, in memory of its own, on the CPU, and forget its rounds.
 
         The other arguments are those of :func:`~aurora_rl.trajectories.make_trajectory`.
@@ -157,7 +157,7 @@ class TrajectoryRecorder:
             trees=[_pack_tree(*nodes) for *_, nodes in rounds],
             policy_versions=[version for _, version, *_ in rounds],
             cache_versions=[version for *_, version, _ in rounds],
-            sampling=sampling,
+            sampling_params=sampling_params,
             rule=rule,
             draft_mode=draft_mode,
         )

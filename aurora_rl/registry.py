@@ -76,12 +76,10 @@ class Registry(Generic[P]):
 
         return register
 
-    def names(self) -> list[str]:
-        """Return all names, sorted: registered ones and the entry points of installed packages."""
-        return sorted({*self._registered, *self._reserved, *(point.name for point in entry_points(group=self._group))})
-
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names())
+        """Iterate over all names, sorted: registered ones and the entry points of installed packages."""
+        installed = (point.name for point in entry_points(group=self._group))
+        return iter(sorted({*self._registered, *self._reserved, *installed}))
 
     def name_of(self, part: Any) -> str:
         """Return the name of a part: the registered one, that of its entry point, or its import path."""
@@ -103,7 +101,7 @@ class Registry(Generic[P]):
         if name in self._reserved:
             raise ValueError(
                 f"the {self._seam} {name!r} is chosen by the configuration and has no class; get one of "
-                f"{', '.join(other for other in self.names() if other not in self._reserved)}"
+                f"{', '.join(other for other in self if other not in self._reserved)}"
             )
         found = {point.name: point for point in entry_points(group=self._group)}
         if ":" in name.strip(":"):
@@ -111,7 +109,7 @@ class Registry(Generic[P]):
             point = next(installed, EntryPoint(name=name, value=name, group=self._group))
         else:
             if name not in found:
-                known = self.names()
+                known = list(self)
                 # A path with a dot in the place of the colon is no misspelled name.
                 near = ":".join(name.rsplit(".", 1)) if "." in name.strip(".") else nearest(name, known)
                 raise ValueError(

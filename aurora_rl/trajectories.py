@@ -49,7 +49,7 @@ def make_trajectory(
     trees: Sequence[Mapping[str, Tensor]],
     policy_versions: Sequence[int],
     cache_versions: Sequence[int],
-    sampling: SamplingParams,
+    sampling_params: SamplingParams,
     rule: str = "sample_and_match",
     draft_mode: str = "topk",
 ) -> TensorDict:
@@ -68,7 +68,7 @@ def make_trajectory(
             entry that a round lacks is left out of all.
         policy_versions: Version of the weights that drafted each round.
         cache_versions: Oldest version with rows in the drafter's cache at each round.
-        sampling: Parameters of the request. What ends it is not recorded: budget, stop strings, ``ignore_eos``.
+        sampling_params: Parameters of the request. What ends it is not recorded: budget, stop strings, ``ignore_eos``.
         rule: Verification rule of sampled requests. A request at temperature 0 is recorded as "greedy".
         draft_mode: How the nodes were drawn, one of :data:`DRAFT_MODES`.
 
@@ -79,7 +79,7 @@ def make_trajectory(
         >>> trajectory = make_trajectory(
         ...     request=0, tokens=torch.tensor([5, 6, 7]), prompt_length=2, features=torch.zeros(2, 16),
         ...     target={"hidden": torch.zeros(1, 16)}, anchors=[], trees=[], policy_versions=[], cache_versions=[],
-        ...     sampling=SamplingParams(),
+        ...     sampling_params=SamplingParams(),
         ... )
         >>> validate(trajectory, vocab_size=32, feature_size=16, hidden_size=16)
     """
@@ -104,12 +104,14 @@ def make_trajectory(
             },
             "nodes": {key: torch.cat([no_nodes[key], *(tree[key].cpu() for tree in trees)]) for key in keys},
             "sampling": {
-                "temperature": torch.tensor(sampling.temperature, dtype=torch.float32),
-                "top_k": torch.tensor(sampling.top_k),
-                "top_p": torch.tensor(sampling.top_p, dtype=torch.float32),
-                "seed": torch.tensor(sampling.noise_seed),
+                "temperature": torch.tensor(sampling_params.temperature, dtype=torch.float32),
+                "top_k": torch.tensor(sampling_params.top_k),
+                "top_p": torch.tensor(sampling_params.top_p, dtype=torch.float32),
+                "seed": torch.tensor(sampling_params.noise_seed),
                 # At temperature 0 the built-in rules accept as the greedy one does; others are known by their own law.
-                "rule": torch.tensor(rule_code("greedy" if sampling.temperature == 0 and rule in RULE_CODES else rule)),
+                "rule": torch.tensor(
+                    rule_code("greedy" if sampling_params.temperature == 0 and rule in RULE_CODES else rule)
+                ),
                 "draft_mode": torch.tensor(DRAFT_MODES.index(draft_mode)),
             },
         },

@@ -63,7 +63,7 @@ def request_queue(
         tokenizer,
         vocab_size=model.config.get_text_config().vocab_size,
         max_length=MAX_LENGTH,
-        sampling=SamplingParams(max_tokens=options.max_new_tokens),
+        sampling_params=SamplingParams(max_tokens=options.max_new_tokens),
     )
 
 

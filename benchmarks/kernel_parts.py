@@ -110,7 +110,8 @@ def recording(rule: str) -> TensorDict:
         request=0, tokens=torch.randint(DRAFT_VOCAB, (prompt + POSITIONS,)), prompt_length=prompt,
         features=torch.zeros(prompt + POSITIONS - 1, 3 * hidden), target={"hidden": torch.randn(POSITIONS, hidden)},
         anchors=list(range(prompt - 1, prompt - 1 + 2 * ROUNDS, 2)), trees=trees, policy_versions=[0] * ROUNDS,
-        cache_versions=[0] * ROUNDS, sampling=SamplingParams(temperature=0.7, seed=0), rule=rule, draft_mode="sampled",
+        cache_versions=[0] * ROUNDS, sampling_params=SamplingParams(temperature=0.7, seed=0), rule=rule,
+        draft_mode="sampled",
     )  # fmt: skip
     return pack([trajectory])
 

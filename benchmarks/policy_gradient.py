@@ -102,7 +102,16 @@ def served(rule: str, steps: int) -> dict:
         prompts = [torch.randint(len(parts.head), (4,), generator=generator) for _ in range(count)]
         shape, sampling = TreeShape(3, 2, 6, mode="sampled"), SamplingParams(0.3, seed=1000 * seed)
         return pack(
-            serve(drafter, target, prompts, shape=shape, max_new_tokens=16, num_slots=8, sampling=sampling, rule=rule)
+            serve(
+                drafter,
+                target,
+                prompts,
+                shape=shape,
+                max_new_tokens=16,
+                num_slots=8,
+                sampling_params=sampling,
+                rule=rule,
+            )
         )
 
     def accepted() -> dict[str, float]:

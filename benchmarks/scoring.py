@@ -56,7 +56,7 @@ def trajectory(sequence: int, parents: list[int], anchors: list[int]) -> TensorD
         trees=trees,
         policy_versions=versions,
         cache_versions=versions,
-        sampling=SamplingParams(),
+        sampling_params=SamplingParams(),
     )
 
 

@@ -212,7 +212,9 @@ def test_the_queue_has_no_more_requests_in_flight_than_clients(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, tokenizer = load_target(tiny_folder, dtype=torch.float32, device="cpu")
-    queue = RequestQueue(generate(5), tokenizer, vocab_size=300, max_length=1024, sampling=SamplingParams(max_tokens=4))
+    queue = RequestQueue(
+        generate(5), tokenizer, vocab_size=300, max_length=1024, sampling_params=SamplingParams(max_tokens=4)
+    )
     workload = imported("http_front", monkeypatch).Workload()
     assert workload() is None
     workload.begin(queue, 2)

@@ -71,7 +71,7 @@ def test_a_request_is_cut_into_the_documented_layout() -> None:
     )  # fmt: skip
     store.append(slots, torch.tensor([[30]]), torch.tensor([1]), *committed(5, 1, 1))
     trajectory = recorder.cut(
-        1, request=4, sampling=SamplingParams(0.5, 3, 0.9, 11), rule="sample_and_match", draft_mode="topk"
+        1, request=4, sampling_params=SamplingParams(0.5, 3, 0.9, 11), rule="sample_and_match", draft_mode="topk"
     )
 
     validate(trajectory, vocab_size=32, feature_size=1, hidden_size=1)

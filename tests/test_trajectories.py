@@ -47,7 +47,7 @@ def trajectory_of(*trees: dict[str, Tensor], temperature: float = 1.0) -> Tensor
         trees=trees,
         policy_versions=[7] * count,
         cache_versions=[6] * count,
-        sampling=SamplingParams(temperature, top_k=5, seed=9),
+        sampling_params=SamplingParams(temperature, top_k=5, seed=9),
         rule="rejection",
         draft_mode="sampled",
     )
@@ -259,7 +259,7 @@ def test_trees_that_are_not_depth_first_are_refused() -> None:
                 request=0, tokens=torch.ones(6, dtype=torch.int64), prompt_length=2, features=torch.zeros(5, 4),
                 target={"hidden": torch.zeros(4, 4)}, anchors=[1, 2, 3],
                 trees=[tree_with([-1, 0, -1]), tree_with(parents), tree_with([-1, 0])], policy_versions=[0] * 3,
-                cache_versions=[0] * 3, sampling=SamplingParams(),
+                cache_versions=[0] * 3, sampling_params=SamplingParams(),
             )  # fmt: skip
             subtrees = [{node} for node in range(count)]
             for node in reversed(range(count)):

@@ -89,7 +89,7 @@ def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> R
         target.tokenizer,
         vocab_size=target.parts.config.vocab_size,
         max_length=config.engine.max_length,
-        sampling=spec.sampling,
+        sampling_params=spec.sampling_params,
     )
 
 

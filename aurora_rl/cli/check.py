@@ -17,7 +17,7 @@ from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.envs import Engine, Request, TransformersEngine, generation_processors
 from aurora_rl.models.loading import stop_token_ids
-from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape, available_drafters
+from aurora_rl.policies import DRAFTERS, Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import measure_rounds
 
 
@@ -50,7 +50,7 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
         try:
             processors = generation_processors(model, stop_token_ids(model, target.tokenizer))
             if processors is not None:
-                processors(Request(0, torch.zeros(1, dtype=torch.int64), replace(spec.sampling, max_tokens=1)))
+                processors(Request(0, torch.zeros(1, dtype=torch.int64), replace(spec.sampling_params, max_tokens=1)))
                 say("generation   the processors of generation_config are applied at every node")
         except ValueError as error:
             served, processors = False, None
@@ -93,7 +93,7 @@ def _report_exactness(engine: TransformersEngine, say: Callable[[str], Any]) -> 
 def _report_drafters(spec: RunSpec, target: Target, say: Callable[[str], Any]) -> dict[str, Drafter]:
     """Start every drafter untrained; the configured one as it is configured."""
     started, config = {}, spec.config
-    for name in sorted({*available_drafters(), spec.drafter_name}):
+    for name in sorted({*DRAFTERS, spec.drafter_name}):
         other = replace(config.drafter, name=name, options={}, path=None, feature_layers=None)
         try:
             its_spec = spec if name == spec.drafter_name else resolve(replace(config, drafter=other))
@@ -117,7 +117,7 @@ def _report_rounds(
     served = drafter.serving_copy(spec.dtype, spec.device)
     policy = DrafterPolicy(served, engine.store, num_nodes=shape.num_nodes, shape=shape)
     tokens = torch.arange(min(64, engine.max_length // 2)) % engine.vocab_size
-    request = Request(0, tokens, replace(spec.sampling, max_tokens=engine.max_length - len(tokens)))
+    request = Request(0, tokens, replace(spec.sampling_params, max_tokens=engine.max_length - len(tokens)))
     plain = TreeShape(0, mode=shape.mode)
     tree = f"{spec.drafter_name} (depth {shape.depth}, width {shape.width})"
     costs = measure_rounds(engine, policy, request, [plain, shape], repeats=5, processors=processors)

@@ -83,7 +83,7 @@ class DrafterConfig:
     """The drafter and the trees that it proposes."""
 
     name: str | None = None
-    """An architecture (``aurora_rl.policies.available_drafters``), or package.module:Class; null takes that of the
+    """An architecture (one of ``list(aurora_rl.policies.DRAFTERS)``), or package.module:Class; null takes that of the
     checkpoint in ``drafter.path``, or medusa."""
     options: dict[str, Any] = field(default_factory=dict)
     """Architecture-specific options, for example ``fc_norm: true``."""

@@ -66,8 +66,8 @@ def embedded_server(
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     # A prompt with a budget of its own may leave less room than the configuration's.
     usual = usual[: config.engine.max_length // 2]
-    budget = min(spec.sampling.max_tokens, config.engine.max_length - len(usual))
-    tried = Request(0, torch.tensor(usual), replace(spec.sampling, max_tokens=budget))
+    budget = min(spec.sampling_params.max_tokens, config.engine.max_length - len(usual))
+    tried = Request(0, torch.tensor(usual), replace(spec.sampling_params, max_tokens=budget))
     processors = None
     if config.generation_config == "auto":
         with naming(f"model={config.model}"):
@@ -232,9 +232,9 @@ def sglang_server(
         try:
             if requests is None:
                 return AttachedServer(client, attach, log=log, published=published)
-            if spec.sampling.temperature > 0 and client.status()["device"] == "cpu":
+            if spec.sampling_params.temperature > 0 and client.status()["device"] == "cpu":
                 raise PluginError(
-                    f"temperature={spec.sampling.temperature:g}: on a CPU SGLang verifies by argmax; set "
+                    f"temperature={spec.sampling_params.temperature:g}: on a CPU SGLang verifies by argmax; set "
                     "temperature=0, or engine.name=transformers"
                 )
             return SGLangServer(

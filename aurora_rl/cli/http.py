@@ -104,7 +104,7 @@ class HttpFront:
             vocab_size=vocab_size,
             max_length=config.engine.max_length,
             max_waiting=config.http.max_waiting,
-            sampling=spec.sampling,
+            sampling_params=spec.sampling_params,
             max_tokens=config.max_new_tokens,
             num_spec_tokens=lambda: server.depth,
             **self._common(config, server, history),

@@ -121,6 +121,11 @@ def make_absolute(config: Config) -> Config:
     def found(name: str) -> str:  # else it is a name, or an id of the hub
         return os.path.abspath(name) if os.path.exists(name) else name
 
+    def compared(name: str) -> str:
+        from aurora_rl.policies.registry import names_drafter  # it needs torch
+
+        return name if names_drafter(name) else found(name)
+
     drafter, learner = config.drafter, config.learner
     return replace(
         config,
@@ -129,7 +134,7 @@ def make_absolute(config: Config) -> Config:
         drafter=drafter if drafter.path is None else replace(drafter, path=found(drafter.path)),
         wire=replace(config.wire, keys=path(config.wire.keys)),
         learner=replace(learner, record=path(learner.record), resume=path(learner.resume)),
-        compare=tuple(map(found, config.compare)),
+        compare=tuple(map(compared, config.compare)),
     )
 
 

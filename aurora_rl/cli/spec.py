@@ -16,7 +16,7 @@ from aurora_rl.models.loading import default_dtype, usable_device
 from aurora_rl.objectives import check_settings
 from aurora_rl.policies import Drafter, TreeShape, get_drafter
 from aurora_rl.policies.formats.files import drafter_class
-from aurora_rl.policies.registry import drafter_name
+from aurora_rl.policies.registry import DRAFTERS
 from aurora_rl.policies.tree_shape import USUAL_LOOKUP
 
 _MAX_NEW_TOKENS = 96  # budget of traffic that names none
@@ -35,7 +35,7 @@ class RunSpec:
         tree: Shape of the trees that are drafted.
         drafter_name: Name of the drafter's architecture.
         drafter_class: Architecture of the drafter.
-        sampling: Parameters of a request that says nothing of its own. The seed is the first request's.
+        sampling_params: Parameters of a request that says nothing of its own. The seed is the first request's.
     """
 
     config: Config
@@ -46,7 +46,7 @@ class RunSpec:
     tree: TreeShape
     drafter_name: str
     drafter_class: type[Drafter]
-    sampling: SamplingParams
+    sampling_params: SamplingParams
 
 
 def resolve(config: Config) -> RunSpec:
@@ -70,7 +70,7 @@ def resolve(config: Config) -> RunSpec:
         engine_class = None if config.engine.name == "sglang" else get_engine(config.engine.name)
     name, rule = config.drafter.name or "medusa", _rule(config)
     if config.drafter.name is None and config.drafter.path is not None:
-        name = drafter_name(drafter_class(config.drafter.path))
+        name = DRAFTERS.name_of(drafter_class(config.drafter.path))
     kind, tree = _drafter_class(config, name), _shape(config, name, engine_class)
     if not config.objectives:
         raise ConfigError("objectives is empty; name at least one, such as objectives=[{name: imitation}]")

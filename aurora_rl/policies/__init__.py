@@ -10,7 +10,7 @@ from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.medusa import MedusaDrafter
 from aurora_rl.policies.policy import DrafterPolicy
-from aurora_rl.policies.registry import DRAFTERS, available_drafters, get_drafter, register_drafter
+from aurora_rl.policies.registry import DRAFTERS, get_drafter, register_drafter
 from aurora_rl.policies.standalone import StandaloneDrafter
 from aurora_rl.policies.tree_shape import TreeShape
 
@@ -30,7 +30,6 @@ __all__ = [
     "TargetParts",
     "TreeShape",
     "Unroll",
-    "available_drafters",
     "choose_draft_vocab",
     "get_drafter",
     "register_drafter",

@@ -40,13 +40,13 @@ def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str
     """
     from aurora_rl.policies import StandaloneDrafter  # all three import this module
     from aurora_rl.policies.formats.vllm import LAYER_IDS
-    from aurora_rl.policies.registry import drafter_name
+    from aurora_rl.policies.registry import DRAFTERS
 
     name = config["architectures"][0]
     nested = (config.get("eagle_config") or {}).get(LAYER_IDS) or ()
     left = nested or (config.get("dflash_config") or {}).get("target_layer_ids") or ()  # layers that states leave
     standalone = issubclass(kind, StandaloneDrafter)
-    pairs = (f"model={target}", f"drafter.name={drafter_name(kind)}", f"drafter.path={drafter}")
+    pairs = (f"model={target}", f"drafter.name={DRAFTERS.name_of(kind)}", f"drafter.path={drafter}")
     commands = {"aurora_rl": shlex.join(["aurora-rl", "serve", *pairs])}
     target = _EMBEDDED_ID if target == DEFAULT_TARGET else target
     algorithm = kind.sglang_algorithm if standalone or name in _SGLANG else None
@@ -86,13 +86,13 @@ def model_card(
     Raises:
         ValueError: The run has no summary.
     """
-    from aurora_rl.policies.registry import drafter_name
+    from aurora_rl.policies.registry import DRAFTERS
 
     settings, figures = ({}, []) if run is None else _run(Path(run))
     target = next((name for name in (settings.get("model"), base_model) if name and not _is_folder(name)), "TARGET")
     base_model = base_model or {"TARGET": None, DEFAULT_TARGET: _EMBEDDED_ID}.get(target, target)
     kind = type(drafter)
-    tags = ["speculative-decoding", drafter_name(kind).rpartition(":")[2].lower()]
+    tags = ["speculative-decoding", DRAFTERS.name_of(kind).rpartition(":")[2].lower()]
     stated = {"base_model": base_model, "library_name": "aurora_rl", "tags": tags, "license": license}
     front = ModelCardData(**{**metadata, **{name: value for name, value in stated.items() if value is not None}})
     rows = [

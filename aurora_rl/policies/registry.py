@@ -26,9 +26,6 @@ DRAFTERS: Registry[type[Drafter]] = Registry("drafter", "aurora_rl.drafters", Dr
 register_drafter = DRAFTERS.register
 """Decorator that makes a drafter's class available by a name, as in ``drafter.name``: :meth:`Registry.register`."""
 
-available_drafters = DRAFTERS.names
-"""Return the names of the drafters that are registered or of an entry point, in order: :meth:`Registry.names`."""
-
 
 def get_drafter(name: str) -> type[Drafter]:
     """Return the class of a drafter by its name, an entry point, or ``package.module:Class``.
@@ -52,17 +49,7 @@ def names_drafter(text: str) -> bool:
         >>> names_drafter("eagle3"), names_drafter("my_package.drafters:Mine"), names_drafter("runs/a/drafter")
         (True, True, False)
     """
-    return text in available_drafters() or not ("/" in text or os.path.exists(text))
-
-
-def drafter_name(kind: type[Drafter]) -> str:
-    """Return the name of a drafter's class in configurations.
-
-    Example:
-        >>> drafter_name(get_drafter("medusa"))
-        'medusa'
-    """
-    return DRAFTERS.name_of(kind)
+    return text in DRAFTERS or not ("/" in text or os.path.exists(text))
 
 
 def start_untrained(
@@ -110,7 +97,7 @@ def recognized(config: Mapping[str, Any]) -> type[Drafter]:
         'Eagle3Drafter'
     """
     # Known names only: a file from elsewhere must not say what is imported.
-    names, own = available_drafters(), config.get(OWN_NAME)
+    names, own = list(DRAFTERS), config.get(OWN_NAME)
     for name in [own] if own in names else names:
         try:
             kind = get_drafter(name)
@@ -121,5 +108,5 @@ def recognized(config: Mapping[str, Any]) -> type[Drafter]:
             return kind
     raise ValueError(
         f"config.json: no drafter is of architectures {config.get('architectures')}; there are "
-        f"{', '.join(available_drafters())}, and any that drafter.name=package.module:Class names"
+        f"{', '.join(names)}, and any that drafter.name=package.module:Class names"
     )

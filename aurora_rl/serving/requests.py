@@ -92,17 +92,17 @@ class RequestQueue:
     """A source of requests: first turns in order, each follow-up after the answer to the turn before it.
 
     A request that cannot be served fails by name, with the turns after it, and the others are served. A first turn's id
-    is the place of its prompt in the traffic; its seed is the prompt's own, or else the seed of ``sampling`` plus that
-    place (modulo 2**63), so a run gives the same texts again. Seeds of follow-ups come from :func:`turn_seed`. Where
-    ``sampling`` has no seed, every request draws its own.
+    is the place of its prompt in the traffic; its seed is the prompt's own, or else that of ``sampling_params`` plus
+    that place (modulo 2**63), so a run gives the same texts again. Seeds of follow-ups come from :func:`turn_seed`.
+    Where ``sampling_params`` has no seed, every request draws its own.
 
     Args:
         prompts: Traffic to serve. What a prompt says of its sampling, budget and stop strings counts before
-            ``sampling``.
+            ``sampling_params``.
         tokenizer: Tokenizer of the target.
         vocab_size: Tokens that the target knows; ids outside of it cannot be served.
         max_length: Tokens that a slot holds, prompt and completion.
-        sampling: Temperature, top-k, top-p, seed and token budget.
+        sampling_params: Temperature, top-k, top-p, seed and token budget.
 
     Attributes:
         total: First turns and follow-ups, the requests that will be served if none fails.
@@ -122,9 +122,9 @@ class RequestQueue:
         *,
         vocab_size: int,
         max_length: int,
-        sampling: SamplingParams,
+        sampling_params: SamplingParams,
     ) -> None:
-        self._tokenizer, self._sampling = tokenizer, sampling
+        self._tokenizer, self._sampling_params = tokenizer, sampling_params
         self._vocab_size, self._max_length = vocab_size, max_length
         self._waiting: deque[tuple[_Turn, Request]] = deque()
         self._open: dict[int, _Turn] = {}
@@ -215,18 +215,18 @@ class RequestQueue:
         """Return the request of a turn; raise ValueError with what is wrong with it."""
         prompt = turn.prompt
         tokens = prompt_tokens(self._tokenizer, turn.messages, self._vocab_size)
-        budget = self._sampling.max_tokens if prompt.max_tokens is None else prompt.max_tokens
+        budget = self._sampling_params.max_tokens if prompt.max_tokens is None else prompt.max_tokens
         if len(tokens) + budget > self._max_length:
             key = "max_new_tokens" if prompt.max_tokens is None else "max_tokens"
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens; with {key}={budget} that exceeds engine.max_length="
                 f"{self._max_length}; shorten it, or raise engine.max_length up to the model's context"
             )
-        first = self._sampling.seed
+        first = self._sampling_params.seed
         seed = prompt.sampling.get("seed", None if first is None else (first + turn.index) % 2**63)
         seed = None if seed is None else turn_seed(seed, turn.number)
         settings = {**prompt.sampling, "seed": seed, "max_tokens": budget, "stop": prompt.stop}
-        sampling = replace(self._sampling, **settings)
+        sampling_params = replace(self._sampling_params, **settings)
         return Request(
-            id, torch.tensor(tokens), sampling, prompt.speculative, prompt.learn, cache_salt=prompt.cache_salt
+            id, torch.tensor(tokens), sampling_params, prompt.speculative, prompt.learn, cache_salt=prompt.cache_salt
         )

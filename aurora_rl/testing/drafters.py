@@ -59,7 +59,7 @@ def check_drafter(
 
     def served(shape: TreeShape) -> list[TensorDict]:
         sampling = SamplingParams(temperature=1.0, seed=seed)
-        return serve(drafter, target, prompts, shape=shape, max_new_tokens=8, num_slots=3, sampling=sampling)
+        return serve(drafter, target, prompts, shape=shape, max_new_tokens=8, num_slots=3, sampling_params=sampling)
 
     plain = served(TreeShape(0))
     for shape in shapes:

@@ -200,7 +200,7 @@ def tree_trajectory(
         trees=[nodes],
         policy_versions=[version],
         cache_versions=[version],
-        sampling=SamplingParams(target.temperature, seed=0),
+        sampling_params=SamplingParams(target.temperature, seed=0),
         rule=rule,
         draft_mode=mode,
     )

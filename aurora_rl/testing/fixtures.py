@@ -117,7 +117,7 @@ def served_for_checks(seed: int, *, sampled: bool) -> list[Served]:
             shape=TreeShape(drafter.max_depth, width, mode=mode),
             max_new_tokens=8,
             num_slots=2,
-            sampling=replace(sampling, seed=seed),
+            sampling_params=replace(sampling, seed=seed),
             rule=rule,
         )
         out.append(Served(f"served by {rule} at temperature {sampling.temperature}", trajectories))

@@ -109,7 +109,7 @@ def tiny_trajectory(
     prompt_length: int = 5,
     max_new_tokens: int = 12,
     shape: TreeShape | None = None,
-    sampling: SamplingParams | None = None,
+    sampling_params: SamplingParams | None = None,
     request: int = 0,
 ) -> TensorDict:
     """Serve a tiny target with a drafter and return a packed trajectory, the same at every call.
@@ -120,7 +120,7 @@ def tiny_trajectory(
         prompt_length: Length ``P`` of the prompt, which follows from ``request``.
         max_new_tokens: Length of the completion.
         shape: Trees to draft; None takes a chain of 3.
-        sampling: Parameters of the request; None samples at temperature 1.
+        sampling_params: Parameters of the request; None samples at temperature 1.
         request: Number of the request, at least 0.
 
     Example:
@@ -136,7 +136,7 @@ def tiny_trajectory(
         [prompt],
         shape=shape or TreeShape(3),
         max_new_tokens=max_new_tokens,
-        sampling=sampling or SamplingParams(temperature=1.0, seed=request),
+        sampling_params=sampling_params or SamplingParams(temperature=1.0, seed=request),
         first_request=request,
     )[0]
 
@@ -165,7 +165,7 @@ def serve(
     shape: TreeShape,
     max_new_tokens: int = 12,
     num_slots: int = 1,
-    sampling: SamplingParams | None = None,
+    sampling_params: SamplingParams | None = None,
     rule: str = "sample_and_match",
     first_request: int = 0,
     before_round: Callable[[int, DrafterPolicy], None] = lambda turn, policy: None,
@@ -179,8 +179,8 @@ def serve(
         shape: Trees to draft.
         max_new_tokens: Length of every completion; nothing else ends it.
         num_slots: Slots of the engine.
-        sampling: Parameters of every request, the seed (0 if it has none) raised by the prompt's place; None decodes
-            greedily.
+        sampling_params: Parameters of every request, the seed (0 if it has none) raised by the prompt's place; None
+            decodes greedily.
         rule: Name of the verification rule.
         first_request: Number of the first request.
         before_round: Called with the number of each round, from 0 on, and the policy, which it may change.
@@ -188,13 +188,13 @@ def serve(
     Returns:
         One packed trajectory for each prompt, in their order.
     """
-    sampling = replace(sampling or SamplingParams(), max_tokens=max_new_tokens)
-    seed = sampling.seed or 0
+    params = replace(sampling_params or SamplingParams(), max_tokens=max_new_tokens)
+    seed = params.seed or 0
     done: list[Completion] = []
     decoder = SpeculativeDecoder(
         copy.deepcopy(target),
         drafter,
-        [Request(first_request + i, p, replace(sampling, seed=seed + i)) for i, p in enumerate(prompts)],
+        [Request(first_request + i, p, replace(params, seed=seed + i)) for i, p in enumerate(prompts)],
         shape=shape,
         max_length=max(len(p) for p in prompts) + max_new_tokens,
         num_slots=num_slots,

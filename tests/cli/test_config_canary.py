@@ -42,15 +42,17 @@ def test_what_does_not_go_together_is_named(pairs: list[str], message: str) -> N
 
 def test_names_folders_and_classes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
+    for folder in ("mine", "ngram"):
+        (tmp_path / folder).mkdir()
     config = make_absolute(load_config(overrides=["compare=[mine,aurora_rl.policies:MedusaDrafter]"]))
     assert not config.learner.spawn
     first, second = compared(config)
     assert (first.drafter.name, first.drafter.path) == (None, str(tmp_path / "mine"))
     assert (second.drafter.name, second.drafter.path) == ("aurora_rl.policies:MedusaDrafter", None)
     assert compared(first) == [first]
-    hub, _ = compared(load_config(overrides=["compare=[org/drafter,ngram]"]))
+    hub, own = compared(make_absolute(load_config(overrides=["compare=[org/drafter,ngram]"])))
     assert (hub.drafter.name, hub.drafter.path) == (None, "org/drafter")
+    assert (own.drafter.name, own.drafter.path) == ("ngram", None)  # as for LLM; "./ngram" is the folder
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
 

@@ -173,8 +173,8 @@ def test_lookup_is_on_where_trees_can_take_it(config: Config) -> None:
 
 
 def test_traffic_without_a_budget_gets_one() -> None:
-    assert spec.resolve(load_config(overrides=["device=cpu"])).sampling.max_tokens == 96
-    assert spec.resolve(load_config(overrides=["device=cpu", "max_new_tokens=7"])).sampling.max_tokens == 7
+    assert spec.resolve(load_config(overrides=["device=cpu"])).sampling_params.max_tokens == 96
+    assert spec.resolve(load_config(overrides=["device=cpu", "max_new_tokens=7"])).sampling_params.max_tokens == 7
 
 
 def values(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any, Any]]:

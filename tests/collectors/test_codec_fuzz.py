@@ -37,7 +37,7 @@ def trajectory() -> Any:
     return make_trajectory(
         request=1, tokens=torch.tensor([5, 6, 7, 8]), prompt_length=2, features=torch.ones(3, 8),
         target={"hidden": torch.ones(2, 4)}, anchors=[1], trees=[tree], policy_versions=[0], cache_versions=[0],
-        sampling=SamplingParams(),
+        sampling_params=SamplingParams(),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from aurora_rl.models.parts import default_feature_layers, layer_config
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.policies import Eagle3Drafter, TargetParts, available_drafters, get_drafter
+from aurora_rl.policies import DRAFTERS, Eagle3Drafter, TargetParts, get_drafter
 from aurora_rl.policies.formats.checks import check_rope
 from aurora_rl.testing import tiny_target
 from aurora_rl.testing.families import tiny_family
@@ -56,7 +56,7 @@ def test_a_norm_without_a_weight_multiplies_by_one() -> None:
     for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
         torch.testing.assert_close(parts.last_layer[name], torch.ones(8))
     vocab = torch.arange(48)
-    for name in available_drafters():
+    for name in DRAFTERS:
         assert get_drafter(name).from_target(parts, draft_vocab=vocab).draft_vocab.tolist() == vocab.tolist()
 
 

@@ -35,7 +35,7 @@ def recorded(kind: type[Drafter]) -> TensorDict:
         prompt = torch.arange(request, request + 4)
         (trajectory,) = serve(
             drafter, tiny_target(dtype=torch.float64), [prompt], shape=TreeShape(3, 3, mode="sampled"),
-            max_new_tokens=3, sampling=sampling, first_request=request,
+            max_new_tokens=3, sampling_params=sampling, first_request=request,
         )  # fmt: skip
         trajectory["sampling", "rule"].fill_(rule_code(rule))
         trajectories.append(trajectory)

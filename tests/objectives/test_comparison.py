@@ -38,7 +38,8 @@ def batch_of(kind: type[Drafter]) -> TensorDict:
     drafter, _ = noisy_drafter_and_head(kind)
     served = [("rejection", WARPED), ("greedy", SamplingParams()), ("sample_and_match", WARPED)]
     batch = pack([
-        trajectory_of(drafter, sampling=how, shape=TreeShape(3, 2), request=i) for i, (_, how) in enumerate(served)
+        trajectory_of(drafter, sampling_params=how, shape=TreeShape(3, 2), request=i)
+        for i, (_, how) in enumerate(served)
     ])  # fmt: skip
     batch["sampling", "rule"] = torch.tensor([rule_code(rule) for rule, _ in served])
     return batch

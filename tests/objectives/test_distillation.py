@@ -28,7 +28,7 @@ class World:
         self.drafter, self.head = eagle3_and_head()
         self.samplings = [first, then]
         self.batch: TensorDictBase = pack(
-            [trajectory_of(self.drafter, sampling=how, request=i) for i, how in enumerate(self.samplings)]
+            [trajectory_of(self.drafter, sampling_params=how, request=i) for i, how in enumerate(self.samplings)]
         )
         self.rows: TensorDict = target_rows(self.batch)
         lengths = [len(self.batch["sequence", "hidden"]) // 2] * 2

@@ -97,7 +97,7 @@ def draw(rows: int, tokens: int, mass: float = 1.0) -> tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("mass", [1.0, 0.7], ids=["renormalised", "not renormalised"])
-@pytest.mark.parametrize("name", DIVERGENCES.names())
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_values_are_those_of_the_formula(name: str, mass: float) -> None:
     log_p, logits = draw(4, 13, mass)
     got = get_divergence(name)(log_p, logits.log_softmax(-1))
@@ -106,7 +106,7 @@ def test_values_are_those_of_the_formula(name: str, mass: float) -> None:
 
 
 @pytest.mark.parametrize("mass", [1.0, 0.7], ids=["renormalised", "not renormalised"])
-@pytest.mark.parametrize("name", DIVERGENCES.names())
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_gradients_are_those_of_finite_differences(name: str, mass: float) -> None:
     log_p, logits = draw(3, 7, mass)
     if name == "hybrid_overlap":  # its weight is held constant: the gradient is not that of the whole
@@ -167,7 +167,7 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("mass", [1.0, 0.7], ids=["renormalised", "not renormalised"])
-@pytest.mark.parametrize("name", DIVERGENCES.names())
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_gradients_are_those_of_the_docstrings(name: str, mass: float) -> None:
     log_p, logits = draw(4, 13, mass)
     logits.requires_grad_(True)
@@ -222,7 +222,7 @@ def test_no_overlap_at_all_is_finite() -> None:
     assert bool(gradient[0].any()) and not bool(gradient[1].any())
 
 
-@pytest.mark.parametrize("name", DIVERGENCES.names())
+@pytest.mark.parametrize("name", DIVERGENCES)
 def test_tokens_that_the_target_excludes(name: str) -> None:
     """What top-k leaves of the target: a distribution with zeros has a finite value and gradient."""
     log_p, logits = draw(3, 7)

@@ -78,7 +78,9 @@ def test_windows_of_text_by_loops(rule: str | None, temperature: float) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=vocab).double()
     prompts = [torch.randint(32, (n,)) for n in (4, 1)]
     batch = pack(
-        serve(drafter, model, prompts, shape=TreeShape(2), max_new_tokens=6, sampling=SamplingParams(temperature))
+        serve(
+            drafter, model, prompts, shape=TreeShape(2), max_new_tokens=6, sampling_params=SamplingParams(temperature)
+        )
     )
     loss = ExpectedLengthLoss(drafter, parts.head, rule=rule, steps=steps, reduction="none")
     got = -loss(batch)["loss_expected_length"][0]

@@ -81,7 +81,7 @@ def batch_of(drafter: Drafter) -> TensorDict:
     samplings = [SamplingParams(temperature=0.7, top_p=0.6), SamplingParams(temperature=1.3), SamplingParams()]
     sizes = [(5, 7), (1, 9), (2, 1)]
     return pack([
-        trajectory_of(drafter, prompt_length=p, max_new_tokens=n, request=i, sampling=how)
+        trajectory_of(drafter, prompt_length=p, max_new_tokens=n, request=i, sampling_params=how)
         for i, ((p, n), how) in enumerate(zip(sizes, samplings, strict=True))
     ])  # fmt: skip
 

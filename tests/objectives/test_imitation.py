@@ -287,7 +287,7 @@ def test_regression_needs_states(trajectories: list[TensorDict], monkeypatch: py
 @pytest.mark.parametrize("sampling", [SamplingParams(0.3, top_k=1, seed=1), SamplingParams(0.7, top_p=0.1, seed=1)])
 def test_the_overlap_of_the_served_law_is_what_rejection_accepts(sampling: SamplingParams) -> None:
     drafter, head = noisy_drafter_and_head()
-    recorded = trajectory_of(drafter, sampling=sampling)
+    recorded = trajectory_of(drafter, sampling_params=sampling)
     batch = pack([recorded])
     settings = dict(divergence="total_variation", steps=1, reduction="none")
     served = ImitationLoss(drafter, head, target="served", **settings)
@@ -310,7 +310,7 @@ def test_the_served_law_counts_where_the_draft_vocabulary_has_any_of_it(
     sampling: SamplingParams, renormalize: bool
 ) -> None:
     drafter, head = noisy_drafter_and_head()
-    batch = pack([trajectory_of(drafter, request=i, sampling=sampling) for i in range(4)])
+    batch = pack([trajectory_of(drafter, request=i, sampling_params=sampling) for i in range(4)])
     loss = ImitationLoss(drafter, head, target="served", renormalize=renormalize, steps=2, decay=1.0, reduction="none")
     out, (logits, valid, _) = loss(batch), drafter.unroll(batch, 2)
     law = (batch["sequence", "hidden"] @ head.weight.T).log_softmax(-1)

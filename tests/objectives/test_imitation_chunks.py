@@ -155,7 +155,7 @@ def test_weights_that_depend_on_the_distributions_and_what_is_served(
 ) -> None:
     drafter, head = noisy_drafter_and_head(Eagle3Drafter)
     samplings = [SamplingParams(temperature=0.7, top_p=0.6), SamplingParams()]
-    batch = pack([trajectory_of(drafter, sampling=how, request=i) for i, how in enumerate(samplings)])
+    batch = pack([trajectory_of(drafter, sampling_params=how, request=i) for i, how in enumerate(samplings)])
     (out, gradients, multiplied), (expected, wanted, _) = (
         learn(monkeypatch, drafter, head, batch, plain=plain, kind=kind, **settings) for plain in (False, True)
     )

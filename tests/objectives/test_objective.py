@@ -86,7 +86,7 @@ def test_requests_that_nothing_was_drafted_for(kind: type[Objective], settings: 
             fresh(batch)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES.names())
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_with_every_divergence(divergence: str) -> None:
     check_objective(
         lambda d, head, reduction: DiscardSamplingLoss(d, head, divergence=divergence, reduction=reduction),
@@ -218,7 +218,7 @@ def test_a_target_that_is_not_a_number_shows_in_the_loss(
 ) -> None:
     """So that the step is skipped and counted."""
     drafter, head = eagle3_and_head()
-    batch = pack([trajectory_of(drafter, shape=TreeShape(3, 2, mode="sampled"), sampling=sampling)])
+    batch = pack([trajectory_of(drafter, shape=TreeShape(3, 2, mode="sampled"), sampling_params=sampling)])
     batch["sequence", "hidden"][2] = torch.nan
     batch["nodes", "hidden"].fill_(torch.nan)
     assert bool(kind(drafter, head, **settings)(batch)[f"loss_{kind.name}"].isnan())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from aurora_rl.policies import TargetParts, available_drafters, get_drafter
+from aurora_rl.policies import DRAFTERS, TargetParts, get_drafter
 from aurora_rl.testing import check_drafter, tiny_target
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -21,7 +21,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 
 
 def test_every_registered_drafter_has_a_case() -> None:
-    here = {name for name in available_drafters() if get_drafter(name).__module__.startswith("aurora_rl.")}
+    here = {name for name in DRAFTERS if get_drafter(name).__module__.startswith("aurora_rl.")}
     assert here == set(OPTIONS)
 
 

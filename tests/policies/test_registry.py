@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aurora_rl import registry
-from aurora_rl.policies import Eagle3Drafter, NgramDrafter, TargetParts, available_drafters, get_drafter
+from aurora_rl.policies import DRAFTERS, Eagle3Drafter, NgramDrafter, TargetParts, get_drafter
 from aurora_rl.policies.registry import names_drafter, recognized, register_drafter, start_untrained
 from aurora_rl.testing import tiny_target
 
@@ -65,7 +65,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> type[NgramDrafter]:
 
 
 def test_drafters_of_installed_packages_are_found_by_name(installed: type[NgramDrafter]) -> None:
-    assert {"fastdraft", "a_counter", "a_ghost", "eagle3"} <= set(available_drafters())
+    assert {"fastdraft", "a_counter", "a_ghost", "eagle3"} <= set(DRAFTERS)
     assert get_drafter("fastdraft") is installed
     with pytest.raises(ValueError, match="did you mean 'fastdraft'"):
         get_drafter("fastdarft")

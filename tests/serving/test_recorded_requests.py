@@ -22,7 +22,9 @@ def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
     recording = TrajectoryDataset(tmp_path)
     record(tiny_target(), drafter, requests, recording, shape=shape)
     assert sorted(int(t["request"]) for t in recording) == [0, 1, 2, 3]
-    expected = serve(drafter, target, prompts, shape=TreeShape(0), max_new_tokens=5, sampling=SamplingParams(1.0))
+    expected = serve(
+        drafter, target, prompts, shape=TreeShape(0), max_new_tokens=5, sampling_params=SamplingParams(1.0)
+    )
     for trajectory in recording:
         text = expected[int(trajectory["request"])]["sequence", "tokens"]
         assert torch.equal(trajectory["sequence", "tokens"], text)  # of the target, whatever was drafted

@@ -42,7 +42,7 @@ def prompt(id: str, text: str, *follow_ups: str, domain: str = "chat") -> Prompt
 
 def queue_of(*prompts: Prompt, **options: object) -> RequestQueue:
     sampling = SamplingParams(0.5, 7, 0.9, seed=100, max_tokens=10)
-    defaults = {"vocab_size": len(TOKENIZER), "max_length": 60, "sampling": sampling}
+    defaults = {"vocab_size": len(TOKENIZER), "max_length": 60, "sampling_params": sampling}
     return RequestQueue(prompts, TOKENIZER, **(defaults | options))
 
 
@@ -154,7 +154,7 @@ def test_what_the_engine_refuses_fails_with_its_later_turns() -> None:
 
 def test_the_largest_seed_is_served() -> None:
     sampling = SamplingParams(seed=2**63 - 1, max_tokens=10)
-    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling=sampling)
+    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling_params=sampling)
     first, second = source(), source()
     assert (first.sampling_params.seed, second.sampling_params.seed) == (2**63 - 1, 0)
     source.completed(answer(first, "yes"))
@@ -163,7 +163,7 @@ def test_the_largest_seed_is_served() -> None:
 
 def test_without_a_seed_every_turn_draws_its_own() -> None:
     sampling = SamplingParams(temperature=1.0, max_tokens=10)
-    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling=sampling)
+    source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling_params=sampling)
     first, second = source(), source()
     source.completed(answer(first, "yes"))
     assert len({each.sampling_params.seed for each in (first, second, source())} - {None}) == 3
@@ -283,7 +283,7 @@ def test_an_answer_that_ends_at_eos_shows_none(tiny_folder: Path, tmp_path: Path
         tokenizer,
         vocab_size=len(tokenizer),
         max_length=256,
-        sampling=SamplingParams(max_tokens=10),
+        sampling_params=SamplingParams(max_tokens=10),
     )
     request = requests()
     assert request is not None

@@ -139,7 +139,7 @@ def test_a_request_without_an_answer_ends_its_conversation_and_no_other(tiny_fol
         tokenizer,
         vocab_size=len(tokenizer),
         max_length=256,
-        sampling=SamplingParams(max_tokens=10),
+        sampling_params=SamplingParams(max_tokens=10),
     )
     engine = Engine()
     server = SGLangServer(

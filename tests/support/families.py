@@ -131,7 +131,7 @@ class Texts(NamedTuple):
                     trees=[],
                     policy_versions=[],
                     cache_versions=[],
-                    sampling=SamplingParams(temperature=1.0, seed=0),
+                    sampling_params=SamplingParams(temperature=1.0, seed=0),
                 )
             )
         return trajectories

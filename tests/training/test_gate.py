@@ -28,7 +28,9 @@ def learned(kind: type[Drafter]) -> Drafter:
     target = tiny_target()
     parts = TargetParts.of(target)
     drafter = kind.from_target(parts, draft_vocab=torch.arange(32)).double()
-    batch = pack(serve(drafter, target, PROMPTS, shape=TreeShape(0), max_new_tokens=16, num_slots=6, sampling=COLD))
+    batch = pack(
+        serve(drafter, target, PROMPTS, shape=TreeShape(0), max_new_tokens=16, num_slots=6, sampling_params=COLD)
+    )
     loss, optimizer = ImitationLoss(drafter, parts.head), torch.optim.Adam(drafter.parameters(), lr=1e-2)
     for _ in range(25):
         optimizer.zero_grad()
@@ -51,7 +53,7 @@ def test_replay_equals_what_was_served(
 ) -> None:
     drafter = drafters[kind, dtype]
     target = tiny_target(dtype=dtype)
-    served = serve(drafter, target, PROMPTS, shape=shape, max_new_tokens=16, num_slots=4, sampling=COLD)
+    served = serve(drafter, target, PROMPTS, shape=shape, max_new_tokens=16, num_slots=4, sampling_params=COLD)
     result = replay(copy.deepcopy(drafter), served, shape)
     assert result.tokens.tolist() == [16] * 6
     assert result.rounds.tolist() == [len(t["rounds", "anchor"]) for t in served]
@@ -81,7 +83,7 @@ def test_replay_refuses_text_that_depends_on_the_drafts(drafters: dict) -> None:
     medusa, target = drafters[MedusaDrafter, torch.float64], tiny_target()
     chain = TreeShape(2, mode="sampled")
     served = [
-        serve(medusa, target, PROMPTS[:1], shape=chain, max_new_tokens=4, sampling=COLD, rule=rule)[0]
+        serve(medusa, target, PROMPTS[:1], shape=chain, max_new_tokens=4, sampling_params=COLD, rule=rule)[0]
         for rule in ("sample_and_match", "rejection")
     ]
     assert replay(copy.deepcopy(medusa), served[:1], chain).tokens.tolist() == [4]
@@ -97,8 +99,8 @@ def test_replay_of_one_drafter_tells_what_another_serves(drafters: dict) -> None
         tiny_target(),
     )
     prompts = PROMPTS[:3]
-    streams = serve(served_by, target, prompts, shape=TreeShape(0), max_new_tokens=9, sampling=COLD)
-    eagle = serve(replayed, target, prompts, shape=TreeShape(2, 2), max_new_tokens=9, sampling=COLD)
+    streams = serve(served_by, target, prompts, shape=TreeShape(0), max_new_tokens=9, sampling_params=COLD)
+    eagle = serve(replayed, target, prompts, shape=TreeShape(2, 2), max_new_tokens=9, sampling_params=COLD)
     for stream, trajectory in zip(streams, eagle, strict=True):
         assert torch.equal(stream["sequence", "tokens"], trajectory["sequence", "tokens"])
         # The two read different layers; these features are what the second's own serving recorded.
@@ -109,7 +111,7 @@ def test_replay_of_one_drafter_tells_what_another_serves(drafters: dict) -> None
 
 def test_replay_without_drafts_takes_a_round_for_each_token(drafters: dict) -> None:
     drafter = drafters[MedusaDrafter, torch.float64]
-    streams = serve(drafter, tiny_target(), PROMPTS[:2], shape=TreeShape(2), max_new_tokens=5, sampling=COLD)
+    streams = serve(drafter, tiny_target(), PROMPTS[:2], shape=TreeShape(2), max_new_tokens=5, sampling_params=COLD)
     result = replay(copy.deepcopy(drafter), streams, TreeShape(0))
     assert result.rounds.tolist() == [5, 5] and result.acceptance_length == 1.0
 
@@ -186,7 +188,7 @@ def test_a_better_drafter_is_published_and_a_destroyed_one_is_not(drafters: dict
     good = {name: tensor.clone() for name, tensor in drafter.published().items()}
     bad: dict[str, Tensor] = {n: torch.randn_like(t) if t.is_floating_point() else t for n, t in good.items()}
     shape = TreeShape(3)
-    held = serve(drafter, tiny_target(), PROMPTS, shape=shape, max_new_tokens=16, num_slots=6, sampling=COLD)
+    held = serve(drafter, tiny_target(), PROMPTS, shape=shape, max_new_tokens=16, num_slots=6, sampling_params=COLD)
     gate = Gate(6, 0.05, shape, copy.deepcopy(drafter))
     for candidate, serving, publish in ((bad, good, False), (good, bad, True), (good, good, True)):
         gate.hold()
@@ -205,7 +207,7 @@ def test_a_candidate_that_cannot_draft_is_refused_with_the_reason_and_the_next_o
     drafter, shape = drafters[MedusaDrafter, torch.float64], TreeShape(3)
     good = {name: tensor.clone() for name, tensor in drafter.published().items()}
     bad = {**good, "lm_heads.0.weight": good["lm_heads.0.weight"] * float("nan")}
-    held = serve(drafter, tiny_target(), PROMPTS, shape=shape, max_new_tokens=16, num_slots=6, sampling=COLD)
+    held = serve(drafter, tiny_target(), PROMPTS, shape=shape, max_new_tokens=16, num_slots=6, sampling_params=COLD)
     gate = Gate(6, margin, shape, copy.deepcopy(drafter))
 
     def decide(candidate: dict[str, Tensor]) -> Decision:

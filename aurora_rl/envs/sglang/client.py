@@ -84,7 +84,7 @@ class SGLangClient:
         url: str,
         plugin_address: str | None = None,
         *,
-        keys: str | None = None,
+        keys: str | os.PathLike[str] | None = None,
         process: subprocess.Popen | None = None,
         log: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -111,7 +111,7 @@ class SGLangClient:
         dtype: str = "auto",
         device: str = "cpu",
         log: str | os.PathLike[str] | None = None,
-        keys: str | None = None,
+        keys: str | os.PathLike[str] | None = None,
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> SGLangClient:

@@ -224,9 +224,9 @@ class TrajectoryAssembler:
         self._reserved -= self._records.pop(rid).nbytes
         self.counts[reason] += 1
 
-    def finish(self, rid: str, completion: Sequence[int], sampling: SamplingParams, *, terminated: bool) -> None:
+    def finish(self, rid: str, completion: Sequence[int], sampling_params: SamplingParams, *, terminated: bool) -> None:
         """End a recorded request, which has these tokens and was ``terminated`` by itself or by its budget."""
-        self._ended.put((rid, self._records.pop(rid), list(completion), sampling, terminated))
+        self._ended.put((rid, self._records.pop(rid), list(completion), sampling_params, terminated))
 
     def delete(self, tenant: str) -> None:
         """Drop what is kept of a tenant's texts, and make no trajectory of its requests that have begun until now."""
@@ -250,9 +250,11 @@ class TrajectoryAssembler:
             if isinstance(ended, str):
                 self._store.delete(ended)
                 continue
-            rid, record, completion, sampling, terminated = ended
+            rid, record, completion, sampling_params, terminated = ended
             try:
-                trajectory = "deleted" if self._deleted(record) else self._assemble(rid, record, completion, sampling)
+                trajectory = (
+                    "deleted" if self._deleted(record) else self._assemble(rid, record, completion, sampling_params)
+                )
                 if self._deleted(record):  # meanwhile
                     trajectory = "deleted"
             except Exception:
@@ -270,7 +272,9 @@ class TrajectoryAssembler:
             finally:
                 self._released += record.nbytes
 
-    def _assemble(self, rid: str, record: _Record, completion: list[int], sampling: SamplingParams) -> TensorDict | str:
+    def _assemble(
+        self, rid: str, record: _Record, completion: list[int], sampling_params: SamplingParams
+    ) -> TensorDict | str:
         """Return the trajectory, or why there is none."""
         prompt, version = record.prompt, record.cache_version
         tokens = torch.cat([prompt, torch.tensor(completion, dtype=torch.int64)])
@@ -308,7 +312,7 @@ class TrajectoryAssembler:
             trees=[_tree(each, path, last) for each, path in zip(rounds, paths, strict=True)],
             policy_versions=[r.policy_version for r in rounds],
             cache_versions=[version] * len(rounds),
-            sampling=sampling,
+            sampling_params=sampling_params,
             rule="sample_and_match",  # the law of SGLang's own rule, by other noise
         )
 

@@ -45,7 +45,7 @@ class Front(Application):
         vocab_size: Tokens that the target knows.
         max_length: Most tokens of prompt and completion.
         max_waiting: Requests that may wait in the engine.
-        sampling: Temperature, top-k and top-p of requests that name none.
+        sampling_params: Temperature, top-k and top-p of requests that name none.
         max_tokens: Token budget of requests that name none; None takes what OpenAI's API says.
         num_spec_tokens: Returns the tokens of the longest path that is drafted.
         **common: Further arguments of :class:`~aurora_rl.serving.http.app.Application`.
@@ -59,7 +59,7 @@ class Front(Application):
         vocab_size: int,
         max_length: int,
         max_waiting: int,
-        sampling: SamplingParams,
+        sampling_params: SamplingParams,
         max_tokens: int | None = None,
         num_spec_tokens: Callable[[], int] = lambda: 0,
         **common: Any,
@@ -72,7 +72,7 @@ class Front(Application):
             vocab_size=vocab_size,
             max_length=max_length,
             max_waiting=max_waiting,
-            sampling=sampling,
+            sampling_params=sampling_params,
             max_tokens=max_tokens,
         )
         self._drafter: dict[str, Any] = {

@@ -36,10 +36,15 @@ class Encoder:
         vocab_size: int,
         max_length: int,
         max_waiting: int,
-        sampling: SamplingParams,
+        sampling_params: SamplingParams,
         max_tokens: int | None = None,
     ) -> None:
-        self._tokenizer, self._model, self._sampling, self._max_tokens = tokenizer, model, sampling, max_tokens
+        self._tokenizer, self._model, self._sampling_params, self._max_tokens = (
+            tokenizer,
+            model,
+            sampling_params,
+            max_tokens,
+        )
         self._vocab_size, self._max_length, self._max_waiting = vocab_size, max_length, max_waiting
         # Texts that no tokens of the vocabulary could bring into the context are refused before seconds go into them.
         self._max_characters = max_length * max(map(len, tokenizer.get_vocab()))
@@ -144,7 +149,7 @@ class Encoder:
                 "context_length_exceeded",
             )
         unnamed = body.default_budget if self._max_tokens is None else self._max_tokens
-        return replace(self._sampling, **{"max_tokens": min(room, unnamed or room), **body.sampling})
+        return replace(self._sampling_params, **{"max_tokens": min(room, unnamed or room), **body.sampling})
 
 
 def switch(value: bool | None, headers: Mapping[str, str], name: str) -> bool:

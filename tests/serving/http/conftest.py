@@ -54,7 +54,7 @@ class Rig(ClientRig):
         """Start one more server, and return where it is."""
         usual: dict[str, Any] = {
             "model": MODEL, "vocab_size": 300, "max_length": LENGTH, "max_waiting": WAITING,
-            "num_spec_tokens": lambda: 5, "sampling": SamplingParams(),
+            "num_spec_tokens": lambda: 5, "sampling_params": SamplingParams(),
             "history": self.history, "metrics": self.metrics,
         }  # fmt: skip
         server = HttpServer("127.0.0.1", 0)

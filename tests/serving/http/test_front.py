@@ -208,7 +208,7 @@ def test_top_k_and_top_p_are_honoured(rig: Any, client: openai.OpenAI) -> None:
 def test_the_servers_defaults_hold_where_a_request_names_none(rig: Any) -> None:
     from aurora_rl.envs import SamplingParams
 
-    url = rig.serve(sampling=SamplingParams(temperature=1.0, top_k=1))
+    url = rig.serve(sampling_params=SamplingParams(temperature=1.0, top_k=1))
     body = {"prompt": "Once", "max_tokens": 16}
     texts = [
         httpx.post(f"{where}/v1/completions", json=body | more).json()["choices"][0]["text"]
