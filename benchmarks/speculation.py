@@ -57,7 +57,7 @@ def serve(options: argparse.Namespace, slots: int, rebuild: bool, folder: Path) 
         policy,
         windows=BaselineWindows(0.33, 32),
         log=MetricsLog(folder / "metrics.jsonl", "server"),
-        shapes=None if options.swap_every else TreeController(costs),
+        controller=None if options.swap_every else TreeController(costs),
         note=requests.completed,
     )
     inside = 0.0

@@ -167,7 +167,7 @@ def measure(
     with TemporaryDirectory() as folder, patch.object(server_module, "time", clock):
         server = InferenceServer(
             env, policy, windows=BaselineWindows(0.0, 1), log=MetricsLog(Path(folder, "metrics.jsonl"), "server"),
-            shapes=None if fixed else way, note=lambda completion: earlier.add(completion.tokens.numpy()) or "",
+            controller=None if fixed else way, note=lambda completion: earlier.add(completion.tokens.numpy()) or "",
         )  # fmt: skip
         while server.step():
             shape = policy.shape

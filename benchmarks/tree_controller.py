@@ -96,7 +96,7 @@ def serve(
         policy,
         windows=BaselineWindows(0.33, 32),
         log=MetricsLog(folder / "metrics.jsonl", "server"),
-        shapes=TreeController(costs) if adaptive else None,
+        controller=TreeController(costs) if adaptive else None,
         receiver=script,
         note=source.completed,
     )

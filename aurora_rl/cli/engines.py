@@ -15,7 +15,7 @@ from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.codec import Limits, checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.keys import control_client_keys, engine_keys
+from aurora_rl.collectors.keys import engine_keys, plugin_client_keys
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Request, SpecDecodeEnv, generation_processors
@@ -135,12 +135,12 @@ def embedded_server(
         policy,
         windows=windows,
         log=log,
-        shapes=controllers[0],
+        controller=controllers[0],
         sink=sink,
         receiver=receiver,
         canary=canary,
         second=policies[-1],
-        second_shapes=controllers[-1],
+        second_controller=controllers[-1],
         watched=True,
         note=requests.completed,
         captures=Capture(config.engine.capture_rate, config.privacy.opt_out, config.seed),
@@ -262,7 +262,7 @@ def served_config(config: Config) -> Config:
         ConfigError: The plugin does not answer.
     """
     with naming("engine.plugin_address", (PluginError, OSError)):
-        status = ask(str(config.engine.plugin_address), "status", keys=wire_keys(config, control_client_keys))
+        status = ask(str(config.engine.plugin_address), "status", keys=wire_keys(config, plugin_client_keys))
     shape = {name: status[name] for name in ("depth", "width", "num_nodes")}
     return replace(
         config,

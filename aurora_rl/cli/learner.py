@@ -29,7 +29,7 @@ from aurora_rl.training.gate import Gate
 from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.replay import trajectory_buffer
-from aurora_rl.training.wire_ends import TrajectorySource, WeightTarget
+from aurora_rl.training.wire_ends import TrajectorySource, WeightSink
 from aurora_rl.trajectories import validate
 
 
@@ -102,7 +102,7 @@ def assembled(
     loss: SumLoss,
     optimizers: list[torch.optim.Optimizer],
     collector: TrajectorySource,
-    publisher: WeightTarget,
+    publisher: WeightSink,
     log: MetricsLog,
     outputs: Outputs,
     checkpoint: Path,

@@ -6,7 +6,7 @@ A folder, as ``aurora-rl keys`` writes it::
     engines/NAME.key         engines/NAME.key_secret
 
 The learner listens for trajectories and weights with its own secret key, and admits the public keys in ``engines/``. An
-engine connects with its secret key, and only to the learner that has ``learner.key``. The control socket of an
+engine connects with its secret key, and only to the learner that has ``learner.key``. The socket of the plugin of an
 SGLang engine belongs to that engine: whoever holds its secret key may attach.
 """
 
@@ -103,13 +103,13 @@ def engine_keys(folder: str | os.PathLike[str]) -> ClientKeys:
     return ClientKeys(file.stem, public, secret, _read(Path(folder) / f"{_LEARNER}.key")[0])
 
 
-def control_server_keys(folder: str | os.PathLike[str]) -> ServerKeys:
+def plugin_server_keys(folder: str | os.PathLike[str]) -> ServerKeys:
     """Read the keys with which the plugin of an SGLang engine listens: its own pair; errors as of `engine_keys`."""
     file, (_, secret) = _engine(folder)
     return ServerKeys(secret, file.with_suffix(".key"))
 
 
-def control_client_keys(folder: str | os.PathLike[str]) -> ClientKeys:
+def plugin_client_keys(folder: str | os.PathLike[str]) -> ClientKeys:
     """Read the keys with which that plugin is asked: the engine's own pair, too; errors as of `engine_keys`."""
     file, (public, secret) = _engine(folder)
     return ClientKeys(file.stem, public, secret, public)

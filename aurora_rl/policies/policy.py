@@ -108,7 +108,7 @@ class DrafterPolicy(TensorDictModuleBase):
         self._read = torch.zeros_like(store.tokens)  # what the drafter's cache is of: a slot may hold the next request
         self._salts: list[str | None] = [None] * store.num_slots  # of the requests that it is of
         self._unsaved = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose rows are not in the prefix cache
-        self._refused = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose requests the drafter failed
+        self._failed_slots = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose requests the drafter failed
         self.drafted, self.looked_up = torch.zeros(2, store.num_slots, dtype=torch.bool)
         prepare_for_inference(drafter, keep_weights=True)
         drafter.allocate(store.num_slots, store.max_length)
@@ -214,10 +214,10 @@ class DrafterPolicy(TensorDictModuleBase):
             ready &= speculate.flatten().cpu()
         self.drafted, self.looked_up = torch.zeros(2, store.num_slots, dtype=torch.bool)
         if self.speculate and self.shape.depth:
-            slots = (ready & ~self._refused).nonzero().flatten()
+            slots = (ready & ~self._failed_slots).nonzero().flatten()
             if len(slots) and not self.shape.lookup_only:
                 self._fill(draft, slots, rows if waits else None)
-                self.drafted = ready & ~self._refused & (self.drafter.cached == store.lengths - 1)
+                self.drafted = ready & ~self._failed_slots & (self.drafter.cached == store.lengths - 1)
             if self.shape.lookup:
                 self.looked_up = ready & ~self.drafted  # with the slots that the drafter failed just now
             if self.shape.lookup or (self.least and self.shape.mode == "topk"):
@@ -229,7 +229,7 @@ class DrafterPolicy(TensorDictModuleBase):
         if self.prefix_cache is not None:
             self._save_rows(self.prefix_cache, self._unsaved & (fresh | (self._store.lengths == 0)))
         if bool(fresh.any()):
-            self._refused &= ~fresh
+            self._failed_slots &= ~fresh
             self._forget(fresh.nonzero().flatten())
 
     def reset(self) -> None:
@@ -237,7 +237,7 @@ class DrafterPolicy(TensorDictModuleBase):
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
         self._unsaved.zero_()
-        self._refused.zero_()
+        self._failed_slots.zero_()
         self._forget(self._store.occupied)  # the others are forgotten when they get a request
 
     def delete(self, tenant: str) -> None:
@@ -257,15 +257,15 @@ class DrafterPolicy(TensorDictModuleBase):
                 self._write(draft, level, self.drafter.propose(level, self.shape, self._generator))
         except Exception as error:  # whatever a drafter does, the requests are served
             if len(slots) == 1 or self.on_fault is None:
-                self._refuse(slots, error)
+                self._fail(slots, error)
                 return
             # Ask for each slot alone, without what the failed call left in the cache, to find whose fault it was.
             self._forget(slots)
-            for slot in slots[~self._refused[slots]]:
+            for slot in slots[~self._failed_slots[slots]]:
                 self._fill(draft, slot[None])
-            if not bool(self._refused[slots].any()):
+            if not bool(self._failed_slots[slots].any()):
                 # It fails only slots together, which would come again each round and cost all their caches.
-                self._refuse(slots, error)
+                self._fail(slots, error)
 
     def _look_up(self, slots: list[int]) -> dict[int, Tree]:
         """Return what is looked up for slots."""
@@ -318,8 +318,12 @@ class DrafterPolicy(TensorDictModuleBase):
             fault = tree_fault(tokens[row], parents[row], mask[row], vocab_size, repeats=repeats)
             raise ValueError(f"slot {int(slots[row])}: malformed tree: {fault}")
         # Rounding may lift a sure token a little.
-        if not bool((log_probs[mask] <= 1e-3).all()):
-            raise ValueError("a log-probability is above 0 or not a number")
+        if bool((wrong := mask & ~(log_probs <= 1e-3)).any()):
+            row, node = wrong.nonzero()[0].tolist()
+            value = float(log_probs[row, node])
+            raise ValueError(
+                f"slot {int(slots[row])}: node {node} has the log-probability {value:g}, not a number of at most 0"
+            )
         rows, width = slots.to(draft["tokens"].device), tokens.shape[1]
         if "q" in draft:
             nodes = (*tokens.shape, len(self.drafter.draft_vocab))
@@ -344,14 +348,14 @@ class DrafterPolicy(TensorDictModuleBase):
         try:
             self.drafter.forget(slots)
         except Exception as error:
-            self._refuse(slots[~self._refused[slots]], error)
+            self._fail(slots[~self._failed_slots[slots]], error)
         self._cache_version[slots] = self.version
 
-    def _refuse(self, slots: Tensor, error: Exception) -> None:
+    def _fail(self, slots: Tensor, error: Exception) -> None:
         """Report the fault, and draft no more for the requests of the slots."""
         if self.on_fault is None:
             raise error
-        self._refused[slots] = True
+        self._failed_slots[slots] = True
         for slot in slots.tolist():
             self.on_fault(slot, f"{type(self.drafter).__name__} failed: {error!r}")
 
@@ -400,7 +404,7 @@ class DrafterPolicy(TensorDictModuleBase):
     def _save_rows(self, cache: PrefixCache, ended: Tensor) -> None:
         """Save the drafter's rows of requests that ended, ``[B]`` bool, if all are of its present weights."""
         self._unsaved &= ~ended
-        for slot in (ended & ~self._refused & (self._cache_version == self.version)).nonzero().flatten().tolist():
+        for slot in (ended & ~self._failed_slots & (self._cache_version == self.version)).nonzero().flatten().tolist():
             rows, held = self.drafter.cache_rows(slot), int(self.drafter.cached[slot])
             if rows is not None and held:
                 # The rows of n pairs are of n + 1 tokens. The row after them is not read, see below.

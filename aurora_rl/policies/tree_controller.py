@@ -28,7 +28,7 @@ _PROBE, _SHARE, _PATIENCE = 24, 0.02, 8
 # Kinds of rounds; rounds of one kind share a pace.
 _PLAIN, _DRAFTER, _LOOKUP = range(3)
 
-Outcome = Literal["likeliest", "sibling", "refused", "undrafted"]
+Outcome = Literal["likeliest", "sibling", "rejected", "undrafted"]
 """What happened at the end of an accepted path: which child was accepted, that none was, or none was drafted."""
 
 
@@ -65,10 +65,10 @@ class TreeController:
         Drafting one token adds a tenth to a round of one slot, and doubles a round of eight.
 
         >>> none, chain = TreeShape(0), TreeShape(1)
-        >>> shapes = TreeController({1: {none: 1.0, chain: 1.1}, 8: {none: 1.5, chain: 3.0}})
-        >>> for outcome in ["likeliest", "likeliest", "refused"] * 50:
-        ...     shapes.observe(chain, 1, seconds=1.1, outcomes=[[outcome]])
-        >>> shapes.choose(1).depth, shapes.choose(8).depth
+        >>> controller = TreeController({1: {none: 1.0, chain: 1.1}, 8: {none: 1.5, chain: 3.0}})
+        >>> for outcome in ["likeliest", "likeliest", "rejected"] * 50:
+        ...     controller.observe(chain, 1, seconds=1.1, outcomes=[[outcome]])
+        >>> controller.choose(1).depth, controller.choose(8).depth
         (1, 0)
     """
 
@@ -236,7 +236,7 @@ class TreeController:
                 _count(self._drafted[shape.width > 1][d], outcome != "undrafted")
                 if outcome != "undrafted":
                     _count(self._likeliest[d], outcome == "likeliest")
-                if shape.width > 1 and outcome in ("sibling", "refused"):
+                if shape.width > 1 and outcome in ("sibling", "rejected"):
                     _count(self._siblings[d], outcome == "sibling")
 
     def swapped(self) -> None:

@@ -122,7 +122,8 @@ class SampledSearch:
         q, draws = log_probs.exp(), 1 if self._tokens else self._num_chains
         if not self._replacement and draws > int((q > 0).sum(-1).min()):
             raise ValueError(
-                f"{draws} first tokens cannot all differ: the drafter has fewer with a probability above 0"
+                f"{draws} first tokens cannot all differ: the drafter has fewer with a probability above 0; take a "
+                f"shape of a smaller width, or mode sampled"
             )
         choice = q.flatten(0, 1).multinomial(draws, self._replacement, generator=self._generator)
         choice = choice.view(*q.shape[:2], draws)

@@ -59,13 +59,13 @@ class InferenceServer:
         policy: Policy of the drafter on the same engine.
         windows: Chooses the rounds that decode plainly.
         log: Log of requests and swaps.
-        shapes: Chooses the shape of every round's drafts; None keeps the policy's.
+        controller: Chooses the shape of every round's drafts; None keeps the policy's.
         sink: Takes trajectories; None if nobody learns.
         receiver: Brings weights; None if nobody learns.
         canary: How new weights are tried before they draft every round; None swaps them in at once.
         second: Policy of another copy of the drafter on the same engine, for trials; or of another drafter and version,
             which is compared with the first.
-        second_shapes: Chooses the shape of that other drafter's drafts.
+        second_controller: Chooses the shape of that other drafter's drafts.
         watched: Whether the drafter is checked while it serves.
         note: Called with each completion; returns its domain.
         captures: Called with each request that ended; returns whether it is captured. None captures
@@ -83,12 +83,12 @@ class InferenceServer:
         *,
         windows: BaselineWindows,
         log: MetricsLog,
-        shapes: TreeController | None = None,
+        controller: TreeController | None = None,
         sink: TrajectorySink | None = None,
         receiver: WeightReceiver | None = None,
         canary: Canary | None = None,
         second: DrafterPolicy | None = None,
-        second_shapes: TreeController | None = None,
+        second_controller: TreeController | None = None,
         watched: bool = False,
         note: Callable[[Completion], str] = lambda completion: "",
         captures: Callable[[Request], bool] | None = None,
@@ -98,11 +98,11 @@ class InferenceServer:
             policy,
             log=log,
             stats=self.stats,
-            shapes=shapes,
+            controller=controller,
             receiver=receiver,
             canary=canary,
             second=second,
-            second_shapes=second_shapes,
+            second_controller=second_controller,
             watch=partial(Watchdog, engine=env.engine) if watched else None,
         )
         env.on_completion = self.completed
@@ -167,10 +167,11 @@ class InferenceServer:
         self.versions.next_round(self._td["is_init"])
         policy = self.policy
         occupied, baseline = len(env.engine.store.occupied), not self._windows.speculate
-        shapes = self.versions.shapes if occupied else None  # the last request may be cancelled while a prompt is read
-        if shapes is not None and not baseline:
-            self._reshape(shapes, self.versions.rest(shapes.choose(occupied)), occupied)
-            policy.least = shapes.price(policy.shape, occupied)
+        # The last request may be cancelled while a prompt is read.
+        controller = self.versions.controller if occupied else None
+        if controller is not None and not baseline:
+            self._reshape(controller, self.versions.rest(controller.choose(occupied)), occupied)
+            policy.least = controller.price(policy.shape, occupied)
         policy.speculate = not baseline and policy.shape.depth > 0
         prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
         completed = len(self.stats.finished)
@@ -190,8 +191,8 @@ class InferenceServer:
         recording = self._recording + env.recording_seconds - recorded
         seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill)
         tokens = int(done["next", "reward"].sum())
-        if shapes is not None:
-            self._observe(shapes, done, occupied, seconds)
+        if controller is not None:
+            self._observe(controller, done, occupied, seconds)
         if occupied and not counted:
             return True
         if baseline:
@@ -211,14 +212,14 @@ class InferenceServer:
             return "tree" if self.policy.shape.width > 1 else "chain"
         return "ngrams" if bool(self.policy.looked_up.any()) else "plain"
 
-    def _observe(self, shapes: TreeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
+    def _observe(self, controller: TreeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
         """Attribute the round to the shape that was drafted. Ignore slots where the drafter raised."""
-        policy, shape, outcomes = self.policy, shapes.plain, []
+        policy, shape, outcomes = self.policy, controller.plain, []
         found: list[list[bool]] = []
         if bool(policy.drafted.any()):
             shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
         elif bool(policy.looked_up.any()):
-            shape = policy.shape if policy.shape.lookup_only else shapes.without_drafter(policy.shape)
+            shape = policy.shape if policy.shape.lookup_only else controller.without_drafter(policy.shape)
             verifier, mask = done["next", "verifier"].cpu(), done["draft", "mask"].cpu()
             # Where a request ended inside the path, nothing after its last token was judged.
             judged_slots = policy.looked_up & (verifier["bonus_token"] >= 0)
@@ -226,12 +227,12 @@ class InferenceServer:
         judged = [path[: shape.depth] for path in outcomes]
         # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
         below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
-        shapes.observe(shape, occupied, seconds, judged, below, found, int(done["draft", "mask"].sum()))
+        controller.observe(shape, occupied, seconds, judged, below, found, int(done["draft", "mask"].sum()))
 
-    def _reshape(self, shapes: TreeController, shape: TreeShape, occupied: int) -> None:
+    def _reshape(self, controller: TreeController, shape: TreeShape, occupied: int) -> None:
         if shape != self.policy.shape:
             self.policy.shape = shape
-            acceptance = [round(passed, 4) for passed in shapes.acceptance(shape)]
+            acceptance = [round(passed, 4) for passed in controller.acceptance(shape)]
             self._log.write(
                 "shape", depth=shape.depth, width=shape.width, nodes=shape.num_nodes, lookup_only=shape.lookup_only,
                 acceptance=acceptance, occupied=occupied,
@@ -368,7 +369,7 @@ def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
         outcomes: list[Outcome] = ["likeliest" if best else "sibling" for best in likeliest[slot, path].tolist()]
         if judged[slot]:
             end = int(path[-1]) if len(path) else -1
-            outcomes.append("refused" if bool((mask[slot] & (parents[slot] == end)).any()) else "undrafted")
+            outcomes.append("rejected" if bool((mask[slot] & (parents[slot] == end)).any()) else "undrafted")
         out.append(outcomes)
     return out
 

@@ -31,7 +31,7 @@ class _Seat:
     """A policy that may draft, with the controller of its trees and what checks it."""
 
     policy: DrafterPolicy
-    shapes: TreeController | None
+    controller: TreeController | None
     watchdog: Watchdog | None
     drafts: bool = True  # False once a fault that nothing mends was found
     tree: TreeShape = field(init=False)  # with which new weights begin
@@ -67,11 +67,11 @@ class Versions:
         policy: Policy that drafts first.
         log: Log of swaps and trials.
         stats: Statistics of the run.
-        shapes: Chooses the shape of every round's drafts; None keeps the policy's.
+        controller: Chooses the shape of every round's drafts; None keeps the policy's.
         receiver: Brings weights; None if nobody learns.
         canary: How new weights are tried; None swaps them in at once.
         second: Policy of another copy of the drafter on the same engine, for trials; or of another drafter and version.
-        second_shapes: Chooses the shape of that other drafter's drafts.
+        second_controller: Chooses the shape of that other drafter's drafts.
         watch: Makes the watchdog of a policy; None watches nothing.
 
     Raises:
@@ -84,19 +84,19 @@ class Versions:
         *,
         log: MetricsLog,
         stats: Stats,
-        shapes: TreeController | None = None,
+        controller: TreeController | None = None,
         receiver: WeightReceiver | None = None,
         canary: Canary | None = None,
         second: DrafterPolicy | None = None,
-        second_shapes: TreeController | None = None,
+        second_controller: TreeController | None = None,
         watch: Callable[[DrafterPolicy], Watchdog] | None = None,
     ) -> None:
         if canary is not None and second is None:
             raise ValueError("a canary needs a second policy, of another copy of the drafter")
         self._log, self._stats, self._receiver, self._canary = log, stats, receiver, canary
-        self._seat = _Seat(policy, shapes, watch and watch(policy))
+        self._seat = _Seat(policy, controller, watch and watch(policy))
         self._other = (
-            None if second is None or canary is None else _Seat(second, second_shapes, watch and watch(second))
+            None if second is None or canary is None else _Seat(second, second_controller, watch and watch(second))
         )
         # Of the version that is served, the one before it, and the one on trial.
         self._kept = {policy.version: _Kept(_as_served(policy, policy.drafter.published()), "")}
@@ -119,9 +119,9 @@ class Versions:
         return self._seat.policy
 
     @property
-    def shapes(self) -> TreeController | None:
+    def controller(self) -> TreeController | None:
         """Controller of its trees; None keeps their shape."""
-        return self._seat.shapes
+        return self._seat.controller
 
     @property
     def served(self) -> DrafterPolicy:
@@ -181,8 +181,8 @@ class Versions:
             action = f"rolled back to version {before[-1]}"
             self.policy.install(self._kept[before[-1]].weights, before[-1])
             self.policy.reset()
-            if self.shapes is not None:
-                self.shapes.swapped()
+            if self.controller is not None:
+                self.controller.swapped()
             self._roll_back(version, reason)
             self._served(before[-1], began)
         else:
@@ -201,8 +201,8 @@ class Versions:
         """Return the shape of a round that was to have this one, if faults leave the drafter out."""
         if self._seat.drafts or shape.lookup_only:
             return shape
-        if self.shapes is not None:
-            return self.shapes.without_drafter(shape)
+        if self.controller is not None:
+            return self.controller.without_drafter(shape)
         return shape.without_drafter(shape.lookup) if shape.lookup else replace(shape, depth=0, num_nodes=0)
 
     def observe(self, tokens: int, occupied: int, seconds: float) -> None:
@@ -253,12 +253,12 @@ class Versions:
             seat.drafts = True
             seat.policy.reset()
         if seat is not self._seat:
-            seat.shapes = copy.deepcopy(self.shapes)
+            seat.controller = copy.deepcopy(self.controller)
             self._try(seat, version)
             return
         seat.policy.shape = seat.tree
-        if seat.shapes is not None:
-            seat.shapes.swapped()
+        if seat.controller is not None:
+            seat.controller.swapped()
         self._served(version, began)
 
     def _stage(
@@ -274,8 +274,8 @@ class Versions:
         """Begin the trial of the weights that were put into the policy of a seat."""
         assert self._canary is not None
         seat.policy.shape = seat.tree
-        if seat.shapes is not None:
-            seat.shapes.swapped()
+        if seat.controller is not None:
+            seat.controller.swapped()
         self._trial, self._trials = Trial(self._canary, self._trials), self._trials + 1
         self._log.write("trial", version=version, against=self._stats.version, requests=len(self._stats.finished))
 

@@ -34,7 +34,7 @@ from aurora_rl.training.retention import AgeLimit, is_deleted
 from aurora_rl.training.served_weights import StartCheck, WeightAudit, with_weights
 from aurora_rl.training.states import add_state
 from aurora_rl.training.steps import has_finite_step, train_step
-from aurora_rl.training.wire_ends import TrajectorySource, WeightTarget
+from aurora_rl.training.wire_ends import TrajectorySource, WeightSink
 from aurora_rl.trajectories import pack
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Learner:
         optimizers: list[torch.optim.Optimizer],
         buffer: ReplayBuffer,
         collector: TrajectorySource,
-        publisher: WeightTarget,
+        publisher: WeightSink,
         gate: Gate,
         log: MetricsLog,
         serving_dtype: torch.dtype,

@@ -83,7 +83,9 @@ class OfflineTrainer:
         max_skipped: int = 20,
     ) -> None:
         if len(stream) < batch_size:
-            raise ValueError(f"there are {len(stream)} trajectories, fewer than the batch_size={batch_size} of a step")
+            raise ValueError(
+                f"there are {len(stream)} trajectories, fewer than the batch_size={batch_size} of a step; lower it"
+            )
         self._drafter, self._loss, self._optimizers, self._stream = drafter, loss, optimizers, stream
         self._batch_size, self._autocast, self._seed = batch_size, autocast, seed
         self._max_skipped, self._skipped_in_a_row = max_skipped, 0

@@ -122,7 +122,9 @@ def train_on(
             learns from nodes.
     """
     if len(stream) < batch_size:
-        raise ValueError(f"the stream has {len(stream)} requests, fewer than the batch_size={batch_size} of a step")
+        raise ValueError(
+            f"the stream has {len(stream)} requests, fewer than the batch_size={batch_size} of a step; lower it"
+        )
     buffer = trajectory_buffer(len(stream), batch_size, seed)
     value, out, skipped = math.nan, TensorDict(), 0
     for first in range(0, len(stream), batch_size):

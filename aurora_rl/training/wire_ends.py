@@ -35,7 +35,7 @@ class TrajectorySource(Protocol):
         """Take no more."""
 
 
-class WeightTarget(Protocol):
+class WeightSink(Protocol):
     """Where weights go, such as :class:`~aurora_rl.collectors.weights.WeightPublisher`."""
 
     error: str | None

@@ -19,11 +19,11 @@ from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import (
     ClientKeys,
-    control_client_keys,
-    control_server_keys,
     engine_keys,
     learner_keys,
     make_keys,
+    plugin_client_keys,
+    plugin_server_keys,
 )
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
@@ -118,11 +118,11 @@ def test_weights_go_to_known_engines_and_a_refused_one_is_told(
 
 
 def test_the_control_socket_answers_the_engines_own_key_alone(folder: Path, tmp_path: Path) -> None:
-    server = PluginServer(LOCAL, lambda kind, fields: {"kind": kind}, keys=control_server_keys(folder))
+    server = PluginServer(LOCAL, lambda kind, fields: {"kind": kind}, keys=plugin_server_keys(folder))
     try:
-        assert ask(server.address, "status", keys=control_client_keys(folder)) == {"kind": "status"}
+        assert ask(server.address, "status", keys=plugin_client_keys(folder)) == {"kind": "status"}
         make_keys(tmp_path)
-        other = control_client_keys(tmp_path)
+        other = plugin_client_keys(tmp_path)
         pinned = ClientKeys(other.name, other.public, other.secret, engine_keys(folder).public)
         for keys in (None, pinned):
             with pytest.raises(PluginError, match="no answer at .* wire.keys here, AURORA_RL_SGLANG_KEYS there"):

@@ -12,11 +12,11 @@ import pytest
 
 from aurora_rl.collectors.keys import (
     KeyFault,
-    control_client_keys,
-    control_server_keys,
     engine_keys,
     learner_keys,
     make_keys,
+    plugin_client_keys,
+    plugin_server_keys,
 )
 
 
@@ -43,7 +43,7 @@ def test_the_ends_fit_each_other(tmp_path: Path) -> None:
     engine, learner = engine_keys(tmp_path), learner_keys(tmp_path)
     assert engine.name == "engine" and learner.name_of(engine.public) == "engine"
     assert engine.server != engine.public and learner.name_of(engine.server) is None
-    asking, plugin = control_client_keys(tmp_path), control_server_keys(tmp_path)
+    asking, plugin = plugin_client_keys(tmp_path), plugin_server_keys(tmp_path)
     assert plugin.name_of(asking.public) == "engine" and asking.server == engine.public
 
 
@@ -80,9 +80,9 @@ def remove(name: str) -> Callable[[Path], None]:
         (remove("engines/engine.key_secret"), engine_keys, "engines holds no secret key, and an engine needs one"),
         (remove("learner.key"), engine_keys, "learner.key holds no key"),
         (lambda folder: make_keys(folder, "b"), engine_keys, "the secret keys b.key_secret, engine.key_secret"),
-        (lambda folder: make_keys(folder, "b"), control_server_keys, "an engine needs one, its own"),
+        (lambda folder: make_keys(folder, "b"), plugin_server_keys, "an engine needs one, its own"),
         (lambda folder: (folder / "learner.key_secret").chmod(0o640), learner_keys, "read by others; chmod 600"),
-        (lambda folder: (folder / "engines/engine.key_secret").chmod(0o604), control_client_keys, "chmod 600"),
+        (lambda folder: (folder / "engines/engine.key_secret").chmod(0o604), plugin_client_keys, "chmod 600"),
         (
             lambda folder: (folder / "learner.key").write_text('public-key = "short"'),
             engine_keys,

@@ -45,7 +45,7 @@ class Simulation:
             elif shape.width > 1 and self.dice.random() < self.sibling:
                 out.append("sibling")
             else:
-                return [*out, "refused"]
+                return [*out, "rejected"]
         return out
 
     def run(self, rounds: int) -> Counter[TreeShape]:
@@ -199,8 +199,8 @@ def test_trees_tell_what_chains_would_have_had() -> None:
     controller = TreeController({1: dict.fromkeys(TreeController.candidates(TREE), 1.0)}, memory=10**9)
     rounds: list[list[Outcome]] = [
         *[["likeliest", "sibling", "undrafted"]] * 500,
-        *[["likeliest", "refused"]] * 300,
-        *[["refused"]] * 200,
+        *[["likeliest", "rejected"]] * 300,
+        *[["rejected"]] * 200,
     ]
     controller.observe(TREE, 1000, 1.0, rounds)
     # Where nothing was drafted a chain would have had a child: depth 3 is untried for it, as good as depth 2.
@@ -210,7 +210,7 @@ def test_trees_tell_what_chains_would_have_had() -> None:
 
 def test_what_was_not_tried_is_as_good_as_the_depth_before() -> None:
     controller = TreeController(costs(1.0, 1.1, 1.2, 1.3), memory=10**9)
-    controller.observe(TreeShape(1), 100, 1.0, [["likeliest"]] * 75 + [["refused"]] * 25)
+    controller.observe(TreeShape(1), 100, 1.0, [["likeliest"]] * 75 + [["rejected"]] * 25)
     # The guess: 1 of 4.
     assert controller.acceptance(TreeShape(3)) == pytest.approx([76 / 104] * 3)
 
@@ -219,7 +219,7 @@ def test_of_equally_good_shapes_the_deepest_is_chosen() -> None:
     # 1.5 tokens in 1.2 seconds and 1.75 in 1.407: half a percent less.
     controller = TreeController(costs(1.0, 1.2, 1.407), memory=10**9)
     half: list[Outcome] = ["likeliest", "likeliest"]
-    paths: list[list[Outcome]] = [half] * 250 + [["likeliest", "refused"]] * 250 + [["refused"]] * 500
+    paths: list[list[Outcome]] = [half] * 250 + [["likeliest", "rejected"]] * 250 + [["rejected"]] * 500
     controller.observe(TreeShape(2), 1000, 1.407, paths)
     assert controller.choose(1) == TreeShape(2)
 
@@ -282,7 +282,7 @@ def test_what_lookup_adds_below_the_tree_counts_for_it() -> None:
         shape = controller.choose(1)
         drafted += shape.depth
         # The drafter's own nodes are refused; two tokens in 1.3 seconds all the same.
-        controller.observe(shape, 1, 1.0 + 0.3 * shape.depth, [["refused"]] * shape.depth, below=shape.depth)
+        controller.observe(shape, 1, 1.0 + 0.3 * shape.depth, [["rejected"]] * shape.depth, below=shape.depth)
     assert drafted == 500
 
 
@@ -345,7 +345,7 @@ def test_drafter_and_lookup_are_measured_apart() -> None:
     controller.observe(ALONE, 1000, 3.0, found=[*[[True]] * 300, *[[]] * 700])
     assert controller.acceptance(ALONE) == pytest.approx([(300 + 4 * 0.75) / 1004])
     assert controller.acceptance(CHAIN) == [0.25]  # the guess
-    controller.observe(CHAIN, 1000, 1.0, [["likeliest"]] * 800 + [["refused"]] * 200)
+    controller.observe(CHAIN, 1000, 1.0, [["likeliest"]] * 800 + [["rejected"]] * 200)
     assert controller.acceptance(CHAIN) == pytest.approx([801 / 1004])
     assert controller.acceptance(ALONE) == pytest.approx([303 / 1004])
 
@@ -418,7 +418,7 @@ def test_requests_that_the_drafter_fails_do_not_make_drafting_look_cheap() -> No
         if failed:
             shape = controller.without_drafter(shape)
         hit = shape.depth > 0 and dice.random() < 0.3  # 1.3 tokens in 1.5 seconds do not pay
-        controller.observe(shape, 1, table[1][shape], [["likeliest" if hit else "refused"]] * shape.depth)
+        controller.observe(shape, 1, table[1][shape], [["likeliest" if hit else "rejected"]] * shape.depth)
         seconds, tokens = seconds + table[1][shape], tokens + 1 + hit
     # With failed requests' rounds booked as drafted ones, in which nothing failed and that took a second, it is 0.963.
     assert tokens / seconds > 0.99

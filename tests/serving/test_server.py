@@ -244,22 +244,22 @@ def test_requests_that_come_of_completions(tmp_path: Path) -> None:
 def test_the_draft_lengthens_to_what_pays(tmp_path: Path) -> None:
     # 22 tokens end inside a path of three: five rounds of four tokens, and two drafted ones.
     waiting = requests(12, budget=22)
-    shapes = OnTime(1.0, 1.3, 1.4, 1.5)
-    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, depth=1, shapes=shapes)
+    controller = OnTime(1.0, 1.3, 1.4, 1.5)
+    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, depth=1, controller=controller)
     server = serving.run()
     serving.check_texts()
     # By the first guess it does not pay: a probe of depth 1 finds that it does.
     (event,) = serving.events("shape")
     assert (event["depth"], event["width"], event["nodes"], event["occupied"]) == (3, 1, 3, 2)
     # The oracle is always right, and an end inside a path is no mistake: every trial of these depths was a hit.
-    for hits, trials in shapes._likeliest:
+    for hits, trials in controller._likeliest:
         assert trials == pytest.approx(hits) and trials > 8
     assert list(server.stats.finished)[-2:] == [(22, 6)] * 2 and server.depth == 3
 
 
 def test_a_useless_drafter_is_left_out_and_the_text_stays(tmp_path: Path) -> None:
     waiting = requests(12, budget=40)
-    serving = Serving(tmp_path, waiting, Wrong(waiting), slots=2, shapes=OnTime(1.0, 1.5, 2.0, 2.5))
+    serving = Serving(tmp_path, waiting, Wrong(waiting), slots=2, controller=OnTime(1.0, 1.5, 2.0, 2.5))
     server = serving.run()
     serving.check_texts()
     assert 0 in [event["depth"] for event in serving.events("shape")]
@@ -276,10 +276,12 @@ def test_a_useless_drafter_is_left_out_and_the_text_stays(tmp_path: Path) -> Non
 
 
 def test_baseline_windows_tell_the_controller_what_plain_decoding_takes(tmp_path: Path) -> None:
-    waiting, shapes = requests(4, budget=40), TreeController({1: {TreeShape(0): 1e-3, TreeShape(1): 1e-3}})
-    serving = Serving(tmp_path, waiting, Oracle(waiting), depth=1, windows=Plain(), shapes=shapes)
+    waiting, controller = requests(4, budget=40), TreeController({1: {TreeShape(0): 1e-3, TreeShape(1): 1e-3}})
+    serving = Serving(tmp_path, waiting, Oracle(waiting), depth=1, windows=Plain(), controller=controller)
     serving.run()
-    assert shapes._since == float("inf") and shapes._pace[0] != 1.0  # rounds were seen, and none of them drafted
+    assert (
+        controller._since == float("inf") and controller._pace[0] != 1.0
+    )  # rounds were seen, and none of them drafted
 
 
 def test_siblings_and_ends_of_trees_are_told_apart(tmp_path: Path) -> None:
@@ -314,12 +316,12 @@ def test_siblings_and_ends_of_trees_are_told_apart(tmp_path: Path) -> None:
 def test_what_lookup_finds_below_the_drafters_tree_is_no_trial_of_a_deeper_one(tmp_path: Path) -> None:
     waiting = requests(12, budget=22)
     none, short, long = (TreeShape(d, 1, 3, lookup=2) for d in range(3))
-    shapes = TreeController({1: {none: 1e3, short: 1.0, long: 1e6}})  # one depth pays, and no other
-    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, depth=1, shapes=shapes)
+    controller = TreeController({1: {none: 1e3, short: 1.0, long: 1e6}})  # one depth pays, and no other
+    serving = Serving(tmp_path, waiting, Oracle(waiting), slots=2, depth=1, controller=controller)
     serving.run()
     serving.check_texts()
     accepted = {int(count) for event in serving.events("request") for count in event["accepted"]}
     assert max(accepted) == 2  # the texts do repeat themselves
-    assert shapes._likeliest[0][1] > 8 and shapes._likeliest[1] == [0.0, 0.0]
+    assert controller._likeliest[0][1] > 8 and controller._likeliest[1] == [0.0, 0.0]
     # Yet these tokens are delivered, and count for drafting against no speculation.
-    assert shapes._below > 0 and shapes._tokens(short) > 1 + shapes.acceptance(short)[0]
+    assert controller._below > 0 and controller._tokens(short) > 1 + controller.acceptance(short)[0]

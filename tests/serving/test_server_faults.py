@@ -83,8 +83,8 @@ FAULTS = {
     "mask of another shape": "tokens, parents, log_probs and mask are [(1, 3), (1, 3), (1, 3), (1, 1)], not [1, 0..3]",
     "mask of numbers": "torch.int64, torch.int64, torch.float32, torch.float32, not int64, int64, bool and float",
     "tokens that are no integers": "torch.float64, torch.int64, torch.bool, torch.float32, not int64",
-    "not a number": "a log-probability is above 0 or not a number",
-    "above 0": "a log-probability is above 0 or not a number",
+    "not a number": "node 0 has the log-probability nan, not a number of at most 0",
+    "above 0": ", not a number of at most 0",
     "no tensors": "AttributeError(",
 }
 
@@ -175,7 +175,7 @@ NONE = TreeShape(0)
 def test_rounds_of_a_request_that_the_drafter_fails_are_booked_as_plain(tmp_path: Path) -> None:
     waiting, chain = requests(3, budget=22), TreeShape(DEPTH)
     books = Books(NONE, chain)
-    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "raises"), shapes=books)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "raises"), controller=books)
     serving.run()
     serving.check_texts()
     # The oracle's six rounds; the two before the fault, and a round for each of the tokens that are left; six again.
@@ -187,7 +187,7 @@ def test_rounds_of_a_request_that_the_drafter_fails_are_booked_as_plain(tmp_path
 def test_a_request_that_the_drafter_fails_is_no_trial_of_the_round_that_it_shares(tmp_path: Path) -> None:
     waiting, chain = requests(2, budget=22), TreeShape(DEPTH)
     books = Books(NONE, chain)
-    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "raises"), slots=2, shapes=books)
+    serving = Serving(tmp_path, waiting, Broken(waiting, 1, "raises"), slots=2, controller=books)
     serving.run()
     serving.check_texts()
     assert [(shape, len(outcomes)) for shape, outcomes in books.booked] == [
@@ -206,7 +206,7 @@ def test_lookup_for_a_request_that_the_drafter_fails_is_no_trial_of_the_drafter(
     tree = TreeShape(DEPTH, 2, DEPTH, lookup=2)
     alone = tree.without_drafter(2)
     books = Books(NONE, tree, *[alone] * arm, avoid=(NONE, alone))
-    serving = Serving(tmp_path, waiting, drafter, shapes=books)
+    serving = Serving(tmp_path, waiting, drafter, controller=books)
     server = serving.run()
     serving.check_texts()
     assert serving.policy.shape == tree and server.stats.drafter_faults == 3
@@ -234,12 +234,12 @@ def test_lookup_alone_lets_the_cache_be_and_it_catches_up(tmp_path: Path) -> Non
 
 def test_an_empty_lookup_is_a_failed_trial(tmp_path: Path) -> None:
     alone = TreeShape(2, 1, 2, lookup=2, lookup_only=True)
-    shapes = TreeController({1: {TreeShape(0): 1.0, alone: 1e-3}}, memory=10**9)
+    controller = TreeController({1: {TreeShape(0): 1.0, alone: 1e-3}}, memory=10**9)
     waiting = requests(1, budget=40)
-    serving = Serving(tmp_path, waiting, Oracle(waiting), shapes=shapes)
+    serving = Serving(tmp_path, waiting, Oracle(waiting), controller=controller)
     server = serving.run()
     serving.check_texts()
-    hits, trials = shapes._found[0]
+    hits, trials = controller._found[0]
     found = sum(round_.tokens >= 2 for round_ in server.stats.rounds)
     assert (
         trials == pytest.approx(len(server.stats.rounds), abs=1.01)

@@ -122,11 +122,11 @@ def test_each_version_drafts_with_its_own_weights_and_its_own_cache(tmp_path: Pa
 def test_each_version_has_measurements_of_its_own(tmp_path: Path) -> None:
     """A useless version on trial does not teach the controller of the served one to draft less."""
     known, inbox = requests(5), Inbox((1, {}))
-    shapes = TreeController({1: {TreeShape(0): 1.0, TreeShape(DEPTH): 1.1}})
-    serving = tried(tmp_path, Right(known), Constant(known), inbox, shapes=shapes)
+    controller = TreeController({1: {TreeShape(0): 1.0, TreeShape(DEPTH): 1.1}})
+    serving = tried(tmp_path, Right(known), Constant(known), inbox, controller=controller)
     serving.run_until(lambda: bool(inbox.rejected), known)
-    assert serving.server.versions.shapes is shapes
-    assert shapes.acceptance(TreeShape(DEPTH))[0] > 0.9
+    assert serving.server.versions.controller is controller
+    assert controller.acceptance(TreeShape(DEPTH))[0] > 0.9
     rounds = len(serving.server.stats.rounds)
     serving.run_until(lambda: len(serving.server.stats.rounds) >= rounds + 24, known)
     assert sum(r.tokens for r in serving.server.stats.rounds[-24:]) > 24 * DEPTH

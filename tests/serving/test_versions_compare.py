@@ -49,7 +49,7 @@ def test_each_drafter_has_a_controller_and_a_shape_of_its_own(tmp_path: Path) ->
     known = requests(5)
     costs = ({TreeShape(0): 1.0, TreeShape(DEPTH): 1.1}, {TreeShape(0): 1.0, TreeShape(1): 1.1})
     first, second = (TreeController({1: each}) for each in costs)
-    serving = compared(tmp_path, Oracle(known), Oracle(known), shapes=first, second_shapes=second)
+    serving = compared(tmp_path, Oracle(known), Oracle(known), controller=first, second_controller=second)
     depths: dict[int, set[int]] = {0: set(), 1: set()}
 
     def noted() -> bool:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from aurora_rl.collectors.codec import checksum
-from aurora_rl.collectors.keys import control_server_keys
+from aurora_rl.collectors.keys import plugin_server_keys
 from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
 from aurora_rl.envs.sglang.session import Session
 from aurora_rl.models.loading import load_target
@@ -52,7 +52,7 @@ class RecordedSGLang:
         self._keys = keys
         self._seen, self._served, self._last, self._lock = 0, 0, "", threading.Lock()
         self._plugin = PluginServer(
-            "tcp://127.0.0.1:*", self._answer, keys=None if keys is None else control_server_keys(keys)
+            "tcp://127.0.0.1:*", self._answer, keys=None if keys is None else plugin_server_keys(keys)
         )
         self.plugin_address = self._plugin.address
         self._server = HttpServer("127.0.0.1", 0)

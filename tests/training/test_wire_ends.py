@@ -8,12 +8,12 @@ from aurora_rl.adaptation.simulation import LocalWire
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weights import WeightPublisher
-from aurora_rl.training.wire_ends import TrajectorySource, WeightTarget
+from aurora_rl.training.wire_ends import TrajectorySource, WeightSink
 
 HANDSHAKE = Handshake(1, "tiny", "", (0, 1), "", "eagle3")
 ENDS = {
     TrajectorySource: [LocalWire, lambda: ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)],
-    WeightTarget: [LocalWire, lambda: WeightPublisher("tcp://127.0.0.1:*", handshake=HANDSHAKE)],
+    WeightSink: [LocalWire, lambda: WeightPublisher("tcp://127.0.0.1:*", handshake=HANDSHAKE)],
 }
 
 

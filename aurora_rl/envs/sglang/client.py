@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.keys import control_client_keys
+from aurora_rl.collectors.keys import plugin_client_keys
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang import ENVIRONMENT, KEYS_ENVIRONMENT, LEARNED
 from aurora_rl.envs.sglang.plugin_server import PluginError, ask
@@ -91,7 +91,7 @@ class SGLangClient:
         self.url, self.plugin_address = url.rstrip("/"), plugin_address
         self._process, self._log = process, None if log is None else Path(log)
         self._argmax = False
-        self._keys = None if keys is None else control_client_keys(keys)
+        self._keys = None if keys is None else plugin_client_keys(keys)
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
         # And not through a proxy that the environment names.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)

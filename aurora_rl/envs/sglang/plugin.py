@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.keys import KeyFault, control_server_keys
+from aurora_rl.collectors.keys import KeyFault, plugin_server_keys
 from aurora_rl.envs.sglang import LEARNED
 from aurora_rl.envs.sglang.copies import copies_done, to_host
 from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
@@ -116,7 +116,7 @@ class Plugin:
         self._scheduler = scheduler
         self._missing = sorted(set(self.hooks()) - HookRegistry._patched)  # SGLang itself only logs what failed
         try:
-            keys = None if self._keys is None else control_server_keys(self._keys)
+            keys = None if self._keys is None else plugin_server_keys(self._keys)
             self._server = PluginServer(self._address, self._answer, keys=keys)
         except (OSError, KeyFault) as error:  # also in further processes of a server on several GPUs, refused later
             logger.error("nobody can attach here: %s", error)

@@ -135,7 +135,11 @@ class Encoder:
     def _check_vocab(self, tokens: Sequence[int], param: str) -> None:
         outside = next((token for token in tokens if not 0 <= token < self._vocab_size), None)
         if outside is not None:
-            raise FieldError(f"token {outside} is outside of the model's vocabulary, 0..{self._vocab_size - 1}", param)
+            raise FieldError(
+                f"token {outside} is outside of the model's vocabulary, 0..{self._vocab_size - 1}; send ids that "
+                "/tokenize gives",
+                param,
+            )
 
     def _params(self, body: Generation, prompt_length: int) -> SamplingParams:
         """The parameters of a request, without its seed; raises where the context has no room for its budget."""
