@@ -67,10 +67,10 @@ class PrefixCache:
                 self._kept.append(self._kept.pop(place))
             return
         self._kept = [each for each in self._kept if each.salt != salt or _common(each.text, text) < len(each.text)]
-        while (others := sum(len(each.text) for each in self._kept)) + len(text) > self.max_tokens:
+        while (kept := sum(len(each.text) for each in self._kept)) + len(text) > self.max_tokens:
             del self._kept[0]
         self._kept.append(_Kept(text, [row[: len(text)].clone() for row in rows], salt))
-        self.num_tokens = others + len(text)
+        self.num_tokens = kept + len(text)
 
     @torch.inference_mode()
     def load(self, tokens: Tensor, rows: Sequence[Tensor], salt: str | None = None) -> int:

@@ -66,10 +66,10 @@ class Registry(Generic[P]):
             owner = "the configuration" if name in self._reserved else _path(known.get(name, (part, part))[0])
             if owner != new:
                 raise ValueError(f"the {self._seam} name {name!r} belongs to {owner}; choose another for {new}")
-            for other, (defined, kept) in known.items():
-                if other != name and (part is defined or part is kept):
+            for known_name, (defined, kept) in known.items():
+                if known_name != name and (part is defined or part is kept):
                     raise ValueError(
-                        f"{new} is the {self._seam} {other!r} already; use that name in the place of {name!r}"
+                        f"{new} is the {self._seam} {known_name!r} already; use that name in the place of {name!r}"
                     )
             self._registered[name] = part, self._checked(name, part, new)
             return part
@@ -101,7 +101,7 @@ class Registry(Generic[P]):
         if name in self._reserved:
             raise ValueError(
                 f"the {self._seam} {name!r} is chosen by the configuration and has no class; get one of "
-                f"{', '.join(other for other in self if other not in self._reserved)}"
+                f"{', '.join(each for each in self if each not in self._reserved)}"
             )
         found = {point.name: point for point in entry_points(group=self._group)}
         if ":" in name.strip(":"):

@@ -38,9 +38,9 @@ from aurora_rl.tree_index import TreeIndex, true_chains
 from kernels import CLEAR, forget_peak, memory
 
 
-def cpu_seconds(run: Callable[..., Any], *given: Any) -> float:
+def cpu_seconds(run: Callable[..., Any], *arguments: Any) -> float:
     began = time.process_time()
-    run(*given)
+    run(*arguments)
     return time.process_time() - began
 
 

@@ -94,9 +94,9 @@ def _report_drafters(spec: RunSpec, target: Target, say: Callable[[str], Any]) -
     """Start every drafter untrained; the configured one as it is configured."""
     started, config = {}, spec.config
     for name in sorted({*DRAFTERS, spec.drafter_name}):
-        other = replace(config.drafter, name=name, options={}, path=None, feature_layers=None)
+        untrained = replace(config.drafter, name=name, options={}, path=None, feature_layers=None)
         try:
-            its_spec = spec if name == spec.drafter_name else resolve(replace(config, drafter=other))
+            its_spec = spec if name == spec.drafter_name else resolve(replace(config, drafter=untrained))
             started[name] = drafter = start_drafter(its_spec, target, [])
         except ValueError as error:
             say(f"drafter      {name} does not start: {error}")

@@ -125,7 +125,7 @@ class _Session:
         torch.set_num_threads(config.engine.threads)
         with self._folder.undone_if_refused():
             attached = config.engine.attaches and not self._replays  # the clients are there, too
-            (spec, *others), prompts = map(resolve, compared(config)), [] if attached else traffic(config)
+            (spec, *rival_specs), prompts = map(resolve, compared(config)), [] if attached else traffic(config)
             wire_keys(config, engine_keys)  # what is wrong with them is told before a model is loaded
             http = self._http = HttpFront.of(config, replays=self._replays)
             self._loggers.enter_context(logged(config.telemetry.logger, run_dir))
@@ -146,7 +146,7 @@ class _Session:
             step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, firsts, day0)
-            rivals = [(other, start_drafter(other, target, firsts)) for other in others]
+            rivals = [(rival, start_drafter(rival, target, firsts)) for rival in rival_specs]
             if rivals:
                 self._log.write("compare", drafters=list(config.compare))
             if config.learner.spawn:

@@ -95,7 +95,7 @@ class Versions:
             raise ValueError("a canary needs a second policy, of another copy of the drafter")
         self._log, self._stats, self._receiver, self._canary = log, stats, receiver, canary
         self._seat = _Seat(policy, controller, watch and watch(policy))
-        self._other = (
+        self._second = (
             None if second is None or canary is None else _Seat(second, second_controller, watch and watch(second))
         )
         # Of the version that is served, the one before it, and the one on trial.
@@ -107,11 +107,11 @@ class Versions:
         # Weights are staged and hashed while rounds go on: one thread, so that acknowledgements keep their order.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._staged: tuple[int, Future[tuple[_Kept, Callable[[], None]]]] | None = None
-        self._compares = self._other is not None and self._other.policy.version != policy.version
-        if self._other is not None and self._compares:
-            other = self._other.policy
-            self._kept[other.version] = _Kept(_as_served(other, other.drafter.published()), "")
-            self._try(self._other, other.version)
+        self._compares = self._second is not None and self._second.policy.version != policy.version
+        if self._second is not None and self._compares:
+            rival = self._second.policy
+            self._kept[rival.version] = _Kept(_as_served(rival, rival.drafter.published()), "")
+            self._try(self._second, rival.version)
 
     @property
     def policy(self) -> DrafterPolicy:
@@ -131,7 +131,7 @@ class Versions:
     @property
     def policies(self) -> list[DrafterPolicy]:
         """Every policy that may draft."""
-        return [seat.policy for seat in (self._seat, self._other) if seat is not None]
+        return [seat.policy for seat in (self._seat, self._second) if seat is not None]
 
     @property
     def refused(self) -> str | None:
@@ -148,15 +148,15 @@ class Versions:
             earlier = {number: kept.weights for number, kept in self._kept.items() if number < self.policy.version}
             if (fault := seat.watchdog.check(self._kept[self.policy.version].weights, earlier, fresh)) is not None:
                 self._mend(fault)
-        if self._other is not None:  # the policy that drafts is told by the environment
-            self._other.fresh |= fresh
+        if self._second is not None:  # the policy that drafts is told by the environment
+            self._second.fresh |= fresh
 
     def _draft_by(self, *, new: bool) -> None:
         """Give the turn to the weights on trial, or to those that are served."""
-        assert self._other is not None
+        assert self._second is not None
         if (self.policy.version != self._stats.version) == new:
             return
-        self._seat, self._other = self._other, self._seat
+        self._seat, self._second = self._second, self._seat
         self.policy.renew(self._seat.fresh)
         self._seat.fresh.zero_()
 
@@ -231,7 +231,7 @@ class Versions:
         """Swap in the newest weights, or begin their trial, once they are ready."""
         if self._receiver is None or self._trial is not None:
             return
-        seat = self._other or self._seat
+        seat = self._second or self._seat
         if self._staged is None and (received := self._receiver.latest()) is not None:
             version, weights = received
             named = dict(weights.flatten_keys(".").items())

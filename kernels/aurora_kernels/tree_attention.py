@@ -136,13 +136,13 @@ def _isolated(
     for slot, head in again.any(-1).nonzero().tolist():
         at, rows = (slot, head // group), again[slot, head].nonzero()[:, 0]
         for part in rows.split(max(_SCORES // key.shape[2], 1)):
-            one = query[slot, head, part]
+            queries = query[slot, head, part]
             with torch.no_grad():
-                scores = _scores(one, key[at], scale, softcap)
+                scores = _scores(queries, key[at], scale, softcap)
                 counts = dense[slot, part] & (scores != -torch.inf)
                 spoiled = (counts & ~(scores.isfinite() & fit_value[at])).any(-1)
-            part, one, counts, scores = part[~spoiled], one[~spoiled], counts[~spoiled], scores[~spoiled]
-            scores = torch.where(fit_key[at], _scores(one, clean_key[at], scale, softcap), scores)
+            part, queries, counts, scores = part[~spoiled], queries[~spoiled], counts[~spoiled], scores[~spoiled]
+            scores = torch.where(fit_key[at], _scores(queries, clean_key[at], scale, softcap), scores)
             scores = scores.masked_fill(~counts, -torch.inf)
             if sinks is not None:
                 scores = torch.cat([scores, sinks[head].to(scores.dtype).expand(len(part), 1)], -1)

@@ -1,6 +1,6 @@
 """SGLang as the serving engine, unpatched.
 
-Inside SGLang's scheduler process: :mod:`plugin` (hooks), :mod:`recorder` (rounds to trajectories) and :mod:`weights`
+Inside SGLang's scheduler process: :mod:`plugin` (hooks), :mod:`assembler` (rounds to trajectories) and :mod:`weights`
 (swaps). Outside: :mod:`client` (a server, launched or attached to) and :mod:`aurora_rl.serving.sglang` (follows
 it, or keeps its slots filled). Both talk by :mod:`plugin_server`.
 """

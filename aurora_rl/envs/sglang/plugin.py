@@ -23,9 +23,9 @@ from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import KeyFault, plugin_server_keys
 from aurora_rl.envs.sglang import LEARNED
+from aurora_rl.envs.sglang.assembler import EngineRound, TargetRows
 from aurora_rl.envs.sglang.copies import copies_done, to_host
 from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
-from aurora_rl.envs.sglang.recorder import EngineRound, TargetRows
 from aurora_rl.envs.sglang.requests import sampling_of, unwanted
 from aurora_rl.envs.sglang.session import Session
 from aurora_rl.envs.sglang.watchdog import DrafterWatchdog

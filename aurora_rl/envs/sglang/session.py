@@ -16,9 +16,9 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
+from aurora_rl.envs.sglang.assembler import TargetRows, TrajectoryAssembler
 from aurora_rl.envs.sglang.copies import to_host
 from aurora_rl.envs.sglang.plugin_server import PluginError
-from aurora_rl.envs.sglang.recorder import TargetRows, TrajectoryAssembler
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What the recorder drops when a tenant's data is deleted: what requests left that ended or have begun."""
+"""What the assembler drops when a tenant's data is deleted: what requests left that ended or have begun."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from attach_fields import FIELDS
 from tensordict import TensorDict
 
-from aurora_rl.envs.sglang.recorder import FeatureStore, Served, TrajectoryAssembler
+from aurora_rl.envs.sglang.assembler import FeatureStore, Served, TrajectoryAssembler
 from aurora_rl.envs.sglang.session import Session
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.tenants import joint_salt, tenant_of_salt
