@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from common import arguments, parse, write_result
 from scoring import CONFIG, tree
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from aurora_kernels import gumbel_argmax, tree_training_attention
@@ -52,11 +52,14 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "expected_length, rejection": ("expected_length", {"rule": "rejection", "steps": STEPS}),
     "the same, in trees": ("expected_length", {"rule": "rejection", "contexts": "trees"}),
     "discard": ("discard", {}),
+    "discard, a head for each depth": ("discard", {}),
     "imitation, target: served": ("imitation", {"target": "served", "steps": STEPS}),
+    "imitation, target: served, top-p 0.9": ("imitation", {"target": "served", "steps": STEPS}),
     "imitation, weighting: expected_length": ("imitation", {"weighting": "expected_length", "steps": STEPS}),
     "a function": ("kernel_parts_reach_kl", {"steps": STEPS}),
     "acceptance_reward, rejection": ("acceptance_reward", {}),
     "acceptance_reward, sample_and_match": ("acceptance_reward", {}),
+    "acceptance_reward, sample_and_match, a head for each depth": ("acceptance_reward", {}),
 }
 
 
@@ -72,14 +75,16 @@ class HeadAlone(Eagle3Drafter):
     """An EAGLE-3 drafter's head on random states that learn: five an unrolled position, and one a context of a tree.
 
     Attributes:
-        plain: Whether the logits of all rows are made, as a drafter does whose head is not one matrix.
+        plain: Whether the logits of all rows are made, as a drafter does whose head is no matrix.
+        heads: One head, or one for each depth of a tree.
     """
 
     plain: bool
     states: Tensor
+    heads: nn.ParameterList
 
-    def _logits(self, states: Tensor) -> Tensor:
-        logits = HeadLogits(states, self.lm_head.weight)
+    def _logits(self, states: Tensor, head_of: Tensor | None = None) -> Tensor:
+        logits = HeadLogits(states, list(self.heads), head_of)
         return logits.product if self.plain else logits
 
     @override
@@ -90,10 +95,11 @@ class HeadAlone(Eagle3Drafter):
 
     @override
     def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
-        return self._logits(self.states[: len(wanted)][wanted])
+        head_of = trees.depth[wanted].clamp(max=len(self.heads) - 1) if len(self.heads) > 1 else None
+        return self._logits(self.states[: len(wanted)][wanted], head_of)
 
 
-def recording(rule: str) -> TensorDict:
+def recording(rule: str, top_p: float) -> TensorDict:
     """Make a request of random tokens at temperature 0.7 with a tree at every other position."""
     hidden, prompt = CONFIG.hidden_size, 2
     trees = [
@@ -110,7 +116,7 @@ def recording(rule: str) -> TensorDict:
         request=0, tokens=torch.randint(DRAFT_VOCAB, (prompt + POSITIONS,)), prompt_length=prompt,
         features=torch.zeros(prompt + POSITIONS - 1, 3 * hidden), target={"hidden": torch.randn(POSITIONS, hidden)},
         anchors=list(range(prompt - 1, prompt - 1 + 2 * ROUNDS, 2)), trees=trees, policy_versions=[0] * ROUNDS,
-        cache_versions=[0] * ROUNDS, sampling_params=SamplingParams(temperature=0.7, seed=0), rule=rule,
+        cache_versions=[0] * ROUNDS, sampling_params=SamplingParams(temperature=0.7, top_p=top_p, seed=0), rule=rule,
         draft_mode="sampled",
     )  # fmt: skip
     return pack([trajectory])
@@ -123,8 +129,11 @@ def gradient_step(label: str, plain: bool) -> Callable[[], float]:
     weight = torch.randn(CONFIG.vocab_size, CONFIG.hidden_size) * CONFIG.hidden_size**-0.5
     drafter = HeadAlone(CONFIG, embedding=weight, draft_vocab=torch.arange(DRAFT_VOCAB), feature_layers=(0, 1, 2))
     drafter.plain = plain
+    heads = [drafter.lm_head.weight.detach().clone() for _ in range(4 if "each depth" in label else 1)]
+    drafter.heads = nn.ParameterList(heads)
     drafter.states = torch.randn(max(STEPS * POSITIONS, ROUNDS * (1 + NODES)), CONFIG.hidden_size).requires_grad_()
-    objective, batch = get_objective(name)(drafter, TargetHead(weight), **settings), recording(rule)
+    batch = recording(rule, top_p=0.9 if "top-p" in label else 1.0)
+    objective = get_objective(name)(drafter, TargetHead(weight), **settings)
 
     def step() -> float:
         drafter.states.grad = None

@@ -180,13 +180,15 @@ class AcceptanceRewardLoss(Objective):
             )
         drawn_from = trees.drawn_from
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
-        of_context = trees.request[drawn_from]
+        served = self.served_target(batch, rows, trees.request[drawn_from]).reader(
+            self.drafter.draft_vocab, renormalize=False, temperature=1.0
+        )
         return TreeLaw(
             trees,
             row,
             batch["sampling", "rule"][request],
             logits=self.drafter.context_logits(batch, trees, drawn_from),
-            served=lambda part: self.served_log_probs(batch, rows[part], of_context[part]).exp(),
+            served=lambda part: served(part).exp(),
             without=mode == _WITHOUT_REPLACEMENT,
             alone=self.baseline != "none",
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from aurora_kernels.rows import product_dtype, row_dtype
-from aurora_rl.policies.head_logits import HeadLogits
+from aurora_rl.policies.head_logits import HeadLogits, multiply
 
 
 def rows_and_head(logits: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -22,7 +22,8 @@ def rows_and_head(logits: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
     Args:
         logits: The drafter's logits, ``[X, Vd]``. The rows are the states ``[X, H]`` of those that are
-            :class:`~aurora_rl.policies.HeadLogits`, whose product is not made here. Of others they are the logits.
+            :class:`~aurora_rl.policies.HeadLogits`, whose product is not made here. If there are several heads, rows
+            have one column more, the number of their head. Of other logits they are the logits.
 
     Example:
         >>> rows, head = rows_and_head(HeadLogits(torch.ones(5, 3), torch.ones(4, 3)))
@@ -32,10 +33,16 @@ def rows_and_head(logits: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """
     if not isinstance(logits, HeadLogits):
         return logits, lambda rows: rows
-    dtype = product_dtype(logits.weight)
-    # The head's gradient is a sum over chunks, in float32 at least.
-    weight = logits.weight.to(row_dtype(logits.weight.dtype))
-    return logits.states, lambda rows: F.linear(rows.to(dtype), weight.to(dtype))
+    dtype = product_dtype(logits.weights[0])
+    # A head's gradient is a sum over chunks, in float32 at least.
+    weights = [weight.to(row_dtype(weight.dtype)) for weight in logits.weights]
+    if logits.head_of is None:
+        return logits.states, lambda rows: F.linear(rows.to(dtype), weights[0].to(dtype))
+
+    def product(rows: Tensor) -> Tensor:
+        return multiply(rows[:, :-1].to(dtype), [weight.to(dtype) for weight in weights], rows[:, -1].long())
+
+    return torch.cat([logits.states, logits.head_of[:, None].to(logits.states.dtype)], 1), product
 
 
 def by_chunks(function: Callable[..., tuple[Tensor, ...]], chunks: Iterable[tuple[Any, ...]]) -> tuple[Tensor, ...]:

@@ -1,17 +1,20 @@
-"""Divergences between target and drafter at rows of a batch, by chunks of rows where the draft head is a matrix."""
+"""Divergences between target and drafter at rows of a batch, by chunks of rows where draft heads are matrices."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from aurora_kernels import Target, two_head_loss
 from aurora_kernels.rows import agreeing, chunk_rows, log_softmax
+from aurora_kernels.targets import Reader
 from aurora_rl.objectives.chunks import rows_and_head
 from aurora_rl.objectives.divergences import Divergence, with_gradient
-from aurora_rl.policies.head_logits import HeadLogits
+from aurora_rl.policies.head_logits import HeadLogits, rows_by_head
 
 
 def compare(
@@ -59,16 +62,21 @@ def compare(
         if row_weights is not None and len(distinct) < len(logits):
             alike = [[step for step, at in enumerate(place) if at == i] for i in range(len(distinct))]
             row_weights = torch.stack([row_weights[steps].sum(0).to(row_weights.dtype) for steps in alike])
-        values, agreement = two_head_loss(
-            [each.states for each in heads],
-            [each.weight for each in heads],
-            target,
-            with_gradient(divergence),
-            draft_vocab=draft_vocab,
-            renormalize=renormalize,
-            row_weights=row_weights,
-            choices=choices,
+        learn = partial(
+            two_head_loss, divergence=with_gradient(divergence), draft_vocab=draft_vocab, renormalize=renormalize
         )
+        if all(each.head_of is None for each in heads):
+            values, agreement = learn(
+                [each.states for each in heads],
+                [each.weights[0] for each in heads],
+                target,
+                row_weights=row_weights,
+                choices=choices,
+            )
+        else:
+            weights = [None] * len(heads) if row_weights is None else row_weights.unbind(0)
+            parts = [_by_head(learn, each, target, w, choices) for each, w in zip(heads, weights, strict=True)]
+            values, agreement = (torch.stack(each) for each in zip(*parts, strict=True))
         return values[place], agreement[place]
     log_p = whole(target, draft_vocab, renormalize=renormalize)
     chosen = log_p.max(-1).indices if choices is None else choices
@@ -77,6 +85,41 @@ def compare(
     log_q = [log_softmax(each) for each in distinct]
     values = torch.stack([divergence(log_p.to(each.dtype), each) for each in log_q])
     return values[place], agreement[place]
+
+
+def _by_head(
+    learn: Callable[..., tuple[Tensor, Tensor]],
+    logits: HeadLogits,
+    target: Target,
+    row_weights: Tensor | None,
+    choices: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return values and agreement ``[X]`` of logits whose rows have heads of their own, by rows of one head."""
+    head_of = logits.states.new_zeros(len(logits.states)) if logits.head_of is None else logits.head_of
+    rows, found = rows_by_head(head_of, len(logits.weights)), []
+    for here, weight in zip(rows, logits.weights, strict=True):
+        some = [None if each is None else each[here] for each in (row_weights, choices)]
+        found.append(learn(logits.states[here], weight, _SomeRows(target, here), row_weights=some[0], choices=some[1]))
+    place = torch.cat(rows).argsort()
+    values, agreement = (torch.cat(each)[place] for each in zip(*found, strict=True))
+    return values, agreement
+
+
+@dataclass(frozen=True)
+class _SomeRows:
+    """Some rows of another target."""
+
+    target: Target
+    index: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.index)
+
+    def reader(self, draft_vocab: Tensor | None, *, renormalize: bool, temperature: float) -> Reader:
+        """Return a function that reads rows, see ``aurora_kernels.Target``."""
+        read = self.target.reader(draft_vocab, renormalize=renormalize, temperature=temperature)
+        return lambda rows: read(self.index[rows])
 
 
 @torch.no_grad()

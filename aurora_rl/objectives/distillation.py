@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_kernels import LogProbTarget, Target
+from aurora_kernels import Target
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.comparison import compare, whole
 from aurora_rl.objectives.divergences import Divergence
@@ -75,9 +74,8 @@ class DistillationObjective(Objective):
         """
         if not self.served:
             return row_target(rows, self.head), torch.ones_like(request, dtype=torch.bool)
-        log_p = self.served_log_probs(batch, rows, request)
-        covered = log_p.amax(-1) != -torch.inf  # what is not a number is to show in the loss
-        return LogProbTarget(log_p.masked_fill_(~covered[:, None], -math.log(log_p.shape[-1]))), covered
+        law = self.served_target(batch, rows, request, fill=True)
+        return law, law.covered(self.drafter.draft_vocab)
 
     def compare(
         self, logits: Sequence[Tensor], law: Target, row_weights: Tensor | None = None
@@ -93,17 +91,12 @@ class DistillationObjective(Objective):
             logits,
             law,
             self.divergence,
-            draft_vocab=self._columns,
+            draft_vocab=self.drafter.draft_vocab,
             renormalize=self.renormalize,
             row_weights=row_weights,
         )
 
     def log_probs(self, law: Target) -> Tensor:
         """Return a distribution of :meth:`target_law` on the draft vocabulary, ``[X, Vd]``, as ``renormalize`` says."""
-        log_p = whole(law, self._columns, renormalize=self.renormalize)
+        log_p = whole(law, self.drafter.draft_vocab, renormalize=self.renormalize)
         return log_p.to(torch.promote_types(next(self.drafter.parameters()).dtype, torch.float32))
-
-    @property
-    def _columns(self) -> Tensor | None:
-        """Tokens to read of a distribution of :meth:`target_law`: the served one has the draft vocabulary's alone."""
-        return None if self.served else self.drafter.draft_vocab

@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_kernels import LogProbTarget
+from aurora_kernels import Target
 from aurora_rl.envs.verification.rules import get_rule, rule_of_code
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.comparison import compare
@@ -106,9 +106,9 @@ class ExpectedLengthLoss(Objective):
         """Return expected length, true length and validity, ``[C]`` each, of the window from every completion token."""
         unroll, request = self.drafter.unroll(batch, self.steps), completion_columns(batch)[0]
         rows = target_rows(batch, self.tensor_keys.hidden)
-        log_p = self.served_log_probs(batch, rows, request, greedy=self.rule == "greedy")
+        law = self.served_target(batch, rows, request, greedy=self.rule == "greedy")
         row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
-        chance, right = self._acceptance(batch, log_p, unroll.logits, request, unroll.valid, row)
+        chance, right = self._acceptance(batch, law, unroll.logits, request, unroll.valid, row)
         relaxed, top1 = (by_window(part).cumprod(0).sum(0) for part in (chance, right.to(chance.dtype)))
         return relaxed, top1, unroll.valid[0]
 
@@ -121,10 +121,10 @@ class ExpectedLengthLoss(Objective):
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         request = trees.request[drawn_from]
         logits = self.drafter.context_logits(batch, trees, drawn_from)
-        log_p = self.served_log_probs(batch, rows, request, greedy=self.rule == "greedy")
+        law = self.served_target(batch, rows, request, greedy=self.rule == "greedy")
         # Where the drafter predicts nothing (below its depth, before the first pair) nothing is accepted of it.
         predicted = ((trees.root >= 0) & (trees.depth < self.drafter.max_depth))[drawn_from]
-        (chance,), _ = self._acceptance(batch, log_p, [logits], request, predicted[None])
+        (chance,), _ = self._acceptance(batch, law, [logits], request, predicted[None])
         # A node counts with the probability that all contexts before it accept, on the paths that lead through it.
         passed = trees.path_products(chance[context]) * self._share_of_leaves(batch, trees, rows, context)
         relaxed = trees.subtree_sums(passed)[rounds]
@@ -148,7 +148,7 @@ class ExpectedLengthLoss(Objective):
     def _acceptance(
         self,
         batch: TensorDictBase,
-        log_p: Tensor,
+        law: Target,
         logits: Sequence[Tensor],
         request: Tensor,
         valid: Tensor,
@@ -165,13 +165,14 @@ class ExpectedLengthLoss(Objective):
             codes = batch["sampling", "rule"]
             needs_q = [rule_of_code(code).needs_q for code in codes.tolist()]
             rejects = torch.tensor(needs_q, device=codes.device)[request]
-        chance, right = log_p.new_zeros(valid.shape), torch.zeros_like(valid)
+        dtype = torch.promote_types(next(self.drafter.parameters()).dtype, torch.float32)
+        chance, right = torch.zeros_like(valid, dtype=dtype), torch.zeros_like(valid)
         for divergence, here in ((missed_probability, ~rejects), (total_variation, rejects)):
             if bool(here.any()):
                 asked = valid & here
                 rejected, agrees = compare(
-                    logits, LogProbTarget(log_p), divergence,
-                    draft_vocab=None, renormalize=False, row_weights=asked, choices=row,
+                    logits, law, divergence,
+                    draft_vocab=self.drafter.draft_vocab, renormalize=False, row_weights=asked, choices=row,
                 )  # fmt: skip
                 chance, right = torch.where(asked, 1 - rejected, chance), right | (agrees & asked)
         return chance, right

@@ -14,10 +14,9 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from aurora_kernels.rows import chunk_rows
-from aurora_rl.envs.verification.sampling import served_log_probs
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives.target_rows import target_keys, target_logits
+from aurora_rl.objectives.served_target import ServedTarget
+from aurora_rl.objectives.target_rows import target_keys
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.settings import settings_of
@@ -34,7 +33,7 @@ _SOURCES = {
     "sampling": "it is recorded with every request, as the engine was told to sample (SamplingParams)",
 }
 SAMPLING_KEYS: list[NestedKey] = [("sampling", key) for key in ("temperature", "top_k", "top_p")]
-"""Entries of a batch that :meth:`Objective.served_log_probs` reads."""
+"""Entries of a batch that :meth:`Objective.served_target` reads."""
 
 # Batches in a row without a single drafted node before that is an error.
 _NO_NODES = 20
@@ -276,30 +275,26 @@ class Objective(LossModule):
                 "drafter.adaptive=false if drafts do not pay there yet"
             )
 
-    @torch.no_grad()
-    def served_log_probs(
-        self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, greedy: bool = False
-    ) -> Tensor:
-        """Return what was served, after temperature, top-k and top-p: log-probabilities on the draft vocabulary.
-
-        They are ``[X, Vd]``, not renormalised, in the dtype of the drafter's log-probabilities; the point mass on the
-        argmax if the request was decoded greedily.
+    def served_target(
+        self,
+        batch: TensorDictBase,
+        rows: TensorDictBase,
+        request: Tensor,
+        *,
+        greedy: bool = False,
+        fill: bool = False,
+    ) -> ServedTarget:
+        """Return the distribution that was served, after temperature, top-k and top-p, to be read by chunks of rows.
 
         Args:
             batch: Packed trajectories.
             rows: The target's outputs, ``[X]``, see ``target_rows``.
             request: Request of each row, ``[X]`` int64.
             greedy: Whether to take every request as decoded greedily, and read nothing of "sampling".
+            fill: Whether rows without any mass in the draft vocabulary are uniform, see :class:`ServedTarget`.
         """
         if greedy:
             temperature, top_k = torch.zeros(len(request), device=request.device), torch.zeros_like(request)
-            top_p = torch.ones_like(temperature)
-        else:
-            temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
-        dtype, vocab = next(self.drafter.parameters()).dtype, self.drafter.draft_vocab
-        size, log_p = chunk_rows(request.device, len(self.head), len(request)), []
-        for start in range(0, max(len(request), 1), size):  # logits of the whole vocabulary for a few rows at a time
-            part = slice(start, start + size)
-            logits = target_logits(rows[part], self.head)
-            log_p.append(served_log_probs(logits, temperature[part], top_k[part], top_p[part], vocab))
-        return torch.cat(log_p).to(torch.promote_types(dtype, torch.float32))
+            return ServedTarget(rows, self.head, temperature, top_k, torch.ones_like(temperature), fill)
+        temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
+        return ServedTarget(rows, self.head, temperature, top_k, top_p, fill)

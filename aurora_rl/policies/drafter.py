@@ -212,7 +212,8 @@ class Drafter(HubMixin, nn.Module, ABC):
                 prediction (a ``root`` of −1, a depth of ``max_depth`` or more) mean nothing.
 
         Returns:
-            ``[number wanted, Vd]``, with gradients; :class:`~aurora_rl.policies.HeadLogits` if the head is one matrix.
+            ``[number wanted, Vd]``, with gradients; :class:`~aurora_rl.policies.HeadLogits` if the head is one matrix,
+            or each row has one.
         """
 
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
@@ -234,7 +235,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         predicted = self.context_logits(chains, trees, wanted)
         rows = (wanted.cumsum(0) - 1).clamp(min=0)[contexts]
         if isinstance(predicted, HeadLogits):
-            return Unroll([HeadLogits(predicted.states[row], predicted.weight) for row in rows], valid)
+            return Unroll([predicted.some(row) for row in rows], valid)
         return Unroll([predicted[row] for row in rows], valid)
 
     def score(self, batch: TensorDictBase) -> Tensor:

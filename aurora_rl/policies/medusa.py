@@ -193,12 +193,12 @@ class MedusaDrafter(Drafter):
         # A context predicts by its root and depth only.
         request, root, depth = trees.request[wanted], trees.root[wanted].clamp(min=0), trees.depth[wanted]
         features = batch["sequence", "features"][_first_pair(batch)[request] + root]
-        logits = features.new_zeros(len(depth), len(self.draft_vocab), dtype=next(self.lm_heads.parameters()).dtype)
+        weights = [head.get_parameter("weight") for head in self.lm_heads]
+        states = features.new_zeros(len(depth), weights[0].shape[1], dtype=weights[0].dtype)
         for head in range(self.num_heads):
-            here = (depth == head).nonzero().flatten()
-            predicted = self.lm_heads[head](self._states(head, features[here]))
-            logits = logits.index_copy(0, here, predicted.to(logits.dtype))
-        return logits
+            here = (depth == head).nonzero()[:, 0]
+            states = states.index_copy(0, here, self._states(head, features[here]).to(states.dtype))
+        return HeadLogits(states, weights, depth.clamp(max=self.num_heads - 1))  # deeper states are zero
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

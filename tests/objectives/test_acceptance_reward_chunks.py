@@ -13,9 +13,11 @@ from tiny_drafters import noisy_drafter_and_head
 from torch import Tensor
 
 from aurora_kernels import rows as kernel_rows
+from aurora_kernels.rows import Rows
 from aurora_rl.envs import SamplingParams
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import AcceptanceRewardLoss, Objective
+from aurora_rl.objectives.served_target import ServedTarget
 from aurora_rl.policies import Drafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, TreeShape
 from aurora_rl.testing import tiny_target
 from aurora_rl.testing.tiny import serve
@@ -110,21 +112,25 @@ def test_values_and_gradients_are_those_of_one_chunk(
     assert sum(float(each.abs().sum()) for each in gradients) > 1e-3
 
 
+@pytest.mark.parametrize("kind", [Eagle3Drafter, MedusaDrafter])
 @pytest.mark.parametrize("rule", ["sample_and_match", "rejection"])
-def test_it_makes_no_tensor_of_all_contexts_and_tokens(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter, _ = noisy_drafter_and_head(Eagle3Drafter)
-    batch = batch_of(Eagle3Drafter, rules=[rule])
+def test_it_makes_no_tensor_of_all_contexts_and_tokens(
+    rule: str, kind: type[Drafter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter, _ = noisy_drafter_and_head(kind)
+    batch = batch_of(kind, rules=[rule])
     batch["sampling", "top_k"].fill_(0)  # so that every node has a chance
     rows_of_a_chunk(monkeypatch, 4)
     # So many draft rows that logits would be the largest tensors.
-    drafter.lm_head = torch.nn.Linear(16, 4096, bias=False, dtype=torch.float64)
+    heads = [torch.nn.Linear(16, 4096, bias=False, dtype=torch.float64) for _ in range(4)]
+    drafter.lm_head, drafter.lm_heads = heads[0], torch.nn.ModuleList(heads)  # of either kind
     drafter.draft_vocab = torch.arange(4096)
     head = TargetHead(0.1 * torch.randn(4096, 16, dtype=torch.float64))
     loss = AcceptanceRewardLoss(drafter, head, baseline="leave_one_out")
     assert int(TreeIndex.of(batch).drawn_from.sum()) > 16
     size = largest_tensor(lambda: loss(batch)["loss_acceptance_reward"].backward())
     assert size == 4096 * 16  # of a head, or its gradient
-    assert drafter.lm_head.weight.grad is not None and bool(drafter.lm_head.weight.grad.any())
+    assert heads[0].weight.grad is not None and bool(heads[0].weight.grad.any())
 
 
 @pytest.mark.parametrize(("rule", "readings"), [("sample_and_match", 1), ("rejection", 2)])
@@ -133,12 +139,13 @@ def test_the_served_distribution_is_read_again_where_a_gradient_hangs_on_it(
 ) -> None:
     drafter, head = noisy_drafter_and_head(Eagle3Drafter)
     loss, batch, read = AcceptanceRewardLoss(drafter, head), batch_of(Eagle3Drafter, rules=[rule]), []
-    served = loss.served_log_probs
+    log_probs = ServedTarget._log_probs
 
-    def counted(*args: Any, **options: Any) -> Tensor:
-        read.append(len(args[1]))
-        return served(*args, **options)
+    def counted(target: ServedTarget, rows: Rows, tokens: Tensor) -> Tensor:
+        found = log_probs(target, rows, tokens)
+        read.append(len(found))
+        return found
 
-    monkeypatch.setattr(loss, "served_log_probs", counted)
+    monkeypatch.setattr(ServedTarget, "_log_probs", counted)
     learn(loss, batch)
     assert sum(read) == readings * int(TreeIndex.of(batch).drawn_from.sum())

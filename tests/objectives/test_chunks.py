@@ -17,6 +17,9 @@ def test_rows_and_head_make_the_logits() -> None:
     rows, head = rows_and_head(logits)
     torch.testing.assert_close(head(rows[1:3]), (states @ weight.T)[1:3])
     assert "product" not in vars(logits)
+    heads, head_of = [weight, torch.randn(7, 3), torch.randn(7, 3)], torch.tensor([2, 0, 0, 2, 0])
+    rows, head = rows_and_head(logits := HeadLogits(states, heads, head_of))
+    torch.testing.assert_close(head(rows[2:5]), (logits + 0)[2:5])
     rows, head = rows_and_head(plain := states @ weight.T)
     assert rows is plain and head(rows) is plain
 

@@ -25,10 +25,12 @@ from aurora_rl.policies import (
     Eagle3Drafter,
     EagleDrafter,
     HeadLogits,
+    MedusaDrafter,
     StandaloneDrafter,
     TreeShape,
 )
 from aurora_rl.trajectories import pack, rule_code
+from aurora_rl.tree_index import TreeIndex
 
 WARPED = SamplingParams(temperature=0.7, top_p=0.9)
 
@@ -66,7 +68,8 @@ LOSSES: list[tuple[type[Objective], dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("kind", "loss", "settings"),
     [(Eagle3Drafter, *each) for each in LOSSES]
-    + [(kind, *each) for kind in (EagleDrafter, DFlashDrafter, StandaloneDrafter) for each in (LOSSES[0], LOSSES[4])],
+    + [(kind, *each) for kind in (EagleDrafter, DFlashDrafter, StandaloneDrafter) for each in (LOSSES[0], LOSSES[4])]
+    + [(MedusaDrafter, *each) for each in LOSSES],
     ids=str,
 )
 def test_it_is_what_it_is_with_whole_logits(
@@ -109,6 +112,56 @@ def test_nothing_has_a_row_of_the_targets_vocabulary_for_every_position(
     assert (
         largest_tensor(lambda: learn(loss(drafter, TargetHead(wide), **settings), batch)) <= wide.numel() < 5000 * rows
     )
+
+
+@pytest.mark.parametrize("kind", [Eagle3Drafter, MedusaDrafter])
+@pytest.mark.parametrize(("loss", "settings"), LOSSES, ids=str)
+def test_nothing_has_a_row_of_the_draft_vocabulary_for_every_position(
+    kind: type[Drafter], loss: type[Objective], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter, head = noisy_drafter_and_head(kind)
+    batch = batch_of(kind)
+    monkeypatch.setattr(kernel_rows, "_FEWEST", 4)
+    monkeypatch.setitem(kernel_rows._CHUNK, "cpu", 1)
+    # So many draft rows that logits would be the largest tensors.
+    drafter.draft_vocab = torch.arange(4096)
+    wide = nn.functional.pad(head.weight, (0, 0, 0, 4096 - len(head)))
+    if isinstance(drafter, MedusaDrafter):
+        heads = [nn.Linear(16, 4096, bias=False, dtype=torch.float64) for _ in range(drafter.num_heads)]
+        drafter.lm_heads = nn.ModuleList(heads)
+    else:
+        drafter.lm_head = nn.Linear(16, 4096, bias=False, dtype=torch.float64)
+    logits = drafter.context_logits(batch, trees := TreeIndex.of(batch), torch.ones_like(trees.depth).bool())
+    assert isinstance(logits, HeadLogits) and len(logits.states) > 16
+    size = largest_tensor(lambda: learn(loss(drafter, TargetHead(wide), **settings), batch))
+    assert size == 4096 * 16  # of a head, or its gradient
+
+
+def test_rows_with_heads_of_their_own_are_compared_as_with_whole_logits() -> None:
+    """In any order, with rows that do not count, choices of their own, and a head that has no row."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    states, weights = randn(9, 4).requires_grad_(), [randn(7, 4).requires_grad_() for _ in range(4)]
+    head_of, target = torch.tensor([2, 0, 3, 0, 2, 3, 3, 0, 2]), LogProbTarget(randn(9, 7).log_softmax(-1))
+    row_weights, upstream = torch.rand(1, 9, generator=generator, dtype=torch.float64), randn(1, 9)
+    row_weights[0, 4] = 0.0
+    choices = torch.tensor([0, 6, -1, 2, 3, 3, 1, 0, 5])
+    found = []
+    for plain_logits in (False, True):
+        for direction in (2 * row_weights, upstream):  # as was foreseen, and not
+            logits = HeadLogits(states, weights, head_of)
+            logits = logits + 0 if plain_logits else logits
+            values, agreement = compare(
+                [logits], target, forward_kl,
+                draft_vocab=None, renormalize=True, row_weights=row_weights, choices=choices,
+            )  # fmt: skip
+            keep = row_weights != 0
+            loss = (torch.where(keep, values, 0.0) * direction).sum()
+            found.append([values[keep], agreement[keep], *torch.autograd.grad(loss, (states, *weights))])
+    torch.testing.assert_close(found[:2], found[2:])
 
 
 def test_steps_that_predict_alike_are_compared_once_and_have_the_gradients_of_each() -> None:

@@ -149,7 +149,7 @@ def test_other_forms_of_target_and_drafter(form: str, monkeypatch: pytest.Monkey
         torch.testing.assert_close(got, each)
 
 
-@pytest.mark.parametrize("settings", [{}, {"renormalize": False}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"renormalize": False}, {"target": "served"}], ids=str)
 def test_it_makes_no_tensor_of_all_positions_and_tokens(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,7 +165,8 @@ def test_weights_that_depend_on_the_distributions_and_what_is_served(
         torch.testing.assert_close(got, each)
 
 
-def test_it_makes_no_tensor_of_all_positions_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("target", ["model", "served"])
+def test_it_makes_no_tensor_of_all_positions_and_tokens(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     drafter, head = noisy_drafter_and_head(Eagle3Drafter)
     monkeypatch.setattr(kernel_rows, "_FEWEST", 2)
     monkeypatch.setitem(kernel_rows._CHUNK, "cpu", 1)
@@ -175,7 +176,7 @@ def test_it_makes_no_tensor_of_all_positions_and_tokens(monkeypatch: pytest.Monk
     drafter.draft_vocab = vocab
     batch = batch_of(Eagle3Drafter)
     count = len(batch["sequence", "hidden"])
-    loss = ImitationLoss(drafter, TargetHead(wide))
+    loss = ImitationLoss(drafter, TargetHead(wide), target=target)
     size = largest_tensor(lambda: loss(batch)["loss_imitation"].backward())
     assert 4096 * 16 <= size < 4096 * count
     assert isinstance(drafter.unroll(batch, 1).logits[0], HeadLogits)

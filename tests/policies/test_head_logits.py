@@ -45,6 +45,27 @@ def test_gradients_reach_states_and_weight() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_rows_may_have_heads_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(6, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    head_of = torch.tensor([2, 0, 2, 1, 0, 0])  # the last head has no row
+    logits = HeadLogits(states, weights, head_of)
+    expected = torch.stack([weights[head] @ state for state, head in zip(states, head_of.tolist(), strict=True)])
+    torch.testing.assert_close(logits + 0, expected)
+    place = torch.tensor([5, 0, 2, 2])
+    some = logits.some(place)
+    assert some.shape == (4, 4) and "product" not in vars(some)
+    torch.testing.assert_close(some + 0, expected[place])
+    gradients = [
+        torch.autograd.grad(each.square().sum(), (states, *weights[:3]), retain_graph=True)
+        for each in (logits, expected)
+    ]
+    torch.testing.assert_close(*gradients)
+    with pytest.raises(ValueError, match=r"head_of must lie in 0 .. 3, got \[2, 3, 4\]"):
+        HeadLogits(states, weights, head_of + 2) + 0
+
+
 def test_nothing_is_multiplied_before_it_is_read_and_nothing_twice() -> None:
     logits = HeadLogits(*parts())
     assert logits.shape == (2, 4) and "product" not in vars(logits)

@@ -15,6 +15,7 @@ from torch import Tensor
 from aurora_kernels import Target, TopKTarget
 from aurora_kernels.trees import sibling_ranks
 from aurora_rl.objectives import DiscardSamplingLoss, ExpectedLengthLoss, ImitationLoss, Objective, Values
+from aurora_rl.objectives.served_target import ServedTarget
 from aurora_rl.testing import check_objective
 
 TEMPERATURE, ACCEPTED = ("sampling", "temperature"), ("nodes", "accepted")
@@ -99,12 +100,12 @@ class TakesWhatItFinds(ImitationLoss):
 
 
 class IgnoresTheTemperature(ExpectedLengthLoss):
-    def served_log_probs(
-        self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, greedy: bool = False
-    ) -> Tensor:
+    def served_target(
+        self, batch: TensorDictBase, rows: TensorDictBase, request: Tensor, *, greedy: bool = False, fill: bool = False
+    ) -> ServedTarget:
         batch = batch.clone()
         batch[TEMPERATURE] = torch.ones_like(batch[TEMPERATURE])
-        return super().served_log_probs(batch, rows, request, greedy=greedy)
+        return super().served_target(batch, rows, request, greedy=greedy, fill=fill)
 
 
 # ---- positions that do not count ------------------------------------------------------------------------------------
