@@ -16,6 +16,7 @@ from aurora_kernels.rows import chunk_rows, log_softmax
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.chunks import by_chunks, rows_and_head
 from aurora_rl.objectives.distillation import DistillationObjective
+from aurora_rl.objectives.function_probe import probe_function
 from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.target_rows import target_rows
 from aurora_rl.objectives.windows import Windows, by_window, completion_tokens
@@ -41,8 +42,9 @@ class FunctionObjective(DistillationObjective):
 
     The function treats every window alone, whole: it is called with some windows of a batch at a time, and called again
     in the backward pass, so that no tensor of all positions times the vocabulary is made. An objective that looks
-    across windows subclasses :class:`Objective`. A function may draw random numbers from PyTorch's default generators:
-    the backward pass draws the same ones. A generator of its own would draw others.
+    across windows subclasses :class:`Objective`. A function may draw random numbers from PyTorch's default generators,
+    for each window its own: the backward pass draws the same ones. It leaves its arguments as they are.
+    docs/objectives.md says what it may do, what is refused, and what is not noticed.
 
     Args:
         drafter: Drafter whose parameters learn.
@@ -57,8 +59,8 @@ class FunctionObjective(DistillationObjective):
     The metric is "agreement" ``[J]``: the share of positions where the likeliest tokens agree.
 
     Raises:
-        ValueError: ``steps`` < 1, an unknown target, or the function fails on a text of two tokens, returns other
-            values of a window next to another, or other values of the same windows with the same random state.
+        ValueError: ``steps`` < 1, an unknown target, or the function fails on a text of five tokens or is refused
+            there, see ``aurora_rl.objectives.function_probe``.
     """
 
     function: ClassVar[ObjectiveFunction]
@@ -81,11 +83,11 @@ class FunctionObjective(DistillationObjective):
         super().__init__(drafter, head, renormalize=renormalize, target=target, weight=weight, reduction=reduction)
         self._steps, self._settings = steps, settings
         try:  # better now than at the first batch, when a model is loaded
-            self._call_on_two_tokens()
+            probe_function(self._call, self._steps or Drafter.unroll_depth)
         except Exception as error:  # whatever a function does
             if isinstance(error, ValueError):
                 raise
-            raise ValueError(f"its function fails on two tokens: {type(error).__name__}: {error}") from error
+            raise ValueError(f"its function fails on a text of five tokens: {type(error).__name__}: {error}") from error
 
     @property
     def steps(self) -> int:
@@ -126,41 +128,6 @@ class FunctionObjective(DistillationObjective):
         agreement = (agrees & valid).sum(1) / valid.sum(1).clamp(min=1)
         return Values(value, value.new_ones(()), valid, {"agreement": agreement})
 
-    def _call_on_two_tokens(self) -> None:
-        """Raise ValueError if a window matters to another, or a second call differs; what else it raises passes."""
-        shape = (self._steps or Drafter.unroll_depth, 2)
-        log_p, log_q = torch.randn(2, *shape, 2, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
-        rows, request = torch.zeros(shape, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-        windows = Windows(rows, request, torch.ones(shape, dtype=torch.bool))
-
-        def call(*place: int) -> tuple[list[Tensor], bool]:
-            """Return values and mask of windows at these places, and whether they need random numbers."""
-            torch.default_generator.manual_seed(0)
-            before, part = torch.get_rng_state(), list(place)
-            found = self._call(log_p[:, part], log_q[:, part], _some(windows, part))
-            return [each.detach().double() for each in found], not torch.equal(before, torch.get_rng_state())
-
-        with torch.random.fork_rng(devices=[]):
-            both, draws = call(0, 1)
-            again, _ = call(0, 1)
-            # Fewer windows draw other numbers, so a random function is called on as many: on two copies of one.
-            copies = [call(i, i) if draws else call(i) for i in range(2)]
-        if not _same(both, again):
-            raise ValueError(
-                "its function must return the same when it is called again with the same random state, as the backward "
-                f"pass does, and returns {both[0].flatten().tolist()} and then {again[0].flatten().tolist()}; draw "
-                "random numbers from PyTorch's default generator, and keep no state"
-            )
-        for i, (copy, _) in enumerate(copies):
-            found, expected = ([each[:, min(i, each.shape[1] - 1)] for each in of] for of in (copy, both))
-            if not _same(found, expected):
-                differing = 0 if not _same(found[:1], expected[:1]) else 1
-                raise ValueError(
-                    f"its function must treat each window alone, and returns {found[differing].tolist()} of a window "
-                    f"{'next to a copy' if draws else 'by itself'} and {expected[differing].tolist()} of it next to "
-                    "another; subclass Objective to look across windows"
-                )
-
     def _call(self, log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         """Call the function, and check what it returns."""
         result, shape = self.function(log_p, log_q, windows, **self._settings), list(windows.valid.shape)
@@ -175,15 +142,9 @@ class FunctionObjective(DistillationObjective):
         return value, mask
 
 
-def _some(windows: Windows, part: slice | list[int]) -> Windows:
+def _some(windows: Windows, part: slice) -> Windows:
     """Return some of the windows."""
     return Windows(windows.rows[:, part], windows.request[part], windows.valid[:, part])
-
-
-def _same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    """Return whether two calls of a function returned the same, up to rounding."""
-    pairs = zip(found, expected, strict=True)
-    return all(torch.allclose(*pair, rtol=1e-4, atol=1e-6, equal_nan=True) for pair in pairs)
 
 
 @cache
