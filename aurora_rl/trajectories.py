@@ -17,7 +17,7 @@ from aurora_kernels.trees import depths
 from aurora_rl.plausible import implausible
 from aurora_rl.sampling_params import SamplingParams
 
-RULE_CODES = ("greedy", "sample_and_match", "rejection", "rejection_without_replacement")
+RULE_CODES = ("greedy", "sample_and_match", "rejection", "rejection_without_replacement", "block")
 """Built-in verification rules, by their codes; see :func:`rule_code`."""
 _OTHER_RULES = 2**56  # codes of other rules begin here
 # How the drafter chose a tree's nodes: its likeliest, or draws, whose siblings are independent or all different.

@@ -223,8 +223,8 @@ CORRUPTIONS = [
     (("sampling", "top_k"), lambda t: ten(1.0), "sampling.top_k has dtype torch.float32, expected int64"),
     (("sampling", "seed"), lambda t: ten([1]), "sampling.seed must have shape"),
     (
-        ("sampling", "rule"), lambda t: ten(4),
-        r"sampling.rule must index \('greedy', 'sample_and_match', 'rejection', .*\) or .*, got 4",
+        ("sampling", "rule"), lambda t: ten(5),
+        r"sampling.rule must index \('greedy', 'sample_and_match', 'rejection', .*\) or .*, got 5",
     ),
     (("sampling", "draft_mode"), lambda t: ten(-1), r"sampling.draft_mode must index .* got -1"),
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from aurora_rl.envs.processors import generation_processors
 from aurora_rl.envs.request import Completion, Request
 from aurora_rl.envs.spec_decode import SpecDecodeEnv
 from aurora_rl.envs.transformers_engine import TransformersEngine
+from aurora_rl.envs.verification.block import Block
 from aurora_rl.envs.verification.rejection import Rejection, RejectionWithoutReplacement
 from aurora_rl.envs.verification.rules import RULES, Greedy, SampleAndMatch, VerificationRule, get_rule, register_rule
 from aurora_rl.sampling_params import SamplingParams
@@ -12,6 +13,7 @@ from aurora_rl.sampling_params import SamplingParams
 __all__ = [
     "ENGINES",
     "RULES",
+    "Block",
     "Completion",
     "Engine",
     "Greedy",

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from aurora_kernels.trees import sibling_ranks
+from aurora_rl.envs.verification.rules import require_token_wise, rule_of_code
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
@@ -67,8 +68,8 @@ class AcceptanceRewardLoss(Objective):
     Raises:
         ValueError: The reward or baseline is unknown, or a clip or limit is out of range. A batch's trees were not
             sampled, lack a log-probability, or have a node that the drafter cannot have drawn. The reward or baseline
-            does not hold for the rule or draft mode, or a baseline lacks siblings. Or more than twenty batches in a row
-            had no fresh round.
+            does not hold for the rule or draft mode, the rule accepts no single nodes, or a baseline lacks siblings. Or
+            more than twenty batches in a row had no fresh round.
 
     Example:
         >>> from aurora_rl.testing import tiny_batch
@@ -165,7 +166,9 @@ class AcceptanceRewardLoss(Objective):
         """Return what was drawn, and the distributions that judge it, with gradients in the drafter."""
         keys, trees = self.tensor_keys, TreeIndex.of(batch)
         request = trees.request[trees.num_rounds :]
-        mode = batch["sampling", "draft_mode"][request]
+        rule, mode = batch["sampling", "rule"][request], batch["sampling", "draft_mode"][request]
+        for code in rule.unique().tolist():
+            require_token_wise(rule_of_code(code), f"objective {self.name!r}")
         if bool((mode == 0).any()):
             raise ValueError(
                 f"objective {self.name!r}: ('sampling', 'draft_mode') is 'topk', and a drafter's likeliest nodes hold "
@@ -186,7 +189,7 @@ class AcceptanceRewardLoss(Objective):
         return TreeLaw(
             trees,
             row,
-            batch["sampling", "rule"][request],
+            rule,
             logits=self.drafter.context_logits(batch, trees, drawn_from),
             served=lambda part: served(part).exp(),
             without=mode == _WITHOUT_REPLACEMENT,

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from aurora_kernels import Target
-from aurora_rl.envs.verification.rules import get_rule, rule_of_code
+from aurora_rl.envs.verification.rules import get_rule, require_token_wise, rule_of_code
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.comparison import compare
 from aurora_rl.objectives.divergences import missed_probability, total_variation
@@ -48,7 +48,8 @@ class ExpectedLengthLoss(Objective):
     that is not the text's) or "accepted_length" (of trees).
 
     Raises:
-        ValueError: ``steps`` < 1, an unknown rule, contexts or reduction.
+        ValueError: ``steps`` < 1, an unknown rule, contexts or reduction; or a rule that accepts no single nodes, given
+            or of a batch.
 
     Example:
         >>> from aurora_rl.testing import tiny_batch
@@ -70,7 +71,7 @@ class ExpectedLengthLoss(Objective):
         reduction: str = "mean",
     ) -> None:
         if rule is not None:
-            get_rule(rule)
+            require_token_wise(get_rule(rule), f"objective {self.name!r}")
         if contexts not in ("text", "trees"):
             raise ValueError(f"expected_length's contexts must be 'text' or 'trees', got {contexts!r}")
         if steps < 1:
@@ -163,8 +164,10 @@ class ExpectedLengthLoss(Objective):
             rejects = torch.full_like(request, get_rule(self.rule).needs_q, dtype=torch.bool)
         else:
             codes = batch["sampling", "rule"]
-            needs_q = [rule_of_code(code).needs_q for code in codes.tolist()]
-            rejects = torch.tensor(needs_q, device=codes.device)[request]
+            rules = [rule_of_code(code) for code in codes.tolist()]
+            for each in set(rules):
+                require_token_wise(each, f"objective {self.name!r}")
+            rejects = torch.tensor([each.needs_q for each in rules], device=codes.device)[request]
         dtype = torch.promote_types(next(self.drafter.parameters()).dtype, torch.float32)
         chance, right = torch.zeros_like(valid, dtype=dtype), torch.zeros_like(valid)
         for divergence, here in ((missed_probability, ~rejects), (total_variation, rejects)):

@@ -80,6 +80,36 @@ def reject(
     return Verdict(accepted, pick(residual, column))
 
 
+def both_distributions(
+    name: str, logits: Tensor, tokens: Tensor, sampling: SamplingBatch, q: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the served distribution at the root and every node, `[B, N + 1, V]`, and `q` in its dtype.
+
+    `name` is the rule's. The other arguments are those of `VerificationRule.verify`. ValueError says that `q` is not
+    `[B, N, V]`.
+    """
+    if q is None or q.shape[:2] != tokens.shape:
+        raise ValueError(f"the rule {name!r} needs q [B, N, V], got {None if q is None else list(q.shape)}")
+    columns = logits.shape[1]
+    params = (part.repeat_interleave(columns) for part in (sampling.temperature, sampling.top_k, sampling.top_p))
+    p = served_log_probs(logits.flatten(0, 1), *params).view(logits.shape).exp()
+    return p, q.to(p.dtype)
+
+
+def bonus_draw(parents: Tensor, positions: Tensor, sampling: SamplingBatch) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function that draws tokens `[B]` from distributions `[B, V]` after the nodes at columns `[B]`.
+
+    The noise is that of plain sampling at their positions. Arguments are those of `VerificationRule.verify`.
+    """
+    depth = F.pad(depths(parents), (1, 0))
+
+    def pick(residual: Tensor, column: Tensor) -> Tensor:
+        below = depth.gather(1, column[:, None])[:, 0]
+        return (residual.log() + gumbel(sampling.seed, positions + below + 1, residual.shape[-1])).argmax(-1)
+
+    return pick
+
+
 class _Rejection(VerificationRule):
     replacement: ClassVar[bool]
     needs_q = True
@@ -96,21 +126,11 @@ class _Rejection(VerificationRule):
         q: Tensor | None = None,
     ) -> Verdict:
         check_shapes(logits, tokens, parents, valid)
-        if q is None or q.shape[:2] != tokens.shape:
-            raise ValueError(f"the rule {self.name!r} needs q [B, N, V], got {None if q is None else list(q.shape)}")
-        rows, columns, vocab_size = logits.shape
-        params = (part.repeat_interleave(columns) for part in (sampling.temperature, sampling.top_k, sampling.top_p))
-        log_p = served_log_probs(logits.flatten(0, 1), *params).view(rows, columns, vocab_size)
-        depth = depths(parents)
-        at = positions[:, None] + depth  # the position that a node's token would take
+        p, q = both_distributions(self.name, logits, tokens, sampling, q)
+        at = positions[:, None] + depths(parents)  # the position that a node's token would take
         coins = uniform(sampling.seed[:, None], at, tokens.clamp(min=0), _COINS)
-
-        def pick(residual: Tensor, column: Tensor) -> Tensor:
-            below = F.pad(depth, (1, 0)).gather(1, column[:, None])[:, 0]
-            return (residual.log() + gumbel(sampling.seed, positions + below + 1, vocab_size)).argmax(-1)
-
-        p = log_p.exp()
-        return reject(p, q.to(p.dtype), tokens, parents, valid, coins, pick, replacement=self.replacement)
+        pick = bonus_draw(parents, positions, sampling)
+        return reject(p, q, tokens, parents, valid, coins, pick, replacement=self.replacement)
 
     @override
     def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:

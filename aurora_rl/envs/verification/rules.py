@@ -51,12 +51,15 @@ class VerificationRule(ABC):
         needs_q: Whether the rule looks at the drafter's distribution.
         replayable: Whether recorded text says which drafts the rule would have accepted: the text does not depend on
             the drafts, and a draft is accepted if it agrees with the text. Only then is the gate's replay exact.
+        token_wise: Whether a node's acceptance follows from its own context and its earlier siblings, so that the rule
+            has an `acceptance`. Objectives that learn by it refuse other rules.
     """
 
     name: ClassVar[str]
     draft_modes: ClassVar[tuple[str, ...]] = DRAFT_MODES
     needs_q: ClassVar[bool] = False
     replayable: ClassVar[bool] = False
+    token_wise: ClassVar[bool] = True
 
     @abstractmethod
     def verify(
@@ -100,6 +103,9 @@ class VerificationRule(ABC):
 
         Returns:
             `[M]` in the dtype of `p`, differentiable in `q`.
+
+        Raises:
+            ValueError: The rule is not `token_wise`.
         """
 
 
@@ -152,6 +158,15 @@ def require_replayable(rule: type[VerificationRule]) -> None:
         raise ValueError(
             f"the rule {rule.name!r} is not replayable: its text depends on what was drafted, so recorded "
             "text does not tell what another drafter would have had accepted; set rule=null where requests are served"
+        )
+
+
+def require_token_wise(rule: type[VerificationRule], what: str) -> None:
+    """Raise ValueError if a rule has no acceptance of single nodes; `what` is the objective that needs one."""
+    if not rule.token_wise:
+        raise ValueError(
+            f"{what} learns by the chance that single nodes are accepted, and the rule {rule.name!r} accepts prefixes "
+            "as a whole; verify by rule='rejection', or learn by imitation"
         )
 
 

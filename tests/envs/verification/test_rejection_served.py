@@ -116,6 +116,7 @@ def serve(
     depth: int = 2,
     drawn: str | None = None,
     speculate: bool = True,
+    width: int = 3,
     with_q: bool = True,
 ) -> tuple[list, Tensor]:
     """Requests served to their end, and the law of their first token; ``drawn`` is the policy's own draft mode."""
@@ -125,7 +126,7 @@ def serve(
     prompt = torch.tensor([3, 5, 9])
     waiting = [Request(i, prompt, SamplingParams(temperature, seed=i, max_tokens=2)) for i in range(count)]
     done: list = []
-    shape = TreeShape(depth, 3, mode=drawn or mode)
+    shape = TreeShape(depth, width, mode=drawn or mode)
     env = SpecDecodeEnv(
         engine, lambda: waiting.pop() if waiting else None, num_nodes=shape.num_nodes, rule=rule, draft_mode=mode,
         on_completion=done.append,
@@ -143,15 +144,16 @@ def serve(
 
 
 @pytest.mark.parametrize(
-    ("rule", "mode"),
+    ("rule", "mode", "width"),
     [
-        ("rejection", "sampled"),
-        ("rejection_without_replacement", "sampled_without_replacement"),
-        ("sample_and_match", "sampled"),
+        ("rejection", "sampled", 3),
+        ("rejection_without_replacement", "sampled_without_replacement", 3),
+        ("sample_and_match", "sampled", 3),
+        ("block", "sampled", 1),
     ],
 )
-def test_served_text_has_the_targets_law(rule: str, mode: str) -> None:
-    done, law = serve(rule, mode, temperature=0.7, count=1500, slots=750)  # each slot has two requests
+def test_served_text_has_the_targets_law(rule: str, mode: str, width: int) -> None:
+    done, law = serve(rule, mode, temperature=0.7, count=1500, slots=750, width=width)  # each slot has two requests
     first = torch.tensor([int(c.tokens[0]) for c in done]).bincount(minlength=len(law))
     likely = law > 0.005
     counts, expected = (
@@ -163,8 +165,9 @@ def test_served_text_has_the_targets_law(rule: str, mode: str) -> None:
     assert all(int(c.trajectory["sampling", "draft_mode"]) > 0 for c in done)
 
 
-def test_greedy_text_under_rejection_is_the_targets_own() -> None:
-    done, _ = serve("rejection", "sampled", temperature=0.0, count=3, slots=2)
+@pytest.mark.parametrize(("rule", "width"), [("rejection", 3), ("block", 1)])
+def test_greedy_text_under_rejection_is_the_targets_own(rule: str, width: int) -> None:
+    done, _ = serve(rule, "sampled", temperature=0.0, count=3, slots=2, width=width)
     plain_, _ = serve("greedy", "topk", temperature=0.0, count=3, slots=2)
     assert {tuple(c.tokens.tolist()) for c in done} == {tuple(c.tokens.tolist()) for c in plain_}
 
@@ -232,7 +235,7 @@ def test_a_third_partys_rule_is_recorded_and_learned_from() -> None:
         assert all(torch.equal(known[key], own[key]) for key in known.keys())
 
 
-@pytest.mark.parametrize("name", ["rejection", "rejection_without_replacement"])
+@pytest.mark.parametrize("name", ["rejection", "rejection_without_replacement", "block"])
 def test_rules_whose_text_depends_on_the_drafts_are_not_replayed(name: str) -> None:
     with pytest.raises(ValueError, match=f"the rule '{name}' is not replayable: its text depends on what was drafted"):
         require_replayable(get_rule(name))
