@@ -184,7 +184,7 @@ class AcceptanceRewardLoss(Objective):
         drawn_from = trees.drawn_from
         rows = context_rows(batch, trees, drawn_from, keys.hidden, keys.node_hidden)
         served = self.served_target(batch, rows, trees.request[drawn_from]).reader(
-            self.drafter.draft_vocab, renormalize=False, temperature=1.0
+            None, renormalize=False, temperature=1.0
         )
         return TreeLaw(
             trees,

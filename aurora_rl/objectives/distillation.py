@@ -75,7 +75,7 @@ class DistillationObjective(Objective):
         if not self.served:
             return row_target(rows, self.head), torch.ones_like(request, dtype=torch.bool)
         law = self.served_target(batch, rows, request, fill=True)
-        return law, law.covered(self.drafter.draft_vocab)
+        return law, law.covered()
 
     def compare(
         self, logits: Sequence[Tensor], law: Target, row_weights: Tensor | None = None
@@ -91,12 +91,17 @@ class DistillationObjective(Objective):
             logits,
             law,
             self.divergence,
-            draft_vocab=self.drafter.draft_vocab,
+            draft_vocab=self._columns,
             renormalize=self.renormalize,
             row_weights=row_weights,
         )
 
     def log_probs(self, law: Target) -> Tensor:
         """Return a distribution of :meth:`target_law` on the draft vocabulary, ``[X, Vd]``, as ``renormalize`` says."""
-        log_p = whole(law, self.drafter.draft_vocab, renormalize=self.renormalize)
+        log_p = whole(law, self._columns, renormalize=self.renormalize)
         return log_p.to(torch.promote_types(next(self.drafter.parameters()).dtype, torch.float32))
+
+    @property
+    def _columns(self) -> Tensor | None:
+        """Tokens to read of a distribution of :meth:`target_law`: the served one has the draft vocabulary's alone."""
+        return None if self.served else self.drafter.draft_vocab

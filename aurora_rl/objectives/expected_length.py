@@ -175,7 +175,7 @@ class ExpectedLengthLoss(Objective):
                 asked = valid & here
                 rejected, agrees = compare(
                     logits, law, divergence,
-                    draft_vocab=self.drafter.draft_vocab, renormalize=False, row_weights=asked, choices=row,
+                    draft_vocab=None, renormalize=False, row_weights=asked, choices=row,
                 )  # fmt: skip
                 chance, right = torch.where(asked, 1 - rejected, chance), right | (agrees & asked)
         return chance, right

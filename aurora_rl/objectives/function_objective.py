@@ -108,7 +108,7 @@ class FunctionObjective(DistillationObjective):
         row = draft_rows(vocab, completion_tokens(batch))
         windows = Windows(by_window([row] * steps), request, by_window(unroll.valid & covered))
         with torch.no_grad():
-            read = law.reader(vocab, renormalize=self.renormalize, temperature=1.0)
+            read = law.reader(self._columns, renormalize=self.renormalize, temperature=1.0)
         states, heads = zip(*(rows_and_head(logits) for logits in unroll.logits), strict=True)
         size = max(chunk_rows(row.device, len(vocab), steps * len(row)) // steps, 1)
 

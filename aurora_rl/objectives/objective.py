@@ -286,6 +286,8 @@ class Objective(LossModule):
     ) -> ServedTarget:
         """Return the distribution that was served, after temperature, top-k and top-p, to be read by chunks of rows.
 
+        It is that of the draft vocabulary, not renormalised.
+
         Args:
             batch: Packed trajectories.
             rows: The target's outputs, ``[X]``, see ``target_rows``.
@@ -295,6 +297,7 @@ class Objective(LossModule):
         """
         if greedy:
             temperature, top_k = torch.zeros(len(request), device=request.device), torch.zeros_like(request)
-            return ServedTarget(rows, self.head, temperature, top_k, torch.ones_like(temperature), fill)
-        temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
-        return ServedTarget(rows, self.head, temperature, top_k, top_p, fill)
+            top_p = torch.ones_like(temperature)
+        else:
+            temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
+        return ServedTarget(rows, self.head, self.drafter.draft_vocab, temperature, top_k, top_p, fill=fill)

@@ -141,8 +141,8 @@ def test_the_served_distribution_is_read_again_where_a_gradient_hangs_on_it(
     loss, batch, read = AcceptanceRewardLoss(drafter, head), batch_of(Eagle3Drafter, rules=[rule]), []
     log_probs = ServedTarget._log_probs
 
-    def counted(target: ServedTarget, rows: Rows, tokens: Tensor) -> Tensor:
-        found = log_probs(target, rows, tokens)
+    def counted(target: ServedTarget, rows: Rows, renormalize: bool) -> Tensor:
+        found = log_probs(target, rows, renormalize)
         read.append(len(found))
         return found
 

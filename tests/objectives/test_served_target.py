@@ -19,7 +19,7 @@ from aurora_kernels.rows import Rows
 from aurora_kernels.targets import Reader
 from aurora_rl.envs import SamplingParams
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives import Objective, Windows, forward_kl, get_objective, register_objective
+from aurora_rl.objectives import Objective, Windows, forward_kl, get_objective, register_objective, served_target
 from aurora_rl.objectives.served_target import ServedTarget
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TreeShape
 from aurora_rl.trajectories import pack, rule_code
@@ -52,7 +52,7 @@ def dense(logits: list[float], how: SamplingParams) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """A target of all rows and tokens, with the attributes that objectives ask a served one for."""
+    """A target of all rows and tokens, read at the even ones, which are the draft vocabulary."""
 
     log_p: Tensor
     fill: bool
@@ -60,13 +60,13 @@ class Dense:
     def __len__(self) -> int:
         return len(self.log_p)
 
-    def covered(self, tokens: Tensor) -> Tensor:
-        return self.log_p[:, tokens].isfinite().any(-1)
+    def covered(self) -> Tensor:
+        return self.log_p[:, EVEN].isfinite().any(-1)
 
-    def reader(self, draft_vocab: Tensor, *, renormalize: bool, temperature: float) -> Reader:
-        log_p = self.log_p[:, draft_vocab].clone()
+    def reader(self, draft_vocab: None, *, renormalize: bool, temperature: float) -> Reader:
+        log_p = self.log_p[:, EVEN].clone()
         if self.fill:
-            log_p[~self.covered(draft_vocab)] = -math.log(len(draft_vocab))
+            log_p[~self.covered()] = -math.log(len(EVEN))
         return lambda rows: (log_p - log_p.logsumexp(-1, keepdim=True) if renormalize else log_p)[rows]
 
 
@@ -94,7 +94,7 @@ def target_of(count: int = 40, fill: bool = False, vocab: int = 32) -> tuple[Ser
     temperature, top_p = (torch.tensor([getattr(how, key) for how in ways]) for key in ("temperature", "top_p"))
     target = ServedTarget(
         TensorDict({"hidden": hidden}, batch_size=[count]),
-        TargetHead(weight), temperature, torch.tensor([how.top_k or 0 for how in ways]), top_p, fill,
+        TargetHead(weight), EVEN, temperature, torch.tensor([how.top_k or 0 for how in ways]), top_p, fill=fill,
     )  # fmt: skip
     rows = [dense(row, how) for row, how in zip((hidden @ weight.T).tolist(), ways, strict=True)]
     return target, Dense(torch.tensor(rows, dtype=torch.float64), fill)
@@ -113,62 +113,82 @@ def test_it_reads_the_dense_rows(
 ) -> None:
     target, expected = target_of(fill=fill)
     rows_of_a_chunk(monkeypatch, fewest)
-    read = (each.reader(EVEN, renormalize=renormalize, temperature=1.0)(rows) for each in (target, expected))
-    torch.testing.assert_close(*read)
-    assert 0 < int(expected.covered(EVEN).sum()) < len(expected), "the case must have rows of both kinds"
+    monkeypatch.setattr(served_target, "_KEPT", 4)
+    read, of_dense = (each.reader(None, renormalize=renormalize, temperature=1.0) for each in (target, expected))
+    for part in (rows, slice(10, 30), rows):  # for the first time, some again, and again
+        torch.testing.assert_close(read(part), of_dense(part))
+    assert 0 < int(expected.covered().sum()) < len(expected), "the case must have rows of both kinds"
 
 
 @pytest.mark.parametrize("fewest", [3, 128])
 def test_rows_are_covered_if_a_token_of_them_can_be_drawn(fewest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     target, expected = target_of()
     rows_of_a_chunk(monkeypatch, fewest)
-    assert torch.equal(target.covered(EVEN), expected.covered(EVEN))
-    assert bool(target.covered(torch.arange(32)).all())
+    assert torch.equal(target.covered(), expected.covered())
+    every = torch.arange(32)
+    whole = ServedTarget(target.outputs, target.head, every, target.temperature, target.top_k, target.top_p)
+    assert bool(whole.covered().all())
 
 
 def test_what_is_not_a_number_counts_and_stays_so() -> None:
     target, _ = target_of(fill=True)
     target.outputs["hidden"][3:6] = torch.nan
-    assert bool(target.covered(EVEN)[3:6].all())
-    log_p = target.reader(EVEN, renormalize=True, temperature=1.0)(slice(2, 7))
-    assert log_p.isnan().all(-1).tolist() == [False, True, True, True, False]
+    assert bool(target.covered()[3:6].all())
+    for renormalize in (True, False, True, False):
+        log_p = target.reader(None, renormalize=renormalize, temperature=1.0)(slice(2, 7))
+        assert log_p.isnan().all(-1).tolist() == [False, True, True, True, False]
 
 
 def test_a_temperature_that_rounds_to_a_point_mass_covers_what_it_draws() -> None:
     target, _ = target_of()
     logits = (target.outputs["hidden"] @ target.head.weight.T).float()
     target = ServedTarget(
-        TensorDict({"hidden": logits}, batch_size=[40]), TargetHead(torch.eye(32)),
+        TensorDict({"hidden": logits}, batch_size=[40]), TargetHead(torch.eye(32)), EVEN,
         torch.full((40,), 1e-40), torch.zeros(40, dtype=torch.int64), torch.ones(40),
     )  # fmt: skip
-    assert torch.equal(target.covered(EVEN), logits.argmax(-1) % 2 == 0)
+    assert torch.equal(target.covered(), logits.argmax(-1) % 2 == 0)
 
 
-def test_only_rows_that_may_not_be_covered_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_head_is_multiplied_once_with_rows_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A nucleus of more tokens than are kept is read by it every time."""
+    monkeypatch.setattr(served_target, "_KEPT", 8)
     target, _ = target_of()
-    seen, log_probs = [], ServedTarget._log_probs
-    monkeypatch.setattr(ServedTarget, "_log_probs", lambda *args: seen.append(args[1]) or log_probs(*args))
-    target.covered(EVEN)
-    assert torch.cat(seen).tolist() == [row for row in range(40) if row % len(SERVED) != 1]
+    target.top_p[4::5], target.top_k[4::5], target.temperature[4::5] = 0.999, 0, 50.0  # wide
+    seen, multiplied = [], ServedTarget._multiplied
+    monkeypatch.setattr(ServedTarget, "_multiplied", lambda *args: seen.extend(args[1].tolist()) or multiplied(*args))
+    unlimited, wide = list(range(1, 40, 5)), list(range(4, 40, 5))
+    for read, expected in (
+        (lambda: target.reader(None, renormalize=True, temperature=1.0)(torch.tensor(unlimited)), []),
+        (target.covered, [row for row in range(40) if row % 5 != 1]),
+        (lambda: target.reader(None, renormalize=True, temperature=1.0)(slice(0, 40)), wide),
+        (lambda: target.reader(None, renormalize=False, temperature=1.0)(slice(0, 40)), sorted(unlimited + wide)),
+        (lambda: target.reader(None, renormalize=False, temperature=1.0)(slice(0, 40)), wide),
+    ):
+        seen.clear()
+        read()
+        assert seen == expected
 
 
-def test_another_temperature_is_refused() -> None:
+def test_another_temperature_or_vocabulary_is_refused() -> None:
     target, _ = target_of()
-    with pytest.raises(ValueError, match="a served distribution has its requests' temperatures; set temperature=1"):
-        target.reader(EVEN, renormalize=True, temperature=2.0)
+    for draft_vocab, temperature in ((None, 2.0), (EVEN, 1.0)):
+        with pytest.raises(
+            ValueError, match="a served distribution has its own draft vocabulary .*; set draft_vocab=None"
+        ):
+            target.reader(draft_vocab, renormalize=True, temperature=temperature)
 
 
 def test_products_are_in_autocasts_dtype_wherever_rows_are_read() -> None:
-    target, _ = target_of()
-    target.outputs["hidden"] = target.outputs["hidden"].float()
-    target = ServedTarget(
-        target.outputs, TargetHead(target.head.weight.float()), target.temperature, target.top_k, target.top_p
-    )
+    def target() -> ServedTarget:
+        double, _ = target_of()
+        outputs, head = double.outputs.float(), TargetHead(double.head.weight.float())
+        return ServedTarget(outputs, head, EVEN, double.temperature, double.top_k, double.top_p)
+
     options: dict[str, Any] = {"renormalize": False, "temperature": 1.0}
     with torch.autocast("cpu", torch.bfloat16):
-        read, expected = target.reader(EVEN, **options), target.reader(EVEN, **options)(slice(0, 40))
+        read, expected = target().reader(None, **options), target().reader(None, **options)(slice(0, 40))
     assert torch.equal(read(slice(0, 40)), expected)
-    assert not torch.equal(target.reader(EVEN, **options)(slice(0, 40)), expected)
+    assert not torch.equal(target().reader(None, **options)(slice(0, 40)), expected)
 
 
 def served_kl(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
