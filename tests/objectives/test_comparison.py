@@ -121,7 +121,7 @@ def test_nothing_has_a_row_of_the_draft_vocabulary_for_every_position(
 ) -> None:
     drafter, head = noisy_drafter_and_head(kind)
     batch = batch_of(kind)
-    monkeypatch.setattr(kernel_rows, "_FEWEST", 4)
+    monkeypatch.setattr(kernel_rows, "_FEWEST", 8)
     monkeypatch.setitem(kernel_rows._CHUNK, "cpu", 1)
     # So many draft rows that logits would be the largest tensors.
     drafter.draft_vocab = torch.arange(4096)

@@ -229,7 +229,7 @@ def test_objectives_have_the_value_and_gradient_of_the_dense_rows(
     for by_chunks in (True, False):
         with monkeypatch.context() as patched:
             if by_chunks:
-                rows_of_a_chunk(patched, 4)
+                rows_of_a_chunk(patched, 8)
             else:
                 patched.setattr(Objective, "served_target", served_densely)
                 for method in ("unroll", "context_logits"):
