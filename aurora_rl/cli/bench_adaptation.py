@@ -114,9 +114,7 @@ class _Bench:
         path, overrides = self._given
         config = load_config(path, [*self._scenario.set, *overrides, *pairs])
         if config.temperature > 0 and config.drafter.mode != "topk":
-            raise ConfigError(
-                f"drafter.mode={config.drafter.mode}: arms are compared by their likeliest drafts; set it to topk"
-            )
+            raise ConfigError(f"drafter.mode={config.drafter.mode}: arms draft what is likeliest; set it to topk")
         return resolve(config)
 
     def _settle(self) -> None:
