@@ -200,7 +200,7 @@ class LearnerConfig:
     """Published drafters that are kept in ``versions`` of the run's folder, the newest; those that were rolled back are
     removed."""
     resume: str | None = None
-    """A training checkpoint to continue."""
+    """Training state to continue."""
     record: str | None = None
     """Folder to write every trajectory to that arrives; null keeps none."""
 
