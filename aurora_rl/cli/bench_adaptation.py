@@ -294,7 +294,7 @@ class _Bench:
         """Return the drafter that arms of these settings start from."""
         key = json.dumps([*_origin(spec), spec.tree.depth, seed])
         if key not in self._started:
-            self._started[key] = start_drafter(spec, target, first, seed=spec.config.seed + seed)
+            self._started[key] = start_drafter(spec, target, first, seed=spec.config.seed + seed).to(spec.device)
         return copy.deepcopy(self._started[key])
 
     def _trained(self, spec: RunSpec, drafter: Drafter, target: Target) -> Drafter:
