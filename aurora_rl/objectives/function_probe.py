@@ -16,7 +16,7 @@ from aurora_rl.objectives.windows import Windows
 Call = Callable[[Tensor, Tensor, Windows], tuple[Tensor, Tensor]]
 """``call(log_p, log_q, windows) -> (values, mask)``, whose shapes are checked."""
 
-_WINDOWS, _VOCAB = 5, 128
+_WINDOWS, _VOCAB = 5, 256
 # Means over so many seeds may be so many standard errors apart before they are said to differ.
 _SEEDS, _ERRORS = 128, 6.0
 
