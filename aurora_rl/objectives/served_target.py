@@ -133,9 +133,12 @@ class ServedTarget:
                 temperature, top_k, top_p = (each[few[part]] for each in (self.temperature, self.top_k, self.top_p))
                 parts.append(served_log_probs(logits[part], temperature, top_k, top_p, self.tokens))
         log_p = torch.cat(parts)
-        self._values[rows], self._columns[rows] = log_p.topk(self._columns.shape[1])
-        few_left = (log_p != -torch.inf).sum(-1) <= self._columns.shape[1]
-        self._known[rows] = few_left | ~self._limited[rows]
+        best = log_p.max(-1)
+        self._values[rows, 0], self._columns[rows, 0], self._known[rows] = best.values, best.indices, True
+        if len(limited := self._limited[rows].nonzero()[:, 0]):
+            some, here, count = log_p[limited], rows[limited], self._columns.shape[1]
+            self._values[here], self._columns[here] = some.topk(count)
+            self._known[here] = (some != -torch.inf).sum(-1) <= count
         return log_p
 
     def _scaled(self, rows: Tensor) -> Tensor:
