@@ -19,16 +19,16 @@ from aurora_rl.objectives.target_rows import target_logits
 
 # Below this temperature float32 may have no probability for any but the likeliest token, and at 0 there is none.
 _SHARP = 1e-30
-_KEPT = 64  # tokens of a row that are kept for the next time that it is read
+_KEPT = 64  # tokens of a limited row that are kept for the next time that it is read
 
 
 class ServedTarget:
     """The target's distribution after each request's temperature, top-k and top-p; a point mass at temperature 0.
 
     It is a target as ``aurora_kernels.Target`` has it, of the draft vocabulary alone: ``draft_vocab`` is None and
-    ``temperature`` 1. A row is multiplied with the whole head when it is first read, and its 64 likeliest tokens are
-    kept. If no others can be drawn they are the row from then on. A row without top-k and top-p is multiplied with the
-    draft vocabulary's part of the head from then on, and at once if it is to be renormalised.
+    ``temperature`` 1. A row is multiplied with the whole head when it is first read. Of a greedy row, and of one with a
+    top-k or top-p, the 64 likeliest tokens are kept: if no others can be drawn they are the row from then on. Any other
+    row is multiplied with the draft vocabulary's part of the head from then on, and at once if it is to be renormalised.
 
     Args:
         outputs: The target's outputs, rows of ``aurora_rl.objectives.target_rows``, ``[X]``.
