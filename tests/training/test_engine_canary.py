@@ -17,6 +17,7 @@ from weight_ends import HANDSHAKE, LOCAL, engine
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.weights import WeightPublisher
+from aurora_rl.statistics import Both, LossTest
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.training.engine_canary import EngineCanary, EngineRules, EngineTrial, EngineVerdict
 
@@ -61,6 +62,18 @@ def test_equal_weights_are_rarely_rolled_back_at_engines_that_differ_and_drift(s
     verdicts = [decided(rules, Fleet(1.0, 1.0, seed), seed) for seed in range(trials)]
     alarms = sum(not verdict.promote for verdict in verdicts if verdict is not None)
     assert None not in verdicts and alarms <= 0.1 * trials + 3 * math.sqrt(0.1 * 0.9 * trials)
+
+
+def test_groups_that_are_not_drawn_again_would_exceed_the_bound() -> None:
+    alarms, trials = 0, 100
+    for seed in range(trials):
+        fleet, test = Fleet(1.0, 1.0, seed), LossTest(["acceptance_length"], rate=0.1, margin=0.05)
+        for _ in range(32):
+            old, new = ([fleet.request(name, new=False) for _ in range(2)] for name in ("a", "b"))
+            lengths = (sum(each["tokens"] for each in its) / sum(each["rounds"] for each in its) for its in (old, new))
+            test.add({"acceptance_length": Both(*lengths)})
+        alarms += test.verdict is not None and not test.verdict[0]
+    assert alarms > 0.3 * trials
 
 
 def test_worse_weights_are_rolled_back_and_better_ones_promoted_before_the_last_request() -> None:
