@@ -6,6 +6,7 @@ A trial knows the names of engines, and counts. The wire, and the weights, are t
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,9 +21,10 @@ from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.trajectories import acceptance_length
 
 _FIGURES = ("acceptance_length", "tokens_per_second")
-# A window that lacks requests of a group once so many times its requests have arrived per engine is drawn anew, from
-# all engines: some may get no traffic. A trial that has this often is rolled back.
-_PATIENCE, _MOST_MISSED = 8, 3
+# A window that lacks requests of a group once so many times its requests have arrived per engine, since the engines
+# loaded their weights, is drawn anew from all engines: some may get no traffic. A trial that has this often is rolled
+# back. An engine has so many seconds to load them.
+_PATIENCE, _MOST_MISSED, _LOADING_S = 8, 3, 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,7 @@ class EngineCanary:
         self._numbers = {"version": 0, "against": 0}  # under which the trial is known
         self._have: list[str] = []  # engines with the new weights
         self._drafted: dict[int, bool | None] = {}  # by version of this window: by new weights? None: not counted
-        self._arrived = 0  # in this window
+        self._arrived, self._loaded, self._began = 0, False, 0.0  # of this window
 
     @property
     def trying(self) -> bool:
@@ -263,11 +265,14 @@ class EngineCanary:
             if trial.complete:
                 break
             verdict = self._observe(trial, trajectory)
+        if not self._loaded and self._have_loaded(trial):
+            self._loaded, self._arrived = True, 0
         self._arrived += len(arrivals)
+        waits = not self._loaded and time.monotonic() < self._began + _LOADING_S
         if verdict is None and (trial.complete or not set(trial.old) <= set(here)):
             trial.draw(here)
             self._publish_window(trial)
-        elif verdict is None and self._arrived > _PATIENCE * self._rules.requests * len(here):
+        elif verdict is None and not waits and self._arrived > _PATIENCE * self._rules.requests * len(here):
             verdict = trial.miss(here)
             if verdict is None:
                 self._publish_window(trial)
@@ -279,7 +284,7 @@ class EngineCanary:
 
     def _publish_window(self, trial: EngineTrial) -> None:
         """Publish both weights to the engines of a window, and the former ones to those that drop out."""
-        self._drafted, self._arrived = {}, 0
+        self._drafted, self._arrived, self._loaded, self._began = {}, 0, False, time.monotonic()
         back = [name for name in self._have if name not in (*trial.new, *trial.old)]
         groups = (trial.new, True, self._new), (trial.old, False, self._old), (back, None, self._old)
         for engines, new, weights in sorted(groups, key=lambda group: group[0]):  # the draw does not say who is first
@@ -288,6 +293,11 @@ class EngineCanary:
                 self._publisher.publish(version, weights, engines)
                 self._drafted[version] = new
         self._have = trial.new
+
+    def _have_loaded(self, trial: EngineTrial) -> bool:
+        """Return whether all engines of a window have loaded what was published to them for it."""
+        engines, first = self._publisher.engines, min(self._drafted)
+        return all(name in engines and (engines[name].acknowledged or 0) >= first for name in (*trial.new, *trial.old))
 
     def _broken_off(self, trial: EngineTrial, here: Sequence[str]) -> EngineVerdict | None:
         """Return the verdict if something else than figures ends the trial."""

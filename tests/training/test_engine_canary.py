@@ -331,6 +331,38 @@ def test_one_engine_has_no_trial(tmp_path: Path) -> None:
     loop.close()
 
 
+def busy(loop: Loop, requests: int) -> None:
+    """Let requests arrive that were drafted by what is published to all."""
+    loop.canary.follow([served(1, 60, 20) for _ in range(requests)], loop.publish_to_all)
+
+
+@better
+def test_a_window_waits_for_engines_that_load_slowly_and_not_for_those_without_requests(loop: Loop) -> None:
+    loop.canary.begin(NEW, OLD, against=1)
+    windows, trial = [loop.canary._drafted], loop.canary._trial
+    busy(loop, 1000)  # nobody has loaded anything
+    while trial is loop.canary._trial:
+        loop.wait(lambda: all([each.load() for each in loop.engines]) and loop.canary._have_loaded(trial))
+        busy(loop, 64)  # 8 times 2 requests of each of four engines
+        assert loop.canary._drafted is windows[-1]
+        busy(loop, 1)
+        windows.append(loop.canary._drafted)
+    assert len(windows) == 4
+    event = loop.end()
+    assert not event["promote"] and event["reason"].startswith("3 windows could not be compared: in the last one ")
+    assert {each.weights for each in loop.engines} == {1.0}
+
+
+@better
+def test_an_engine_that_never_loads_does_not_hold_the_learner_up(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aurora_rl.training.engine_canary._LOADING_S", 0.0)
+    loop.canary.begin(NEW, OLD, against=1)
+    for _ in range(3):
+        assert loop.canary.trying
+        busy(loop, 70)
+    assert not loop.canary.trying and not loop.events("engine_verdict")[0]["promote"]
+
+
 @better
 def test_a_trial_of_which_one_engine_is_left_is_rolled_back(loop: Loop) -> None:
     loop.canary.begin(NEW, OLD, against=1)
