@@ -41,8 +41,8 @@ class CanaryConfig:
     requests: int = 8
     """Requests of an engine in a window of the trial at a share of the engines."""
     most_requests: int | None = 256
-    """Requests of an engine with new weights before all engines get them if no loss was proven; null tries them until
-    a loss is proven or ruled out."""
+    """Requests with new weights, per engine that has them at a time, before all engines get them if no loss was proven;
+    null tries them until a loss is proven or ruled out."""
 
 
 def without_trials(merged: DictConfig, named: Collection[str]) -> None:

@@ -36,8 +36,8 @@ class EngineRules:
         requests: Requests of an engine in a window. Those that began before it are not counted.
         false_alarm_rate: Chance that weights as good as the former ones are ever rolled back for a loss, at most.
         margin: Relative loss that is tolerated: weights are promoted once a larger one is ruled out.
-        most_requests: Requests of an engine with the new weights before they are promoted if no loss was proven; None
-            tries them until a loss is proven or ruled out.
+        most_requests: Requests with the new weights, per engine that has them at a time, before they are promoted if no
+            loss was proven; None tries them until a loss is proven or ruled out.
         seed: Seed of the draws.
     """
 
@@ -108,7 +108,7 @@ class EngineTrial:
     :class:`~aurora_rl.statistics.PairedTest` needs. The engines of the two groups stay the same while they are there.
 
     - Rolled back: acceptance length or tokens per second is proven to be lower.
-    - Promoted: of both figures a loss above the margin is ruled out; or an engine has served ``most_requests``.
+    - Promoted: of both figures a loss above the margin is ruled out; or ``most_requests`` were served.
 
     Args:
         rules: How weights are tried.
@@ -173,7 +173,7 @@ class EngineTrial:
             return self.end(*decided)
         served, most = self._test.pairs * self._rules.requests, self._rules.most_requests
         if most is not None and served >= most:
-            return self.end(True, f"no loss was proven in {served} requests of an engine that had them")
+            return self.end(True, f"no loss was proven in {served} requests per engine that had them")
         return None
 
     def miss(self, engines: Sequence[str]) -> EngineVerdict | None:

@@ -100,7 +100,7 @@ def test_engines_that_do_not_say_how_long_they_decode_are_judged_by_acceptance_a
 def test_what_is_not_decided_is_promoted_at_last_unless_it_may_be_tried_for_ever() -> None:
     verdict = decided(EngineRules(0.5, requests=2, margin=1e-9, most_requests=6), Fleet(1.0, 1.0, seed=0))
     assert verdict is not None and verdict.promote and verdict.pairs == 3
-    assert verdict.reason == "no loss was proven in 6 requests of an engine that had them"
+    assert verdict.reason == "no loss was proven in 6 requests per engine that had them"
     for_ever = EngineRules(0.5, requests=2, margin=1e-9, false_alarm_rate=1e-6, most_requests=None)
     assert decided(for_ever, Fleet(1.0, 1.0, seed=0), windows=100) is None
 
