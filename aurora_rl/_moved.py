@@ -130,6 +130,7 @@ ELSEWHERE = {
     "serving.answers": {"Answers": "aurora_rl.serving.requests.RequestQueue"},
     "sglang": {
         "control": "aurora_rl.envs.sglang.plugin_server", "engine": "aurora_rl.envs.sglang.client",
+        "recorder": "aurora_rl.envs.sglang.assembler",
         "server": "aurora_rl.serving.sglang", "ControlError": "aurora_rl.envs.sglang.plugin_server.PluginError",
         "ControlServer": "aurora_rl.envs.sglang.plugin_server.PluginServer",
         "SGLangEngine": "aurora_rl.envs.sglang.client.SGLangClient",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora_rl.envs import Completion, Request, SamplingParams, generation_processors
+from aurora_rl.envs import Completion, Engine, Request, SamplingParams, generation_processors
 from aurora_rl.models.detokenizer import Detokenizer, decode
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids, usable_device
 from aurora_rl.models.target_head import context_length
@@ -66,8 +66,9 @@ class LLM:
 
     Args:
         model: ``"smollm2"`` for the embedded model, a hub id, or a folder of a causal LM.
-        drafter: A drafter's name such as ``"eagle3"``, which starts untrained (see :meth:`learn`); a checkpoint, as a
-            folder or hub id; a :class:`~aurora_rl.policies.Drafter`; or None for plain decoding.
+        drafter: A drafter's name such as ``"eagle3"``, which starts untrained (see :meth:`learn`) and drafts the
+            8,192 lowest token ids; a checkpoint, as a folder or hub id, such as what ``llm.drafter.save_pretrained``
+            wrote; a :class:`~aurora_rl.policies.Drafter`; or None for plain decoding.
         num_speculative_tokens: Number of tokens drafted per round, as a chain. What the request's own text says after
             the same words takes the place of less likely ones (``TreeShape.lookup``), so that some are accepted before
             the drafter has learned anything.
@@ -139,15 +140,12 @@ class LLM:
             parts = TargetParts.of(target)
             self.drafter, self._head = _drafter(drafter, parts, seed), parts.head
             self.drafter.to(device)
+        usual = shape is None
         if shape is None:
             looks_up = num_speculative_tokens > 0 and not isinstance(self.drafter, NgramDrafter | None)
             shape = TreeShape(num_speculative_tokens, lookup=USUAL_LOOKUP if looks_up else 0)
         if self.drafter is not None:
-            if shape.depth > self.drafter.max_depth:
-                raise ValueError(
-                    f"the trees are {shape.depth} deep, and this drafter drafts {self.drafter.max_depth} tokens at "
-                    f"most; set num_speculative_tokens={self.drafter.max_depth} or less"
-                )
+            _check_shape(self.drafter, shape, "num_speculative_tokens" if usual else "shape")
         if max_length is None:
             max_length = min(context_length(target.config.get_text_config()) or 2048, 2048)
         stop_tokens = stop_token_ids(target, self.tokenizer)
@@ -170,7 +168,9 @@ class LLM:
             record=record,
         )
         if self._decoder.policy is not None:
-            self._decoder.policy.on_fault = lambda slot, fault: logger.warning("a request goes on plainly: %s", fault)
+            self._decoder.policy.on_fault = lambda slot, fault: logger.warning(
+                "a request goes on without the drafter: %s", fault
+            )
 
     def generate(
         self,
@@ -305,6 +305,11 @@ class LLM:
         if isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt):
             if not all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
                 raise ValueError("every message of a chat needs 'role' and 'content'; give both")
+            for message in prompt:
+                if not isinstance(message["content"], str):  # type: ignore[index]
+                    raise ValueError(
+                        f"the content of a message is {message['content']!r}; give its text, a str"  # type: ignore[index]
+                    )
             return torch.tensor(encode_chat(self.tokenizer, prompt))  # type: ignore[arg-type]
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             tokens = torch.as_tensor(prompt)
@@ -315,6 +320,22 @@ class LLM:
 
 def _kind(value: object) -> str:
     return f"class, {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def _check_shape(drafter: Drafter, shape: TreeShape, argument: str) -> None:
+    """Raise ValueError if a drafter cannot draft trees of a shape, or no engine verifies them."""
+    if shape.depth > drafter.max_depth:
+        raise ValueError(
+            f"{argument}: the trees are {shape.depth} deep, and this drafter drafts {drafter.max_depth} tokens at "
+            "most; lower it to that"
+        )
+    if shape.max_nodes > Engine.max_nodes:
+        raise ValueError(f"{argument}: trees have up to {shape.max_nodes} nodes, and at most {Engine.max_nodes} can be")
+    if shape.depth and shape.mode not in drafter.draft_modes:
+        raise ValueError(
+            f"{argument}: {type(drafter).__name__} drafts in mode {' or '.join(drafter.draft_modes)}, "
+            f"got {shape.mode!r}"
+        )
 
 
 def _check_integers(least: int, **values: int) -> None:

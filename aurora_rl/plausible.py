@@ -13,8 +13,8 @@ def implausible(tensor: Tensor) -> str | None:
 
     Example:
         >>> import torch
-        >>> implausible(torch.tensor([1.0, float("nan"), -3e37]))
-        'has 1 values that are infinite or not a number'
+        >>> implausible(torch.tensor([1.0, float("nan"), -float("inf")]))
+        'has 2 values that are infinite or not a number'
         >>> implausible(torch.arange(3)), implausible(torch.zeros(0))
         (None, None)
     """
@@ -25,5 +25,16 @@ def implausible(tensor: Tensor) -> str | None:
     if -LARGEST <= low and high <= LARGEST:  # neither holds for what is not a number
         return None
     if wrong := int((~wide.isfinite()).sum()):
-        return f"has {wrong} values that are infinite or not a number"
-    return f"has {int((wide.abs() > LARGEST).sum())} values beyond {LARGEST:.0e}"
+        return describe_not_finite(wrong)
+    beyond = int((wide.abs() > LARGEST).sum())
+    return f"has {beyond} value{'' if beyond == 1 else 's'} beyond {LARGEST:.0e}"
+
+
+def describe_not_finite(count: int) -> str:
+    """Return what to say of a tensor of whose values ``count`` are not finite, at least one.
+
+    Example:
+        >>> describe_not_finite(1)
+        'has 1 value that is infinite or not a number'
+    """
+    return f"has {count} {'value that is' if count == 1 else 'values that are'} infinite or not a number"

@@ -84,7 +84,7 @@ def check(settings: Mapping[str, Any], known: Mapping[str, Any], what: str) -> N
 
 
 def _is(value: Any, kind: Any) -> bool:
-    if kind in (int, float):  # 1 is a number too; true is none, though Python's bool is an int
+    if kind in (int, float):  # 1 is a number too; true is not a number, though Python's bool is an int
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     # Any, a Literal or a type variable is for the class to judge.
     return kind is Any or not isinstance(kind, type) or isinstance(value, kind)

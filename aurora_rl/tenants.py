@@ -17,7 +17,7 @@ def check_tenant(name: object) -> str:
     """Return the name of a tenant.
 
     Raises:
-        ValueError: It is no name.
+        ValueError: The name is malformed.
 
     Example:
         >>> check_tenant("tenant-7")

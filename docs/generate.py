@@ -79,7 +79,7 @@ def _sections() -> Iterator[tuple[str, str, type]]:
             yield f"`{field.name}`", f"{field.name}.", field.default_factory  # type: ignore[misc]
 
 
-def metrics() -> Iterator[str]:
+def events() -> Iterator[str]:
     """Return the lines of the reference of events."""
     yield _GENERATED.format("aurora_rl/telemetry/events.py")
     yield "# Events of `metrics.jsonl`\n"
@@ -92,7 +92,7 @@ def metrics() -> Iterator[str]:
         yield from (f"| `{field}` | {meaning} |" for field, meaning in event.fields.items())
 
 
-def prometheus() -> Iterator[str]:
+def metrics() -> Iterator[str]:
     """Return the lines of the reference of metrics for Prometheus."""
     yield _GENERATED.format("aurora_rl/telemetry/prometheus.py")
     yield "# Metrics for Prometheus\n"
@@ -129,8 +129,8 @@ def families() -> Iterator[str]:
 
 PAGES = {
     "reference/configuration.md": configuration,
+    "reference/events.md": events,
     "reference/metrics.md": metrics,
-    "reference/prometheus.md": prometheus,
     "families.md": families,
 }
 

@@ -270,11 +270,10 @@ SECTIONS = "|".join(key for key, value in vars(Config()).items() if hasattr(valu
 def test_keys_in_the_text_exist(page: Path) -> None:
     known = {f"{section}.{key}" for section in SECTIONS.split("|") for key in vars(getattr(Config(), section))}
     found = re.findall(rf"(?<![\w.])((?:{SECTIONS})\.\w+)(?![\w.(])", " ".join(re.findall(r"`([^`]+)`", prose(page))))
-    assert {
-        key for key in found if not key.endswith((".py", ".md", ".log", ".yaml", ".png", ".key", ".key_secret"))
-    } <= known | METHODS
+    assert {key for key in found if not key.endswith(FILES)} <= known | METHODS
 
 
+FILES = (".py", ".md", ".log", ".json", ".yaml", ".png", ".key", ".key_secret")
 METHODS = {"engine.set_recording", "engine.detach", "engine.generate"}  # of SGLangClient
 
 

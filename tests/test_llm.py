@@ -312,6 +312,15 @@ def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_pa
         ({"dtype": "int8"}, "dtype is 'int8'; give auto, float32"),
         ({"dtype": "double precision"}, "dtype is 'double precision'; give auto, float32"),
         ({"drafter": "medusa", "num_speculative_tokens": 9}, "the trees are 9 deep, and this drafter drafts [0-9]+ "),
+        (
+            {"drafter": "medusa", "shape": TreeShape(9)},
+            "shape: the trees are 9 deep, and this drafter drafts 4 tokens at most",
+        ),
+        ({"num_speculative_tokens": 100}, "num_speculative_tokens: trees have up to 100 nodes, and at most 64 can be"),
+        (
+            {"drafter": "ngram", "shape": TreeShape(3, 2, mode="sampled")},
+            "shape: NgramDrafter drafts in mode topk, got 'sampled'",
+        ),
         ({"drafter": "eagel3"}, "no drafter is called 'eagel3'; did you mean 'eagle3'"),
         ({"drafter": "/no/such/folder"}, "/no/such/folder"),
         ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
@@ -392,6 +401,11 @@ def test_what_is_no_prompt_is_named(tiny_folder: Path, prompts: Any) -> None:
         llm.generate("hi", [{"max_tokens": 3}])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="prompt 0 cannot be served: every message of a chat needs 'role' and"):
         llm.generate([{"prompt": "hi"}])
+    for content in (None, 5, [{"type": "text", "text": "hi"}]):
+        with pytest.raises(
+            ValueError, match="prompt 0 cannot be served: the content of a message is .*; give its text"
+        ):
+            llm.generate([{"role": "user", "content": content}])
 
 
 def test_a_drafter_of_another_target_is_refused(tiny_folder: Path) -> None:

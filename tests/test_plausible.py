@@ -22,12 +22,13 @@ def test_what_is_not_finite_is_counted(dtype: torch.dtype, value: float) -> None
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_limit_is_one_of_magnitude(sign: int) -> None:
     assert implausible(torch.tensor([0.0, sign * LARGEST])) is None
-    assert implausible(torch.tensor([0.0, sign * 1.01 * LARGEST])) == "has 1 values beyond 1e+08"
+    assert implausible(torch.tensor([0.0, sign * 1.01 * LARGEST])) == "has 1 value beyond 1e+08"
+    assert implausible(torch.full((3,), sign * 3e37)) == "has 3 values beyond 1e+08"
 
 
 def test_8_bit_floats_are_looked_at_too() -> None:
     tensor = torch.tensor([1.0, math.nan]).to(torch.float8_e5m2)
-    assert implausible(tensor) == "has 1 values that are infinite or not a number"
+    assert implausible(tensor) == "has 1 value that is infinite or not a number"
 
 
 def test_squares_and_their_sums_stay_finite() -> None:

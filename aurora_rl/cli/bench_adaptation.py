@@ -114,9 +114,7 @@ class _Bench:
         path, overrides = self._given
         config = load_config(path, [*self._scenario.set, *overrides, *pairs])
         if config.temperature > 0 and config.drafter.mode != "topk":
-            raise ConfigError(
-                f"drafter.mode={config.drafter.mode}: arms are compared by their likeliest drafts; set it to topk"
-            )
+            raise ConfigError(f"drafter.mode={config.drafter.mode}: arms draft what is likeliest; set it to topk")
         return resolve(config)
 
     def _settle(self) -> None:
@@ -296,7 +294,7 @@ class _Bench:
         """Return the drafter that arms of these settings start from."""
         key = json.dumps([*_origin(spec), spec.tree.depth, seed])
         if key not in self._started:
-            self._started[key] = start_drafter(spec, target, first, seed=spec.config.seed + seed)
+            self._started[key] = start_drafter(spec, target, first, seed=spec.config.seed + seed).to(spec.device)
         return copy.deepcopy(self._started[key])
 
     def _trained(self, spec: RunSpec, drafter: Drafter, target: Target) -> Drafter:

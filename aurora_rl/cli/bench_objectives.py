@@ -149,7 +149,7 @@ def learning_curve(
         (requests learned from, acceptance length) by the mode of the drafts; and how many steps were skipped.
     """
     prompts = [t["sequence", "tokens"][: int(t["sequence", "prompt_length"])].tolist() for t in stream[:64]]
-    drafter = start_drafter(spec, target, prompts, seed=seed)
+    drafter = start_drafter(spec, target, prompts, seed=seed).to(spec.device)
     config, settings = spec.config, spec.config.learner
     shapes = {mode: replace(spec.tree, mode=mode) for mode in dict.fromkeys(("topk", spec.tree.mode))}
     loss, optimizers = learning(replace(spec, config=replace(config, objectives=tuple(objectives))), drafter, target)

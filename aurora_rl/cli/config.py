@@ -55,7 +55,7 @@ class EngineConfig:
     """Share of the requests that are captured: that go to the learner, and whose answers lookup searches."""
     batch_invariant: bool = False
     """Compute a token's logits to the same bits whatever else is in the pass, so that speculative text is plain text in
-    bfloat16 too. It takes time (docs/kernels.md). For the embedded engine; SGLang has an option of its own,
+    bfloat16 too. It takes time (docs/batch_invariance.md). For the embedded engine; SGLang has an option of its own,
     ``engine.arguments=[--enable-deterministic-inference]``."""
 
     @property
@@ -200,7 +200,7 @@ class LearnerConfig:
     """Published drafters that are kept in ``versions`` of the run's folder, the newest; those that were rolled back are
     removed."""
     resume: str | None = None
-    """A training checkpoint to continue."""
+    """Training state to continue."""
     record: str | None = None
     """Folder to write every trajectory to that arrives; null keeps none."""
 

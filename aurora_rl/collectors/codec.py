@@ -2,7 +2,7 @@
 
 Frame 0 is JSON, so that accepting it from a network executes nothing::
 
-    {"schema": 1, "kind": "trajectory", "meta": {...}, "leaves": [[["sequence", "tokens"], "int64", [17]], ...]}
+    {"schema": 2, "kind": "trajectory", "meta": {...}, "leaves": [[["sequence", "tokens"], "int64", [17]], ...]}
 
 Frame ``i + 1`` holds the bytes of leaf ``i``: C order, little-endian, no padding. `decode` compares every declaration
 with the frames that really arrived before it allocates: the memory it takes never exceeds what the peer paid to send.

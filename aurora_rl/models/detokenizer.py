@@ -152,18 +152,18 @@ class StopStrings:
 
 
 def _first(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of the strings begins in a text; None if none is there."""
+    """Return where the first of the strings begins in a text; None if none is there."""
     return min((place for place in map(text.find, stop) if place >= 0), default=None)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper beginning of a stop string that the text ends in."""
+    """Return the length of the longest proper beginning of a stop string that the text ends in."""
     longest = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in longest if text.endswith(stop[:length])), 0)
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The byte of each character in which byte-level vocabularies write their tokens."""
+    """Return the byte of each character in which byte-level vocabularies write their tokens."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}

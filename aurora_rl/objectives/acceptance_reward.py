@@ -169,13 +169,13 @@ class AcceptanceRewardLoss(Objective):
         if bool((mode == 0).any()):
             raise ValueError(
                 f"objective {self.name!r}: ('sampling', 'draft_mode') is 'topk', and a drafter's likeliest nodes hold "
-                "no exploration; serve with drafter.mode=sampled"
+                "no exploration; serve with drafter.mode=sampled, or TreeShape(..., mode='sampled')"
             )
         row = draft_rows(self.drafter.draft_vocab, batch["nodes", "tokens"])
         if bool((row < 0).any()) or not bool(torch.isfinite(batch[keys.log_probs]).all()):
             raise ValueError(
                 f"objective {self.name!r}: a node of the batch was not drawn from the drafter ({keys.log_probs} is not "
-                "finite, or its token has no row); serve with drafter.mode=sampled, "
+                "finite, or its token has no row); serve with drafter.mode=sampled, or TreeShape(..., mode='sampled'), "
                 "and start from the drafter that drew the recording (drafter.path)"
             )
         drawn_from = trees.drawn_from

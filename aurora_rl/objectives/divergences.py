@@ -42,6 +42,8 @@ DIVERGENCES: Registry[Divergence] = Registry("divergence", "aurora_rl.divergence
 
 _ACCEPTANCE: set[Divergence] = set()  # those that mean a probability of acceptance
 
+_TRIED = 256  # tokens of the vocabulary on which a divergence is tried before it is used
+
 # exp of it is 0 in every dtype, and 0 times it is 0.
 _NEVER = -1e4
 
@@ -319,11 +321,13 @@ def get_divergence(divergence: str | Mapping[str, Any] | Divergence) -> Divergen
     check(settings, {k: v for k, v in settings_of(function).items() if k not in ("log_p", "log_q")}, what)
     chosen = partial(function, **settings) if settings else function
     try:
-        shape = list(chosen(torch.zeros(2, 1), torch.zeros(2, 1)).shape)  # better now than at the first batch
+        shape = list(chosen(*torch.full((2, 2, _TRIED), -math.log(_TRIED))).shape)  # better than at the first batch
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what}: {error}") from error
+    except Exception as error:  # whatever a function does
+        raise ValueError(f"{what} fails on [2, {_TRIED}] log-probabilities: {type(error).__name__}: {error}") from error
     if shape != [2]:
-        raise ValueError(f"{what} must give [...] of log-probabilities [..., Vd], got {shape} of [2, 1]")
+        raise ValueError(f"{what} must give [...] of log-probabilities [..., Vd], got {shape} of [2, {_TRIED}]")
     return chosen
 
 

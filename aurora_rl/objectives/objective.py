@@ -193,7 +193,7 @@ class Objective(LossModule):
         if key == keys.log_probs:
             return (
                 "; an engine that keeps the drafter's log-probabilities supplies it, such as the embedded one with "
-                "drafter.mode=sampled (one that drafts by argmax has none)"
+                "drafter.mode=sampled or TreeShape(..., mode='sampled') (one that drafts by argmax has none)"
             )
         if key in (keys.hidden, keys.node_hidden):
             return f"; an engine supplies it, or {', '.join(TOPK_ENTRIES)} in its place"

@@ -19,7 +19,7 @@ _RESOLVED = 1e-5
 
 
 def before(context: Tensor, values: Tensor) -> Tensor:
-    """Sum of ``values`` over the earlier siblings of every node; both are ``[M]``.
+    """Return the sum of ``values`` over the earlier siblings of every node; both are ``[M]``.
 
     Example:
         >>> before(torch.tensor([0, 0, 3, 0]), torch.tensor([1.0, 2.0, 5.0, 4.0]))

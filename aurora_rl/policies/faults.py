@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from aurora_rl.plausible import describe_not_finite
+
 EVERY = 12
 """Rounds between two checks. All tensors are compared in :data:`PORTIONS` checks, hence within 36 rounds."""
 
@@ -111,7 +113,7 @@ def difference(held: Tensor, published: Tensor) -> str:
     if held.shape != published.shape:
         return f"has the shape {list(held.shape)}, not {list(published.shape)}"
     if held.is_floating_point() and (broken := int((~held.float().isfinite()).sum())):
-        return f"has {broken} values that are infinite or not a number"
+        return describe_not_finite(broken)
     if not bool(held.any()):
         return "is all zero"
     if held.ndim == 2 and torch.equal(held.flatten(), published.T.flatten()):

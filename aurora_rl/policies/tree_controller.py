@@ -35,9 +35,9 @@ Outcome = Literal["likeliest", "sibling", "rejected", "undrafted"]
 class TreeController:
     """Chooses the shape with the most expected tokens per second, no speculation being one of them.
 
-    The drafter's likeliest child is accepted with chance ``f``, one of its siblings otherwise with chance ``o``, and
+    The drafter's likeliest child is accepted with chance ``f``, one of its siblings otherwise with chance ``s``, and
     any is drafted with chance ``c``, all measured by depth. A depth is passed with chance ``a = c f`` in a chain and
-    ``c (f + (1 - f) o)`` in a tree. So depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. An
+    ``c (f + (1 - f) s)`` in a tree. So depth ``L`` delivers ``1 + sum over d <= L of a[1] * ... * a[d]`` tokens. An
     untried depth counts as good as the one before it.
 
     The shape of ``lookup_only`` delivers one token and the chances of its first ``n`` nodes, at the best ``n``. They

@@ -307,7 +307,7 @@ class AsyncEngine:
         self._deliver()
 
     def __call__(self) -> Request | None:
-        """The next request for a free slot; None where none waits."""
+        """Return the next request for a free slot; None if none waits."""
         with self._lock:
             if self._waiting:
                 request = self._waiting.popleft()

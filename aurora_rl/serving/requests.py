@@ -20,7 +20,7 @@ from aurora_rl.workload.traffic import Message, Prompt, TrafficError
 
 
 def turn_seed(seed: int, turn: int) -> int:
-    """Seed of a turn: the conversation's own at the first turn, and 63 bits of BLAKE2b of "seed/turn" at later ones.
+    """Return the seed of a turn: the conversation's own at the first, and 63 bits of BLAKE2b of "seed/turn" later.
 
     It depends on nothing else, so that no turn's text depends on which requests ended before it was asked.
 

@@ -280,7 +280,6 @@ class Learner:
     def _train(self, batch: TensorDictBase, *, new: int) -> bool:
         """Take a step, and return whether it was taken."""
         began = time.perf_counter()
-        batch = batch.to(self._drafter.draft_vocab.device)
         try:
             loss, out = train_step(self._loss, self._optimizers, batch, autocast=self._dtype == torch.bfloat16)
         except FloatingPointError as error:
@@ -316,8 +315,7 @@ class Learner:
         return bool(found)
 
     def _has_step(self, trajectory: TensorDictBase) -> bool:
-        batch = pack([trajectory]).to(self._drafter.draft_vocab.device)
-        return has_finite_step(self._loss, self._optimizers, batch, autocast=self._dtype == torch.bfloat16)
+        return has_finite_step(self._loss, self._optimizers, pack([trajectory]), autocast=self._dtype == torch.bfloat16)
 
     def _skip(self, reason: str) -> None:
         """Leave a step out. After too many in a row, save what was learned before them and raise FloatingPointError."""

@@ -105,7 +105,7 @@ class OfflineTrainer:
         epoch, place = divmod(self.batches, self.batches_per_epoch)
         order = torch.randperm(len(self._stream), generator=torch.Generator().manual_seed(self._seed + epoch))
         indices = order[place * self._batch_size : (place + 1) * self._batch_size].tolist()
-        batch = pack([self._stream[index] for index in indices]).to(self._drafter.draft_vocab.device)
+        batch = pack([self._stream[index] for index in indices])
         self.batches += 1
         result = None
         try:

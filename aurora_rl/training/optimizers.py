@@ -10,7 +10,7 @@ from aurora_rl.policies import Drafter
 def drafter_optimizers(
     drafter: Drafter, *, muon_lr: float = 0.02, adam_lr: float = 5e-4
 ) -> list[torch.optim.Optimizer]:
-    """Muon on the matrices inside the drafter, AdamW on norms and on the draft head (docs/results.md).
+    """Return Muon for the matrices inside the drafter, and AdamW for norms and the draft head (docs/results.md).
 
     Raises:
         ValueError: The drafter has nothing to learn.

@@ -28,7 +28,7 @@ def train_step(
     Args:
         loss: Loss of packed batches.
         optimizers: Optimizers of all parameters that learn.
-        batch: Packed batch on their device.
+        batch: Packed batch, which is moved to their device.
         autocast: Whether to compute in bfloat16.
 
     Returns:
@@ -74,7 +74,9 @@ def _gradient(
     loss: LossModule, optimizers: Sequence[torch.optim.Optimizer], batch: TensorDictBase, *, autocast: bool
 ) -> tuple[float, TensorDictBase]:
     """Compute the loss and its clipped gradient; see `train_step`."""
-    device = batch["sequence", "tokens"].device
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    device = parameters[0].device
+    batch = batch.to(device)
     with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         # RMSNorm of a bfloat16 input by float32 weights is not fused, which follows from autocast.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
@@ -83,7 +85,6 @@ def _gradient(
     value = float(total.detach())
     _forget_gradient(optimizers)
     total.backward()
-    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
     if not (math.isfinite(value) and math.isfinite(norm)):
         raise FloatingPointError(f"loss is {value}, its gradient's norm {norm}")

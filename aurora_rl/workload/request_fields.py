@@ -76,7 +76,7 @@ def refusal(
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Whether two values of JSON are the same: 0.0 and 0 are, false and 0 are not, which Python takes for equal."""
+    """Return whether two values of JSON are the same: 0.0 and 0 are, but false and 0 are not, equal in Python."""
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 

@@ -125,7 +125,7 @@ def test_an_arm_that_is_another_now_is_refused(
         (["--scenario", "shfit"], "there is no scenario 'shfit'; take"),
         (["--arms", "scratch,sttic"], "--arms: unknown 'sttic'; the scenario has lookup, suffix, static, scratch"),
         (["drafter.depht=3"], "did you mean 'drafter.depth'"),
-        (["drafter.mode=sampled", "temperature=1"], "arms are compared by their likeliest drafts"),
+        (["drafter.mode=sampled", "temperature=1"], "arms draft what is likeliest; set it to topk"),
         (["engine.name=sglang", "drafter.name=eagle3"], "engine.name=sglang is a server of its own"),
     ],
 )

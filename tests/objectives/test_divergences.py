@@ -22,6 +22,7 @@ from aurora_rl.objectives.divergences import (
     jensen_shannon,
     negative_log_overlap,
     overlap,
+    register_divergence,
     reverse_kl,
     top_k_cross_entropy,
     total_variation,
@@ -97,7 +98,7 @@ def draw(rows: int, tokens: int, mass: float = 1.0) -> tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("mass", [1.0, 0.7], ids=["renormalised", "not renormalised"])
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_values_are_those_of_the_formula(name: str, mass: float) -> None:
     log_p, logits = draw(4, 13, mass)
     got = get_divergence(name)(log_p, logits.log_softmax(-1))
@@ -106,7 +107,7 @@ def test_values_are_those_of_the_formula(name: str, mass: float) -> None:
 
 
 @pytest.mark.parametrize("mass", [1.0, 0.7], ids=["renormalised", "not renormalised"])
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_gradients_are_those_of_finite_differences(name: str, mass: float) -> None:
     log_p, logits = draw(3, 7, mass)
     if name == "hybrid_overlap":  # its weight is held constant: the gradient is not that of the whole
@@ -167,7 +168,7 @@ GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("mass", [1.0, 0.7], ids=["renormalised", "not renormalised"])
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_gradients_are_those_of_the_docstrings(name: str, mass: float) -> None:
     log_p, logits = draw(4, 13, mass)
     logits.requires_grad_(True)
@@ -222,7 +223,7 @@ def test_no_overlap_at_all_is_finite() -> None:
     assert bool(gradient[0].any()) and not bool(gradient[1].any())
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_tokens_that_the_target_excludes(name: str) -> None:
     """What top-k leaves of the target: a distribution with zeros has a finite value and gradient."""
     log_p, logits = draw(3, 7)
@@ -301,3 +302,20 @@ def test_a_divergence_by_name_and_settings(settings: str | dict[str, Any] | Dive
 def test_wrong_settings_of_a_divergence(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         get_divergence(settings)
+
+
+def test_a_function_may_look_at_many_tokens_and_its_own_fault_is_named() -> None:
+    def ten_likeliest(log_p: Tensor, log_q: Tensor) -> Tensor:
+        values, index = log_p.topk(10)
+        return -(values.exp() * log_q.gather(-1, index)).sum(-1)
+
+    def broken(log_p: Tensor, log_q: Tensor) -> Tensor:
+        return log_q.gather(-1, torch.full_like(log_q, 10**6, dtype=torch.int64)).sum(-1)
+
+    register_divergence("ten_likeliest")(ten_likeliest)
+    register_divergence("broken")(broken)
+    assert get_divergence("ten_likeliest") is ten_likeliest
+    with pytest.raises(
+        ValueError, match=r"divergence 'broken' fails on \[2, 256\] log-probabilities: RuntimeError: index"
+    ):
+        get_divergence("broken")

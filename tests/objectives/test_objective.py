@@ -86,7 +86,7 @@ def test_requests_that_nothing_was_drafted_for(kind: type[Objective], settings: 
             fresh(batch)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", list(DIVERGENCES))
 def test_with_every_divergence(divergence: str) -> None:
     check_objective(
         lambda d, head, reduction: DiscardSamplingLoss(d, head, divergence=divergence, reduction=reduction),

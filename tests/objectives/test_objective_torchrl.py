@@ -39,7 +39,7 @@ DEFAULT_KEYS = {
 }
 
 
-@pytest.fixture(params=OBJECTIVES)
+@pytest.fixture(params=list(OBJECTIVES))
 def loss(request: pytest.FixtureRequest) -> Objective:
     return OBJECTIVES.get(request.param)(*eagle3_and_head())
 

@@ -204,7 +204,7 @@ def test_what_was_served_is_exact_where_the_tail_was_not(served: Served) -> None
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", list(DIVERGENCES))
 def test_no_tail_and_no_likely_token_with_a_row(served: Served, divergence: str, renormalize: bool) -> None:
     """All of the known mass outside the draft vocabulary: losses and gradients stay finite."""
     drafter, head, recorded = served

@@ -12,6 +12,7 @@ def test_a_difference_is_named_by_its_kind() -> None:
     published = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     for held, words in (
         (published.clone().fill_(float("nan")), "has 4 values that are infinite or not a number"),
+        (published + torch.tensor([[float("inf"), 0.0], [0.0, 0.0]]), "has 1 value that is infinite or not a number"),
         (torch.zeros(2, 2), "is all zero"),
         (published.T.contiguous(), "is transposed"),
         (published + torch.tensor([[0.0, 1.0], [0.0, 0.0]]), "differs from what was published in 1 of 4 values"),

@@ -392,7 +392,7 @@ def test_the_first_tensor_that_is_not_finite_is_named(dtype: torch.dtype) -> Non
     fine = {"d2t": torch.arange(3), "a": torch.ones(2, 2).to(dtype)}
     assert not_finite(fine) is None
     broken = torch.tensor([1.0, float("nan")]).to(dtype)
-    assert (fault := not_finite({**fine, "b": broken, "c": broken})) is not None and "tensor 'b' has 1 values" in fault
+    assert (fault := not_finite({**fine, "b": broken, "c": broken})) is not None and "tensor 'b' has 1 value " in fault
 
 
 def test_weights_that_are_not_finite_are_not_staged() -> None:

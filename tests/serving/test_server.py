@@ -303,10 +303,10 @@ def test_siblings_and_ends_of_trees_are_told_apart(tmp_path: Path) -> None:
         batch_size=[6],
     )
     assert _outcomes(done, torch.ones(6, dtype=torch.bool)) == [
-        ["refused"], ["sibling", "refused"], ["sibling", "likeliest", "undrafted"], ["likeliest", "undrafted"],
+        ["rejected"], ["sibling", "rejected"], ["sibling", "likeliest", "undrafted"], ["likeliest", "undrafted"],
         ["sibling"], ["undrafted"],
     ]  # fmt: skip
-    assert _outcomes(done, torch.arange(6) % 3 == 1) == [["sibling", "refused"], ["sibling"]]
+    assert _outcomes(done, torch.arange(6) % 3 == 1) == [["sibling", "rejected"], ["sibling"]]
     # Of lookup alone, whose log-probabilities are all alike, the first of siblings is the likelier.
     done["draft", "log_probs"].fill_(-torch.inf)
     assert _outcomes(done, torch.arange(6) == 2) == [["likeliest", "likeliest", "undrafted"]]

@@ -83,7 +83,7 @@ FAULTS = {
     "mask of another shape": "tokens, parents, log_probs and mask are [(1, 3), (1, 3), (1, 3), (1, 1)], not [1, 0..3]",
     "mask of numbers": "torch.int64, torch.int64, torch.float32, torch.float32, not int64, int64, bool and float",
     "tokens that are no integers": "torch.float64, torch.int64, torch.bool, torch.float32, not int64",
-    "not a number": "node 0 has the log-probability nan, not a number of at most 0",
+    "not a number": "has the log-probability nan, not a number of at most 0",
     "above 0": ", not a number of at most 0",
     "no tensors": "AttributeError(",
 }

@@ -139,5 +139,5 @@ def test_a_state_that_is_not_finite_is_refused_and_one_without_a_checksum_is_not
     assert load_training_state(tmp_path / "earlier", drafter, optimizers) == {"steps": 4}
     tensors["module.fc.weight"][0, 0] = torch.nan
     write_folder(tmp_path / "bad", tensors, {"progress.json": {}})
-    with pytest.raises(CheckpointError, match="bad: tensor 'module.fc.weight' has 1 values that are infinite or not a"):
+    with pytest.raises(CheckpointError, match="bad: tensor 'module.fc.weight' has 1 value that is infinite or not a"):
         load_training_state(tmp_path / "bad", drafter, optimizers)

@@ -38,6 +38,15 @@ def test_the_losses_are_summed_and_the_gradient_clipped() -> None:
     torch.testing.assert_close(loss.weight.detach(), 1 - torch.tensor([0.6, 0.8]))  # (3, 4) has norm 5
 
 
+def test_the_batch_is_moved_to_the_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    batch = pack(stream(1))
+    monkeypatch.setattr(TensorDict, "to", lambda self, device: moved.append(device) or self)
+    loss = Seen()
+    train_step(loss, [torch.optim.SGD(loss.parameters(), lr=1.0)], batch, autocast=False)  # type: ignore[arg-type]
+    assert moved == [loss.weight.device]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_not_taken(bad: float) -> None:
     loss = Seen((bad, 1.0))

@@ -161,7 +161,8 @@ def load_drafter(
         if trained_for != "any" and stated not in (None, drafter.trained_for):
             raise ValueError(
                 f"config.json: {TRAINED_FOR} is {stated!r}, the target's weights are {drafter.trained_for!r}: the "
-                "drafter was trained for others. To start from it nevertheless, set drafter.trained_for=any"
+                "drafter was trained for others. To start from it nevertheless, set drafter.trained_for=any, in Python "
+                "trained_for='any' of from_pretrained"
             )
     except StrictDataclassError as error:  # transformers' own, for an entry of config.json; no ValueError
         raise CheckpointError(f"{folder}/config.json: {error.__cause__ or error}") from error

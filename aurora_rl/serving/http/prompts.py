@@ -142,7 +142,7 @@ class Encoder:
             )
 
     def _params(self, body: Generation, prompt_length: int) -> SamplingParams:
-        """The parameters of a request, without its seed; raises where the context has no room for its budget."""
+        """Return the parameters of a request, without its seed; raise if the context has no room for its budget."""
         budget, name, room = body.sampling.get("max_tokens"), body.budget_name, self._max_length - prompt_length
         if room < (budget or 1):
             asked = "" if budget is None else f" and {name}={budget} asks for that many more"

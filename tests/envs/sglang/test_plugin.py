@@ -222,4 +222,4 @@ def test_weights_that_are_not_finite_are_rejected(engine):
     rejected = []
     session = SimpleNamespace(receiver=SimpleNamespace(reject=lambda number, reason: rejected.append((number, reason))))
     engine._install(session, 3, {"fc.weight": torch.tensor([1.0, float("inf")])})
-    assert [number for number, _ in rejected] == [3] and "tensor 'fc.weight' has 1 values" in rejected[0][1]
+    assert [number for number, _ in rejected] == [3] and "tensor 'fc.weight' has 1 value that" in rejected[0][1]
