@@ -79,6 +79,7 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
         '8'
     """
     found = {0: Version(published="the first drafter", served="0")}
+    at_engines: Version | None = None  # that is on trial at a share of the engines
 
     def of(number: int) -> Version:
         return found.setdefault(number, Version())
@@ -98,12 +99,22 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
             case "trial":
                 of(event["version"]).outcome = f"on trial against version {event['against']}"
             case "verdict":
-                length, speed = event["acceptance_length"], event["tokens_per_second"]
-                of(event["version"]).outcome = (
-                    f"{'promoted' if event['promote'] else 'rolled back'} after {event['rounds']} rounds: "
-                    f"{event['reason']}; acceptance length {length['old']:.2f} to {length['new']:.2f}, tokens/s "
-                    f"{speed['old']:.1f} to {speed['new']:.1f}"
+                of(event["version"]).outcome = _outcome(event, f"{event['rounds']} rounds")
+            case "engine_trial":
+                at_engines = of(event["version"])
+                at_engines.outcome = (
+                    f"on trial at {len(event['engines'])} of {event['of']} engines against version {event['against']}"
                 )
+            case "engine_verdict":
+                at_engines = None
+                of(event["version"]).outcome = _outcome(event, f"{event['requests']} requests")
+                of(event["published"]).published = (
+                    f"version {event['version']}, promoted"
+                    if event["promote"]
+                    else f"version {event['against']} again, for engines that had version {event['version']}"
+                )
+            case "learner_ready" if at_engines is not None:
+                at_engines.outcome = "its trial ended with the learner"
             case "watchdog":
                 of(event["version"]).outcome = f"{event['cause']} ({event['detail']}): {event['action']}"
             case "swap_failed":
@@ -111,3 +122,15 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
             case "swap":
                 of(event["version"]).served = str(event["requests"])
     return found
+
+
+def _outcome(event: dict[str, Any], duration: str) -> str:
+    """Say how a trial ended, with the figures that there are."""
+    shown = (("acceptance_length", "acceptance length", 2), ("tokens_per_second", "tokens/s", 1))
+    figures = ", ".join(
+        f"{name} {event[key]['old']:.{digits}f} to {event[key]['new']:.{digits}f}"
+        for key, name, digits in shown
+        if event[key] is not None
+    )
+    ended = f"{'promoted' if event['promote'] else 'rolled back'} after {duration}: {event['reason']}"
+    return f"{ended}; {figures}" if figures else ended
