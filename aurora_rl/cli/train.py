@@ -85,8 +85,6 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     data = _fingerprint(arguments.recording or [], prompts)
     if arguments.resume is None:
         folder = RunDir(config, ["config.yaml"], suffix="-train")
-        chosen = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")} | {"data": data}
-        (folder.path / _ARGUMENTS).write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
     else:
         _check_resumed(config, Path(arguments.resume))
         if arguments.data != data:
@@ -97,6 +95,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         folder = RunDir(config, resume=True)
     arguments.run_dir = folder.path
     with contextlib.closing(folder):
+        _save_arguments(folder.path, arguments, data)  # again where it is resumed: --epochs may have changed
         return _run(spec, arguments, prompts, folder, stop, began)
 
 
@@ -159,6 +158,14 @@ def _settle(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--epochs must be at least 1, got {arguments.epochs}")
     if not 0 < arguments.held_out < 1:
         raise ConfigError(f"--held-out must lie between 0 and 1, got {arguments.held_out}")
+
+
+def _save_arguments(run_dir: Path, arguments: argparse.Namespace, data: str) -> None:
+    """Write the options that the next ``--resume`` takes, whole or not at all."""
+    options = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")} | {"data": data}
+    part = run_dir / f".{_ARGUMENTS}.part"
+    part.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    part.replace(run_dir / _ARGUMENTS)
 
 
 def _fingerprint(folders: Sequence[str], prompts: Sequence[Prompt]) -> str:
@@ -307,8 +314,8 @@ class _Training:
         self._log = MetricsLog(self.run_dir / "metrics.jsonl", "train")
         self._served = self.drafter.serving_copy(self.spec.dtype)
         self._outputs = Outputs(self._log)
-        self._first: dict[str, float] = {}
-        self._best: dict[str, float] = {}
+        self._first: dict[str, Any] = {}
+        self._best: dict[str, Any] = {}
 
     def resume(self) -> None:
         """Go on from the state in the run's folder, if there is one."""
@@ -356,17 +363,17 @@ class _Training:
         replays = replay_groups(self._served, self.held_out, self.spec.tree)
         tokens, rounds = (sum(int(getattr(r, name).sum()) for r in replays.values()) for name in ("tokens", "rounds"))
         lengths = {name: found.acceptance_length for name, found in replays.items()}
-        found = {"all": tokens / rounds, **lengths}
+        found = {"acceptance_length": tokens / rounds, "domains": lengths}
         epoch = self.trainer.batches // self.trainer.batches_per_epoch
-        self._log.write("evaluation", epoch=epoch, batches=self.trainer.batches, acceptance_length=found)
+        self._log.write("evaluation", epoch=epoch, batches=self.trainer.batches, **found)
         by_group = ", ".join(f"{name or 'none'} {length:.2f}" for name, length in lengths.items())
         self.console.print(
-            f"epoch {epoch}: acceptance length {found['all']:.3f} on {self._recorded()[1]} held-out requests"
+            f"epoch {epoch}: acceptance length {tokens / rounds:.3f} on {self._recorded()[1]} held-out requests"
             + (f" ({by_group})" if len(lengths) > 1 else ""),
             soft_wrap=True,
         )
         self._first = self._first or found
-        better = not self._best or found["all"] >= self._best["all"]
+        better = not self._best or tokens / rounds >= self._best["acceptance_length"]
         if better and self._replace("drafter", lambda: self._served.save_pretrained(self.run_dir / "drafter")):
             self._best = found
         self._save()
@@ -391,9 +398,13 @@ class _Training:
     def report(self, duration_s: float) -> None:
         """Write ``summary.json`` and say how to serve the result."""
         first, best = self._first, self._best or self._first
+        length = {"first": first["acceptance_length"], "last": best["acceptance_length"]}
         pairs = ["--config", str(self.run_dir / "config.yaml"), f"drafter.path={self.run_dir / 'drafter'}"]
         domains = {
-            group: {"requests": len(stream), "acceptance_length": {"first": first[group], "last": best[group]}}
+            group: {
+                "requests": len(stream),
+                "acceptance_length": {"first": first["domains"][group], "last": best["domains"][group]},
+            }
             for group, stream in self.held_out.items()
         }
         summary = {
@@ -401,12 +412,12 @@ class _Training:
             "held_out": self._recorded()[1],
             "steps": self.trainer.batches - self.trainer.skipped,
             "skipped": self.trainer.skipped,
-            "acceptance_length": {"first": first["all"], "last": best["all"]},
+            "acceptance_length": length,
             "domains": domains if any(domains) else {},
             "duration_s": duration_s,
         }
         self._outputs.write("summary.json", lambda: write_summary(self.run_dir, summary))
-        text = f"acceptance length {first['all']:.3f} → {best['all']:.3f}"
+        text = f"acceptance length {length['first']:.3f} → {length['last']:.3f}"
         if self._best:  # the drafter was written
             text += f"; serve it by\n{shlex.join(['aurora-rl', 'serve', *pairs])}"
         self.console.print(text, soft_wrap=True)
