@@ -20,7 +20,7 @@ from rich.console import Console
 from tensordict import TensorDict
 from torch.utils.data import ConcatDataset, Subset
 
-from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument, pair_of
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, engine_maker, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.config_privacy import check_records
@@ -29,10 +29,10 @@ from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.learner import learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
-from aurora_rl.cli.run_dir import RunDir, go_on
+from aurora_rl.cli.run_dir import TRAINING, RunDir, go_on
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.cli.training_data import open_recording, questions, record_answers, recorded_prompts
+from aurora_rl.cli.training_data import open_recording, questions, record_answers, recorded_prompts, recording_names
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import Drafter
@@ -46,7 +46,6 @@ from aurora_rl.training.offline import OfflineTrainer, replay_groups
 from aurora_rl.workload.traffic import Prompt
 
 _SAVE_S = 300.0
-_ARGUMENTS = "train.json"
 _DAY0 = "drafter-day0"
 _TYPES = {"recording": list | None, "epochs": int, "held_out": float, "data": str | None}
 
@@ -133,14 +132,12 @@ def _settle(arguments: argparse.Namespace) -> None:
     defaults: dict[str, Any] = {"recording": None, "epochs": 4, "held_out": 0.1}
     arguments.recording = [str(folder.resolve()) for folder in arguments.recording or []] or None
     if arguments.resume is not None:
-        path = Path(arguments.resume) / _ARGUMENTS
+        path = Path(arguments.resume) / TRAINING
         if not path.is_file():
-            raise ConfigError(
-                f"--resume {arguments.resume}: there is no {_ARGUMENTS} in it; it is no training's folder"
-            )
+            raise ConfigError(f"--resume {arguments.resume}: there is no {TRAINING} in it; it is no training's folder")
         try:
             defaults = {**defaults, "data": None, **json.loads(path.read_text(encoding="utf-8"))}
-            check(defaults, _TYPES, _ARGUMENTS)
+            check(defaults, _TYPES, TRAINING)
             for folder in defaults["recording"] or []:
                 Path(folder)
         except (ValueError, TypeError) as error:
@@ -154,6 +151,10 @@ def _settle(arguments: argparse.Namespace) -> None:
     for name, value in defaults.items():
         if getattr(arguments, name, None) is None:
             setattr(arguments, name, value)
+    if arguments.resume is None and arguments.recording and (pair := pair_of("traffic.path", arguments.overrides)):
+        raise ConfigError(
+            f"{pair} next to --recording: a training learns from recordings or from chats; leave one of them out"
+        )
     if arguments.epochs < 1:
         raise ConfigError(f"--epochs must be at least 1, got {arguments.epochs}")
     if not 0 < arguments.held_out < 1:
@@ -163,9 +164,9 @@ def _settle(arguments: argparse.Namespace) -> None:
 def _save_arguments(run_dir: Path, arguments: argparse.Namespace, data: str) -> None:
     """Write the options that the next ``--resume`` takes, whole or not at all."""
     options = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")} | {"data": data}
-    part = run_dir / f".{_ARGUMENTS}.part"
+    part = run_dir / f".{TRAINING}.part"
     part.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-    part.replace(run_dir / _ARGUMENTS)
+    part.replace(run_dir / TRAINING)
 
 
 def _fingerprint(folders: Sequence[str], prompts: Sequence[Prompt]) -> str:
@@ -231,9 +232,10 @@ def _start(
         counts = [len(r) for r in recordings] if requests is None else [requests.total - len(requests.failed)]
         count, batch_size = sum(_split(count, arguments.held_out) for count in counts), spec.config.learner.batch_size
         if count < batch_size:
+            fix = f"set learner.batch_size={count}, or give more requests" if count else "give more requests"
             raise ConfigError(
-                f"learner.batch_size={batch_size} is more than the {count} requests that are left to learn from; set "
-                "it to that, or record more"
+                f"learner.batch_size={batch_size} is more than the {count} requests that are left to learn from: of "
+                f"{sum(counts)}, --held-out keeps {sum(counts) - count} to evaluate on; {fix}"
             )
         if not day0.is_dir():
             drafter.save_pretrained(day0)
@@ -243,7 +245,7 @@ def _start(
     del target
     return_freed_memory(collect=True)
     parts = [_split(len(recording), arguments.held_out) for recording in recordings]
-    names = [folder.name if len(folders) > 1 else "" for folder in folders]
+    names = recording_names(folders) if len(folders) > 1 else [""] * len(folders)
     groups: dict[str, list[int]] = defaultdict(list)
     train: list[int] = []
     start = 0

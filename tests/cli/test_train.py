@@ -268,6 +268,15 @@ def test_lines_that_the_log_lost_are_counted(
         (["--recording", "EMPTY"], "holds no trajectories; learner.record="),
         (["drafter.name=ngram", "drafter.feature_layers=null"], "has no weights to learn"),
         (["learner.batch_size=10"], "learner.batch_size=10 is more than the 5 requests that are left to learn from"),
+        (
+            ["traffic.requests=1"],
+            "learner.batch_size=2 is more than the 0 requests that are left to learn from: of 1, --held-out keeps 1 to "
+            "evaluate on; give more requests",
+        ),
+        (
+            ["--recording", "EMPTY", "traffic.path=ANSWERS"],
+            "answers.jsonl next to --recording: a training learns from recordings or from chats; leave one of them out",
+        ),
         (["traffic.path=ANSWERS"], "chat 'line-1' has answers only; put a question before them"),
     ],
 )
@@ -277,9 +286,9 @@ def test_what_cannot_be_learned_is_refused_by_one_line(
     chats(tmp_path / "answers.jsonl", [("assistant", "yes")])
     (tmp_path / "empty").mkdir()
     (tmp_path / "served").mkdir()
-    (tmp_path / "served" / "config.yaml").write_text("seed: 0")
+    (tmp_path / "served" / "config.yaml").write_text("drafter: {name: eagle3}")
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.yaml").write_text("seed: 0")
+    (tmp_path / "broken" / "config.yaml").write_text("drafter: {name: eagle3}")
     written = next((word.partition(":")[2] for word in words if word.startswith("BROKEN")), "")
     (tmp_path / "broken" / "train.json").write_text(written.replace("'", '"'))
     names = {"NOWHERE": str(tmp_path / "nowhere"), "SERVED": str(tmp_path / "served")}

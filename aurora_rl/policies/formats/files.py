@@ -139,8 +139,7 @@ def load_drafter(
     try:
         _check_types(tensors, config)
         stated = config.pop(TRAINED_FOR, None)  # not the class's to keep
-        # A folder that several could have written is of the class that is asked for.
-        found = kind if kind is not None and kind.recognizes(config) else recognized(config)
+        found = _class_of(config, kind)
         for name in found.target_sizes:
             size = getattr(parts.config, name)
             if config.get(name, size) != size:
@@ -178,8 +177,8 @@ def load_drafter(
     return drafter
 
 
-def drafter_class(source: str | os.PathLike[str]) -> type[Drafter]:
-    """Return the class that recognizes a drafter's folder, or repository on the hub.
+def drafter_class(source: str | os.PathLike[str], kind: type[Drafter] | None = None) -> type[Drafter]:
+    """Return the class that recognizes a drafter's folder, or repository on the hub: ``kind`` if it does.
 
     Raises:
         CheckpointError: It is no checkpoint, or no class knows it.
@@ -188,9 +187,14 @@ def drafter_class(source: str | os.PathLike[str]) -> type[Drafter]:
     _, config = read_folder(folder, "config.json")
     try:
         _check_types({}, config)
-        return recognized(config)
+        return _class_of(config, kind)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _class_of(config: Mapping[str, Any], kind: type[Drafter] | None) -> type[Drafter]:
+    """Return the class of a folder. One that several could have written is of the class that is asked for."""
+    return kind if kind is not None and kind.recognizes(config) else recognized(config)
 
 
 def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:
