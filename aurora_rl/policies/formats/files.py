@@ -79,11 +79,11 @@ def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
         ValueError: The drafter has no such format, the layout cannot describe it, or the engine of a layout that is
             asked for by name cannot serve it.
     """
-    asked, layout = layout, layout or next(iter(drafter.formats), "any")
+    if not drafter.formats:
+        raise ValueError(f"{type(drafter).__name__} has no formats and is not saved; serve it by its name")
+    asked, layout = layout, layout or drafter.formats[0]
     if layout not in drafter.formats:
-        raise ValueError(
-            f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats) or 'none'}"
-        )
+        raise ValueError(f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats)}")
     # Files name the tokens that have a row, in places without their order.
     check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
     checkpoint = drafter.write(layout)
