@@ -14,6 +14,7 @@ from rich.table import Table
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.output import plain_console
+from aurora_rl.cli.run_dir import refuse_training
 from aurora_rl.cli.signals import Stop
 from aurora_rl.telemetry.log import MetricsReader
 
@@ -43,9 +44,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Print the versions. Returns the exit status.
 
     Raises:
-        ConfigError: The folder is not that of a run.
+        ConfigError: The folder is not that of a run, or it is that of a training.
     """
     folder: Path = arguments.folder
+    refuse_training(folder)
     if not (folder / "metrics.jsonl").is_file():
         raise ConfigError(f"{folder} has no metrics.jsonl; name the folder of a run")
     found = versions(MetricsReader(folder / "metrics.jsonl"))

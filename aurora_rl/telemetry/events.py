@@ -320,7 +320,8 @@ EVENTS: dict[str, Event] = {
         {
             "epoch": "Passes over the recording so far.",
             "batches": "Batches so far.",
-            "acceptance_length": "Acceptance length over all of them (all), and by domain.",
+            "acceptance_length": "Acceptance length over all of them.",
+            "domains": "Acceptance length by domain, or by recording if there are several.",
         },
     ),
     "learner_done": Event("The learner has ended in good order.", {**_SEEN, "version": "Last version published."}),

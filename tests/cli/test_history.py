@@ -86,3 +86,11 @@ def test_the_table_and_the_command_that_serves_a_kept_version(
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["history", str(tmp_path)]) == 2
     assert f"{tmp_path} has no metrics.jsonl; name the folder of a run" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_training_has_no_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MetricsLog(tmp_path / "metrics.jsonl", "train").write("train", loss=2.0, batches=1)
+    (tmp_path / "train.json").write_text("{}")
+    assert main(["history", str(tmp_path)]) == 2
+    out = capsys.readouterr()
+    assert out.out == "" and out.err.startswith(f"aurora-rl: {tmp_path} is the folder of a training, which serves")
