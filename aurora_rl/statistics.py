@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
+from typing import NamedTuple
 
 # Effects that are bet on, in median absolute differences, and the largest difference that counts, in the same unit: a
 # pair that the machine held up must not cost all evidence.
@@ -76,3 +77,61 @@ class PairedTest:
     def evidence(self) -> float:
         """Evidence so far: 1 before the first pair, below it where signs are mixed."""
         return fmean(map(math.exp, self._log_wealth))
+
+
+class Both(NamedTuple):
+    """A figure of the old weights and of the new ones."""
+
+    old: float
+    new: float
+
+
+class LossTest:
+    """Compares new weights with old ones in pairs, until a loss of a figure is proven or is ruled out for all.
+
+    A pair is compared by the logarithm of new over old. A loss has a :class:`PairedTest` for each figure, and these
+    share the false-alarm rate. That a loss above the margin is ruled out has another.
+
+    Args:
+        figures: Names of figures of which more is better.
+        rate: Chance that weights as good as the old ones are ever found to be worse, at most; in (0, 1).
+        margin: Relative loss that is tolerated, in (0, 1).
+
+    Attributes:
+        pairs: Pairs so far.
+
+    Example:
+        >>> test = LossTest(["acceptance_length"], rate=0.01, margin=0.05)
+        >>> while test.verdict is None:
+        ...     test.add({"acceptance_length": Both(old=3.0, new=1.0)})
+        >>> test.verdict, test.pairs
+        ((False, 'acceptance length fell'), 9)
+    """
+
+    def __init__(self, figures: Sequence[str], rate: float, margin: float) -> None:
+        self._margin, self.pairs = margin, 0
+        self._lower = {name: PairedTest(rate / len(figures)) for name in figures}
+        self._no_lower = {name: PairedTest(rate) for name in figures}
+
+    def add(self, pair: Mapping[str, Both]) -> None:
+        """Take in a pair: each figure that is known of both, above 0."""
+        self.pairs += 1
+        for name, (old, new) in pair.items():
+            gain = math.log(new / old)
+            self._lower[name].add(-gain)
+            self._no_lower[name].add(gain - math.log(1 - self._margin))
+
+    @property
+    def verdict(self) -> tuple[bool, str] | None:
+        """Whether the new weights pass, and why, in words; None while neither is proven."""
+        if worse := [name for name, test in self._lower.items() if test.rejected]:
+            return False, f"{' and '.join(worse).replace('_', ' ')} fell"
+        known = [test for test in self._no_lower.values() if test.pairs]
+        if known and all(test.rejected for test in known):
+            return True, f"a loss above {self._margin:.0%} is ruled out"
+        return None
+
+    @property
+    def evidence(self) -> dict[str, float]:
+        """Evidence of a loss, by figure: :attr:`PairedTest.evidence`."""
+        return {name: test.evidence for name, test in self._lower.items()}

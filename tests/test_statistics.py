@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from aurora_rl.statistics import PairedTest, mean_interval
+from aurora_rl.statistics import Both, LossTest, PairedTest, mean_interval
 
 RATE, STREAMS, PAIRS = 0.05, 400, 48
 # Three standard errors above the rate: a test that keeps it fails here once in a thousand.
@@ -105,3 +105,17 @@ def test_the_interval_of_a_mean() -> None:
     low, high = mean_interval([1.0, 2.0, 3.0, 6.0])
     half = 1.96 * math.sqrt((4 + 1 + 0 + 9) / 4) / 2
     assert (low, high) == pytest.approx((3 - half, 3 + half))
+
+
+def test_a_loss_of_either_figure_is_found_and_one_that_is_not_always_known_decides_if_it_is() -> None:
+    for fallen in ("length", "speed"):
+        test, figures = LossTest(["length", "speed"], rate=0.05, margin=0.1), {"length": 2.0, "speed": 9.0}
+        while test.verdict is None:
+            test.add({name: Both(old, 0.5 * old if name == fallen else old) for name, old in figures.items()})
+        assert test.verdict == (False, f"{fallen} fell") and test.evidence[fallen] >= 2 / 0.05
+    test = LossTest(["length", "speed"], rate=0.05, margin=0.1)
+    for _ in range(20):
+        test.add({"length": Both(2.0, 2.0)})
+    assert test.verdict == (True, "a loss above 10% is ruled out") and test.pairs == 20
+    test.add({"length": Both(2.0, 2.0), "speed": Both(9.0, 9.0)})
+    assert test.verdict is None

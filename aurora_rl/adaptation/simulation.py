@@ -37,6 +37,7 @@ class LocalWire:
     handshake_error: str | None = None
     error: str | None = None
     refused = 0  # nobody connects
+    overtaken = False
     served: tuple[()] = ()  # what is published is taken
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 
 def add_resume_argument(parser: argparse.ArgumentParser) -> None:
@@ -25,3 +26,13 @@ def add_config_arguments(parser: argparse.ArgumentParser, example: str = "engine
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys")
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"for example {example}")
+
+
+def pair_of(key: str, overrides: Sequence[str]) -> str | None:
+    """Return the ``key=value`` pair of a command line that sets a key, the last of several; None if none does.
+
+    Example:
+        >>> pair_of("engine.slots", ["seed=1", "engine.slots=2"])
+        'engine.slots=2'
+    """
+    return next((pair for pair in reversed(overrides) if pair.partition("=")[0] == key), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections import Counter, defaultdict
@@ -122,7 +123,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(result, indent=1) + "\n")
         part.replace(path)
-    results = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    results = _results(out)
     (out / "table.md").write_text(_markdown(results))
     _plot(results, out / "curves.png")
     print(f"{len(results)} runs in {out}: table.md, curves.png", flush=True)
@@ -196,6 +197,17 @@ def _settings(spec: RunSpec, every: int, ahead: int, count: int, digest: str) ->
         "--limit": count,
         "checksum of the recording": digest,
     }
+
+
+def _results(out: Path) -> list[dict[str, Any]]:
+    """Return the results in a folder. Other files, such as a run's summary, are left alone."""
+    found = []
+    for path in sorted(out.glob("*-*-*.json")):
+        with contextlib.suppress(ValueError, OSError):
+            result = json.loads(path.read_text())
+            if isinstance(result, dict) and {"recording", "variant", "curves"} <= result.keys():
+                found.append(result)
+    return found
 
 
 def _check_reuse(path: Path, settings: dict[str, Any]) -> None:

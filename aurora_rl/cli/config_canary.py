@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CanaryConfig:
-    """How weights that passed the gate are tried before they draft every round; with the embedded engine."""
+    """How weights that passed the gate are tried before they draft every round.
+
+    An embedded engine tries them in a share of its rounds. A learner of several engines, of any kind, may try them at a
+    share of the engines first.
+    """
 
     share: float = 0.5
     """Share of the rounds that new weights draft during their trial; 0 swaps them in at once, which is the default of
@@ -31,6 +35,14 @@ class CanaryConfig:
     most_rounds: int | None = 512
     """Rounds that new weights draft before they are promoted if no loss was proven; null tries them until a loss is
     proven or ruled out."""
+    engines: float = 0.0
+    """Share of the engines that get new weights first, if several are connected to the learner; at least one does. 0
+    gives them to all engines at once. For the learner, which compares at ``false_alarm_rate`` and ``margin`` too."""
+    requests: int = 8
+    """Requests of an engine in a window of the trial at a share of the engines."""
+    most_requests: int | None = 256
+    """Requests with new weights, per engine that has them at a time, before all engines get them if no loss was proven;
+    null tries them until a loss is proven or ruled out."""
 
 
 def without_trials(merged: DictConfig, named: Collection[str]) -> None:
@@ -48,6 +60,11 @@ def check_trials(config: Config) -> None:
         raise ConfigError(
             f"canary.most_rounds={canary.most_rounds} is less than a window of canary.window={canary.window} rounds; "
             f"set it to {canary.window} or more, or to null"
+        )
+    if canary.most_requests is not None and canary.most_requests < canary.requests:
+        raise ConfigError(
+            f"canary.most_requests={canary.most_requests} is less than a window of canary.requests={canary.requests} "
+            f"requests; set it to {canary.requests} or more, or to null"
         )
     if config.engine.name == "sglang" and (canary.share or config.compare):
         raise ConfigError(

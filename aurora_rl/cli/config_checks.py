@@ -22,7 +22,7 @@ _POSITIVE = """
     engine.slots engine.max_length engine.threads http.max_body http.max_waiting drafter.vocab_size
     drafter.depth drafter.width
     baseline.window wire.queue wire.queue_bytes learner.threads learner.batch_size learner.buffer learner.buffer_bytes
-    learner.max_skipped learner.publish_every checkpoint.keep gate.requests traffic.requests
+    learner.max_skipped learner.publish_every checkpoint.keep gate.requests canary.requests traffic.requests
 """
 
 _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
@@ -30,7 +30,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     **dict.fromkeys(
         ("traffic.limit", "max_new_tokens"), ("be at least 1 or null", lambda value: value is None or value >= 1)
     ),
-    "canary.share": ("lie in [0, 0.5]", lambda value: 0 <= value <= 0.5),
+    **dict.fromkeys(("canary.share", "canary.engines"), ("lie in [0, 0.5]", lambda value: 0 <= value <= 0.5)),
     "canary.window": ("be at least 2, as the first round of a window is not measured", lambda value: value >= 2),
     **dict.fromkeys(("canary.false_alarm_rate", "canary.margin"), ("lie between 0 and 1", lambda value: 0 < value < 1)),
     "baseline.share": ("lie in [0, 1)", lambda value: 0 <= value < 1),

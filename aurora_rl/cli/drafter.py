@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.arguments import add_config_arguments, pair_of
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, encoded_prompts, load, start_drafter, traffic
 from aurora_rl.cli.config import Config
-from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
@@ -60,6 +60,11 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     if arguments.what != "inspect" and not arguments.overwrite and holds_drafter(arguments.out):
         raise ConfigError(f"--out {arguments.out} holds a drafter already; name another folder, or add --overwrite")
     if arguments.what == "init":
+        if config.drafter.path is not None and (pair := pair_of("drafter.path", arguments.overrides)):
+            raise ConfigError(
+                f"{pair}: drafter init starts an untrained drafter; leave the key out, or write that drafter by "
+                f"aurora-rl drafter export --drafter {config.drafter.path}"
+            )
         return _init(config, arguments.out, arguments.to)
     if arguments.what == "export":
         return _export(config, arguments)
@@ -85,8 +90,8 @@ def _init(config: Config, out: Path, layout: str | None) -> int:
 
 def _export(config: Config, arguments: argparse.Namespace) -> int:
     # Sizes and positions are checked against the target, and written as the target has them.
-    spec = _resolve(config, arguments.drafter)
-    drafter = _load(spec, load(spec), arguments.layout)
+    spec, kind = _resolve(config, arguments.drafter), _kind(config, arguments.drafter)
+    drafter = _load(spec, kind, load(spec), arguments.layout)
     drafter.to(spec.dtype).save_pretrained(arguments.out.resolve(), layout=arguments.to)
     print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
     return 0
@@ -95,7 +100,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
 def _inspect(config: Config, source: str, check: bool) -> int:
     folder = local_folder(source)
     tensors, entries = read_folder(folder, "config.json")
-    kind = _named_kind(config) or drafter_class(folder)
+    kind = _kind(config, source)
     if type(entries.get("vocab_size")) is not int:
         raise CheckpointError(
             f"{folder}: config.json: vocab_size must be an integer, got {entries.get('vocab_size')!r}"
@@ -114,7 +119,7 @@ def _inspect(config: Config, source: str, check: bool) -> int:
         "size": f"{sum(file.stat().st_size for file in folder.iterdir()) / 2**20:.1f} MiB",
         **{f"engine {name}": command for name, command in commands.items()},
     }
-    reason = _misfit(config, source) if check else None
+    reason = _misfit(config, kind, source) if check else None
     if check:
         lines["target"] = f"{config.model}: " + ("fits" if reason is None else f"does not fit: {reason}")
     for name, value in lines.items():
@@ -122,10 +127,19 @@ def _inspect(config: Config, source: str, check: bool) -> int:
     return 0 if reason is None else 1
 
 
-def _named_kind(config: Config) -> type[Drafter] | None:
-    """Return the class that the user names by its import path. A file may not name what is imported."""
+def _kind(config: Config, source: str) -> type[Drafter]:
+    """Return the class of a drafter's folder. One that is imported is named by the user; a file may not do that.
+
+    Raises:
+        ConfigError: The drafter is not of the class that is named.
+    """
     name = config.drafter.name
-    return get_drafter(name) if name is not None and ":" in name else None
+    with naming("drafter.name"):
+        asked = None if name is None else get_drafter(name)
+    found = drafter_class(source, asked)
+    if asked not in (None, found):
+        raise ConfigError(f"drafter.name={name}: {source} holds a drafter of {found.__name__}; leave the key out")
+    return found
 
 
 def _resolve(config: Config, source: str) -> RunSpec:
@@ -133,25 +147,25 @@ def _resolve(config: Config, source: str) -> RunSpec:
     return resolve(replace(config, drafter=replace(config.drafter, path=source)))
 
 
-def _load(spec: RunSpec, target: Target, layout: str | None = None) -> Drafter:
+def _load(spec: RunSpec, kind: type[Drafter], target: Target, layout: str | None = None) -> Drafter:
     settings = spec.config.drafter
     assert settings.path is not None
     return load_drafter(
         settings.path,
         target.parts,
-        _named_kind(spec.config),
+        kind,
         layout=layout,
         options=plain(settings.options),
         trained_for=settings.trained_for,
     )
 
 
-def _misfit(config: Config, source: str) -> str | None:
+def _misfit(config: Config, kind: type[Drafter], source: str) -> str | None:
     """Return why a drafter does not fit the target; None if it fits."""
     spec = _resolve(config, source)
     target = load(spec)
     try:
-        _load(spec, target)
+        _load(spec, kind, target)
     except CheckpointError as error:
         return str(error)
     return None

@@ -14,6 +14,7 @@ from rich.table import Table
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.output import plain_console
+from aurora_rl.cli.run_dir import refuse_training
 from aurora_rl.cli.signals import Stop
 from aurora_rl.telemetry.log import MetricsReader
 
@@ -43,9 +44,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Print the versions. Returns the exit status.
 
     Raises:
-        ConfigError: The folder is not that of a run.
+        ConfigError: The folder is not that of a run, or it is that of a training.
     """
     folder: Path = arguments.folder
+    refuse_training(folder)
     if not (folder / "metrics.jsonl").is_file():
         raise ConfigError(f"{folder} has no metrics.jsonl; name the folder of a run")
     found = versions(MetricsReader(folder / "metrics.jsonl"))
@@ -79,6 +81,7 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
         '8'
     """
     found = {0: Version(published="the first drafter", served="0")}
+    at_engines: Version | None = None  # that is on trial at a share of the engines
 
     def of(number: int) -> Version:
         return found.setdefault(number, Version())
@@ -98,12 +101,22 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
             case "trial":
                 of(event["version"]).outcome = f"on trial against version {event['against']}"
             case "verdict":
-                length, speed = event["acceptance_length"], event["tokens_per_second"]
-                of(event["version"]).outcome = (
-                    f"{'promoted' if event['promote'] else 'rolled back'} after {event['rounds']} rounds: "
-                    f"{event['reason']}; acceptance length {length['old']:.2f} to {length['new']:.2f}, tokens/s "
-                    f"{speed['old']:.1f} to {speed['new']:.1f}"
+                of(event["version"]).outcome = _outcome(event, f"{event['rounds']} rounds")
+            case "engine_trial":
+                at_engines = of(event["version"])
+                at_engines.outcome = (
+                    f"on trial at {len(event['engines'])} of {event['of']} engines against version {event['against']}"
                 )
+            case "engine_verdict":
+                at_engines = None
+                of(event["version"]).outcome = _outcome(event, f"{event['requests']} requests")
+                of(event["published"]).published = (
+                    f"version {event['version']}, promoted"
+                    if event["promote"]
+                    else f"version {event['against']} again, for engines that had version {event['version']}"
+                )
+            case "learner_ready" if at_engines is not None:
+                at_engines.outcome = "its trial ended with the learner"
             case "watchdog":
                 of(event["version"]).outcome = f"{event['cause']} ({event['detail']}): {event['action']}"
             case "swap_failed":
@@ -111,3 +124,15 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
             case "swap":
                 of(event["version"]).served = str(event["requests"])
     return found
+
+
+def _outcome(event: dict[str, Any], duration: str) -> str:
+    """Say how a trial ended, with the figures that there are."""
+    shown = (("acceptance_length", "acceptance length", 2), ("tokens_per_second", "tokens/s", 1))
+    figures = ", ".join(
+        f"{name} {event[key]['old']:.{digits}f} to {event[key]['new']:.{digits}f}"
+        for key, name, digits in shown
+        if event[key] is not None
+    )
+    ended = f"{'promoted' if event['promote'] else 'rolled back'} after {duration}: {event['reason']}"
+    return f"{ended}; {figures}" if figures else ended

@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 
 from aurora_rl.cli.assembly import Target, load, opening, start_drafter, wire_keys
+from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import naming
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.spec import RunSpec
@@ -25,6 +26,7 @@ from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
+from aurora_rl.training.engine_canary import EngineCanary, EngineRules
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -76,11 +78,26 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         with opening("wire.weights", config.wire.weights):
             publisher = WeightPublisher(config.wire.weights, handshake=handshake, keys=keys, limits=limits)
         opened.callback(publisher.close)
-        result = assembled(spec, drafter, loss, optimizers, collector, publisher, log, outputs, run_dir / "learner")
+        canary = _canary(config, publisher, log)
+        result = assembled(
+            spec, drafter, loss, optimizers, collector, publisher, log, outputs, run_dir / "learner", canary
+        )
         if settings.resume is not None:
             result.resume(Path(settings.resume))
         opened.pop_all()
     return result
+
+
+def _canary(config: Config, publisher: WeightPublisher, log: MetricsLog) -> EngineCanary | None:
+    """Return what tries new weights at a share of the engines; None publishes them to all at once."""
+    settings = config.canary
+    if not settings.engines:
+        return None
+    rules = EngineRules(
+        settings.engines, settings.requests, settings.false_alarm_rate, settings.margin, settings.most_requests,
+        config.seed,
+    )  # fmt: skip
+    return EngineCanary(publisher, rules, log)
 
 
 def learning(spec: RunSpec, drafter: Drafter, target: Target) -> tuple[SumLoss, list[torch.optim.Optimizer]]:
@@ -106,6 +123,7 @@ def assembled(
     log: MetricsLog,
     outputs: Outputs,
     checkpoint: Path,
+    canary: EngineCanary | None = None,
 ) -> Learner:
     """Return the learner of a spec, with the loss and the optimizers of :func:`learning` and a wire."""
     config, settings = spec.config, spec.config.learner
@@ -130,4 +148,5 @@ def assembled(
         max_age=config.privacy.max_age,
         once=config.privacy.zero_retention,
         outputs=outputs,
+        canary=canary,
     )

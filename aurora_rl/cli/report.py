@@ -9,6 +9,7 @@ from aurora_rl.adaptation import report
 from aurora_rl.adaptation.scenario import read_scenario
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.cli.run_dir import refuse_training
 from aurora_rl.cli.signals import Stop
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import MetricsReader
@@ -25,9 +26,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Write the report. Returns the exit status.
 
     Raises:
-        ConfigError: The folder is neither of the two, or holds no result yet.
+        ConfigError: The folder is neither of the two (as that of a training), or holds no result yet.
     """
     folder = arguments.folder
+    refuse_training(folder)
     if (folder / "scenario.yaml").is_file():
         with naming(str(folder)):
             report.write(folder, report.collect(folder, read_scenario(folder / "scenario.yaml")))

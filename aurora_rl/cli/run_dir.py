@@ -18,6 +18,9 @@ from aurora_rl.cli.config import Config, load_config, to_yaml
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.training.states import newest_valid
 
+TRAINING = "train.json"
+"""File that only the folder of ``aurora-rl train`` has: its options."""
+
 
 class RunDir:
     """The folder of a run, with its configuration in it.
@@ -177,12 +180,12 @@ def resumed_config(
     A YAML file at ``path`` takes the place of the saved configuration.
 
     Raises:
-        ConfigError: The folder holds no such run, or the configuration cannot be used.
+        ConfigError: The folder holds no such run, the configuration cannot be used, or it names another drafter.
     """
     run, document = Path(folder), "learner.yaml" if command == "learn" else "config.yaml"
     if not (run / document).is_file():
         raise ConfigError(f"--resume {folder}: there is no {document} in it; name the folder of an earlier run")
-    if command != "train" and (run / "train.json").is_file():
+    if command != "train" and (run / TRAINING).is_file():
         raise ConfigError(
             f"--resume {folder} is the folder of a training; go on with aurora-rl train --resume, or serve its drafter "
             f"by drafter.path={run / 'drafter'}"
@@ -190,7 +193,31 @@ def resumed_config(
     config = load_config(path or run / document, overrides, usual)
     if config.run_dir not in (None, folder):
         raise ConfigError(f"--resume {folder} and run_dir={config.run_dir} are two folders; leave run_dir out")
+    _check_drafter(config, folder, run / document)
     return replace(config, run_dir=folder)
+
+
+def _check_drafter(config: Config, folder: str, saved: Path) -> None:
+    """Raise ConfigError if another drafter is asked for than a run was started with, whose own it goes on with."""
+    drafter = make_absolute(config).drafter
+    asked = {key: value for key in ("path", "name") if (value := getattr(drafter, key)) is not None}
+    before = load_config(saved).drafter if asked else drafter
+    for key, value in asked.items():
+        if value != (was := getattr(before, key)):
+            raise ConfigError(
+                f"--resume {folder}: it was started with drafter.{key}={'null' if was is None else was} and goes on "
+                f"with its own drafter, and this command has drafter.{key}={value}; leave the key out, or start "
+                "another run: leave --resume out and name a new run_dir"
+            )
+
+
+def refuse_training(folder: Path) -> None:
+    """Raise ConfigError if a folder is that of a training, for commands that tell of a server's run."""
+    if (folder / TRAINING).is_file():
+        raise ConfigError(
+            f"{folder} is the folder of a training, which serves nothing and publishes no versions; its figures are in "
+            f"{folder / 'summary.json'} once it has ended, and in the events 'evaluation' of {folder / 'metrics.jsonl'}"
+        )
 
 
 def go_on(config: Config, run: Path) -> tuple[Config, list[str]]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from tensordict import TensorDict
 from torch.utils.data import ConcatDataset, Subset
 
-from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument, pair_of
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, engine_maker, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.config_privacy import check_records
@@ -29,10 +29,10 @@ from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.learner import learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
-from aurora_rl.cli.run_dir import RunDir, go_on
+from aurora_rl.cli.run_dir import TRAINING, RunDir, go_on
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.cli.training_data import open_recording, questions, record_answers, recorded_prompts
+from aurora_rl.cli.training_data import open_recording, questions, record_answers, recorded_prompts, recording_names
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import Drafter
@@ -46,7 +46,6 @@ from aurora_rl.training.offline import OfflineTrainer, replay_groups
 from aurora_rl.workload.traffic import Prompt
 
 _SAVE_S = 300.0
-_ARGUMENTS = "train.json"
 _DAY0 = "drafter-day0"
 _TYPES = {"recording": list | None, "epochs": int, "held_out": float, "data": str | None}
 
@@ -85,8 +84,6 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     data = _fingerprint(arguments.recording or [], prompts)
     if arguments.resume is None:
         folder = RunDir(config, ["config.yaml"], suffix="-train")
-        chosen = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")} | {"data": data}
-        (folder.path / _ARGUMENTS).write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
     else:
         _check_resumed(config, Path(arguments.resume))
         if arguments.data != data:
@@ -97,6 +94,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         folder = RunDir(config, resume=True)
     arguments.run_dir = folder.path
     with contextlib.closing(folder):
+        _save_arguments(folder.path, arguments, data)  # again where it is resumed: --epochs may have changed
         return _run(spec, arguments, prompts, folder, stop, began)
 
 
@@ -134,14 +132,12 @@ def _settle(arguments: argparse.Namespace) -> None:
     defaults: dict[str, Any] = {"recording": None, "epochs": 4, "held_out": 0.1}
     arguments.recording = [str(folder.resolve()) for folder in arguments.recording or []] or None
     if arguments.resume is not None:
-        path = Path(arguments.resume) / _ARGUMENTS
+        path = Path(arguments.resume) / TRAINING
         if not path.is_file():
-            raise ConfigError(
-                f"--resume {arguments.resume}: there is no {_ARGUMENTS} in it; it is no training's folder"
-            )
+            raise ConfigError(f"--resume {arguments.resume}: there is no {TRAINING} in it; it is no training's folder")
         try:
             defaults = {**defaults, "data": None, **json.loads(path.read_text(encoding="utf-8"))}
-            check(defaults, _TYPES, _ARGUMENTS)
+            check(defaults, _TYPES, TRAINING)
             for folder in defaults["recording"] or []:
                 Path(folder)
         except (ValueError, TypeError) as error:
@@ -155,10 +151,22 @@ def _settle(arguments: argparse.Namespace) -> None:
     for name, value in defaults.items():
         if getattr(arguments, name, None) is None:
             setattr(arguments, name, value)
+    if arguments.resume is None and arguments.recording and (pair := pair_of("traffic.path", arguments.overrides)):
+        raise ConfigError(
+            f"{pair} next to --recording: a training learns from recordings or from chats; leave one of them out"
+        )
     if arguments.epochs < 1:
         raise ConfigError(f"--epochs must be at least 1, got {arguments.epochs}")
     if not 0 < arguments.held_out < 1:
         raise ConfigError(f"--held-out must lie between 0 and 1, got {arguments.held_out}")
+
+
+def _save_arguments(run_dir: Path, arguments: argparse.Namespace, data: str) -> None:
+    """Write the options that the next ``--resume`` takes, whole or not at all."""
+    options = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")} | {"data": data}
+    part = run_dir / f".{TRAINING}.part"
+    part.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+    part.replace(run_dir / TRAINING)
 
 
 def _fingerprint(folders: Sequence[str], prompts: Sequence[Prompt]) -> str:
@@ -224,9 +232,10 @@ def _start(
         counts = [len(r) for r in recordings] if requests is None else [requests.total - len(requests.failed)]
         count, batch_size = sum(_split(count, arguments.held_out) for count in counts), spec.config.learner.batch_size
         if count < batch_size:
+            fix = f"set learner.batch_size={count}, or give more requests" if count else "give more requests"
             raise ConfigError(
-                f"learner.batch_size={batch_size} is more than the {count} requests that are left to learn from; set "
-                "it to that, or record more"
+                f"learner.batch_size={batch_size} is more than the {count} requests that are left to learn from: of "
+                f"{sum(counts)}, --held-out keeps {sum(counts) - count} to evaluate on; {fix}"
             )
         if not day0.is_dir():
             drafter.save_pretrained(day0)
@@ -236,7 +245,7 @@ def _start(
     del target
     return_freed_memory(collect=True)
     parts = [_split(len(recording), arguments.held_out) for recording in recordings]
-    names = [folder.name if len(folders) > 1 else "" for folder in folders]
+    names = recording_names(folders) if len(folders) > 1 else [""] * len(folders)
     groups: dict[str, list[int]] = defaultdict(list)
     train: list[int] = []
     start = 0
@@ -307,8 +316,8 @@ class _Training:
         self._log = MetricsLog(self.run_dir / "metrics.jsonl", "train")
         self._served = self.drafter.serving_copy(self.spec.dtype)
         self._outputs = Outputs(self._log)
-        self._first: dict[str, float] = {}
-        self._best: dict[str, float] = {}
+        self._first: dict[str, Any] = {}
+        self._best: dict[str, Any] = {}
 
     def resume(self) -> None:
         """Go on from the state in the run's folder, if there is one."""
@@ -321,6 +330,11 @@ class _Training:
                 f"out), and there are {self._recorded()} now; did a recording grow?"
             )
         self._first, self._best = progress["first"], progress["best"]
+        if self._first and "domains" not in self._first:
+            raise ConfigError(
+                f"--resume {self.run_dir}: an earlier release began it, whose evaluations are kept in another form; go "
+                "on with that release, or start another run from its drafter by drafter.path"
+            )
 
     def _recorded(self) -> list[int]:
         return [self.requests, sum(len(group) for group in self.held_out.values())]
@@ -356,17 +370,17 @@ class _Training:
         replays = replay_groups(self._served, self.held_out, self.spec.tree)
         tokens, rounds = (sum(int(getattr(r, name).sum()) for r in replays.values()) for name in ("tokens", "rounds"))
         lengths = {name: found.acceptance_length for name, found in replays.items()}
-        found = {"all": tokens / rounds, **lengths}
+        found = {"acceptance_length": tokens / rounds, "domains": lengths}
         epoch = self.trainer.batches // self.trainer.batches_per_epoch
-        self._log.write("evaluation", epoch=epoch, batches=self.trainer.batches, acceptance_length=found)
+        self._log.write("evaluation", epoch=epoch, batches=self.trainer.batches, **found)
         by_group = ", ".join(f"{name or 'none'} {length:.2f}" for name, length in lengths.items())
         self.console.print(
-            f"epoch {epoch}: acceptance length {found['all']:.3f} on {self._recorded()[1]} held-out requests"
+            f"epoch {epoch}: acceptance length {tokens / rounds:.3f} on {self._recorded()[1]} held-out requests"
             + (f" ({by_group})" if len(lengths) > 1 else ""),
             soft_wrap=True,
         )
         self._first = self._first or found
-        better = not self._best or found["all"] >= self._best["all"]
+        better = not self._best or tokens / rounds >= self._best["acceptance_length"]
         if better and self._replace("drafter", lambda: self._served.save_pretrained(self.run_dir / "drafter")):
             self._best = found
         self._save()
@@ -391,9 +405,13 @@ class _Training:
     def report(self, duration_s: float) -> None:
         """Write ``summary.json`` and say how to serve the result."""
         first, best = self._first, self._best or self._first
+        length = {"first": first["acceptance_length"], "last": best["acceptance_length"]}
         pairs = ["--config", str(self.run_dir / "config.yaml"), f"drafter.path={self.run_dir / 'drafter'}"]
         domains = {
-            group: {"requests": len(stream), "acceptance_length": {"first": first[group], "last": best[group]}}
+            group: {
+                "requests": len(stream),
+                "acceptance_length": {"first": first["domains"][group], "last": best["domains"][group]},
+            }
             for group, stream in self.held_out.items()
         }
         summary = {
@@ -401,12 +419,12 @@ class _Training:
             "held_out": self._recorded()[1],
             "steps": self.trainer.batches - self.trainer.skipped,
             "skipped": self.trainer.skipped,
-            "acceptance_length": {"first": first["all"], "last": best["all"]},
+            "acceptance_length": length,
             "domains": domains if any(domains) else {},
             "duration_s": duration_s,
         }
         self._outputs.write("summary.json", lambda: write_summary(self.run_dir, summary))
-        text = f"acceptance length {first['all']:.3f} → {best['all']:.3f}"
+        text = f"acceptance length {length['first']:.3f} → {length['last']:.3f}"
         if self._best:  # the drafter was written
             text += f"; serve it by\n{shlex.join(['aurora-rl', 'serve', *pairs])}"
         self.console.print(text, soft_wrap=True)

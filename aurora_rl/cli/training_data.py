@@ -61,6 +61,23 @@ def recorded_prompts(folders: Sequence[Path], count: int) -> list[list[int]]:
     return prompts
 
 
+def recording_names(folders: Sequence[Path]) -> list[str]:
+    """Return a name for each recording: the last part of its path that tells it from the others.
+
+    Example:
+        >>> recording_names([Path("/runs/code"), Path("/runs/math")])
+        ['code', 'math']
+        >>> recording_names([Path("/runs/1/recording"), Path("/runs/2/recording")])
+        ['1', '2']
+    """
+    longest = max(len(folder.parts) for folder in folders)
+    count = next(n for n in range(1, longest + 1) if len({f.parts[-n:] for f in folders}) == len(set(folders)))
+    ends = [folder.parts[-count:] for folder in folders]
+    while min(map(len, ends)) > 1 and len({end[-1] for end in ends}) == 1:
+        ends = [end[:-1] for end in ends]
+    return ["/".join(end) for end in ends]
+
+
 def open_recording(folder: Path, target: Target, drafter: Drafter) -> TrajectoryDataset:
     """Open a recording, and check that it can be replayed and that its first trajectory fits target and drafter."""
     vocab_size, width = target.parts.head.weight.shape

@@ -97,7 +97,8 @@ class ZMQCollector:
         Returns:
             Valid trajectories that own their memory; empty if none arrived, or after `shutdown`. "source" of each is
             the name of its engine's key or, without keys, the name that the engine gives itself. "tenant" is whom its
-            request was for, empty if it named nobody. "captured" is the Unix time at which the request ended.
+            request was for, empty if it named nobody. "captured" is the Unix time at which the request ended, and
+            "seconds" for how long it was decoded, None if its engine did not say.
         """
         deadline = time.monotonic() + timeout_s
         trajectories: list[TensorDict] = []
@@ -147,6 +148,7 @@ class ZMQCollector:
             source = source or _name(message.meta.get("engine"))
             engine = self._handshake if meta == self._handshake_meta else Handshake.from_meta(meta)
             tenant, time_s = _retention(message)
+            seconds = _seconds(message)
         except CodecError as error:
             self._reject("malformed", source, error)
             return None
@@ -166,7 +168,8 @@ class ZMQCollector:
                 return None
         if self._on_trajectory is not None:
             self._on_trajectory(message.tensors)
-        for name, value in (("source", source), ("tenant", tenant), ("captured", time_s)):
+        notes = {"source": source, "tenant": tenant, "captured": time_s, "seconds": seconds}
+        for name, value in notes.items():
             message.tensors.set_non_tensor(name, value)
         return message.tensors
 
@@ -195,6 +198,18 @@ def _retention(message: Message) -> tuple[str, float]:
         return tenant or "", float(field(meta, "before", float, int))
     # None is an engine of an earlier release. A clock ahead of ours must not make a trajectory live longer.
     return tenant or "", min(field(meta, "captured", float, int, type(None)) or now, now)
+
+
+def _seconds(message: Message) -> float | None:
+    """Return the seconds for which a request was decoded; None is an engine of an earlier release, or a deletion.
+
+    Raises:
+        CodecError: They are malformed, or less than a microsecond.
+    """
+    seconds = field({"seconds": None} | message.meta, "seconds", float, int, type(None))
+    if seconds is not None and seconds < 1e-6:
+        raise CodecError(f"a request is decoded for a microsecond at least, this one for {seconds} s")
+    return None if seconds is None else float(seconds)
 
 
 def _name(claimed: object) -> str:

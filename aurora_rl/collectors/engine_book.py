@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +28,9 @@ class EngineStatus:
 
     `acknowledged` is the newest version whose checksum, after loading, was the published one. `rejected` is the last
     version that was refused or loaded wrong, with the reason. Its version is None if the message could not be read.
-    `checksum` is that of the weights that it serves, as it says. `ahead`: it serves a version newer than any published
-    here, from an earlier learner, and ignores the published ones.
+    `checksum` is that of the weights that it serves, as it says. `ahead`: it serves a version newer than the one that
+    it is to have, from an earlier learner, and ignores older ones. `foreign` is the version that it serves if an
+    earlier learner published other weights under its number.
     """
 
     name: str
@@ -42,6 +43,7 @@ class EngineStatus:
     in_flight: bool = False
     checksum: str | None = None
     ahead: bool = False
+    foreign: int | None = None
 
 
 class EngineBook:
@@ -54,7 +56,8 @@ class EngineBook:
         self._changed, self._log = threading.Condition(), Throttle(logging.getLogger(__name__))
         self._engines: OrderedDict[bytes, EngineStatus] = OrderedDict()  # by the connection's identity
         self._checksums: OrderedDict[int, str] = OrderedDict()  # an engine may acknowledge what is no longer the newest
-        self._published = 0
+        self._published = 0  # the newest, for whomever it is
+        self._for_all, self._for_one = 0, dict[str, int]()  # versions to have; those of single engines by name
 
     @property
     def engines(self) -> dict[str, EngineStatus]:
@@ -68,8 +71,24 @@ class EngineBook:
         with self._changed:
             return 1 + max([self._published, *(status.serving for status in self._engines.values())])
 
-    def publish(self, version: int, checksum: str) -> None:
-        """Note the newest weights.
+    @property
+    def overtaken(self) -> bool:
+        """Whether an engine ignores the version that it is to have, as it serves a newer one or other weights of it."""
+        with self._changed:
+            wanted = [(status, self._wanted(status.name)) for status in self._engines.values()]
+            return any(version < status.serving or version == status.foreign for status, version in wanted)
+
+    @property
+    def wanted(self) -> set[int]:
+        """Versions that some engine is to have."""
+        with self._changed:
+            return {self._for_all, *self._for_one.values()}
+
+    def _wanted(self, name: str) -> int:
+        return self._for_one.get(name, self._for_all)
+
+    def publish(self, version: int, checksum: str, engines: Collection[str] | None = None) -> None:
+        """Note the newest weights, and the names of the engines that are to have them; None means all engines.
 
         Raises:
             ValueError: ``version`` is not larger than the last one.
@@ -78,20 +97,26 @@ class EngineBook:
             if version <= self._published:
                 raise ValueError(f"version {version} is not newer than the published {self._published}")
             self._published = version
+            if engines is None:
+                self._for_all = version
+                self._for_one.clear()
+            else:
+                self._for_one.update(dict.fromkeys(engines, version))
             self._checksums[version] = checksum
             if len(self._checksums) > _REMEMBERED_CHECKSUMS:
                 self._checksums.popitem(last=False)
 
-    def due(self, version: int) -> list[bytes]:
-        """Return the connections to send this version to now, and note that it is on its way to them."""
+    def due(self) -> list[tuple[bytes, int]]:
+        """Return the connections to send a version to now, each with it, and note that it is on its way to them."""
         with self._changed:
             found, oldest = [], time.monotonic() - _FORGET_S
             for identity, status in list(self._engines.items()):
+                version = self._wanted(status.name)
                 if status.last_seen < oldest:
                     del self._engines[identity]
                 elif not status.in_flight and version != status.offered and version > status.serving:
                     status.offered, status.in_flight = version, True
-                    found.append(identity)
+                    found.append((identity, version))
             return found
 
     def wait_ack(self, version: int, timeout: float, engines: int) -> bool:
@@ -137,13 +162,14 @@ class EngineBook:
             status.checksum = digest
             if received is not None and received == status.offered:
                 status.in_flight = False
-            ahead = 0 < self._published < version
+            wanted = self._wanted(name)
+            ahead = 0 < wanted < version
             if ahead and not status.ahead:
                 self._log.warning(
                     "ahead",
                     "engine %r serves version %d, newer than the published %d, and ignores older ones;"
                     " publish next_version to reach it",
-                    *(name, version, self._published),
+                    *(name, version, wanted),
                 )
             status.ahead = ahead
         if digest is not None:  # repeats the last acknowledgement, in case that was lost with a connection
@@ -186,6 +212,8 @@ class EngineBook:
                 return  # from an earlier learner: nothing to compare with
             if digest == published:
                 status.acknowledged = version
+            elif (status.offered or 0) < version:  # it was not sent that
+                status.foreign = version
             else:
                 reason = f"the loaded weights have checksum {digest}, the published ones {published}"
                 if status.rejected != (version, reason):

@@ -30,11 +30,12 @@ _HEADER = 1 << 14  # bytes that a header has at most
 
 
 class _Queued(NamedTuple):
-    """A trajectory that waits, its tenant, and the Unix time at which its request ended."""
+    """A trajectory that waits, its tenant, the Unix time at which its request ended, and its seconds of decoding."""
 
     trajectory: TensorDictBase
     tenant: str | None
     captured: float
+    seconds: float | None
 
 
 class TrajectorySink:
@@ -110,8 +111,8 @@ class TrajectorySink:
         """Trajectories waiting now."""
         return len(self._queue)
 
-    def extend(self, trajectory: TensorDictBase, tenant: str | None = None) -> None:
-        """Queue one packed trajectory of a request that has just ended, for a tenant.
+    def extend(self, trajectory: TensorDictBase, tenant: str | None = None, seconds: float | None = None) -> None:
+        """Queue one packed trajectory of a request that has just ended, for a tenant, after ``seconds`` of decoding.
 
         Its tensors are encoded later, in another thread and without a copy, so do not write to them again.
         """
@@ -126,7 +127,7 @@ class TrajectorySink:
             while self._queue and (len(self._queue) >= self._capacity or self._bytes + size > self._max_bytes):
                 self._take_oldest()
                 self._drop(1)
-            self._queue.append(_Queued(trajectory, tenant, time.time()))
+            self._queue.append(_Queued(trajectory, tenant, time.time(), seconds))
             self._bytes += size
             self._changed.notify()
 
@@ -208,9 +209,10 @@ class TrajectorySink:
             if not self._queue:
                 return
             queued = self._take_oldest()
-        trajectory, tenant, captured = queued
+        trajectory, tenant, captured, seconds = queued
+        said = {"tenant": tenant, "captured": captured, "seconds": seconds}
         try:
-            frames = encode(TRAJECTORY, {**self._meta, "tenant": tenant, "captured": captured}, trajectory)
+            frames = encode(TRAJECTORY, {**self._meta, **said}, trajectory)
         except (ValueError, RuntimeError) as error:  # a RuntimeError is a failed copy from another device
             with self._changed:
                 self.drops["not_encodable"] += 1

@@ -7,9 +7,10 @@ The engine speaks first and repeats itself; so either side may start, vanish or 
 - learner (ROUTER, binds): ``accepted`` {}, or ``refused`` {reason} where the handshake differs; ``weights`` {version,
   checksum, identity} and tensors, if newer than what the engine serves. The identity is the handshake's.
 
-The learner keeps the newest weights only. It sends an engine no more before the last ones have arrived there (its
-``received`` tells). So a slow engine skips versions, and no queue grows. Over one connection ZeroMQ loses nothing. A
-new connection has a new identity, and for it everything starts afresh.
+The learner keeps the newest weights only, and while some engines try them those of the others. It sends an engine no
+more before the last ones have arrived there (its ``received`` tells). So a slow engine skips versions, and no queue
+grows. Over one connection ZeroMQ loses nothing. A new connection has a new identity, and for it everything starts
+afresh.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import zmq
@@ -58,12 +58,6 @@ _MAX_NAME = 256
 _MAX_JUMP = 1 << 52  # of versions at an engine, so that no learner can leave the next one without room
 
 
-@dataclass(frozen=True, slots=True)
-class _Published:
-    version: int
-    frames: list[Buffer]
-
-
 class WeightPublisher:
     """The learner's side: offers the newest weights to every engine, in a thread of its own.
 
@@ -84,7 +78,8 @@ class WeightPublisher:
         """How the latest refused engine differed."""
         self.rejected = 0  # malformed messages dropped
         self._handshake, self._limits = handshake, limits
-        self._newest: _Published | None = None
+        self._frames: dict[int, list[Buffer]] = {}  # of the versions that engines are to have
+        self._publishing = threading.Lock()
         self._book, self._log = EngineBook(), Throttle(logging.getLogger(__name__))
         self._socket = open_socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # report an engine that is gone instead of dropping silently
@@ -105,15 +100,26 @@ class WeightPublisher:
 
     @property
     def served(self) -> list[tuple[str, int, str]]:
-        """Name, version and checksum of what each engine says that it serves, of those that say a checksum."""
-        return [(s.name, s.serving, s.checksum) for s in self.engines.values() if s.checksum is not None]
+        """Name, version and checksum of what each engine says that it serves, unless it was published here."""
+        others = (status for status in self.engines.values() if status.acknowledged != status.serving)
+        return [(status.name, status.serving, status.checksum) for status in others if status.checksum is not None]
 
     @property
     def next_version(self) -> int:
         """Above everything published here and served by engines that are heard; a fresh learner goes on from here."""
         return self._book.next_version
 
-    def publish(self, version: int, tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> str:
+    @property
+    def overtaken(self) -> bool:
+        """Whether an engine ignores the version that it is to have, as it serves a newer one or other weights of it."""
+        return self._book.overtaken
+
+    def publish(
+        self,
+        version: int,
+        tensors: TensorDictBase | Mapping[str | Key, Tensor],
+        engines: Collection[str] | None = None,
+    ) -> str:
         """Make these the newest weights, and return the checksum that acknowledgements must repeat.
 
         They are copied and hashed in the calling thread, and sent in another.
@@ -121,6 +127,8 @@ class WeightPublisher:
         Args:
             version: Version, larger than any before; an engine that serves it or a later one ignores the weights.
             tensors: Tensors on any device; they may be trained on as soon as this returns.
+            engines: Names of the engines that are to have them, until others are published for these or for all. None
+                means all engines, those that connect later too.
 
         Raises:
             ValueError: ``version`` is not larger than the last one, or the weights exceed ``limits``.
@@ -136,8 +144,10 @@ class WeightPublisher:
                 f"weights of {size} bytes in {len(owned)} tensors exceed the {self._limits.max_bytes} bytes or"
                 f" {self._limits.max_leaves} tensors of limits; raise them (wire.max_message) on both sides"
             )
-        self._book.publish(version, digest)
-        self._newest = _Published(version, frames)
+        with self._publishing:
+            self._book.publish(version, digest, engines)
+            self._frames[version] = frames
+            self._frames = {number: kept for number, kept in self._frames.items() if number in self._book.wanted}
         return digest
 
     def wait_ack(self, version: int, timeout: float, *, engines: int = 1) -> bool:
@@ -164,9 +174,10 @@ class WeightPublisher:
             except CodecError as error:
                 self.rejected += 1
                 self._log.warning("malformed", "a message to the weight publisher is dropped: %s", error)
-        if (newest := self._newest) is not None:
-            for identity in self._book.due(newest.version):
-                self._send(identity, newest.frames)
+        with self._publishing:
+            due = [(identity, self._frames[version]) for identity, version in self._book.due()]
+        for engine, weights in due:
+            self._send(engine, weights)
         return not self._thread.closing
 
     def _handle(self, identity: bytes, message: Message) -> None:

@@ -99,4 +99,5 @@ def _make(settings: Mapping[str, Any], drafter: Drafter, head: TargetHead | Tens
     try:
         return cls(drafter, head, **arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what}: {error}") from error
+        # An error of a part that is named by its import path may begin with its own, shorter name.
+        raise ValueError(f"{what}: {str(error).removeprefix(f'objective {cls.name!r}: ')}") from error

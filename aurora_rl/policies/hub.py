@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from aurora_rl.models.loading import default_dtype, load_target
 from aurora_rl.models.parts import TargetParts
-from aurora_rl.policies.model_card import model_card
+from aurora_rl.policies.model_card import model_card, run_figures
 
 if TYPE_CHECKING:
     from aurora_rl.policies.drafter import Drafter
@@ -142,10 +142,12 @@ class HubMixin:
 
         Raises:
             CheckpointError: The drafter cannot be written in this format.
-            ValueError: The run has no summary.
+            ValueError: The run has no summary, or a file of it is broken. The hub was not asked then.
             HfHubHTTPError: The hub refused the upload.
             ConnectionError: The hub could not be reached; the message names the folder where the drafter is saved.
         """
+        if run is not None:
+            run_figures(run)  # what is wrong with it is told before the hub is asked
         scratch = Path(tempfile.mkdtemp(prefix="aurora-rl-"))
         folder, kept = scratch / "drafter", False
         try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import ModelCardData
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from aurora_rl.models.loading import DEFAULT_TARGET
 
@@ -84,12 +85,12 @@ def model_card(
         metadata: Front matter of the card that is replaced.
 
     Raises:
-        ValueError: The run has no summary.
+        ValueError: The run has no summary, or a file of it is broken.
     """
     from aurora_rl.policies.registry import DRAFTERS
 
-    settings, figures = ({}, []) if run is None else _run(Path(run))
-    target = next((name for name in (settings.get("model"), base_model) if name and not _is_folder(name)), "TARGET")
+    model, figures = (None, []) if run is None else run_figures(run)
+    target = next((name for name in (model, base_model) if name and not _is_folder(name)), "TARGET")
     base_model = base_model or {"TARGET": None, DEFAULT_TARGET: _EMBEDDED_ID}.get(target, target)
     kind = type(drafter)
     tags = ["speculative-decoding", DRAFTERS.name_of(kind).rpartition(":")[2].lower()]
@@ -123,14 +124,32 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def _run(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Return the configuration of a run, and rows of its figures. What was not measured has no row."""
+def run_figures(run: str | os.PathLike[str]) -> tuple[str | None, list[tuple[str, str]]]:
+    """Return the model of a run, and names and texts of its figures. What was not measured is left out.
+
+    Raises:
+        ValueError: The run has no summary, or a file of it is broken.
+    """
+    folder = Path(run)
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         settings = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"run={str(folder)!r} is not the folder of a finished run: {error}") from error
-    domains = (summary.get("domains") or {}).items()
+    except (OSError, ValueError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"run={str(folder)!r} is not the folder of a finished run: {reason}") from error
+    try:
+        return _figures(summary, settings)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"run={str(folder)!r}: summary.json or config.yaml lacks an entry, or has one of another type: "
+            f"{type(error).__name__}: {error}; name the folder of another run, or leave run out"
+        ) from error
+
+
+def _figures(summary: dict[str, Any], settings: dict[str, Any]) -> tuple[str | None, list[tuple[str, str]]]:
+    model, domains = settings.get("model"), (summary.get("domains") or {}).items()
+    if not isinstance(model, str | None):
+        raise TypeError(f"model is {model!r}, which is no text")
     versions = summary.get("versions_served") or []
     rows = [
         ("engine", settings["engine"]["name"]),
@@ -141,7 +160,7 @@ def _run(folder: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
         ("swaps of weights while serving", summary.get("swaps")),
         ("versions served", f"{versions[0]} to {versions[-1]}" if versions else None),
     ]
-    return settings, [(name, str(value)) for name, value in rows if value is not None]
+    return model, [(name, str(value)) for name, value in rows if value is not None]
 
 
 def _is_folder(model: str) -> bool:

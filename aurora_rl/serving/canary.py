@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from aurora_rl.statistics import PairedTest
+from aurora_rl.statistics import Both, LossTest
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +35,6 @@ class Canary:
     seed: int = 0
 
 
-class Both(NamedTuple):
-    """A figure of the old weights and of the new ones."""
-
-    old: float
-    new: float
-
-
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """How a trial ended.
@@ -54,7 +46,7 @@ class Verdict:
         pairs: Pairs of windows that were compared.
         acceptance_length: Tokens per round and slot in these windows.
         tokens_per_second: Tokens per second in them.
-        evidence: Evidence of a loss, by figure: the factor of :attr:`PairedTest.evidence`.
+        evidence: Evidence of a loss, by figure; see :attr:`LossTest.evidence`.
     """
 
     promote: bool
@@ -90,10 +82,10 @@ class Trial:
 
     A cycle is a pair of neighbouring windows, one of each, in an order that is drawn, and then as many rounds of the
     old weights as the share leaves. If the weights are equally good, the order alone decides the sign of a pair's
-    difference, however rounds depend on those before them: that is what :class:`PairedTest` needs. A pair is compared
-    by the logarithm of new over old, of acceptance length and of tokens per second.
+    difference, however rounds depend on those before them: that is what :class:`~aurora_rl.statistics.LossTest` needs,
+    which compares acceptance length and tokens per second.
 
-    - Rolled back: either figure is proven to be lower. Two tests share the false-alarm rate.
+    - Rolled back: either figure is proven to be lower.
     - Promoted: of both figures a loss above the margin is ruled out; or ``most_rounds`` were drafted.
 
     Args:
@@ -114,10 +106,7 @@ class Trial:
     def __init__(self, rules: Canary, seed: int = 0) -> None:
         self._rules, self._random = rules, random.Random(rules.seed + seed)
         self.rounds = 0
-        self._lower, self._no_lower = (
-            {name: PairedTest(rate) for name in _Sums().figures}
-            for rate in (rules.false_alarm_rate / 2, rules.false_alarm_rate)
-        )
+        self._test = LossTest(list(_Sums().figures), rules.false_alarm_rate, rules.margin)
         self._old, self._new = _Sums(), _Sums()
         self._cycle = max(round(rules.window / rules.share), 2 * rules.window)
         self._begin_cycle()
@@ -155,23 +144,16 @@ class Trial:
         old, new = self._window
         self._old.add(old.tokens, old.slots, old.seconds)
         self._new.add(new.tokens, new.slots, new.seconds)
-        tolerated = -math.log(1 - self._rules.margin)
-        for name, before in old.figures.items():
-            gain = math.log(new.figures[name] / before)
-            self._lower[name].add(-gain)
-            self._no_lower[name].add(gain + tolerated)
-        if worse := [name for name, test in self._lower.items() if test.rejected]:
-            return self._verdict(False, f"{' and '.join(worse).replace('_', ' ')} fell")
-        if all(test.rejected for test in self._no_lower.values()):
-            return self._verdict(True, f"a loss above {self._rules.margin:.0%} is ruled out")
-        drafted, most = self._lower["acceptance_length"].pairs * self._rules.window, self._rules.most_rounds
+        figures = new.figures
+        self._test.add({name: Both(before, figures[name]) for name, before in old.figures.items()})
+        if (decided := self._test.verdict) is not None:
+            return self._verdict(*decided)
+        drafted, most = self._test.pairs * self._rules.window, self._rules.most_rounds
         if most is not None and drafted >= most:
             return self._verdict(True, f"no loss was proven in {drafted} rounds that they drafted")
         return None
 
     def _verdict(self, promote: bool, reason: str) -> Verdict:
-        old, new, tests = self._old.figures, self._new.figures, self._lower
-        length, speed = (Both(old[name], new[name]) for name in tests)
-        evidence = {name: test.evidence for name, test in tests.items()}
-        pairs = tests["acceptance_length"].pairs
-        return Verdict(promote, reason, self.rounds, pairs, length, speed, evidence)
+        old, new, test = self._old.figures, self._new.figures, self._test
+        length, speed = (Both(old[name], new[name]) for name in old)
+        return Verdict(promote, reason, self.rounds, test.pairs, length, speed, test.evidence)

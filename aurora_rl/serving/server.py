@@ -110,7 +110,9 @@ class InferenceServer:
         self._captures = Capture() if captures is None else captures
         self._td: TensorDictBase | None = None
         self._recording = 0.0
-        self._asked: dict[int, list[bool]] = {}  # of the requests in flight: in which rounds drafts were asked for
+        # Of the requests in flight: in which rounds drafts were asked for, and the time of the first round.
+        self._asked: dict[int, list[bool]] = {}
+        self._began: dict[int, float] = {}
         for each in self.versions.policies:
             each.on_fault = self._fault
 
@@ -185,6 +187,7 @@ class InferenceServer:
             speculative |= request.speculative
             counted |= request.counted
             self._asked.setdefault(request.id, []).append(bool(asked[slot]))
+            self._began.setdefault(request.id, began)
             drafted += bool(asked[slot])
         done, self._td = env.step_and_maybe_reset(action)
         # Recording is a cost of speculation, in whichever round it happens.
@@ -244,6 +247,7 @@ class InferenceServer:
         domain, trajectory = self._note(completion), completion.trajectory
         assert trajectory is not None, "the server's environment records"
         asked = torch.tensor(self._asked.pop(completion.request.id))
+        decoding = began - self._began.pop(completion.request.id)
         if not completion.request.counted:
             return
         tokens, rounds = acceptance_length(trajectory, asked)
@@ -266,7 +270,7 @@ class InferenceServer:
             if self.policy.earlier is not None:
                 self.policy.earlier.add(completion.tokens.numpy(), completion.request.salt)
             if self._sink is not None:
-                self._sink.extend(trajectory, completion.request.tenant)
+                self._sink.extend(trajectory, completion.request.tenant, decoding)
         self._recording += time.perf_counter() - began
 
     def delete(self, tenant: str) -> Deleted:
@@ -285,6 +289,7 @@ class InferenceServer:
         """Drop a request between two rounds, and its record with it; its slot is free for the next."""
         if self.env.cancel(request):
             self._asked.pop(request, None)
+            self._began.pop(request, None)
             if self._td is not None:  # the policy checks that both stand at the same place
                 self._td["observation", "position"].copy_(self.env.engine.store.lengths - 1)
 

@@ -261,9 +261,35 @@ EVENTS: dict[str, Event] = {
             "serving": "Acceptance length of the serving weights.",
             "requests": "Requests that decided.",
             "reason": "Why a candidate that cannot draft is refused; otherwise null.",
-            "version": "Version that is published now.",
+            "version": "Version that is published now; the candidate's where a trial at a share of the engines begins.",
             "seconds": "Time of the decision.",
             **_SEEN,
+        },
+    ),
+    "engine_trial": Event(
+        "A share of the engines gets new weights that passed the gate, to be compared with as many other engines.",
+        {
+            "version": "Version under which the first engines get them; those of later windows get higher ones.",
+            "against": "Version that is published to all engines.",
+            "engines": "Names of the first engines.",
+            "of": "Engines that are connected.",
+        },
+    ),
+    "engine_verdict": Event(
+        "The trial of new weights at a share of the engines has ended.",
+        {
+            "version": "Version of the trial.",
+            "against": "Version that was published to all engines meanwhile.",
+            "published": "Version under which all engines get the new weights, or those that had them the former ones.",
+            "promote": "True if all engines get the new weights, false if they were rolled back.",
+            "reason": "What decided, in words.",
+            "pairs": "Windows in which engines with the new weights were compared with as many others.",
+            "requests": "Requests with the new weights in these windows.",
+            "acceptance_length": "Tokens per round in them, of former and new weights; null without windows.",
+            "tokens_per_second": "Tokens per second of a request while it is decoded, of both; null without windows, "
+            "and where engines of earlier releases do not say it.",
+            "evidence": "Evidence of a loss of either figure: 1 is none; weights are rolled back at 2 over "
+            "`canary.false_alarm_rate`.",
         },
     ),
     "rejected": Event(
@@ -271,7 +297,8 @@ EVENTS: dict[str, Event] = {
         {"version": "Version of these weights.", **_REASON, **_SEEN},
     ),
     "renumbered": Event(
-        "The newest weights were published again: an engine serves a version above theirs, and ignored them.",
+        "The newest weights were published again: an engine serves a version above theirs, or other weights of it, and "
+        "ignored them.",
         {"version": "Version that they have now.", **_SEEN},
     ),
     "served": Event(
@@ -293,7 +320,8 @@ EVENTS: dict[str, Event] = {
         {
             "epoch": "Passes over the recording so far.",
             "batches": "Batches so far.",
-            "acceptance_length": "Acceptance length over all of them (all), and by domain.",
+            "acceptance_length": "Acceptance length over all of them.",
+            "domains": "Acceptance length by domain, or by recording if there are several.",
         },
     ),
     "learner_done": Event("The learner has ended in good order.", {**_SEEN, "version": "Last version published."}),

@@ -49,8 +49,8 @@ def figures(event: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
     Example:
         >>> figures({"event": "swap", "time": 3.5, "source": "server", "requests": 8, "version": 2, "ms": 1.5})
         (8, {'swap/version': 2.0, 'swap/ms': 1.5})
-        >>> figures({"event": "evaluation", "batches": 4, "acceptance_length": {"all": 2.0, "": 1.5}})
-        (4, {'evaluation/acceptance_length/all': 2.0, 'evaluation/acceptance_length/none': 1.5})
+        >>> figures({"event": "evaluation", "batches": 4, "acceptance_length": 2.0, "domains": {"": 1.5}})
+        (4, {'evaluation/acceptance_length': 2.0, 'evaluation/domains/none': 1.5})
     """
     kind = event["event"]
     counter = _STEPS[kind] if _STEPS[kind] in event else "batches"

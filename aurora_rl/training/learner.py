@@ -28,12 +28,13 @@ from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.checkpoint import newest_training_state, save_training_state
+from aurora_rl.training.engine_canary import EngineCanary
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.replay import NewestTrajectories, as_state, of_state
 from aurora_rl.training.retention import AgeLimit, is_deleted
 from aurora_rl.training.served_weights import StartCheck, WeightAudit, with_weights
 from aurora_rl.training.states import add_state
-from aurora_rl.training.steps import has_finite_step, train_step
+from aurora_rl.training.steps import has_finite_step, rounded, train_step
 from aurora_rl.training.wire_ends import TrajectorySource, WeightSink
 from aurora_rl.trajectories import pack
 
@@ -70,6 +71,7 @@ class Learner:
         max_age: Seconds from the end of a request after which its trajectory is dropped; None keeps it.
         once: Whether a trajectory is dropped after the gradient step that it was taken for.
         outputs: Writes the training state.
+        canary: Tries new weights at a share of the engines first; None publishes them to all at once.
 
     Attributes:
         seen: Trajectories learned from.
@@ -101,23 +103,22 @@ class Learner:
         max_age: float | None = None,
         once: bool = False,
         outputs: Outputs,
+        canary: EngineCanary | None = None,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
         self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
         self._replayed = cast("NewestTrajectories", buffer.storage)
         self._log, self._dtype, self._checkpoint = log, serving_dtype, Path(checkpoint)
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
-        self._max_skipped, self._skipped_in_a_row = max_skipped, 0
+        self._max_skipped, self._skipped_in_a_row, self._canary = max_skipped, 0, canary
         self.outputs, self._keep, self._versions = outputs, keep, self._checkpoint.parent / "versions"
         self._keep_states, self._save_buffer = keep_states, save_buffer
         self._new: list[TensorDictBase] = []
-        self._credit = 0
-        self._since_candidate = self._decided_steps = 0
         self._refusal: str | None = None
         self._unlearned, self._noted, self._next_note = 0, Counter[str](), 0.0
         self._sound: TensorDictBase | None = None  # the last new trajectory on which a step was taken
-        self._quarantined = self._refused = self._expired = 0
-        self._age_limit, self._once = AgeLimit(max_age), once
+        self._credit = self._since_candidate = self._decided_steps = self._quarantined = self._refused = 0
+        self._age_limit, self._once, self._expired = AgeLimit(max_age), once, 0
         self._serving = self._frozen()
         self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is rejected
         self._start_check = StartCheck(self._serving, log)
@@ -186,13 +187,16 @@ class Learner:
             if not self.version:
                 self._start_check.check(self._publisher.served)
         self._note_rejection()
-        if self.version and self._publisher.next_version > self.version + 1:  # for an engine that ignores this version
+        if self._canary is not None:
+            self._canary.follow(arrivals, self._publish)
+        if self.version and self._publisher.overtaken:
             self._publish(self._serving)
             self._log.write("renumbered", version=self.version, seen=self.seen, steps=self.steps)
         if self._gate.ready:
             self._decide()
         learned = self.steps > self._decided_steps  # a swap of what nobody changed would cost every cache
-        if learned and not self._gate.holding and self._since_candidate >= self._publish_every:
+        waits = self._gate.holding or (self._canary is not None and self._canary.trying)
+        if learned and not waits and self._since_candidate >= self._publish_every:
             self._since_candidate = 0
             self._gate.hold()
             self._log.write("candidate", seen=self.seen, steps=self.steps)
@@ -256,8 +260,7 @@ class Learner:
         self.outputs.write(_STATE, self.save)
 
     def _note_refusal(self) -> None:
-        refusal = self._collector.handshake_error or self._publisher.error
-        if refusal != self._refusal:
+        if (refusal := self._collector.handshake_error or self._publisher.error) != self._refusal:
             self._refusal = refusal
             self._log.write("refused", reason=refusal)
 
@@ -284,11 +287,10 @@ class Learner:
                 self._skip(str(error))
             return False
         self._skipped_in_a_row = 0
-        self.steps += 1
-        self.seen += new
+        self.steps, self.seen = self.steps + 1, self.seen + new
         self._log.write(
             "train",
-            loss=round(loss, 4), objectives={key: _rounded(value) for key, value in out.items()}, seen=self.seen,
+            loss=round(loss, 4), objectives={key: rounded(value) for key, value in out.items()}, seen=self.seen,
             steps=self.steps, new=new, seconds=round(time.perf_counter() - began, 3), waiting=len(self._new),
         )  # fmt: skip
         return True
@@ -337,15 +339,17 @@ class Learner:
         began, candidate = time.perf_counter(), self._frozen()
         self._decided_steps = self.steps
         decision, released = self._gate.decide(candidate, self._serving)
-        if decision.publish:
+        canary = self._canary if decision.publish else None
+        tried = None if canary is None else canary.begin(candidate, self._serving, self.version)
+        if decision.publish and tried is None:
             self._publish(candidate)
         self._log.write(
-            "gate", **asdict(decision), version=self.version, seconds=round(time.perf_counter() - began, 3),
+            "gate", **asdict(decision), version=tried or self.version, seconds=round(time.perf_counter() - began, 3),
             seen=self.seen, steps=self.steps,
         )  # fmt: skip
         self._admit(released)
 
-    def _publish(self, weights: dict[str, Tensor]) -> None:
+    def _publish(self, weights: dict[str, Tensor]) -> int:
         # An engine may serve a version from before this learner started; versions only rise.
         self.version = max(self.version + 1, self._publisher.next_version)
         if weights is not self._serving:
@@ -354,6 +358,7 @@ class Learner:
         self._publisher.publish(self.version, weights)
         self.try_save()
         self.outputs.write("the version", self._save_version)
+        return self.version
 
     def try_save(self) -> bool:
         """Save; a failure is told, is among the failures of ``outputs``, and ends nothing. False if it failed."""
@@ -441,8 +446,3 @@ class Learner:
         self._note_drops()
         self._collector.shutdown()
         self._publisher.close()
-
-
-def _rounded(value: Tensor) -> float | list[float]:
-    digits = value.detach().double().mul(1e4).round().div(1e4)
-    return digits.tolist() if digits.ndim else digits.item()

@@ -16,7 +16,7 @@ from typing_extensions import override
 from aurora_rl.trajectories import pack, size_of
 
 _NEWEST = 32  # trajectories
-_NOTES = ("source", "tenant", "captured")  # of the collector, on each trajectory
+_NOTES = ("source", "tenant", "captured", "seconds")  # of the collector, on each trajectory
 
 
 def as_state(trajectory: TensorDictBase) -> dict[str, Any]:

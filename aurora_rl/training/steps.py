@@ -46,6 +46,17 @@ def train_step(
     return value, out
 
 
+def rounded(value: Tensor) -> float | list[float]:
+    """Return a number of a loss, or several, to four places, for the log.
+
+    Example:
+        >>> rounded(torch.tensor([0.5, 0.25])), rounded(torch.tensor(1.0))
+        ([0.5, 0.25], 1.0)
+    """
+    digits = value.detach().double().mul(1e4).round().div(1e4)
+    return digits.tolist() if digits.ndim else digits.item()
+
+
 def has_finite_step(
     loss: LossModule, optimizers: Sequence[torch.optim.Optimizer], batch: TensorDictBase, *, autocast: bool
 ) -> bool:

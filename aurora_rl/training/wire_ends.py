@@ -46,11 +46,15 @@ class WeightSink(Protocol):
 
     @property
     def served(self) -> Sequence[tuple[str, int, str]]:
-        """Name, version and checksum of what each engine says that it serves."""
+        """Name, version and checksum of what each engine says that it serves, unless it was published here."""
 
     @property
     def next_version(self) -> int:
         """The least version that may be published next."""
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether an engine ignores the version that it is to have, as it serves a newer one or other weights of it."""
 
     def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> object:
         """Hand weights on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument, pair_of
 
 
 def test_pairs_files_and_folders_are_told_apart() -> None:
@@ -21,3 +21,8 @@ def test_pairs_files_and_folders_are_told_apart() -> None:
         "overrides": ["seed=1", "model=x"],
     }
     assert "for example engine.slots=7" in parser.format_help()
+
+
+def test_the_last_pair_of_a_key_counts() -> None:
+    words = ["drafter.path=a", "drafter.path_=b", "drafter.path=c=d", "seed=1"]
+    assert pair_of("drafter.path", words) == "drafter.path=c=d" and pair_of("drafter", words) is None

@@ -171,7 +171,10 @@ def test_skipped_steps_are_counted_and_too_many_end_the_run(
         return step(*args, **options)
 
     monkeypatch.setattr(training, "train_step", flawed)
+    for name, text in (("summary.json", "{}"), ("a-list-0.json", "[1]"), ("not-json-0.json", "x")):  # of something else
+        (tmp_path / name).write_text(text)
     assert bench(tiny_folder, streams["topk"], tmp_path) == 0
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 4
     assert json.loads((tmp_path / "topk-forward_kl-0.json").read_text())["skipped"] == 2
     taken = itertools.count()
     assert bench(tiny_folder, streams["topk"], tmp_path / "strict", "learner.max_skipped=1") == 2

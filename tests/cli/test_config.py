@@ -58,6 +58,7 @@ def test_the_keys_are_frozen() -> None:
         *("checkpoint.keep", "checkpoint.buffer"),
         *("gate.requests", "gate.margin"),
         *("canary.share", "canary.window", "canary.false_alarm_rate", "canary.margin", "canary.most_rounds"),
+        *("canary.engines", "canary.requests", "canary.most_requests"),
         "compare",
         *("privacy.opt_out", "privacy.max_age", "privacy.zero_retention"),
         "telemetry.logger",

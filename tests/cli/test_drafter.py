@@ -61,6 +61,11 @@ def test_init_refuses_what_has_no_folder(target: list[str], tmp_path: Path, caps
     )
     assert init(tmp_path / "d0", "--to", "gguf", *target, "drafter.name=medusa") == 2
     assert "MedusaDrafter has no format 'gguf'; it has aurora_rl, vllm" in capsys.readouterr().err
+    assert init(tmp_path / "d0", *target, "drafter.name=medusa", f"drafter.path={tmp_path / 'mine'}") == 2
+    assert capsys.readouterr().err == (
+        f"aurora-rl: drafter.path={tmp_path / 'mine'}: drafter init starts an untrained drafter; leave the key out, or "
+        f"write that drafter by aurora-rl drafter export --drafter {tmp_path / 'mine'}\n"
+    )
     assert not (tmp_path / "d0").exists()
     model = shutil.copytree(Path(target[0].partition("=")[2]), tmp_path / "model")  # as after a slip of --out
     before = sorted(path.name for path in model.iterdir())
@@ -152,6 +157,11 @@ def test_inspect_says_why_a_drafter_does_not_fit(
     assert cli.main(["drafter", "inspect", str(folder), *target[:3]]) == 1
     assert "does not fit" in (out := capsys.readouterr().out) and "drafter.trained_for=any" in out
     assert cli.main(["drafter", "inspect", str(folder), *target[:3], "drafter.trained_for=any"]) == 0
+    assert cli.main(["drafter", "inspect", str(folder), "drafter.name=medusa"]) == 2
+    assert capsys.readouterr().err == (
+        f"aurora-rl: drafter.name=medusa: {folder} holds a drafter of Eagle3Drafter; leave the key out\n"
+    )
+    assert cli.main(["drafter", "inspect", str(folder), "drafter.name=eagle3"]) == 0
     (folder / "config.json").write_text(json.dumps({**entries, "architectures": ["Unheard"]}))
     assert cli.main(["drafter", "inspect", str(folder)]) == 2
     assert f"{folder}: config.json: no drafter is of architectures ['Unheard']" in capsys.readouterr().err
@@ -236,6 +246,11 @@ def test_options_are_of_the_class_that_the_folder_says(
         (["nowhere/at/all", "out", "--to", "sglang"], "is not a checkpoint"),
         (["OURS", "out", "--to", "tensorrt"], "Eagle3Drafter has no format 'tensorrt'; it has sglang, vllm, hf"),
         (["OURS", "out", "--to", "vllm", "--from", "gguf"], "Eagle3Drafter has no format 'gguf'"),
+        (
+            ["OURS", "out", "--to", "vllm", "drafter.name=medusa"],
+            "ours holds a drafter of Eagle3Drafter; leave the key out",
+        ),
+        (["OURS", "out", "--to", "vllm", "drafter.name=medsua"], "no drafter is called 'medsua'"),
     ],
 )
 def test_export_says_what_it_cannot_do(

@@ -42,6 +42,30 @@ def test_what_events_say_of_versions() -> None:
     assert found[4].outcome == "on trial against version 1"
 
 
+def test_what_events_say_of_a_trial_at_a_share_of_the_engines() -> None:
+    trial = {"event": "engine_trial", "version": 2, "against": 1, "engines": ["a"], "of": 4}
+    ended = {
+        "event": "engine_verdict", "version": 2, "against": 1, "published": 9, "promote": True, "requests": 64,
+        "reason": "a loss above 5% is ruled out", "acceptance_length": {"old": 2.0, "new": 2.5},
+        "tokens_per_second": None,
+    }  # fmt: skip
+    broken_off = {"published": 4, "promote": False, "requests": 0, "reason": "a went away", "acceptance_length": None}
+    found = versions([trial, gate(version=2)])
+    assert found[2].published.startswith("gate: ")
+    assert found[2].outcome == "on trial at 1 of 4 engines against version 1"
+    found = versions([trial, ended])
+    assert found[2].outcome == (
+        "promoted after 64 requests: a loss above 5% is ruled out; acceptance length 2.00 to 2.50"
+    )
+    assert found[9].published == "version 2, promoted"
+    found = versions([trial, ended | broken_off])
+    assert found[2].outcome == "rolled back after 0 requests: a went away"
+    assert found[4].published == "version 1 again, for engines that had version 2"
+    ready = {"event": "learner_ready", "seen": 8}
+    assert versions([trial, ready])[2].outcome == "its trial ended with the learner"
+    assert versions([trial, ended, ready])[2].outcome.startswith("promoted after")
+
+
 def test_the_table_and_the_command_that_serves_a_kept_version(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,3 +86,11 @@ def test_the_table_and_the_command_that_serves_a_kept_version(
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["history", str(tmp_path)]) == 2
     assert f"{tmp_path} has no metrics.jsonl; name the folder of a run" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_training_has_no_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MetricsLog(tmp_path / "metrics.jsonl", "train").write("train", loss=2.0, batches=1)
+    (tmp_path / "train.json").write_text("{}")
+    assert main(["history", str(tmp_path)]) == 2
+    out = capsys.readouterr()
+    assert out.out == "" and out.err.startswith(f"aurora-rl: {tmp_path} is the folder of a training, which serves")

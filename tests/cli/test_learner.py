@@ -81,6 +81,16 @@ def test_of_the_target_a_learner_keeps_a_copy_of_the_head(
     assert torch.equal(weight, assembly.load(spec.resolve(config)).parts.head.weight)
 
 
+def test_new_weights_go_to_a_share_of_the_engines_first_if_that_is_set(
+    configured: Callable[..., Config], tmp_path: Path
+) -> None:
+    with learner(configured(), tmp_path) as built:
+        assert built._canary is None
+    with learner(configured("canary.engines=0.25", "canary.requests=4", "canary.margin=0.1"), tmp_path) as built:
+        rules = built._canary._rules
+    assert (rules.share, rules.requests, rules.margin, rules.most_requests) == (0.25, 4, 0.1, 256)
+
+
 def test_each_optimizer_has_its_own_rate(configured: Callable[..., Config], tmp_path: Path) -> None:
     with learner(configured("learner.muon_lr=0.03", "learner.adam_lr=0.0007"), tmp_path) as built:
         rates = {type(each).__name__: each.param_groups[0]["lr"] for each in built._optimizers}

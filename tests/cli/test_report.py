@@ -47,3 +47,12 @@ def test_events_of_another_release_are_named(tmp_path: Path, capsys: pytest.Capt
     MetricsLog(tmp_path / "metrics.jsonl", "server").write("gate", version=1)
     assert main(["report", str(tmp_path)]) == 2
     assert "metrics.jsonl: event 'gate' has no " in capsys.readouterr().err
+
+
+def test_the_folder_of_a_training_has_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    MetricsLog(tmp_path / "metrics.jsonl", "train").write("train", loss=2.0, batches=1)
+    (tmp_path / "train.json").write_text("{}")
+    assert main(["report", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"aurora-rl: {tmp_path} is the folder of a training, which serves nothing")
+    assert str(tmp_path / "summary.json") in line and not (tmp_path / "report.png").exists()

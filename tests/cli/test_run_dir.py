@@ -147,3 +147,27 @@ def test_the_folder_of_a_training_is_resumed_by_train_alone(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="is the folder of a training; go on with aurora-rl train --resume, or serve"):
         resumed_config("serve", str(tmp_path), None, [])
     assert resumed_config("train", str(tmp_path), None, []).seed == 3
+
+
+@pytest.mark.parametrize("command", ["train", "serve"])
+def test_a_run_goes_on_with_its_own_drafter_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "config.yaml").write_text(f"drafter: {{path: {tmp_path / 'mine'}}}")
+    (tmp_path / "other.yaml").write_text("drafter: {path: another}")
+    if command == "train":
+        (tmp_path / "train.json").write_text("{}")
+    for words, was, asked in (
+        (["drafter.path=another"], f"drafter.path={tmp_path / 'mine'}", "drafter.path=another"),
+        (["--config", "other.yaml"], f"drafter.path={tmp_path / 'mine'}", "drafter.path=another"),
+        (["drafter.name=medusa"], "drafter.name=null", "drafter.name=medusa"),
+    ):
+        assert main([command, "--resume", str(tmp_path), *words]) == 2
+        assert capsys.readouterr().err == (
+            f"aurora-rl: --resume {tmp_path}: it was started with {was} and goes on with its own drafter, and this "
+            f"command has {asked}; leave the key out, or start another run: leave --resume out and name a new run_dir\n"
+        )
+    # A service that is started again by the same words goes on.
+    assert resumed_config(command, str(tmp_path), None, ["drafter.path=mine"]).drafter.path == "mine"

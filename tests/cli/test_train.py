@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import json
 import os
 import shlex
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from trainings import chats, summary, train, training_pairs
 
 from aurora_rl.cli import main as cli
 from aurora_rl.cli import train as train_command
 from aurora_rl.cli.assembly import load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.spec import resolve
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import SampleAndMatch, TransformersEngine
@@ -47,46 +44,7 @@ FILES = {
 
 @pytest.fixture
 def pairs(tiny_folder: Path) -> list[str]:
-    return _pairs(tiny_folder)
-
-
-def _pairs(tiny_folder: Path) -> list[str]:
-    return [
-        *(f"model={tiny_folder}", "device=cpu", "dtype=float32", "drafter.vocab_size=64", "drafter.name=eagle3"),
-        *("drafter.feature_layers=[1,2]", "engine.max_length=256", "engine.threads=1", "max_new_tokens=8"),
-        *("traffic.requests=6", "learner.batch_size=2"),
-    ]
-
-
-def train(*words: str) -> int:
-    options = [word for word in words if "=" not in word]
-    return cli.main(["train", *options, *(word for word in words if "=" in word)])
-
-
-def summary(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())
-
-
-def chats(path: Path, *messages: list[tuple[str, str]]) -> str:
-    lines = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in messages]
-    path.write_text("\n".join(map(json.dumps, lines)))
-    return f"traffic.path={path}"
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, call: int) -> None:
-    """Send this process Ctrl-C after a call of a method."""
-    original: Callable[..., Any] = getattr(owner, method)
-    calls = 0
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        result = original(*args, **kwargs)
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGINT)
-        return result
-
-    monkeypatch.setattr(owner, method, counted)
+    return training_pairs(tiny_folder)
 
 
 # ---- from chats -----------------------------------------------------------------------------------------------------
@@ -105,9 +63,9 @@ def test_traffic_is_recorded_and_learned_and_the_result_is_served(
     assert len(TrajectoryDataset(run / "recording")) == 6
     figures = summary(run)
     assert (figures["requests"], figures["held_out"], figures["steps"], figures["skipped"]) == (4, 2, 4, 0)
-    lengths = [e["acceptance_length"] for e in MetricsReader(run / "metrics.jsonl") if e["event"] == "evaluation"]
-    assert figures["acceptance_length"]["first"] == round(lengths[0]["all"], 4)
-    assert figures["acceptance_length"]["last"] == round(max(length["all"] for length in lengths), 4)
+    lengths = [e for e in MetricsReader(run / "metrics.jsonl") if e["event"] == "evaluation"]
+    assert figures["acceptance_length"]["first"] == round(lengths[0]["acceptance_length"], 4)
+    assert figures["acceptance_length"]["last"] == round(max(length["acceptance_length"] for length in lengths), 4)
     assert len(lengths) == 3 and sum(d["requests"] for d in figures["domains"].values()) == 2
     assert set(figures["domains"]) <= {"code", "sql", "math", "finance", "chat"}
     losses = [e["loss"] for e in MetricsReader(run / "metrics.jsonl") if e["event"] == "train"]
@@ -187,12 +145,12 @@ def test_a_server_of_its_own_records_no_answers(
 @pytest.fixture(scope="module")
 def recordings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two recordings of different length."""
-    spec = resolve(load_config(overrides=_pairs(tiny_folder)))
+    spec = resolve(load_config(overrides=training_pairs(tiny_folder)))
     target, folders = load(spec), []
     drafter = start_drafter(spec, target, [])
     requests = request_queue(spec, target, traffic(spec.config))
     waiting = list(iter(requests, None))
-    for name, part in (("code", waiting[:4]), ("math", waiting[4:])):
+    for name, part in (("code", waiting[:4]), ("all", waiting[4:])):
         folders.append(tmp_path_factory.mktemp("recordings") / name)
         record(target.model, drafter, part, TrajectoryDataset(folders[-1], drafter.feature_layers), shape=spec.tree)
     return folders
@@ -207,7 +165,14 @@ def test_recordings_are_learned_together_and_each_is_held_out_in_part(
     assert train(*words, *pairs, f"run_dir={run}") == 0
     figures = summary(run)
     assert figures["requests"] == 4  # 4 - 1 and 2 - 1
-    assert {name: domain["requests"] for name, domain in figures["domains"].items()} == {"code": 1, "math": 1}
+    assert {name: domain["requests"] for name, domain in figures["domains"].items()} == {"code": 1, "all": 1}
+    events = [event for event in MetricsReader(run / "metrics.jsonl") if event["event"] == "evaluation"]
+    for place, event in (("first", events[0]), ("last", max(events, key=lambda event: event["acceptance_length"]))):
+        lengths = event["domains"]
+        assert lengths.keys() == {"all", "code"} and min(lengths.values()) < event["acceptance_length"]
+        assert event["acceptance_length"] < max(lengths.values())
+        assert figures["acceptance_length"][place] == round(event["acceptance_length"], 4)
+        assert figures["domains"]["all"]["acceptance_length"][place] == round(lengths["all"], 4)
     assert not (run / "recording").exists()
     capsys.readouterr()
     assert train("--resume", str(run), *words, "--recording", str(recordings[0])) == 2
@@ -225,79 +190,6 @@ def test_recordings_are_learned_together_and_each_is_held_out_in_part(
     assert "it was started on [9, 2] requests (to learn from, held out), and there are [4, 2] now" in (
         capsys.readouterr().err
     )
-
-
-# ---- interrupted and resumed ----------------------------------------------------------------------------------------
-
-
-def test_a_training_that_was_interrupted_ends_as_one_that_was_not(
-    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pairs = [*pairs, "engine.slots=1"]  # requests are recorded in their order
-    whole, parts = tmp_path / "whole", tmp_path / "its parts"
-    assert train("--epochs", "2", *pairs, f"run_dir={whole}") == 0
-    for owner, method, call in ((TrajectoryDataset, "append", 3), (OfflineTrainer, "step", 3)):
-        with monkeypatch.context() as patch:
-            interrupt(patch, owner, method, call)
-            words = ["--resume", str(parts)] if parts.exists() else ["--epochs", "2", *pairs, f"run_dir={parts}"]
-            assert train(*words) == 130
-        out = capsys.readouterr().out
-        assert f"interrupted; aurora-rl train --resume '{parts}' goes on" in out
-        assert not (parts / "summary.json").exists()
-    assert json.loads((parts / "learner" / "progress.json").read_text())["batches"] == 3
-    assert train("--resume", str(parts)) == 0
-    recorded = [int(trajectory["request"]) for trajectory in TrajectoryDataset(parts / "recording")]
-    assert recorded == list(range(6))
-    states = [load_file(run / "learner" / "model.safetensors") for run in (whole, parts)]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
-    duration = {"duration_s": 0.0}
-    assert summary(parts) | duration == summary(whole) | duration
-    # More epochs go on from there.
-    assert train("--epochs", "3", "--resume", str(parts)) == 0
-    assert summary(parts)["steps"] == 6
-    with contextlib.closing(RunDir(load_config(overrides=[f"run_dir={parts}"]), resume=True)):  # still goes on
-        assert train("--epochs", "4", "--resume", str(parts)) == 2
-    assert f"aurora-rl: --resume {parts}: the run in this folder still goes on" in capsys.readouterr().err
-    assert summary(parts)["steps"] == 6
-
-
-OTHERS = ["seed=1", "drafter.depth=3", "traffic.requests=9", "learner.muon_lr=0.5", "rule=greedy"]
-
-
-@pytest.mark.parametrize("pair", [*OTHERS, f"engine.name={__name__}:CountingEngine"])
-def test_other_settings_are_not_resumed(
-    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], pair: str
-) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    assert cli.main(["train", "--print-config", *pairs]) == 0
-    (run / "config.yaml").write_text(capsys.readouterr().out)
-    (run / "train.json").write_text('{"recording": null, "epochs": 1, "held_out": 0.1}')
-    assert train("--resume", str(run), pair) == 2
-    key, _, value = pair.partition("=")
-    assert f"and this command has {key}={value}; leave the key out" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("change", ["reordered", "another"])
-def test_other_chats_are_not_resumed(
-    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    run, elsewhere, first, second = tmp_path / "run", tmp_path / "elsewhere", [("user", "one")], [("user", "two")]
-    elsewhere.mkdir()
-    chats(elsewhere / "chats.jsonl", first, first)  # a relative path is of the folder that the training started in
-    chats(tmp_path / "chats.jsonl", first, second)
-    monkeypatch.chdir(tmp_path)
-    words = [*pairs, "traffic.path=chats.jsonl", "learner.batch_size=1", "run_dir=run", "engine.slots=1"]
-    assert train("--epochs", "1", *words) == 0
-    monkeypatch.chdir(elsewhere)
-    assert train("--epochs", "2", "--resume", str(run)) == 0
-    assert summary(run)["steps"] == 2
-    chats(tmp_path / "chats.jsonl", *((second, first) if change == "reordered" else (first, [("user", "three")])))
-    capsys.readouterr()
-    assert train("--epochs", "3", "--resume", str(run)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"(traffic.path={tmp_path / 'chats.jsonl'}) was changed or reordered since it was started" in line
 
 
 # ---- what cannot be written -----------------------------------------------------------------------------------------
@@ -376,6 +268,15 @@ def test_lines_that_the_log_lost_are_counted(
         (["--recording", "EMPTY"], "holds no trajectories; learner.record="),
         (["drafter.name=ngram", "drafter.feature_layers=null"], "has no weights to learn"),
         (["learner.batch_size=10"], "learner.batch_size=10 is more than the 5 requests that are left to learn from"),
+        (
+            ["traffic.requests=1"],
+            "learner.batch_size=2 is more than the 0 requests that are left to learn from: of 1, --held-out keeps 1 to "
+            "evaluate on; give more requests",
+        ),
+        (
+            ["--recording", "EMPTY", "traffic.path=ANSWERS"],
+            "answers.jsonl next to --recording: a training learns from recordings or from chats; leave one of them out",
+        ),
         (["traffic.path=ANSWERS"], "chat 'line-1' has answers only; put a question before them"),
     ],
 )
@@ -385,9 +286,9 @@ def test_what_cannot_be_learned_is_refused_by_one_line(
     chats(tmp_path / "answers.jsonl", [("assistant", "yes")])
     (tmp_path / "empty").mkdir()
     (tmp_path / "served").mkdir()
-    (tmp_path / "served" / "config.yaml").write_text("seed: 0")
+    (tmp_path / "served" / "config.yaml").write_text("drafter: {name: eagle3}")
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.yaml").write_text("seed: 0")
+    (tmp_path / "broken" / "config.yaml").write_text("drafter: {name: eagle3}")
     written = next((word.partition(":")[2] for word in words if word.startswith("BROKEN")), "")
     (tmp_path / "broken" / "train.json").write_text(written.replace("'", '"'))
     names = {"NOWHERE": str(tmp_path / "nowhere"), "SERVED": str(tmp_path / "served")}

@@ -13,7 +13,7 @@ from tiny_drafters import drafter_for
 from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
-from aurora_rl.cli.training_data import open_recording, questions, recorded_prompts
+from aurora_rl.cli.training_data import open_recording, questions, recorded_prompts, recording_names
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
 from aurora_rl.testing import tiny_target, tiny_trajectory
@@ -87,3 +87,17 @@ def test_a_recording_with_a_request_that_cannot_be_replayed_is_refused(config: C
     recording.append(tiny_trajectory(drafter).set(("sampling", "rule"), torch.tensor(rule_code("rejection"))))
     with pytest.raises(ConfigError, match=f"^--recording {tmp_path}/mixed: the rule 'rejection' is not replayable: "):
         open_recording(recording.folder, target, drafter)
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["/a/code", "/b/math"], ["code", "math"]),
+        (["/t1/recording", "/t2/recording"], ["t1", "t2"]),
+        (["/t1/x/recording", "/t2/x/recording"], ["t1", "t2"]),
+        (["/t1/recording", "/t2/recording", "/t2/math"], ["t1/recording", "t2/recording", "t2/math"]),
+        (["/t1/recording", "/t1/recording"], ["recording", "recording"]),
+    ],
+)
+def test_recordings_are_named_by_what_tells_them_apart(folders: list[str], names: list[str]) -> None:
+    assert recording_names([Path(folder) for folder in folders]) == names

@@ -178,11 +178,12 @@ def test_a_trajectory_has_its_tenant_and_time_and_a_deletion_its_bound(collector
     got: list[TensorDict] = []
     with closing(TrajectorySink(collector.address, handshake=HANDSHAKE)) as sink:
         began = time.time()
-        sink.extend(item(1), "a")
+        sink.extend(item(1), "a", 2.5)
         sink.extend(item(2))
         while len(got) < 2:
             got += collector.poll(1.0)
         assert [each.get_non_tensor("tenant") for each in got] == ["a", ""]
+        assert [each.get_non_tensor("seconds") for each in got] == [2.5, None]
         assert began <= got[0].get_non_tensor("captured") <= got[1].get_non_tensor("captured") <= time.time()
         sink.delete("a")
         deadline = time.monotonic() + 10
@@ -208,6 +209,8 @@ def test_a_trajectory_has_its_tenant_and_time_and_a_deletion_its_bound(collector
         (TRAJECTORY, {"tenant": ["a"]}),
         (TRAJECTORY, {"tenant": ""}),
         (TRAJECTORY, {"captured": "now"}),
+        (TRAJECTORY, {"seconds": 0}),
+        (TRAJECTORY, {"seconds": 1e300}),
     ],
 )
 def test_a_malformed_deletion_or_mark_of_a_trajectory_is_dropped(

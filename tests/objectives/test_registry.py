@@ -51,6 +51,15 @@ def test_a_class_by_its_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         get_objective("own_losses.Plain")
 
 
+def test_an_error_of_a_function_names_its_objective_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_parts.py").write_text(
+        "def wrongshape(log_p, log_q, windows):\n    return log_q.sum(), windows.valid\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="^objective 'own_parts:wrongshape': its function must return values and a"):
+        check_settings({"name": "own_parts:wrongshape"})
+
+
 @pytest.mark.parametrize("qualname", ["Usurper", "ImitationLoss"])  # the second is the built-in's, of another module
 def test_a_name_that_is_taken(qualname: str) -> None:
     usurper = type(qualname, (DiscardSamplingLoss,), {"__module__": "third_party"})

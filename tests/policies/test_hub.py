@@ -104,7 +104,10 @@ def test_a_second_upload_writes_the_card_anew_and_keeps_what_was_added_on_the_hu
     assert "| requests | 300 |" in (tmp_path / "card.md").read_text()
 
 
-def test_nothing_is_published_where_the_run_has_no_summary(drafter: Eagle3Drafter, server: Hub, tmp_path: Path) -> None:
+def test_nothing_is_published_where_the_run_has_no_summary(
+    drafter: Eagle3Drafter, server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the hub is not asked first
     with pytest.raises(ValueError, match=r"run=.*nowhere' is not the folder of a finished run.*summary.json"):
         drafter.push_to_hub("me/drafter", run=tmp_path / "nowhere")
     assert not server.created and not server.files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from importlib.metadata import version
 from pathlib import Path
@@ -135,3 +136,22 @@ def test_commands_are_quoted_for_a_shell() -> None:
     standalone = engine_commands(StandaloneDrafter, {"architectures": ["LlamaForCausalLM"]}, "a drafter", "my target")
     words = shlex.split(standalone["sglang"])
     assert words[4] == "my target" and words[-1] == "a drafter"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("summary.json", "{", "is not the folder of a finished run: Expecting property name"),
+        ("summary.json", "[]", "lacks an entry, or has one of another type: AttributeError: 'list'"),
+        ("summary.json", "{}", "lacks an entry, or has one of another type: KeyError: 'requests'; name the folder of"),
+        ("summary.json", '{"requests": 1, "acceptance_length": "long"}', "has one of another type: ValueError: "),
+        ("config.yaml", "engine: {name: x", "is not the folder of a finished run: while parsing a flow mapping"),
+        ("config.yaml", "seed: 1", "lacks an entry, or has one of another type: KeyError: 'engine'"),
+        ("config.yaml", "{model: 3, engine: {name: x}}", "another type: TypeError: model is 3, which is no text"),
+    ],
+)
+def test_a_broken_run_is_a_value_error(drafter: Eagle3Drafter, run: Path, file: str, text: str, reason: str) -> None:
+    (run / file).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(reason)) as error:
+        model_card(drafter, "me/drafter", drafter.write("vllm").config, run=run)
+    assert str(error.value).startswith(f"run='{run}'") and "\n" not in str(error.value)

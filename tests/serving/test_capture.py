@@ -36,8 +36,9 @@ class Sink:
     def __init__(self) -> None:
         self.taken: list[int] = []
 
-    def extend(self, trajectory: TensorDictBase, tenant: str | None = None) -> None:
+    def extend(self, trajectory: TensorDictBase, tenant: str | None = None, seconds: float | None = None) -> None:
         self.taken.append(int(trajectory["request"]))
+        assert seconds is not None and 0 < seconds < 60
 
     def close(self, timeout: float) -> None:
         """Nothing is open."""

@@ -22,7 +22,7 @@ class Sink:
     def __init__(self) -> None:
         self.waiting: list[str | None] = []
 
-    def extend(self, trajectory: TensorDictBase, tenant: str | None = None) -> None:
+    def extend(self, trajectory: TensorDictBase, tenant: str | None = None, seconds: float | None = None) -> None:
         self.waiting.append(tenant)
 
     def delete(self, tenant: str) -> int:

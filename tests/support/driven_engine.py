@@ -75,7 +75,7 @@ class ClientRig:
             note=self.clients.completed,
         )
 
-    def extend(self, trajectory: Any, tenant: str | None = None) -> None:
+    def extend(self, trajectory: Any, tenant: str | None = None, seconds: float | None = None) -> None:
         self.learned.append(int(trajectory["request"]))
 
     def delete(self, tenant: str) -> int:

@@ -81,14 +81,14 @@ def test_both_halves_of_a_run_are_logged_as_csv(run_dir: Path, write: Callable[.
         write("request", request=4, tokens=7)
         write("train", loss=2.0, steps=2)
         write("drops", reasons={"malformed": 2}, steps=2)
-        write("evaluation", batches=0, acceptance_length={"all": 2.5, "../../up": 2.25})
+        write("evaluation", batches=0, acceptance_length=2.5, domains={"../../up": 2.25})
     found = csv(run_dir)
     assert found["status/acceptance_length"] == [(4, 1.5)] and found["status/depth"] == [(4, 4)]
     assert found["train/loss"] == [(1, 3), (2, 2)]
     assert found["gate/difference"] == [(9, 0.25)] and found["gate/publish"] == [(9, 1)]
     assert found["drops/reasons/malformed"] == [(2, 2)]
     assert found["swap/version"] == [(5, 2)] and found["swap/ms"] == [(5, 1.5)]
-    assert found["evaluation/acceptance_length/_up"] == [(0, 2.25)]
+    assert found["evaluation/domains/_up"] == [(0, 2.25)]
     assert not any(name.startswith("request") for name in found)
 
 

@@ -24,6 +24,7 @@ from aurora_rl.policies import Eagle3Drafter, TreeShape
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.testing import serve
+from aurora_rl.training.engine_canary import EngineCanary, EngineRules
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -82,6 +83,7 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
             keep: int = 5,
             max_age: float | None = None,
             once: bool = False,
+            canary: EngineRules | None = None,
         ) -> SimpleNamespace:
             drafter, log = day0(vocab), MetricsLog(tmp_path / "metrics.jsonl", "learner")
             collector = ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)
@@ -109,6 +111,7 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
                 max_age=max_age,
                 once=once,
                 outputs=Outputs(log),
+                canary=None if canary is None else EngineCanary(publisher, canary, log),
             )
             for close in (sink.close, receiver.close, learner.close):
                 stack.callback(close)

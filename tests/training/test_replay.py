@@ -84,7 +84,7 @@ def test_what_is_removed_leaves_room(trajectories: list[TensorDict]) -> None:
 
 def test_a_state_keeps_what_the_collector_noted(trajectories: list[TensorDict]) -> None:
     noted = trajectories[0].copy()
-    notes = {"source": "engine-1", "tenant": "a", "captured": 5.0}
+    notes = {"source": "engine-1", "tenant": "a", "captured": 5.0, "seconds": 0.5}
     for name, note in notes.items():
         noted.set_non_tensor(name, note)
     read = of_state(as_state(noted))

@@ -70,7 +70,8 @@ class _Record:
     cached: int  # tokens of the prompt that the engine had in its prefix cache
     cache_version: int
     tenant: str | None
-    began: float  # monotonic seconds
+    began: float  # monotonic seconds, as are those of its end
+    ended: float = math.inf
     features: list[Tensor] = field(default_factory=list)
     first: TargetRows | None = None
     rounds: list[EngineRound] = field(default_factory=list)
@@ -163,7 +164,8 @@ class TrajectoryAssembler:
     All methods may be called on the serving path: they only append to lists.
 
     Args:
-        emit: Called with each trajectory and the tenant of its request, None if it has none.
+        emit: Called with each trajectory, the tenant of its request, None if it has none, and the seconds from the
+            request's first batch to its end.
         max_bytes: Memory that requests on their way may hold; one that begins beyond it is served without a record.
         store_bytes: Host memory of the store of prefix features.
 
@@ -173,7 +175,9 @@ class TrajectoryAssembler:
         served: Sums over the recorded requests; each request replaces the object, so that it may be read at any time.
     """
 
-    def __init__(self, emit: Callable[[TensorDict, str | None], None], *, max_bytes: int, store_bytes: int) -> None:
+    def __init__(
+        self, emit: Callable[[TensorDict, str | None, float], None], *, max_bytes: int, store_bytes: int
+    ) -> None:
         self._emit, self._max_bytes = emit, max_bytes
         # Bytes, each number written by one thread: reserved on the serving path, released by the thread here.
         self._reserved = self._released = 0
@@ -226,7 +230,9 @@ class TrajectoryAssembler:
 
     def finish(self, rid: str, completion: Sequence[int], sampling_params: SamplingParams, *, terminated: bool) -> None:
         """End a recorded request, which has these tokens and was ``terminated`` by itself or by its budget."""
-        self._ended.put((rid, self._records.pop(rid), list(completion), sampling_params, terminated))
+        record = self._records.pop(rid)
+        record.ended = time.monotonic()
+        self._ended.put((rid, record, list(completion), sampling_params, terminated))
 
     def delete(self, tenant: str) -> None:
         """Drop what is kept of a tenant's texts, and make no trajectory of its requests that have begun until now."""
@@ -268,7 +274,7 @@ class TrajectoryAssembler:
                     self.served = self.served.plus(trajectory, terminated)
                     with self._emitting:
                         if not self._deleted(record):
-                            self._emit(trajectory, record.tenant)
+                            self._emit(trajectory, record.tenant, record.ended - record.began)
             finally:
                 self._released += record.nbytes
 

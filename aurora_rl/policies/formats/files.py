@@ -79,11 +79,11 @@ def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
         ValueError: The drafter has no such format, the layout cannot describe it, or the engine of a layout that is
             asked for by name cannot serve it.
     """
-    asked, layout = layout, layout or next(iter(drafter.formats), "any")
+    if not drafter.formats:
+        raise ValueError(f"{type(drafter).__name__} has no formats and is not saved; serve it by its name")
+    asked, layout = layout, layout or drafter.formats[0]
     if layout not in drafter.formats:
-        raise ValueError(
-            f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats) or 'none'}"
-        )
+        raise ValueError(f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats)}")
     # Files name the tokens that have a row, in places without their order.
     check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
     checkpoint = drafter.write(layout)
@@ -139,8 +139,7 @@ def load_drafter(
     try:
         _check_types(tensors, config)
         stated = config.pop(TRAINED_FOR, None)  # not the class's to keep
-        # A folder that several could have written is of the class that is asked for.
-        found = kind if kind is not None and kind.recognizes(config) else recognized(config)
+        found = _class_of(config, kind)
         for name in found.target_sizes:
             size = getattr(parts.config, name)
             if config.get(name, size) != size:
@@ -179,8 +178,8 @@ def load_drafter(
     return drafter
 
 
-def drafter_class(source: str | os.PathLike[str]) -> type[Drafter]:
-    """Return the class that recognizes a drafter's folder, or repository on the hub.
+def drafter_class(source: str | os.PathLike[str], kind: type[Drafter] | None = None) -> type[Drafter]:
+    """Return the class that recognizes a drafter's folder, or repository on the hub: ``kind`` if it does.
 
     Raises:
         CheckpointError: It is no checkpoint, or no class knows it.
@@ -189,9 +188,14 @@ def drafter_class(source: str | os.PathLike[str]) -> type[Drafter]:
     _, config = read_folder(folder, "config.json")
     try:
         _check_types({}, config)
-        return recognized(config)
+        return _class_of(config, kind)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+
+
+def _class_of(config: Mapping[str, Any], kind: type[Drafter] | None) -> type[Drafter]:
+    """Return the class of a folder. One that several could have written is of the class that is asked for."""
+    return kind if kind is not None and kind.recognizes(config) else recognized(config)
 
 
 def _check_types(tensors: Mapping[str, Tensor], config: Any) -> None:

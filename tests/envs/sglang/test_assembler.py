@@ -90,7 +90,7 @@ def out():
 
 def assembler(out, **kwargs):
     return TrajectoryAssembler(
-        lambda trajectory, tenant: out.append(trajectory), **{"max_bytes": 1 << 20, "store_bytes": 1 << 20, **kwargs}
+        lambda trajectory, *_: out.append(trajectory), **{"max_bytes": 1 << 20, "store_bytes": 1 << 20, **kwargs}
     )
 
 

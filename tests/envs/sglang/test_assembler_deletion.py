@@ -28,7 +28,8 @@ def emitted() -> Emitted:
 
 @pytest.fixture
 def records(emitted: Emitted) -> TrajectoryAssembler:
-    def emit(trajectory: TensorDict, tenant: str | None) -> None:
+    def emit(trajectory: TensorDict, tenant: str | None, seconds: float) -> None:
+        assert 0 < seconds < 60  # from the request's first batch to its end
         emitted.append((int(trajectory["request"]), tenant))
 
     return TrajectoryAssembler(emit, max_bytes=1 << 20, store_bytes=1 << 20)
@@ -121,10 +122,10 @@ def test_a_deletion_waits_for_what_is_on_its_way_into_the_queue(session: Session
         def __exit__(self, *_: object) -> None:
             lock.release()
 
-    def held_up(trajectory: TensorDict, tenant: str | None) -> None:
+    def held_up(trajectory: TensorDict, tenant: str | None, seconds: float) -> None:
         sending.set()
         assert go_on.wait(10)
-        emit(trajectory, tenant)
+        emit(trajectory, tenant, seconds)
 
     records._emitting, records._emit = Lock(), held_up  # type: ignore[assignment]
     begin(records, 1, "a")

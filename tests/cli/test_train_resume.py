@@ -1,0 +1,105 @@
+"""`aurora-rl train --resume`: after an interruption, with more epochs, and refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trainings import chats, interrupt, summary, train, training_pairs
+
+from aurora_rl.cli import main as cli
+from aurora_rl.cli.config import load_config
+from aurora_rl.cli.run_dir import RunDir
+from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.envs import TransformersEngine
+from aurora_rl.training.offline import OfflineTrainer
+
+
+@pytest.fixture
+def pairs(tiny_folder: Path) -> list[str]:
+    return training_pairs(tiny_folder)
+
+
+def test_a_training_that_was_interrupted_ends_as_one_that_was_not(
+    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [*pairs, "engine.slots=1"]  # requests are recorded in their order
+    whole, parts = tmp_path / "whole", tmp_path / "its parts"
+    assert train("--epochs", "2", *pairs, f"run_dir={whole}") == 0
+    for owner, method, call in ((TrajectoryDataset, "append", 3), (OfflineTrainer, "step", 3)):
+        with monkeypatch.context() as patch:
+            interrupt(patch, owner, method, call)
+            words = ["--resume", str(parts)] if parts.exists() else ["--epochs", "2", *pairs, f"run_dir={parts}"]
+            assert train(*words) == 130
+        out = capsys.readouterr().out
+        assert f"interrupted; aurora-rl train --resume '{parts}' goes on" in out
+        assert not (parts / "summary.json").exists()
+    assert json.loads((parts / "learner" / "progress.json").read_text())["batches"] == 3
+    assert train("--resume", str(parts)) == 0
+    recorded = [int(trajectory["request"]) for trajectory in TrajectoryDataset(parts / "recording")]
+    assert recorded == list(range(6))
+    states = [load_file(run / "learner" / "model.safetensors") for run in (whole, parts)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    duration = {"duration_s": 0.0}
+    assert summary(parts) | duration == summary(whole) | duration
+    # More epochs go on from there, also if they are interrupted.
+    with monkeypatch.context() as patch:
+        interrupt(patch, OfflineTrainer, "step", 1)
+        assert train("--epochs", "3", "--resume", str(parts)) == 130
+    assert train("--resume", str(parts)) == 0
+    assert summary(parts)["steps"] == 6
+    with contextlib.closing(RunDir(load_config(overrides=[f"run_dir={parts}"]), resume=True)):  # still goes on
+        assert train("--epochs", "4", "--resume", str(parts)) == 2
+    assert f"aurora-rl: --resume {parts}: the run in this folder still goes on" in capsys.readouterr().err
+    assert summary(parts)["steps"] == 6
+    progress = parts / "learner" / "progress.json"
+    progress.write_text(json.dumps(json.loads(progress.read_text()) | {"first": {"all": 1.2}}))
+    assert train("--epochs", "4", "--resume", str(parts)) == 2
+    assert f"--resume {parts}: an earlier release began it" in capsys.readouterr().err
+
+
+class OtherEngine(TransformersEngine):
+    """An engine of a third party."""
+
+
+OTHERS = ["seed=1", "drafter.depth=3", "traffic.requests=9", "learner.muon_lr=0.5", "rule=greedy"]
+
+
+@pytest.mark.parametrize("pair", [*OTHERS, f"engine.name={__name__}:OtherEngine"])
+def test_other_settings_are_not_resumed(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], pair: str
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    assert cli.main(["train", "--print-config", *pairs]) == 0
+    (run / "config.yaml").write_text(capsys.readouterr().out)
+    (run / "train.json").write_text('{"recording": null, "epochs": 1, "held_out": 0.1}')
+    assert train("--resume", str(run), pair) == 2
+    key, _, value = pair.partition("=")
+    assert f"and this command has {key}={value}; leave the key out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["reordered", "another"])
+def test_other_chats_are_not_resumed(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    run, elsewhere, first, second = tmp_path / "run", tmp_path / "elsewhere", [("user", "one")], [("user", "two")]
+    elsewhere.mkdir()
+    chats(elsewhere / "chats.jsonl", first, first)  # a relative path is of the folder that the training started in
+    chats(tmp_path / "chats.jsonl", first, second)
+    monkeypatch.chdir(tmp_path)
+    words = [*pairs, "traffic.path=chats.jsonl", "learner.batch_size=1", "run_dir=run", "engine.slots=1"]
+    assert train("--epochs", "1", *words) == 0
+    monkeypatch.chdir(elsewhere)
+    assert train("--epochs", "2", "--resume", str(run)) == 0
+    assert summary(run)["steps"] == 2
+    chats(tmp_path / "chats.jsonl", *((second, first) if change == "reordered" else (first, [("user", "three")])))
+    capsys.readouterr()
+    assert train("--epochs", "3", "--resume", str(run)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"(traffic.path={tmp_path / 'chats.jsonl'}) was changed or reordered since it was started" in line
