@@ -16,7 +16,7 @@ from aurora_rl.policies import TreeShape
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--divergence", default="forward_kl", choices=DIVERGENCES.names())
+    parser.add_argument("--divergence", default="forward_kl", choices=list(DIVERGENCES))
     parser.add_argument("--expected-length", action="store_true")
     options = parser.parse_args()
     stream = open_stream(options, TreeShape(depth=4))
