@@ -59,7 +59,7 @@ def test_nothing_drafted() -> None:
 
 @pytest.mark.parametrize(
     ("name", "part", "passes"),
-    [("eagle3", "midlayer", 4), ("eagle", "layers.0", 4), ("dflash", "layers.0", 1), ("medusa", "lm_heads.0", 1)],
+    [("eagle3", "midlayer", 4), ("eagle", "layers.0", 4), ("dflash", "layers.0", 1), ("medusa", "blocks.0", 1)],
 )
 def test_a_pass_scores_all_nodes_of_a_depth_or_all_there_are(name: str, part: str, passes: int) -> None:
     """However many trees, branches and requests there are: a path alone would take as many for its own nodes."""
