@@ -30,7 +30,7 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, slots=True)
 class TargetParts:
-    """Copies of frozen pieces of a target, to be taken before an engine puts the model into inference form.
+    """References to frozen weights of a target, to be taken before an engine puts the model into inference form.
 
     Attributes:
         config: The target's (text) configuration.
