@@ -60,7 +60,10 @@ def target_rows(batch: TensorDictBase, hidden: NestedKey = ("sequence", "hidden"
     """
     keys = target_keys(batch, hidden)
     if not keys:
-        raise KeyError(f"the batch has neither {hidden} nor {', '.join(TOPK_ENTRIES)} next to it")
+        raise KeyError(
+            f"the batch has neither {hidden} nor {', '.join(TOPK_ENTRIES)} next to it; record with an engine that "
+            "gives the target's hidden states, or its likeliest tokens"
+        )
     names = ("hidden",) if len(keys) == 1 else TOPK_ENTRIES
     return TensorDict(
         {name: batch[key] for name, key in zip(names, keys, strict=True)}, batch_size=batch[keys[0]].shape[:1]
@@ -78,6 +81,9 @@ def context_rows(
         wanted: Contexts to return, ``[R + M]`` bool.
         hidden: Key of the sequence's hidden states, ``[C, H]``, see :func:`target_rows`.
         node_hidden: Key of the nodes' hidden states, ``[M, H]``.
+
+    Raises:
+        KeyError: The batch lacks the target's outputs of the sequence or of the nodes, see :func:`target_rows`.
     """
     prompt = batch["sequence", "prompt_length"]
     count = batch["sequence", "offset"].diff() - prompt

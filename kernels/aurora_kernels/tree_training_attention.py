@@ -2,10 +2,10 @@
 
 Legend: ``b`` texts, ``S`` tokens of each, ``N`` nodes of its trees, ``h`` heads, ``g`` key heads, ``d`` head size.
 
-Keys and queries are the text and then its nodes, each tree depth-first. Two numbers a node say the mask: how much of
-the text it sees, and where its subtree ends. Node ``j`` is node ``i`` or an ancestor of it where ``j <= i < ends[j]``.
-So no row needs columns outside of its tree and of the text before it. Where trees lie by their anchors, most columns
-are skipped.
+Keys and queries are the text and then its nodes, each tree depth-first. Two numbers per node define the mask: how much
+of the text it sees, and where its subtree ends. Node ``j`` is node ``i`` or an ancestor of it if
+``j <= i < ends[j]``. So no row needs columns outside of its tree and of the text before it. Where trees lie by their
+anchors, most columns are skipped.
 """
 
 from __future__ import annotations

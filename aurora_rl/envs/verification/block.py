@@ -1,16 +1,16 @@
 """Block verification: the nodes of a drafted chain are accepted together, by the ratio of the whole prefixes.
 
-Let `p_i` and `q_i` be the distributions of target and drafter after the first `i` nodes `x_1 .. x_i` of a chain of `n`,
-with `q_n = 0`, since nothing is drafted after its end. With `w_0 = 1`,
+Let ``p_i`` and ``q_i`` be the distributions of target and drafter after the first ``i`` nodes ``x_1 .. x_i`` of a chain
+of ``n``, with ``q_n = 0``, since nothing is drafted after its end. With ``w_0 = 1``,
 
     w_i = min(1, w_{i-1} p_{i-1}(x_i) / q_{i-1}(x_i)),        r_i = max(w_i p_i - q_i, 0),
     h_i = sum of r_i / (sum of r_i + 1 - w_i),
 
-every node has a coin, which lands with probability `h_i`, and the chain is accepted up to the last node whose coin
-lands. The bonus token is drawn from `r_i` there, normalised. The token delivered has the law of the target, and on
+every node has a coin, which lands with probability ``h_i``, and the chain is accepted up to the last node whose coin
+lands. The bonus token is drawn from ``r_i`` there, normalised. The token delivered has the law of the target, and on
 average at least as many nodes are accepted as by token-wise rejection (Sun et al. 2024, arXiv 2403.10444). Given
-`x_1 .. x_i`, and on average over what is drafted next, node `i` is accepted with probability `w_i`: a node whose own
-token would be rejected may stand because the prefix before it was likelier to the target than to the drafter.
+``x_1 .. x_i``, and on average over what is drafted next, node ``i`` is accepted with probability ``w_i``: a node whose
+own token would be rejected may stand because the prefix before it was likelier to the target than to the drafter.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def verify_chain(
 ) -> Verdict:
     """Settle a round of chains by block verification.
 
-    `p` `[B, N + 1, V]` is the served distribution at the root and at every node. `coins` `[B, N]` has a uniform number
-    in (0, 1) for each node. `pick` draws tokens `[B]` from distributions `[B, V]` at columns `[B]`. The other arguments
-    are those of `VerificationRule.verify`.
+    ``p`` ``[B, N + 1, V]`` is the served distribution at the root and at every node. ``coins`` ``[B, N]`` has a uniform
+    number in (0, 1) for each node. ``pick`` draws tokens ``[B]`` from distributions ``[B, V]`` at columns ``[B]``. The
+    other arguments are those of ``VerificationRule.verify``.
 
     Raises:
         ValueError: Two valid nodes have the same parent.
@@ -83,9 +83,12 @@ def verify_chain(
 
 def _check_chains(parents: Tensor, valid: Tensor) -> None:
     siblings = (parents[:, :, None] == parents[:, None, :]) & valid[:, :, None] & valid[:, None, :]
-    if bool(siblings.tril(-1).any()):
+    if len(found := siblings.tril(-1).nonzero()):
+        slot, later, earlier = found[0].tolist()
+        parent = int(parents[slot, later])
         raise ValueError(
-            "the rule 'block' verifies chains, and a tree has several nodes below one; draft chains, such as "
+            f"the rule 'block' verifies chains, and in slot {slot} nodes {earlier} and {later} are both below "
+            f"{'the root' if parent < 0 else f'node {parent}'}; draft chains, such as "
             "TreeShape(depth, width=1, mode='sampled'), or verify trees by rule='rejection'"
         )
 
