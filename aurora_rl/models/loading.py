@@ -152,6 +152,12 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
 
     Raises:
         jinja2.TemplateError: The template refuses the conversation, such as one with an unknown role.
+
+    >>> from aurora_rl.testing import tiny_folder
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _, tokenizer = load_target(tiny_folder(folder), dtype=torch.float32, device="cpu")
+    >>> tokenizer.decode(encode_chat(tokenizer, [{"role": "user", "content": "Hi"}]))
+    '<user>Hi<assistant>'
     """
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])

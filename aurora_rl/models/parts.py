@@ -222,7 +222,14 @@ def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> set[str]:
 
 
 def layer_config(parts: TargetParts) -> LlamaConfig:
-    """Return a Llama layer's configuration of the target's sizes and rotary settings; usual ones for MLA and ALiBi."""
+    """Return a Llama layer's configuration of the target's sizes and rotary settings; usual ones for MLA and ALiBi.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_target
+        >>> config = layer_config(TargetParts.of(tiny_target()))
+        >>> config.num_hidden_layers, config.hidden_size
+        (1, 16)
+    """
     target = parts.config
     size = target.hidden_size
     # A Llama's heads divide its width.

@@ -84,6 +84,15 @@ def context_rows(
 
     Raises:
         KeyError: The batch lacks the target's outputs of the sequence or of the nodes, see :func:`target_rows`.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_batch
+        >>> _, _, batch = tiny_batch()
+        >>> trees = TreeIndex.of(batch)
+        >>> roots = torch.arange(len(trees.depth)) < trees.num_rounds
+        >>> rows = context_rows(batch, trees, roots, ("sequence", "hidden"), ("nodes", "hidden"))
+        >>> len(rows) == trees.num_rounds
+        True
     """
     prompt = batch["sequence", "prompt_length"]
     count = batch["sequence", "offset"].diff() - prompt
@@ -134,6 +143,11 @@ def token_log_probs(rows: TensorDictBase, head: TargetHead, row: Tensor, tokens:
         head: Output head of the target.
         row: Row that predicts each token, ``[M]`` int64.
         tokens: Tokens, ``[M]`` int64.
+
+    Example:
+        >>> rows = TensorDict({"hidden": torch.zeros(2, 8)}, batch_size=[2])
+        >>> token_log_probs(rows, TargetHead(torch.zeros(4, 8)), torch.tensor([0, 1, 1]), torch.tensor([3, 0, 2])).exp()
+        tensor([0.2500, 0.2500, 0.2500])
     """
     out = torch.empty(len(tokens), dtype=torch.promote_types(head.weight.dtype, torch.float32), device=tokens.device)
     size = chunk_rows(tokens.device, len(head), len(rows))
@@ -150,6 +164,12 @@ def row_target(rows: TensorDictBase, head: TargetHead) -> Target:
     Args:
         rows: Rows of :func:`target_rows` or :func:`context_rows`, ``[X]``.
         head: Output head of the target.
+
+    Example:
+        >>> rows = TensorDict({"hidden": torch.zeros(2, 8)}, batch_size=[2])
+        >>> target = row_target(rows, TargetHead(torch.zeros(4, 8)))
+        >>> target.reader(None, renormalize=False, temperature=1.0)(slice(1, 2)).exp()
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
     if "hidden" in rows.keys():
         return HeadTarget(rows["hidden"], head.weight, head.bias, head.scale, head.softcap)

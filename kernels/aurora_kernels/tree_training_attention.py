@@ -107,6 +107,12 @@ def training_block_mask(size: int, text_seen: Tensor, ends: Tensor) -> BlockMask
         size: Tokens of the text, ``S``.
         text_seen: Tokens of the text that a node sees, ``[b, N]`` int64.
         ends: One past the last node of the subtree of each node, ``[b, N]`` int64; ``j + 1`` of padding.
+
+    Example:
+        >>> mask = training_block_mask(5, torch.tensor([[2, 2, 5]]), torch.tensor([[2, 2, 3]]))
+        >>> row, key = torch.tensor(6), torch.tensor([1, 2, 5, 6, 7])  # node 1 sees two tokens, node 0 and itself
+        >>> mask.mask_mod(torch.tensor(0), torch.tensor(0), row, key)
+        tensor([ True, False,  True,  True, False])
     """
     device, (b, nodes) = ends.device, ends.shape
     length = size + nodes

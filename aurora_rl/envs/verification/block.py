@@ -50,6 +50,11 @@ def verify_chain(
 
     Raises:
         ValueError: Two valid nodes have the same parent.
+
+    >>> p, q = torch.tensor([[[0.5, 0.5]] * 3]), torch.tensor([[[0.25, 0.75], [0.75, 0.25]]])
+    >>> tokens, parents, valid = torch.tensor([[0, 0]]), torch.tensor([[-1, 0]]), torch.ones(1, 2, dtype=torch.bool)
+    >>> verify_chain(p, q, tokens, parents, valid, torch.tensor([[0.9, 0.6]]), lambda residual, _: residual.argmax(-1))
+    Verdict(accepted=tensor([[True, True]]), bonus_token=tensor([0]))
     """
     _check_chains(parents, valid)
     slots, tiny = torch.arange(len(tokens), device=tokens.device), torch.finfo(p.dtype).tiny
@@ -98,10 +103,12 @@ def _check_chains(parents: Tensor, valid: Tensor) -> None:
 class Block(VerificationRule):
     """Block verification of a chain that was drawn from the drafter.
 
-    >>> p, q = torch.tensor([[[0.5, 0.5]] * 3]), torch.tensor([[[0.25, 0.75], [0.75, 0.25]]])
-    >>> tokens, parents, valid = torch.tensor([[0, 0]]), torch.tensor([[-1, 0]]), torch.ones(1, 2, dtype=torch.bool)
-    >>> verify_chain(p, q, tokens, parents, valid, torch.tensor([[0.9, 0.6]]), lambda residual, _: residual.argmax(-1))
-    Verdict(accepted=tensor([[True, True]]), bonus_token=tensor([0]))
+    >>> from aurora_rl.sampling_params import SamplingParams
+    >>> logits, q = torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]]), torch.tensor([[[0.5, 0.5]]])
+    >>> tokens, parents, valid = torch.tensor([[0]]), torch.tensor([[-1]]), torch.tensor([[True]])
+    >>> sampling = SamplingBatch.from_params([SamplingParams(1.0, seed=0)])
+    >>> Block().verify(logits, tokens, parents, valid, torch.tensor([7]), sampling, q)
+    Verdict(accepted=tensor([[True]]), bonus_token=tensor([1]))
     """
 
     draft_modes, needs_q, token_wise = ("sampled",), True, False

@@ -55,6 +55,14 @@ def reject(
     number in (0, 1) for the test of each node. ``pick`` draws tokens ``[B]`` from distributions ``[B, V]`` at columns
     ``[B]``. ``replacement`` tells how siblings were drawn. The other arguments are those of
     ``VerificationRule.verify``.
+
+    >>> p, q = torch.tensor([[[0.5, 0.5]] * 2]), torch.tensor([[[1.0, 0.0]]])  # the node's chance is 0.5
+    >>> tree = torch.tensor([[0]]), torch.tensor([[-1]]), torch.tensor([[True]])
+    >>> pick = lambda residual, column: residual.argmax(-1)
+    >>> reject(p, q, *tree, torch.tensor([[0.6]]), pick, replacement=True)
+    Verdict(accepted=tensor([[False]]), bonus_token=tensor([1]))
+    >>> reject(p, q, *tree, torch.tensor([[0.4]]), pick, replacement=True).accepted
+    tensor([[True]])
     """
     slots = torch.arange(len(tokens), device=tokens.device)
     column = torch.zeros_like(slots)  # where the walk stands

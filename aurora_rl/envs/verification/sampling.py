@@ -43,6 +43,11 @@ def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> T
 
     Returns:
         ``[R, V]``, float64 for float64 logits and float32 otherwise; -inf outside the support.
+
+    >>> logits, temperature = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), torch.tensor([1.0, 0.5])
+    >>> warp(logits, temperature, top_k=torch.tensor([2, 0]), top_p=torch.tensor([1.0, 0.9])).softmax(-1)
+    tensor([[0.7311, 0.2689, 0.0000],
+            [0.8808, 0.1192, 0.0000]])
     """
     vocab_size = logits.shape[1]
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
