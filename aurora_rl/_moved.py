@@ -146,8 +146,9 @@ ELSEWHERE = {
 }  # fmt: skip
 # Names without a successor, and what to do.
 GONE = {
-    "objectives.ImitationValues": "objectives.imitation.imitation returns values and agreement as a pair",
-    "objectives.imitation.ImitationValues": "objectives.imitation.imitation returns values and agreement as a pair",
+    "objectives.ImitationValues": "objectives.comparison.compare returns values and agreement as a pair",
+    "objectives.imitation.ImitationValues": "objectives.comparison.compare returns values and agreement as a pair",
+    "objectives.imitation.imitation": "objectives.comparison.compare computes a divergence at the steps of an unroll",
     "policies.load_drafter": "Drafter.from_pretrained reads a drafter",
     "policies.save_drafter": "a drafter's save_pretrained writes it",
     "models.is_embedded_model_installed": "models.loading.load_target says what to install",

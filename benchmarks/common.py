@@ -8,10 +8,12 @@ import json
 import math
 import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,6 +106,13 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     tails = [sum(math.comb(count, i) for i in range(k)) / 2**count for k in range(1, count // 2 + 1)]
     k = sum(tail <= 0.025 for tail in tails)
     return (ordered[k - 1], ordered[-k]) if k else None
+
+
+def cost(without: Sequence[float], with_: Sequence[float], goal: float) -> dict[str, Any]:
+    """Return by what share figures fell, pair by pair: the median and its interval."""
+    costs = [round(1 - after / before, 4) for before, after in zip(without, with_, strict=True)]
+    middle = statistics.median(costs)
+    return {"cost": middle, "interval_95": median_interval(costs), "within_goal": middle <= goal, "pairs": costs}
 
 
 def write_result(script: str, options: argparse.Namespace, figures: dict) -> None:

@@ -6,8 +6,8 @@ For each file of prompts (without any, for the built-in generator's) a stream is
 any of the drafters read. Each drafter learns from it in order of arrival. Its acceptance length is that of replay on
 the next requests, which it has not seen. The expected speedup is this length times a plain round's time over that of a
 round with drafts. At the end the trained drafter serves requests after the stream, in turns with plain decoding.
-transformers' prompt lookup is timed on them too, next to its plain `generate`. Results that are in --work already are
-kept.
+transformers' prompt lookup is timed on them too, next to its plain `generate`. Streams and
+learning curves that are in --work already are reused. Serving is measured again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import MAX_LENGTH, RESULTS, arguments, over_plain, parse, request_queue, usual_request, write_result
+from common import MAX_LENGTH, arguments, over_plain, parse, request_queue, usual_request, write_result
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -294,7 +294,7 @@ def main() -> None:
     if options.until != "serve":
         return
     write_result(__file__, options, {"threads": options.threads, "slots": 1, "domains": domains})
-    plot(domains, RESULTS.parents[1] / "docs" / "images" / "drafters.png")
+    plot(domains, options.out / "drafters.png")
 
 
 def load(world: World) -> World:

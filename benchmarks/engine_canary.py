@@ -1,9 +1,9 @@
 """False alarms and detection delays of the canary by engine, on simulated engines that differ.
 
-A simulated engine has traffic of its own: its chance that a draft is accepted is up to 0.15 off those of others, and
-wanders from request to request (an autoregression of 0.98). A request takes 20 to 60 rounds of chains of four tokens.
-An engine's round takes half to twice the usual time, and one of fifty requests four times as long. Nothing here needs a
-model.
+A simulated engine has traffic of its own: its chance that a draft is accepted is up to 0.15 off the mean, so that two
+engines are up to 0.3 apart, and it wanders from request to request (an autoregression of 0.98). A request takes 20 to
+60 rounds of chains of four tokens. An engine's round takes half to twice the usual time, and one of fifty requests four
+times as long. Nothing here needs a model.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import median_interval
+from common import cost
 from http_load import Load
 from http_servers import settings
 
@@ -189,12 +189,11 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
 
 def compare(queue: Sequence[float], http: Sequence[float]) -> dict[str, Any]:
     """Return the cost of HTTP as a share of throughput: the median of the turns and its interval."""
-    costs = [round(1 - over / alone, 4) for alone, over in zip(queue, http, strict=True)]
-    cost = statistics.median(costs)
+    found = cost(queue, http, _GOAL)
     return {
         "tokens_per_second": {"queue": round(statistics.median(queue), 2), "http": round(statistics.median(http), 2)},
-        "cost": cost,
-        "cost_interval_95": median_interval(costs),
-        "within_goal": cost <= _GOAL,
-        "turns": costs,
+        "cost": found["cost"],
+        "cost_interval_95": found["interval_95"],
+        "within_goal": found["within_goal"],
+        "turns": found["pairs"],
     }

@@ -102,7 +102,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=900, help="tokens of the long prompt")
     parser.add_argument("--drafter", help="architecture that drafts, untrained, such as eagle3; none decodes plainly")
     parser.add_argument("--depth", type=int, default=4, help="tokens that it drafts")
-    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread in place of wall time")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU time of the process, all threads, in place of wall time"
+    )
     options = parse(parser)
     if options.cpu_time:
         time.perf_counter = time.process_time  # the library's own measurement of rounds and chunks included

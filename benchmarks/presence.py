@@ -4,8 +4,8 @@ recording: the same requests are decoded in turns with and without their traject
 collector in another process. Greedy text is the same, so that the rounds of a pair are the same.
 
 learner: a server and its learner, as under `aurora-rl serve` but for a fixed tree; the learner's process is stopped in
-every other window of rounds. Texts and weights differ from window to window, so that the time of a round is compared
-beside the throughput.
+every other window of rounds. Texts and weights differ from window to window, so the time of a round is compared
+as well as the throughput.
 
 swap: of the swaps in the windows of the learner, the time that each takes, and the rounds of the second after it
 against those of the second before it.
@@ -29,7 +29,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from common import MAX_LENGTH, arguments, median_interval, parse, prompts, write_result
+from common import MAX_LENGTH, arguments, cost, parse, prompts, write_result
 
 from aurora_rl import Request, SamplingParams, SpecDecodeEnv, TargetParts, TreeShape
 from aurora_rl.cli.assembly import first_drafter, load, request_queue
@@ -60,13 +60,6 @@ class Step(NamedTuple):
     tokens: int
     occupied: int
     version: int
-
-
-def cost(without: Sequence[float], with_: Sequence[float], goal: float) -> dict[str, Any]:
-    """Return by what share figures fell, pair by pair: the median and its interval."""
-    costs = [round(1 - after / before, 4) for before, after in zip(without, with_, strict=True)]
-    middle = statistics.median(costs)
-    return {"cost": middle, "interval_95": median_interval(costs), "within_goal": middle <= goal, "pairs": costs}
 
 
 # ---- recording -------------------------------------------------------------------------------------------------------

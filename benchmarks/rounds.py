@@ -31,7 +31,7 @@ SIZES = {
 
 
 def random_target(size: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """Qwen3 of a size, with weights that take no time to draw."""
+    """Qwen3 of a size with random weights, drawn once; transformers' own initialisation is skipped."""
     hidden, intermediate, layers, heads, kv_heads, vocab = SIZES[size]
     config = AutoConfig.for_model(
         "qwen3",

@@ -1,8 +1,9 @@
 """Soak: minutes of clients that vanish, send junk or never finish, next to clients whose answers must stay the same.
 
-`aurora-rl serve` runs as a child, in float32, where a text does not depend on what else is in the batch. Its memory,
-descriptors, threads and requests are noted every ten seconds. The exit status is 1 if memory grew, descriptors or slots
-were not given back, a well-behaved client got another answer than at the start, or a stranger another than it should.
+`aurora-rl serve` runs as a child, in float32, where a text hardly ever depends on what else is in the batch. Its
+memory, descriptors, threads and requests are noted every ten seconds. The exit status is 1 if memory grew, descriptors
+or slots were not given back, a well-behaved client got another answer than at the start, or a stranger another than it
+should.
 
 python benchmarks/soak.py --minutes 20
 """

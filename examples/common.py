@@ -24,7 +24,7 @@ from aurora_rl.workload.traffic import generate
 
 
 def arguments(description: str | None, *, saves: bool = True) -> argparse.ArgumentParser:
-    """Options of every script; of one that saves no drafter without the folder."""
+    """Return a parser with the options of every script. ``saves`` adds those of the folder for the trained drafter."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="smollm2", help="smollm2, a hub id, or a folder")
     parser.add_argument("--recording", type=Path, required=True, help="folder of trajectories; filled if it is empty")
@@ -72,7 +72,7 @@ class Stream:
 def open_stream(
     options: argparse.Namespace, shape: TreeShape, kind: type[Drafter] = Eagle3Drafter, *, temperature: float = 0.0
 ) -> Stream:
-    """The recording that the options name, served first by an untrained drafter where it is not complete."""
+    """Open the recording that the options name. If it lacks requests, an untrained drafter serves them first."""
     if options.out is not None and not options.overwrite and holds_drafter(options.out):
         raise SystemExit(f"--out {options.out} holds a drafter already; name another folder, or add --overwrite")
     device = "cuda" if torch.cuda.is_available() else "cpu"

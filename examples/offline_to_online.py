@@ -36,6 +36,7 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = default_dtype(device)
+    # Loaded anew: an engine changes its model in place, and that of the recording belongs to `open_stream`.
     model, tokenizer = load_target(options.model, dtype=dtype, device=device)
     sampling = SamplingParams(max_tokens=options.max_new_tokens)
     prompts = [torch.tensor(encode_chat(tokenizer, p.messages)) for p in generate(options.online, seed=1)]

@@ -39,7 +39,7 @@ class CanaryConfig:
     """Share of the engines that get new weights first, if several are connected to the learner; at least one does. 0
     gives them to all engines at once. For the learner, which compares at ``false_alarm_rate`` and ``margin`` too."""
     requests: int = 8
-    """Requests of an engine in a window of the trial at a share of the engines."""
+    """Requests per engine in a window of the trial at a share of the engines, on average over a group of them."""
     most_requests: int | None = 256
     """Requests with new weights, per engine that has them at a time, before all engines get them if no loss was proven;
     null tries them until a loss is proven or ruled out."""

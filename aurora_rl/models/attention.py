@@ -18,7 +18,12 @@ _NO_TERMS = ("position_ids", "cache_position")
 
 
 class TextAndTrees(NamedTuple):
-    """What is seen in a pass over texts and, after each, the nodes of its trees: see ``tree_training_attention``."""
+    """What is seen in a pass over texts and, after each, the nodes of its trees.
+
+    Attributes:
+        text_seen: Tokens of the text that a node sees, ``[b, N]`` int64.
+        ends: One past the last node of the subtree of each node, ``[b, N]`` int64; see ``tree_training_attention``.
+    """
 
     text_seen: Tensor
     ends: Tensor
@@ -55,7 +60,7 @@ def pass_mask(
     implementation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the mask of a pass as an implementation of attention reads it.
+    """Return what each token of a pass sees, in the form that an implementation of attention reads.
 
     Args:
         depth: A token's distance from ``past``, ``[b, T]`` int64.
@@ -65,6 +70,10 @@ def pass_mask(
         seen: Which tokens of the pass a token sees, ``[b, T, T]`` bool; None if those up to itself.
         implementation: :data:`GROUPED_ATTENTION`, "sdpa" or "eager".
         dtype: Dtype of the model's scores.
+
+    Returns:
+        A :class:`PassMask` for :data:`GROUPED_ATTENTION`, otherwise ``[b, 1, T, end]``: bool for "sdpa", or what is
+        added to the scores, in ``dtype``.
     """
     if first is None:
         mask = TreeMask(past[:, 0], seen)
@@ -113,7 +122,10 @@ def grouped_attention(
         TypeError: Tensors are passed that this attention does not know, which would be left out of it.
     """
     if unknown := [name for name, term in kwargs.items() if isinstance(term, Tensor) and name not in _NO_TERMS]:
-        raise TypeError(f"attention has terms that {GROUPED_ATTENTION} does not know: {', '.join(unknown)}")
+        raise TypeError(
+            f"attention has terms that {GROUPED_ATTENTION} does not know: {', '.join(unknown)}; attend by "
+            "transformers' own form, with model.set_attn_implementation('sdpa') or 'eager'"
+        )
     if isinstance(attention_mask, PassMask):
         mask = attention_mask.seen
     else:

@@ -97,6 +97,6 @@ def make_batch_invariant(model: nn.Module) -> None:
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> tuple[Tensor, None]:
-    """Attend as :func:`aurora_rl.models.inference_modules.grouped_attention` does, each token by itself."""
+    """Attend as :func:`aurora_rl.models.attention.grouped_attention` does, each token by itself."""
     assert mask is not None
     return invariant_attention(query, key, value, mask, scaling), None

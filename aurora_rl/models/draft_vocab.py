@@ -78,6 +78,9 @@ def choose_draft_vocab(size: int, prior: Tensor) -> Tensor:
     Returns:
         The chosen tokens, rising, ``[size]`` int64.
 
+    Raises:
+        ValueError: ``size`` < 1, or larger than the target's vocabulary.
+
     Example:
         >>> choose_draft_vocab(2, torch.tensor([0.0, 0.0, 3.0]))
         tensor([0, 2])

@@ -169,7 +169,10 @@ class SlotCache(_KeysAndValuesOnly):
         return x if self._packing is None else self._packing.pack(x)
 
     def rows(self, slot: int) -> list[Tensor]:
-        """Return views of what a slot holds, a row for each column: ``[columns, layers, heads, d]`` of each shape."""
+        """Return views of what a slot holds, a row for each column: ``[columns, n, heads, d]`` for each shape.
+
+        ``n`` counts the key and value tensors of all layers that have the shape.
+        """
         return [block[:, slot].transpose(0, 1) for block in self.blocks.values()]
 
     def move(self, slots: Tensor, source: Tensor, target: Tensor) -> None:

@@ -44,14 +44,13 @@ class ModelError(ValueError):
     """A target that is missing or cannot be loaded; the message names it, what was tried and the cure."""
 
 
-def embedded_model_path(cache_dir: str | os.PathLike[str] | None = None, progress: bool = True) -> Path:
+def embedded_model_path(progress: bool = True) -> Path:
     """Return the folder of the embedded target, converting it at the first call.
 
-    It has config, bf16 safetensors (270 MB), tokenizer and chat template. Processes may call this at the same time.
+    It has config, bf16 safetensors (270 MB), tokenizer and chat template. It lies in ``$AURORA_RL_CACHE``, by default
+    ``aurora_rl`` under ``$XDG_CACHE_HOME`` or ``~/.cache``. Processes may call this at the same time.
 
     Args:
-        cache_dir: Folder where converted models are kept; default `$AURORA_RL_CACHE`, else `aurora_rl` under
-            `$XDG_CACHE_HOME` or `~/.cache`.
         progress: Whether to print the steps of a conversion on stderr.
 
     Raises:
@@ -59,7 +58,7 @@ def embedded_model_path(cache_dir: str | os.PathLike[str] | None = None, progres
     """
     gguf = _embedded_gguf()
     version = importlib.metadata.version(_PACKAGE)
-    folder = _cache_folder(cache_dir) / f"smollm2-135m-instruct-{version}-r{_RECIPE}"
+    folder = _cache_folder() / f"smollm2-135m-instruct-{version}-r{_RECIPE}"
     return _build_once(folder, lambda scratch: _convert(gguf, scratch, progress))
 
 
@@ -69,9 +68,9 @@ def load_target(
     """Load a target, frozen and in evaluation mode.
 
     Args:
-        model: `"smollm2"` for the embedded one, a folder, or the id of a causal language model on the hub.
-        dtype: Dtype of the weights; see `default_dtype`.
-        device: Device of the weights, such as `"cpu"` or `"cuda:0"`.
+        model: ``"smollm2"`` for the embedded one, a folder, or the id of a causal language model on the hub.
+        dtype: Dtype of the weights; see ``default_dtype``.
+        device: Device of the weights, such as ``"cpu"`` or ``"cuda:0"``.
 
     Raises:
         ModelError: There is nothing of that name, parts are missing or damaged, the weights do not fill the model, or
@@ -147,12 +146,18 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Encode messages, each with `role` and `content`, up to the point where the assistant speaks next.
+    """Encode messages, each with ``role`` and ``content``, up to the point where the assistant speaks next.
 
     Without a chat template (a base model) the contents are joined by newlines.
 
     Raises:
         jinja2.TemplateError: The template refuses the conversation, such as one with an unknown role.
+
+    >>> from aurora_rl.testing import tiny_folder
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _, tokenizer = load_target(tiny_folder(folder), dtype=torch.float32, device="cpu")
+    >>> tokenizer.decode(encode_chat(tokenizer, [{"role": "user", "content": "Hi"}]))
+    '<user>Hi<assistant>'
     """
     if tokenizer.chat_template is None:
         return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
@@ -204,9 +209,7 @@ def _embedded_gguf() -> Path:
     return files[0]
 
 
-def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
+def _cache_folder() -> Path:
     if own := os.environ.get("AURORA_RL_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aurora_rl"
@@ -216,7 +219,7 @@ def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return `folder`, filled by `build` if it does not exist; it never exists half filled."""
+    """Return ``folder``, filled by ``build`` if it does not exist; it never exists half filled."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +266,7 @@ def _convert(gguf: Path, folder: Path, progress: bool) -> None:
 def _repair_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     r"""Give the tokenizer what the GGUF file says and its reader in transformers drops.
 
-    The reader takes `<|im_start|>` for the end of sequence, which would never stop an answer. It also forgets that
+    The reader takes ``<|im_start|>`` for the end of sequence, which would never stop an answer. It also forgets that
     SmolLM splits off every digit before the byte-level rule: "\n\n1" would become three tokens instead of two.
     """
     config = model.config

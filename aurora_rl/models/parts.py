@@ -30,7 +30,7 @@ FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, slots=True)
 class TargetParts:
-    """Copies of frozen pieces of a target, to be taken before an engine puts the model into inference form.
+    """References to frozen weights of a target, to be taken before an engine puts the model into inference form.
 
     Attributes:
         config: The target's (text) configuration.
@@ -103,7 +103,10 @@ class TargetParts:
 
 
 def _few_rows(weight: Tensor) -> Tensor:
-    """Return about 64 rows of a weight, spread evenly, as bfloat16 and float16 both represent them, on the CPU."""
+    """Return 64 to 127 rows of a weight, spread evenly, as bfloat16 and float16 both represent them, on the CPU.
+
+    A weight of fewer rows gives all of them.
+    """
     rows = weight.reshape(-1, *weight.shape[-1:])  # a scalar is a row too
     # float16 has fewer digits of small weights than bfloat16.
     return rows[:: max(len(rows) // 64, 1)].to("cpu", torch.bfloat16).half().bfloat16()
@@ -219,7 +222,14 @@ def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> set[str]:
 
 
 def layer_config(parts: TargetParts) -> LlamaConfig:
-    """Return a Llama layer's configuration of the target's sizes and rotary settings; usual ones for MLA and ALiBi."""
+    """Return a Llama layer's configuration of the target's sizes and rotary settings; usual ones for MLA and ALiBi.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_target
+        >>> config = layer_config(TargetParts.of(tiny_target()))
+        >>> config.num_hidden_layers, config.hidden_size
+        (1, 16)
+    """
     target = parts.config
     size = target.hidden_size
     # A Llama's heads divide its width.

@@ -12,7 +12,7 @@ from aurora_rl.objectives.divergences import (
 )
 from aurora_rl.objectives.expected_length import ExpectedLengthLoss
 from aurora_rl.objectives.function_objective import FunctionObjective
-from aurora_rl.objectives.imitation import ImitationLoss, imitation
+from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.objectives.objective import Objective, Values
 from aurora_rl.objectives.registry import OBJECTIVES, check_settings, get_objective, make_objectives, register_objective
 from aurora_rl.objectives.sum_loss import SumLoss
@@ -37,7 +37,6 @@ __all__ = [
     "forward_kl",
     "get_divergence",
     "get_objective",
-    "imitation",
     "make_objectives",
     "overlap",
     "register_divergence",

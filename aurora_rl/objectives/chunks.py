@@ -21,9 +21,9 @@ def rows_and_head(logits: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return what logits are made of: rows, and a function that makes logits ``[..., Vd]`` of some of them.
 
     Args:
-        logits: The drafter's logits, ``[X, Vd]``. The rows are the states ``[X, H]`` of those that are
-            :class:`~aurora_rl.policies.HeadLogits`, whose product is not made here. If there are several heads, rows
-            have one column more, the number of their head. Of other logits they are the logits.
+        logits: The drafter's logits, ``[X, Vd]``. For :class:`~aurora_rl.policies.HeadLogits` the rows are their states
+            ``[X, H]``, and no product is made here. If there are several heads, rows have one column more, the number
+            of their head. For plain logits, the rows are the logits themselves.
 
     Example:
         >>> rows, head = rows_and_head(HeadLogits(torch.ones(5, 3), torch.ones(4, 3)))

@@ -59,11 +59,12 @@ def register_divergence(name: str, *, renormalize: bool = True) -> Callable[[_D]
     Raises:
         ValueError: Another function has the name.
 
-    Example::
-
-        @register_divergence("squared_error")
-        def squared_error(log_p, log_q):
-            return (log_p.exp() - log_q.exp()).square().sum(-1)
+    Example:
+        >>> @register_divergence("squared_distance")
+        ... def squared_distance(log_p, log_q):
+        ...     return (log_p.exp() - log_q.exp()).square().sum(-1)
+        >>> get_divergence("squared_distance")(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]).log())
+        tensor(0.5000)
     """
 
     def register(function: _D) -> _D:

@@ -12,6 +12,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from typing_extensions import override
 
+from aurora_kernels.noise import argmax
 from aurora_kernels.rows import chunk_rows, log_softmax
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.chunks import by_chunks, rows_and_head
@@ -119,11 +120,12 @@ class FunctionObjective(DistillationObjective):
             with torch.no_grad():
                 log_p = read(slice(start, part.stop + steps - 1)).to(log_q.dtype)
                 log_p = by_window([log_p] * steps)[:, : part.stop - start]
-                agrees = log_q.gather(-1, log_p.argmax(-1, keepdim=True))[..., 0] >= log_q.amax(-1)
+                agrees = log_q.gather(-1, argmax(log_p)[..., None])[..., 0] >= log_q.amax(-1)
             return *self._call(log_p, log_q, _some(windows, part)), agrees
 
-        laid_out = [torch.cat([each[j:], torch.zeros_like(each[:j])]).split(size) for j, each in enumerate(states)]
-        value, mask, agrees = by_chunks(judge, zip(range(0, len(row), size), *laid_out, strict=True))
+        # As `by_window` lays out steps, which may differ in width here: some may have states and others logits.
+        shifted = [torch.cat([each[j:], torch.zeros_like(each[:j])]).split(size) for j, each in enumerate(states)]
+        value, mask, agrees = by_chunks(judge, zip(range(0, len(row), size), *shifted, strict=True))
         valid = windows.valid & mask
         agreement = (agrees & valid).sum(1) / valid.sum(1).clamp(min=1)
         return Values(value, value.new_ones(()), valid, {"agreement": agreement})

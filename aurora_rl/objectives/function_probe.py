@@ -17,12 +17,12 @@ Call = Callable[[Tensor, Tensor, Windows], tuple[Tensor, Tensor]]
 """``call(log_p, log_q, windows) -> (values, mask)``, whose shapes are checked."""
 
 _WINDOWS, _VOCAB = 5, 256
-# Means over so many seeds may be so many standard errors apart before they are said to differ.
+# Seeds over which means are taken, and the standard errors by which two means may differ.
 _SEEDS, _ERRORS = 128, 6.0
 
 
 class _Found(NamedTuple):
-    """What a call returned of its windows: values that count, which do, and the gradient of a sum of the former."""
+    """Result of a call: values where they count, their mask, and the gradient of a weighted sum of them."""
 
     values: Tensor
     mask: Tensor
@@ -90,13 +90,14 @@ def _called(
     log_p, leaf = (each[:, part] for each in inputs[:2])
     leaf.requires_grad_()
     log_q, windows = leaf.clone(), Windows(*(each[..., part] for each in inputs[2]))
-    given = {"log_p": log_p, "log_q": log_q, **{f"windows.{name}": each for name, each in windows._asdict().items()}}
-    kept = {name: each.detach().clone() for name, each in given.items()}
+    arguments = {"log_p": log_p, "log_q": log_q}
+    arguments |= {f"windows.{name}": each for name, each in windows._asdict().items()}
+    kept = {name: each.detach().clone() for name, each in arguments.items()}
     torch.default_generator.manual_seed(seed)
     before = torch.get_rng_state()
     values, mask = call(log_p, log_q, windows)
     draws = not torch.equal(before, torch.get_rng_state())
-    if changed := [name for name, each in given.items() if not torch.equal(each, kept[name])]:
+    if changed := [name for name, each in arguments.items() if not torch.equal(each, kept[name])]:
         raise ValueError(
             f"its function must leave its arguments as they are, and changes {changed[0]} in place; the backward pass "
             "would see the change. Write x.clamp(...) in place of x.clamp_(...), or change a clone"

@@ -12,13 +12,12 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_kernels import LogProbTarget, Target
+from aurora_kernels import Target
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives.comparison import compare, row_log_probs
+from aurora_rl.objectives.comparison import row_log_probs
 from aurora_rl.objectives.distillation import DistillationObjective
 from aurora_rl.objectives.divergences import (
     Divergence,
-    forward_kl,
     get_divergence,
     wants_renormalized,
 )
@@ -31,16 +30,6 @@ from aurora_rl.tree_index import completion_columns
 
 # Share of certainty that every position is granted in D-PACE, so that one hopeless token does not switch off the rest.
 _GRANTED = 0.5
-
-
-def imitation(unroll: Unroll, log_p: Tensor, divergence: Divergence = forward_kl) -> tuple[Tensor, Tensor]:
-    """Compute a divergence to the target's ``log_p`` ``[C, Vd]`` at every step of a training-time-test unroll.
-
-    Returns:
-        ``[J, C]`` nats at each unroll step and completion token; and ``[J, C]`` bool, whether the target's likeliest
-        token is the drafter's too.
-    """
-    return compare(unroll.logits, LogProbTarget(log_p), divergence, draft_vocab=None, renormalize=False)
 
 
 def expected_length_weights(log_q: Tensor, valid: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ class SumLoss(LossModule):
     Args:
         objectives: Objectives of the same drafter, at least one.
 
+    Raises:
+        ValueError: There is no objective.
+
     Example:
         >>> from aurora_rl.objectives import make_objectives
         >>> from aurora_rl.testing import tiny_batch

@@ -60,7 +60,10 @@ def target_rows(batch: TensorDictBase, hidden: NestedKey = ("sequence", "hidden"
     """
     keys = target_keys(batch, hidden)
     if not keys:
-        raise KeyError(f"the batch has neither {hidden} nor {', '.join(TOPK_ENTRIES)} next to it")
+        raise KeyError(
+            f"the batch has neither {hidden} nor {', '.join(TOPK_ENTRIES)} next to it; record with an engine that "
+            "gives the target's hidden states, or its likeliest tokens"
+        )
     names = ("hidden",) if len(keys) == 1 else TOPK_ENTRIES
     return TensorDict(
         {name: batch[key] for name, key in zip(names, keys, strict=True)}, batch_size=batch[keys[0]].shape[:1]
@@ -78,6 +81,18 @@ def context_rows(
         wanted: Contexts to return, ``[R + M]`` bool.
         hidden: Key of the sequence's hidden states, ``[C, H]``, see :func:`target_rows`.
         node_hidden: Key of the nodes' hidden states, ``[M, H]``.
+
+    Raises:
+        KeyError: The batch lacks the target's outputs of the sequence or of the nodes, see :func:`target_rows`.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_batch
+        >>> _, _, batch = tiny_batch()
+        >>> trees = TreeIndex.of(batch)
+        >>> roots = torch.arange(len(trees.depth)) < trees.num_rounds
+        >>> rows = context_rows(batch, trees, roots, ("sequence", "hidden"), ("nodes", "hidden"))
+        >>> len(rows) == trees.num_rounds
+        True
     """
     prompt = batch["sequence", "prompt_length"]
     count = batch["sequence", "offset"].diff() - prompt
@@ -128,6 +143,11 @@ def token_log_probs(rows: TensorDictBase, head: TargetHead, row: Tensor, tokens:
         head: Output head of the target.
         row: Row that predicts each token, ``[M]`` int64.
         tokens: Tokens, ``[M]`` int64.
+
+    Example:
+        >>> rows = TensorDict({"hidden": torch.zeros(2, 8)}, batch_size=[2])
+        >>> token_log_probs(rows, TargetHead(torch.zeros(4, 8)), torch.tensor([0, 1, 1]), torch.tensor([3, 0, 2])).exp()
+        tensor([0.2500, 0.2500, 0.2500])
     """
     out = torch.empty(len(tokens), dtype=torch.promote_types(head.weight.dtype, torch.float32), device=tokens.device)
     size = chunk_rows(tokens.device, len(head), len(rows))
@@ -144,6 +164,12 @@ def row_target(rows: TensorDictBase, head: TargetHead) -> Target:
     Args:
         rows: Rows of :func:`target_rows` or :func:`context_rows`, ``[X]``.
         head: Output head of the target.
+
+    Example:
+        >>> rows = TensorDict({"hidden": torch.zeros(2, 8)}, batch_size=[2])
+        >>> target = row_target(rows, TargetHead(torch.zeros(4, 8)))
+        >>> target.reader(None, renormalize=False, temperature=1.0)(slice(1, 2)).exp()
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
     if "hidden" in rows.keys():
         return HeadTarget(rows["hidden"], head.weight, head.bias, head.scale, head.softcap)

@@ -21,10 +21,11 @@ from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.trajectories import acceptance_length
 
 _FIGURES = ("acceptance_length", "tokens_per_second")
-# A window that lacks requests of a group once so many times its requests have arrived per engine, since the engines
-# loaded their weights, is drawn anew from all engines: some may get no traffic. A trial that has this often is rolled
-# back. An engine has so many seconds to load them.
-_PATIENCE, _MOST_MISSED, _LOADING_S = 8, 3, 600.0
+# A window is missed if a group lacks requests once more than 8 times those of a window have arrived for each engine
+# connected. The next is drawn from all engines: some may get no traffic.
+_PATIENCE = 8
+_MOST_MISSED = 3  # windows after which a trial is rolled back
+_LOADING_S = 600.0  # after which arrivals count though an engine has not loaded its weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class EngineRules:
 
     Attributes:
         share: Share of the engines that have them meanwhile, in (0, 0.5], rounded down; at least one engine.
-        requests: Requests of an engine in a window. Those that began before it are not counted.
+        requests: Requests per engine in a window, on average over its group: sums of the groups are compared. Those
+            that began before the window are not counted.
         false_alarm_rate: Chance that weights as good as the former ones are ever rolled back for a loss, at most.
         margin: Relative loss that is tolerated: weights are promoted once a larger one is ruled out.
         most_requests: Requests with the new weights, per engine that has them at a time, before they are promoted if no
@@ -201,9 +203,9 @@ class EngineCanary:
     """Gives new weights to a share of the engines, follows what these serve, and takes them back or promotes them.
 
     Which weights drafted a request, its trajectory says by their version. Requests that were drafted by several
-    versions are left out. An engine that rejects a version of the trial ends it, and so does one that goes away with
-    the new weights: they are rolled back. One that goes away with the former ones is replaced in the next window, and
-    one that joins gets the weights that are published to all.
+    versions are left out. An engine that rejects a version of the current window ends the trial, and so does one that
+    goes away with the new weights: they are rolled back. One that goes away with the former ones is replaced in the
+    next window, and one that joins gets the weights that are published to all.
 
     A trial is not saved. A learner that resumes publishes what was published to all.
 

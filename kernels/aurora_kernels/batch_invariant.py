@@ -54,6 +54,11 @@ def invariant_sizes(
 
     Returns:
         Numbers of rows, rising; at least one.
+
+    Example:
+        >>> sizes = invariant_sizes(lambda weight: lambda rows: rows @ weight.T, 8, 16, torch.float32)
+        >>> len(sizes) >= 1 and list(sizes) == sorted(sizes)
+        True
     """
     generator, half = torch.Generator().manual_seed(0), in_features // 2
     rows = torch.randn(_SIZES[-1], in_features, generator=generator)

@@ -9,6 +9,7 @@ to 1. In the indicators a token of ``q = p`` counts half, as in the gradient of 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ CLOSED_FORMS: dict[str, Callable[..., Gradients]] = {
         cross_entropy, missed_probability,
     )
 }  # fmt: skip
-"""Divergences with a closed form, by name. ``aurora_rl.objectives`` has each under the same name."""
+"""Divergences with a closed form, by name. ``aurora_rl.objectives.divergences`` has each under the same name."""
 
 
 def closed_form(name: str, **settings: float) -> ClosedForm:
@@ -154,7 +155,7 @@ def closed_form(name: str, **settings: float) -> ClosedForm:
         settings: Its keywords, such as ``beta`` of ``jensen_shannon``.
 
     Raises:
-        ValueError: The name is unknown, or a setting is out of range.
+        ValueError: The name or a setting is unknown, or a setting is out of range.
 
     Example:
         >>> half = torch.tensor([[0.5, 0.5]]).log()
@@ -165,6 +166,9 @@ def closed_form(name: str, **settings: float) -> ClosedForm:
     if name not in CLOSED_FORMS:
         raise ValueError(f"no closed form is called {name!r}; there are {', '.join(CLOSED_FORMS)}")
     function = CLOSED_FORMS[name]
+    known = list(inspect.signature(function).parameters)[2:]
+    if unknown := [each for each in settings if each not in known]:
+        raise ValueError(f"{name!r} has no setting {unknown[0]!r}; it has {', '.join(known) or 'none'}")
     bound = partial(function, **settings)
     bound(torch.zeros(1, 1), torch.zeros(1, 1))  # checks the settings
     (setting,) = settings.values() or getattr(function, "__defaults__", None) or (0.0,)

@@ -22,7 +22,7 @@ def _fold(x: Tensor, shift: int) -> Tensor:
 
 
 def _multiply(x: Tensor, factor: int) -> Tensor:
-    """Multiply modulo 2**32, in place. `x` is int64 in 0 .. 2**32 - 1 and `factor` has 32 bits.
+    """Multiply modulo 2**32, in place. ``x`` is int64 in 0 .. 2**32 - 1 and ``factor`` has 32 bits.
 
     A factor of 2**31 or more is taken less 2**32, the same number modulo 2**32: so no product leaves int64.
     """
@@ -30,7 +30,7 @@ def _multiply(x: Tensor, factor: int) -> Tensor:
 
 
 def _hash(x: Tensor, key: Tensor | int = 0) -> Tensor:
-    """Hash in place by triple32 of C. Wellons' Hash Prospector, a bijection on 32 bits; `key` enters after a third."""
+    """Hash in place by triple32 (C. Wellons, Hash Prospector), a bijection on 32 bits; ``key`` enters after a third."""
     _fold(_multiply(_fold(x, 17), 0xED5AD4BB), 11)
     x.bitwise_xor_(key)
     return _fold(_multiply(_fold(_multiply(x, 0xAC4C1B51), 15), 0x31848BAB), 14)
@@ -45,7 +45,7 @@ def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = 0) -> T
 
     Args:
         seed: Seeds, int64, >= 0.
-        position: Positions, int64 that broadcast with `seed`, in 0 .. 2**32 - 1.
+        position: Positions, int64 that broadcast with ``seed``, in 0 .. 2**32 - 1.
         token: Token ids, int64 that broadcast with both, in 0 .. 2**32 - 1.
         stream: Number of the stream. Streams are independent of each other at the same coordinates.
 
@@ -64,12 +64,12 @@ def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = 0) -> T
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """Return standard Gumbel noise for every token, `[..., V]` float32 between -3.2 and 22.9.
+    """Return standard Gumbel noise for every token, ``[..., V]`` float32 between -3.2 and 22.9.
 
     The argmax over tokens of log-probability plus this noise is a sample of the distribution (Gumbel-max, Maddison et
-    al. 2014). The noise is -log(-log u), with u from `uniform`, and the arguments are the same. Logarithms are computed
-    in float64 and rounded to float32. The float64 logarithms of two devices may differ in the last bit, which decides
-    the rounding about once in 10**8 numbers.
+    al. 2014). The noise is -log(-log u), with u from ``uniform``, and the arguments are the same. Logarithms are
+    computed in float64 and rounded to float32. The float64 logarithms of two devices may differ in the last bit, which
+    decides the rounding about once in 10**8 numbers.
 
     >>> gumbel(torch.tensor([1, 1]), torch.tensor([0, 1]), vocab_size=3)
     tensor([[ 0.3650, -0.6717,  0.6390],
@@ -80,14 +80,14 @@ def gumbel(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
 
 
 def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor) -> Tensor:
-    """Draw a token of each row, the same at every call: the argmax of scores plus :func:`gumbel` noise, `[R]` int64.
+    """Draw a token of each row, the same at every call: the argmax of scores plus :func:`gumbel` noise, ``[R]`` int64.
 
     Nothing is normalised.
 
     Args:
-        scores: Log-probabilities up to a constant for each row, `[R, V]`; -inf is never drawn.
-        seed: Seed of each row's request, `[R]` int64, >= 0.
-        position: Absolute position of each token, `[R]` int64.
+        scores: Log-probabilities up to a constant for each row, ``[R, V]``; -inf is never drawn.
+        seed: Seed of each row's request, ``[R]`` int64, >= 0.
+        position: Absolute position of each token, ``[R]`` int64.
 
     >>> scores, seed = torch.tensor([[0.0, 1.0, 2.0]]).expand(4, 3), torch.tensor([1, 1, 2, 2])
     >>> gumbel_argmax(scores, seed, torch.tensor([0, 1, 0, 1]))
@@ -97,9 +97,9 @@ def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor) -> Tensor:
 
 
 def argmax(scores: Tensor) -> Tensor:
-    """Return the index of the largest of each row, the first of equals: `[..., V]` to `[...]` int64.
+    """Return the index of the largest of each row, the first of equals: ``[..., V]`` to ``[...]`` int64.
 
-    `Tensor.argmax` gives the same and takes, on a CPU in bfloat16, five to ten times as long.
+    ``Tensor.argmax`` gives the same and takes, on a CPU in bfloat16, five to ten times as long.
 
     >>> argmax(torch.tensor([[1.0, 3.0, 3.0]]))
     tensor([1])

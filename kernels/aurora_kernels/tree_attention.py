@@ -37,9 +37,10 @@ def tree_attention(
 ) -> Tensor:
     """Attend from the nodes of trees, or from a chunk of a prompt, to each slot's text and tree.
 
-    Only the plain form on tensors without a cap, sinks and ``block_table`` has gradients. They are finite where keys or
-    values that are not finite have no part in a row, by the mask or by a score of −inf, and a row that is itself not
-    finite for their sake is a constant.
+    Queries, keys, values and sinks have gradients, with ``softcap`` and ``block_table`` too. They are finite where keys
+    or values that are not finite have no part in a row, by the mask or by a score of −inf. A row that such keys or
+    values make not finite is a constant. The kernel has no gradients: where one of these tensors requires a gradient,
+    PyTorch attends, on a GPU too.
 
     Args:
         query: Queries, ``[b, h, T, d]``.
@@ -68,8 +69,8 @@ def tree_attention(
     """
     _check(query, key, value, mask, sinks, block_table)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    learns = _learns(query, key, value)
-    if query.is_cuda and query.dtype in _KERNEL_DTYPES and not learns and importlib.util.find_spec("triton"):
+    learns = _learns(query, key, value, sinks)
+    if by_kernel(query, learns=learns):
         from aurora_kernels.tree_attention_triton import attend
 
         return attend(query, key, value, mask, scale, softcap, sinks, block_table)
@@ -80,6 +81,16 @@ def tree_attention(
     if all(_is_finite(each) for each in ((out, key) if learns else (out,))):
         return out
     return _isolated(out, query, key, value, mask, scale, softcap, sinks)
+
+
+def by_kernel(query: Tensor, *, learns: bool) -> bool:
+    """Return whether the Triton kernel attends, which has no gradients: it does on CUDA where triton is installed."""
+    return (
+        query.is_cuda
+        and query.dtype in _KERNEL_DTYPES
+        and not learns
+        and importlib.util.find_spec("triton") is not None
+    )
 
 
 def _attend(
@@ -94,7 +105,7 @@ def _attend(
     """Attend by the form that is fastest for the problem."""
     if softcap is not None or sinks is not None:
         return _by_scores(query, key, value, mask, scale, softcap, sinks)
-    learns = _learns(query, key, value)
+    learns = _learns(query, key, value, sinks)
     on_cpu = query.device.type == "cpu" and not learns and query.shape[-1] == value.shape[-1]
     if on_cpu and len(query) == 1 and mask.seen is None and mask.first is None:
         return _chunk(query, key, value, int(mask.prefix), scale)
@@ -159,8 +170,8 @@ def _scores(query: Tensor, key: Tensor, scale: float, softcap: float | None) -> 
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
-def _learns(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
+def _learns(*terms: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(term is not None and term.requires_grad for term in terms)
 
 
 def _is_finite(x: Tensor) -> bool:
@@ -202,7 +213,8 @@ def _by_scores(
         scores[..., texts:] += parts.own_bias[:, :, few]
         scores = torch.cat([scores.to(precise), of_nothing[:, :, few].expand(b, -1, -1, -1)], -1)
         nothing = scores.amax(-1, keepdim=True) == -torch.inf
-        weights = torch.special.softmax(scores, -1)[..., :columns].masked_fill(nothing, 0.0)
+        # Not a number in a softmax would be one in its gradient, even where the weights are 0 afterwards.
+        weights = scores.masked_fill_(nothing, 0.0).softmax(-1)[..., :columns].masked_fill(nothing, 0.0)
         out.append(weights.to(value.dtype) @ value)
     return torch.cat(out, dim=2).reshape(b, heads, length, -1)
 

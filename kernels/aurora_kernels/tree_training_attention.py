@@ -2,10 +2,10 @@
 
 Legend: ``b`` texts, ``S`` tokens of each, ``N`` nodes of its trees, ``h`` heads, ``g`` key heads, ``d`` head size.
 
-Keys and queries are the text and then its nodes, each tree depth-first. Two numbers a node say the mask: how much of
-the text it sees, and where its subtree ends. Node ``j`` is node ``i`` or an ancestor of it where ``j <= i < ends[j]``.
-So no row needs columns outside of its tree and of the text before it. Where trees lie by their anchors, most columns
-are skipped.
+Keys and queries are the text and then its nodes, each tree depth-first. Two numbers per node define the mask: how much
+of the text it sees, and where its subtree ends. Node ``j`` is node ``i`` or an ancestor of it if
+``j <= i < ends[j]``. So no row needs columns outside of its tree and of the text before it. Where trees lie by their
+anchors, most columns are skipped.
 """
 
 from __future__ import annotations
@@ -107,6 +107,12 @@ def training_block_mask(size: int, text_seen: Tensor, ends: Tensor) -> BlockMask
         size: Tokens of the text, ``S``.
         text_seen: Tokens of the text that a node sees, ``[b, N]`` int64.
         ends: One past the last node of the subtree of each node, ``[b, N]`` int64; ``j + 1`` of padding.
+
+    Example:
+        >>> mask = training_block_mask(5, torch.tensor([[2, 2, 5]]), torch.tensor([[2, 2, 3]]))
+        >>> row, key = torch.tensor(6), torch.tensor([1, 2, 5, 6, 7])  # node 1 sees two tokens, node 0 and itself
+        >>> mask.mask_mod(torch.tensor(0), torch.tensor(0), row, key)
+        tensor([ True, False,  True,  True, False])
     """
     device, (b, nodes) = ends.device, ends.shape
     length = size + nodes

@@ -1,14 +1,14 @@
 """Draft trees as padded parent arrays: pure functions on tensors.
 
-A batch of `B` draft trees has `N` padded nodes each. The root, the last committed token, is not a node: `parents`
+A batch of ``B`` draft trees has ``N`` padded nodes each. The root, the last committed token, is not a node: ``parents``
 holds -1 for a child of the root and otherwise the index of an earlier node, so nodes are in topological order. Where
-the root takes part it is column 0 of `D = N + 1` columns and node `i` is column `i + 1`.
+the root takes part it is column 0 of ``D = N + 1`` columns and node ``i`` is column ``i + 1``.
 
-`valid_nodes` projects arbitrary nodes onto a legal tree. The other batched functions read a parent that is out of range
-as the root, so that no input indexes out of bounds. Their results at invalid nodes are undefined.
+``valid_nodes`` projects arbitrary nodes onto a legal tree. The other batched functions read a parent that is out of
+range as the root, so that no input indexes out of bounds. Their results at invalid nodes are undefined.
 
-Arguments of these names are `tokens` and `parents` `[B, N]` int64, the token and the parent of each node; `valid`
-`[B, N]` bool, the result of `valid_nodes`; and `accepted` `[B, N]` bool, the result of `walk`.
+Arguments of these names are ``tokens`` and ``parents`` ``[B, N]`` int64, the token and the parent of each node;
+``valid`` ``[B, N]`` bool, the result of ``valid_nodes``; and ``accepted`` ``[B, N]`` bool, the result of ``walk``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 
 
 def _links(parents: Tensor) -> Tensor:
-    """Return every column's parent column, `[B, N + 1]`; root and nodes with an illegal parent link to the root."""
+    """Return every column's parent column, ``[B, N + 1]``; root and nodes with an illegal parent link to the root."""
     index = torch.arange(parents.shape[1], device=parents.device)
     legal = (parents >= -1) & (parents < index)
     return F.pad(torch.where(legal, parents + 1, 0), (1, 0))
 
 
 def _hold_to_root(good: Tensor, links: Tensor) -> Tensor:
-    """Keep a node if it and all its ancestors are good. `good` is `[B, N]` bool, `links` the result of `_links`."""
+    """Keep a node if it and its ancestors are good. ``good`` is ``[B, N]`` bool, ``links`` the result of ``_links``."""
     # Pointer doubling: after k rounds a column has heard from its 2**k nearest columns on the way to the root.
     held = F.pad(good, (1, 0), value=True)
     for _ in range((good.shape[1] - 1).bit_length()):
@@ -36,7 +36,7 @@ def _hold_to_root(good: Tensor, links: Tensor) -> Tensor:
 
 
 def depths(parents: Tensor) -> Tensor:
-    """Return the distance of every node from the root, `[B, N]` int64: 1 for a child of the root.
+    """Return the distance of every node from the root, ``[B, N]`` int64: 1 for a child of the root.
 
     >>> depths(torch.tensor([[-1, 0, 0, 2]]))
     tensor([[1, 2, 2, 3]])
@@ -50,7 +50,7 @@ def depths(parents: Tensor) -> Tensor:
 
 
 def sibling_ranks(context: Tensor) -> Tensor:
-    """Return the place of every node among the nodes of its context (`[M]` int64), in order of index, `[M]` int64.
+    """Return the place of every node among the nodes of its context (``[M]`` int64), in order of index, ``[M]`` int64.
 
     >>> sibling_ranks(torch.tensor([0, 0, 2, 0, 2]))
     tensor([0, 1, 0, 2, 1])
@@ -64,7 +64,7 @@ def sibling_ranks(context: Tensor) -> Tensor:
 
 
 def repeated_siblings(context: Tensor, tokens: Tensor) -> Tensor:
-    """Return which nodes carry a token (`[M]` int64) that an earlier node of the same context (`[M]` int64) carries.
+    """Return which nodes carry a token (``[M]`` int64) that an earlier node of their context (``[M]`` int64) carries.
 
     >>> repeated_siblings(torch.tensor([0, 0, 2, 0, 2]), torch.tensor([5, 7, 5, 5, 6]))
     tensor([False, False, False,  True, False])
@@ -76,12 +76,12 @@ def repeated_siblings(context: Tensor, tokens: Tensor) -> Tensor:
 
 
 def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, *, repeats: bool = False) -> Tensor:
-    """Project arbitrary nodes onto a legal tree: return the nodes that may be verified, `[B, N]` bool.
+    """Project arbitrary nodes onto a legal tree: return the nodes that may be verified, ``[B, N]`` bool.
 
     A node is dropped if it is masked out, if its token is outside the vocabulary, or if its parent is dropped or is
     neither an earlier node nor the root. It is also dropped if an earlier surviving sibling has the same token, so that
-    the path that verification accepts is unique; `repeats` keeps such siblings, as independent draws give them. `mask`
-    `[B, N]` bool are the nodes that the drafter proposes.
+    the path that verification accepts is unique; ``repeats`` keeps such siblings, as independent draws give them.
+    ``mask`` ``[B, N]`` bool are the nodes that the drafter proposes.
 
     >>> tokens, parents = torch.tensor([[5, 5, 7, 9]]), torch.tensor([[-1, -1, 1, 0]])
     >>> valid_nodes(tokens, parents, torch.ones(1, 4, dtype=torch.bool), vocab_size=10)
@@ -99,7 +99,7 @@ def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, 
 
 
 def tree_fault(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, *, repeats: bool = False) -> str | None:
-    """Return why one tree (arguments of `valid_nodes`, without `B`) is not legal; None if that would drop nothing.
+    """Return why one tree (arguments of ``valid_nodes``, without ``B``) is not legal; None if that would drop nothing.
 
     >>> tree_fault(torch.tensor([5, 7, 5]), torch.tensor([-1, 2, -1]), torch.ones(3, dtype=torch.bool), vocab_size=10)
     'node 1 has parent 2, which is no earlier node'
@@ -119,7 +119,7 @@ def tree_fault(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, *
 
 
 def ancestor_mask(parents: Tensor, valid: Tensor) -> Tensor:
-    """Return which columns a row attends to, `[B, N + 1, N + 1]` bool: itself and its ancestors, the root included.
+    """Return which columns a row attends to, ``[B, N + 1, N + 1]`` bool: itself and its ancestors, the root included.
 
     An invalid node sees itself and is seen by itself only: its row stays non-empty, which keeps softmax finite.
 
@@ -141,11 +141,11 @@ def ancestor_mask(parents: Tensor, valid: Tensor) -> Tensor:
 
 
 def walk(tokens: Tensor, parents: Tensor, valid: Tensor, choices: Tensor) -> Tensor:
-    """Follow the target's choices down the tree, and return the accepted nodes, `[B, N]` bool: one path from the root.
+    """Follow the target's choices down the tree; return the accepted nodes, ``[B, N]`` bool: one path from the root.
 
     A node is accepted when it and each of its ancestors carry the token that the target chose at the node before. Of
-    repeated siblings the first counts. `choices` `[B, N + 1]` int64 are the target's at the root and after every node,
-    -1 if there is none.
+    repeated siblings the first counts. ``choices`` ``[B, N + 1]`` int64 are the target's at the root and after every
+    node, -1 if there is none.
 
     >>> tokens, parents = torch.tensor([[4, 6, 8]]), torch.tensor([[-1, -1, 1]])
     >>> walk(tokens, parents, torch.ones(1, 3, dtype=torch.bool), torch.tensor([[6, 0, 8, 2]]))
@@ -159,7 +159,7 @@ def walk(tokens: Tensor, parents: Tensor, valid: Tensor, choices: Tensor) -> Ten
 
 
 def accepted_path(accepted: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the accepted nodes by depth, `[B, N]` int64 node indices padded with -1, and their number, `[B]` int64.
+    """Return the accepted nodes by depth, ``[B, N]`` int64 indices padded with -1, and their number, ``[B]`` int64.
 
     >>> accepted_path(torch.tensor([[False, True, False, True]]))
     (tensor([[ 1,  3, -1, -1]]), tensor([2]))
@@ -172,7 +172,7 @@ def accepted_path(accepted: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def last_accepted(accepted: Tensor) -> Tensor:
-    """Return the column of the deepest accepted node, where the bonus token is chosen, `[B]` int64; 0 if there is none.
+    """Return the column of the last accepted node, where the bonus token is chosen, ``[B]`` int64; 0 if there is none.
 
     >>> last_accepted(torch.tensor([[False, True, False], [False, False, False]]))
     tensor([2, 0])
@@ -182,10 +182,10 @@ def last_accepted(accepted: Tensor) -> Tensor:
 
 
 def reorder_depth_first(parents: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewrite one tree (`[n]` int64, without padding) in depth-first order, as in a packed trajectory.
+    """Rewrite one tree (``[n]`` int64, without padding) in depth-first order, as in a packed trajectory.
 
     Returns:
-        The order, `[n]` int64, by which to index every array of nodes, and the parents in that order, `[n]` int64.
+        The order, ``[n]`` int64, by which to index every array of nodes, and the parents in that order, ``[n]`` int64.
 
     Raises:
         ValueError: A parent is neither -1 nor an earlier node.

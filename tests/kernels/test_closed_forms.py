@@ -61,6 +61,8 @@ def test_what_is_not_a_number_shows_in_its_row_alone(name: str) -> None:
     ("name", "settings", "message"),
     [
         ("forward", {}, "no closed form is called 'forward'; there are forward_kl, "),
+        ("forward_kl", {"beta": 0.5}, "'forward_kl' has no setting 'beta'; it has none"),
+        ("jensen_shannon", {"beta": 0.5, "skew": 0.5}, "'jensen_shannon' has no setting 'skew'; it has beta"),
         *REFUSED,
     ],
 )

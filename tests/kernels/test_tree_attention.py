@@ -6,6 +6,7 @@ float16, and neither its speed nor that it compiles.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from attention_problems import assert_same, kernel, problem, random_trees, reference
 from tensor_sizes import largest_tensor
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aurora_kernels import TreeMask, tree_attention
 
@@ -142,6 +144,29 @@ def test_half_precision(attend: Any) -> None:
     out = attend(*half, mask)
     assert out.dtype == torch.float16
     assert_same(out, reference(*half, mask), tolerance=2e-3)
+
+
+@pytest.mark.parametrize("names", [["softcap"], ["sinks"], ["softcap", "sinks"]], ids="-".join)
+def test_caps_and_sinks_have_gradients(names: list[str]) -> None:
+    query, key, value, mask = problem([2, 5], 2, heads=2, groups=1)
+    mask.seen[0, 1] = False
+    mask = TreeMask(mask.prefix, mask.seen, torch.tensor([[0, 9, 1], [2, 0, 1]]))  # a query of the first sees nothing
+    terms: dict[str, Any] = {"softcap": 1.5, "sinks": torch.randn(2, dtype=torch.float64, requires_grad=True)}
+    terms = {name: terms[name] for name in names}
+    parts = [part.double().requires_grad_() for part in (query, key, value)]
+    sinks = [terms["sinks"]] if "sinks" in terms else []
+    assert torch.autograd.gradcheck(lambda *each: tree_attention(*each[:3], mask, **terms), [*parts, *sinks])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="without triton no kernel attends")
+def test_the_kernel_leaves_to_pytorch_what_needs_gradients() -> None:
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 3, 8, device="cuda")
+    assert module.by_kernel(query, learns=False) and not module.by_kernel(query, learns=True)
+    sinks = torch.zeros(2, requires_grad=True)
+    assert module._learns(query, query, query, sinks) and not module._learns(query, query, query, None)
+    with torch.no_grad():
+        assert not module._learns(query, query, query, sinks)
 
 
 def test_the_plain_form_has_gradients() -> None:

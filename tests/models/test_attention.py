@@ -29,6 +29,14 @@ def test_a_pass_mask_that_a_model_cut_is_refused() -> None:
         grouped_attention(nn.Module(), query, key, key, mask[:, :, :2])
 
 
+def test_terms_that_it_does_not_know_are_refused() -> None:
+    query, key = normal(1, 2, 3, 8), normal(1, 2, 9, 8)
+    grouped_attention(nn.Module(), query, key, key, None, position_ids=torch.arange(3)[None], dropout=0.0)
+    fix = r"does not know: position_bias; .*set_attn_implementation\('sdpa'\)"
+    with pytest.raises(TypeError, match=fix):
+        grouped_attention(nn.Module(), query, key, key, None, position_bias=normal(1, 2, 3, 9))
+
+
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 1), (3, 3)])
 def test_grouped_attention_is_attention_head_by_head(heads: int, groups: int) -> None:
     b, length, columns, d = 2, 5, 9, 4

@@ -148,13 +148,12 @@ def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
 def test_where_converted_models_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("AURORA_RL_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert models._cache_folder(None) == tmp_path / "aurora_rl"
+    assert models._cache_folder() == tmp_path / "aurora_rl"
     monkeypatch.setenv("AURORA_RL_CACHE", str(tmp_path / "own"))
-    assert models._cache_folder(None) == tmp_path / "own"
-    assert models._cache_folder(tmp_path / "given") == tmp_path / "given"
+    assert models._cache_folder() == tmp_path / "own"
     monkeypatch.delenv("AURORA_RL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "")  # counts as unset
-    assert models._cache_folder(None) == Path.home() / ".cache" / "aurora_rl"
+    assert models._cache_folder() == Path.home() / ".cache" / "aurora_rl"
 
 
 def test_a_folder_is_built_once(tmp_path: Path) -> None:

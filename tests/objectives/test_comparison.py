@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -162,6 +163,16 @@ def test_rows_with_heads_of_their_own_are_compared_as_with_whole_logits() -> Non
             loss = (torch.where(keep, values, 0.0) * direction).sum()
             found.append([values[keep], agreement[keep], *torch.autograd.grad(loss, (states, *weights))])
     torch.testing.assert_close(found[:2], found[2:])
+
+
+def test_values_by_hand() -> None:
+    half = math.log(0.5)
+    target = LogProbTarget(torch.tensor([[half, half, -1e9], [0.0, -1e9, -1e9]]).log_softmax(-1))
+    logits = [torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0], [5.0, 0.0, 0.0]])]
+    divergence, agreement = compare(logits, target, forward_kl, draft_vocab=None, renormalize=False)
+    assert divergence[0, 0].item() == pytest.approx(math.log(3) - math.log(2))  # uniform over 2 against over 3
+    assert divergence[0, 1].item() == pytest.approx(math.log(math.exp(1) + math.exp(2) + 1) - 1)
+    assert agreement.tolist() == [[True, False], [False, True]]
 
 
 def test_steps_that_predict_alike_are_compared_once_and_have_the_gradients_of_each() -> None:

@@ -12,9 +12,9 @@ from tiny_recordings import trajectory_of
 from warped import warp_logits
 
 from aurora_rl.objectives.divergences import Divergence, total_variation
-from aurora_rl.objectives.imitation import ImitationLoss, expected_length_weights, imitation
+from aurora_rl.objectives.imitation import ImitationLoss, expected_length_weights
 from aurora_rl.objectives.objective import SAMPLING_KEYS
-from aurora_rl.policies import Drafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, TreeShape, Unroll
+from aurora_rl.policies import Drafter, Eagle3Drafter, EagleDrafter, MedusaDrafter, TreeShape
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.trajectories import pack
 
@@ -32,16 +32,6 @@ def trajectories() -> list[TensorDict]:
 def medusa_trajectories() -> list[TensorDict]:
     drafter, _ = noisy_drafter_and_head(MedusaDrafter)
     return [trajectory_of(drafter, prompt_length=p, max_new_tokens=6, request=p) for p in (1, 4)]
-
-
-def test_values_of_a_literal_unroll() -> None:
-    half = math.log(0.5)
-    target = torch.tensor([[half, half, -1e9], [0.0, -1e9, -1e9]])
-    logits = [torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0], [5.0, 0.0, 0.0]])]
-    divergence, agreement = imitation(Unroll(logits, torch.ones(2, 2, dtype=torch.bool)), target.log_softmax(-1))
-    assert divergence[0, 0].item() == pytest.approx(math.log(3) - math.log(2))  # uniform over 2 against over 3
-    assert divergence[0, 1].item() == pytest.approx(math.log(math.exp(1) + math.exp(2) + 1) - 1)
-    assert agreement.tolist() == [[True, False], [False, True]]
 
 
 def test_mean_averages_each_step_over_its_own_positions(trajectories: list[TensorDict]) -> None:

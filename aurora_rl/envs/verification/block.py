@@ -1,16 +1,16 @@
 """Block verification: the nodes of a drafted chain are accepted together, by the ratio of the whole prefixes.
 
-Let `p_i` and `q_i` be the distributions of target and drafter after the first `i` nodes `x_1 .. x_i` of a chain of `n`,
-with `q_n = 0`, since nothing is drafted after its end. With `w_0 = 1`,
+Let ``p_i`` and ``q_i`` be the distributions of target and drafter after the first ``i`` nodes ``x_1 .. x_i`` of a chain
+of ``n``, with ``q_n = 0``, since nothing is drafted after its end. With ``w_0 = 1``,
 
     w_i = min(1, w_{i-1} p_{i-1}(x_i) / q_{i-1}(x_i)),        r_i = max(w_i p_i - q_i, 0),
     h_i = sum of r_i / (sum of r_i + 1 - w_i),
 
-every node has a coin, which lands with probability `h_i`, and the chain is accepted up to the last node whose coin
-lands. The bonus token is drawn from `r_i` there, normalised. The token delivered has the law of the target, and on
+every node has a coin, which lands with probability ``h_i``, and the chain is accepted up to the last node whose coin
+lands. The bonus token is drawn from ``r_i`` there, normalised. The token delivered has the law of the target, and on
 average at least as many nodes are accepted as by token-wise rejection (Sun et al. 2024, arXiv 2403.10444). Given
-`x_1 .. x_i`, and on average over what is drafted next, node `i` is accepted with probability `w_i`: a node whose own
-token would be rejected may stand because the prefix before it was likelier to the target than to the drafter.
+``x_1 .. x_i``, and on average over what is drafted next, node ``i`` is accepted with probability ``w_i``: a node whose
+own token would be rejected may stand because the prefix before it was likelier to the target than to the drafter.
 """
 
 from __future__ import annotations
@@ -44,12 +44,17 @@ def verify_chain(
 ) -> Verdict:
     """Settle a round of chains by block verification.
 
-    `p` `[B, N + 1, V]` is the served distribution at the root and at every node. `coins` `[B, N]` has a uniform number
-    in (0, 1) for each node. `pick` draws tokens `[B]` from distributions `[B, V]` at columns `[B]`. The other arguments
-    are those of `VerificationRule.verify`.
+    ``p`` ``[B, N + 1, V]`` is the served distribution at the root and at every node. ``coins`` ``[B, N]`` has a uniform
+    number in (0, 1) for each node. ``pick`` draws tokens ``[B]`` from distributions ``[B, V]`` at columns ``[B]``. The
+    other arguments are those of ``VerificationRule.verify``.
 
     Raises:
         ValueError: Two valid nodes have the same parent.
+
+    >>> p, q = torch.tensor([[[0.5, 0.5]] * 3]), torch.tensor([[[0.25, 0.75], [0.75, 0.25]]])
+    >>> tokens, parents, valid = torch.tensor([[0, 0]]), torch.tensor([[-1, 0]]), torch.ones(1, 2, dtype=torch.bool)
+    >>> verify_chain(p, q, tokens, parents, valid, torch.tensor([[0.9, 0.6]]), lambda residual, _: residual.argmax(-1))
+    Verdict(accepted=tensor([[True, True]]), bonus_token=tensor([0]))
     """
     _check_chains(parents, valid)
     slots, tiny = torch.arange(len(tokens), device=tokens.device), torch.finfo(p.dtype).tiny
@@ -83,9 +88,12 @@ def verify_chain(
 
 def _check_chains(parents: Tensor, valid: Tensor) -> None:
     siblings = (parents[:, :, None] == parents[:, None, :]) & valid[:, :, None] & valid[:, None, :]
-    if bool(siblings.tril(-1).any()):
+    if len(found := siblings.tril(-1).nonzero()):
+        slot, later, earlier = found[0].tolist()
+        parent = int(parents[slot, later])
         raise ValueError(
-            "the rule 'block' verifies chains, and a tree has several nodes below one; draft chains, such as "
+            f"the rule 'block' verifies chains, and in slot {slot} nodes {earlier} and {later} are both below "
+            f"{'the root' if parent < 0 else f'node {parent}'}; draft chains, such as "
             "TreeShape(depth, width=1, mode='sampled'), or verify trees by rule='rejection'"
         )
 
@@ -95,10 +103,12 @@ def _check_chains(parents: Tensor, valid: Tensor) -> None:
 class Block(VerificationRule):
     """Block verification of a chain that was drawn from the drafter.
 
-    >>> p, q = torch.tensor([[[0.5, 0.5]] * 3]), torch.tensor([[[0.25, 0.75], [0.75, 0.25]]])
-    >>> tokens, parents, valid = torch.tensor([[0, 0]]), torch.tensor([[-1, 0]]), torch.ones(1, 2, dtype=torch.bool)
-    >>> verify_chain(p, q, tokens, parents, valid, torch.tensor([[0.9, 0.6]]), lambda residual, _: residual.argmax(-1))
-    Verdict(accepted=tensor([[True, True]]), bonus_token=tensor([0]))
+    >>> from aurora_rl.sampling_params import SamplingParams
+    >>> logits, q = torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]]), torch.tensor([[[0.5, 0.5]]])
+    >>> tokens, parents, valid = torch.tensor([[0]]), torch.tensor([[-1]]), torch.tensor([[True]])
+    >>> sampling = SamplingBatch.from_params([SamplingParams(1.0, seed=0)])
+    >>> Block().verify(logits, tokens, parents, valid, torch.tensor([7]), sampling, q)
+    Verdict(accepted=tensor([[True]]), bonus_token=tensor([1]))
     """
 
     draft_modes, needs_q, token_wise = ("sampled",), True, False

@@ -1,14 +1,14 @@
 """Rejection rules: drafted nodes are accepted by comparing the target's distribution with the one they were drawn from.
 
-At a context with target distribution `p`, the children `x_1, x_2, ...` are tested in their order. With `r_1 = p` and
-`q_k` the distribution that `x_k` was drawn from,
+At a context with target distribution ``p``, the children ``x_1, x_2, ...`` are tested in their order. With ``r_1 = p``
+and ``q_k`` the distribution that ``x_k`` was drawn from,
 
     x_k is accepted with probability min(1, r_k(x_k) / q_k(x_k)),  else  r_{k+1} = max(r_k - q_k, 0) / its sum,
 
-and when none is left the bonus token is drawn from the last `r`. Whatever `q` is, the token delivered has the law `p`
-(Leviathan et al. 2023, arXiv 2211.17192, for a chain; Miao et al. 2024, arXiv 2305.09781, for several children).
-Children are drawn independently, `q_k = q`, or without replacement, where `q_k` is `q` without `x_1 .. x_{k-1}` (Jeon
-et al. 2024, arXiv 2402.14160). Which of the two has to be known, or the law breaks.
+and when none is left the bonus token is drawn from the last ``r``. Whatever ``q`` is, the token delivered has the law
+``p`` (Leviathan et al. 2023, arXiv 2211.17192, for a chain; Miao et al. 2024, arXiv 2305.09781, for several children).
+Children are drawn independently, ``q_k = q``, or without replacement, where ``q_k`` is ``q`` without ``x_1 .. x_{k-1}``
+(Jeon et al. 2024, arXiv 2402.14160). Which of the two has to be known, or the law breaks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_kernels.noise import gumbel, uniform
+from aurora_kernels.noise import gumbel_argmax, uniform
 from aurora_kernels.trees import depths, sibling_ranks
 from aurora_rl.envs.verification.rules import Verdict, VerificationRule, check_shapes, register_rule
 from aurora_rl.envs.verification.sampling import served_log_probs
@@ -33,7 +33,7 @@ _COINS = 1
 
 
 def without(q: Tensor, drawn: Tensor) -> Tensor:
-    """Return `q` renormalised over the tokens that were not drawn yet; both are `[..., V]`, `drawn` is bool."""
+    """Return ``q`` renormalised over the tokens that were not drawn yet; both are ``[..., V]``, ``drawn`` is bool."""
     left = q.masked_fill(drawn, 0.0)
     return left / left.sum(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
 
@@ -51,9 +51,18 @@ def reject(
 ) -> Verdict:
     """Settle a round by rejection.
 
-    `p` `[B, N + 1, V]` is the served distribution at the root and at every node. `coins` `[B, N]` has a uniform number
-    in (0, 1) for the test of each node. `pick` draws tokens `[B]` from distributions `[B, V]` at columns `[B]`.
-    `replacement` tells how siblings were drawn. The other arguments are those of `VerificationRule.verify`.
+    ``p`` ``[B, N + 1, V]`` is the served distribution at the root and at every node. ``coins`` ``[B, N]`` has a uniform
+    number in (0, 1) for the test of each node. ``pick`` draws tokens ``[B]`` from distributions ``[B, V]`` at columns
+    ``[B]``. ``replacement`` tells how siblings were drawn. The other arguments are those of
+    ``VerificationRule.verify``.
+
+    >>> p, q = torch.tensor([[[0.5, 0.5]] * 2]), torch.tensor([[[1.0, 0.0]]])  # the node's chance is 0.5
+    >>> tree = torch.tensor([[0]]), torch.tensor([[-1]]), torch.tensor([[True]])
+    >>> pick = lambda residual, column: residual.argmax(-1)
+    >>> reject(p, q, *tree, torch.tensor([[0.6]]), pick, replacement=True)
+    Verdict(accepted=tensor([[False]]), bonus_token=tensor([1]))
+    >>> reject(p, q, *tree, torch.tensor([[0.4]]), pick, replacement=True).accepted
+    tensor([[True]])
     """
     slots = torch.arange(len(tokens), device=tokens.device)
     column = torch.zeros_like(slots)  # where the walk stands
@@ -83,10 +92,10 @@ def reject(
 def both_distributions(
     name: str, logits: Tensor, tokens: Tensor, sampling: SamplingBatch, q: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the served distribution at the root and every node, `[B, N + 1, V]`, and `q` in its dtype.
+    """Return the served distribution at the root and every node, ``[B, N + 1, V]``, and ``q`` in its dtype.
 
-    `name` is the rule's. The other arguments are those of `VerificationRule.verify`. ValueError says that `q` is not
-    `[B, N, V]`.
+    ``name`` is the rule's. The other arguments are those of ``VerificationRule.verify``. ValueError says that ``q`` is
+    not ``[B, N, V]``.
     """
     if q is None or q.shape[:2] != tokens.shape:
         raise ValueError(f"the rule {name!r} needs q [B, N, V], got {None if q is None else list(q.shape)}")
@@ -97,15 +106,15 @@ def both_distributions(
 
 
 def bonus_draw(parents: Tensor, positions: Tensor, sampling: SamplingBatch) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that draws tokens `[B]` from distributions `[B, V]` after the nodes at columns `[B]`.
+    """Return a function that draws tokens ``[B]`` from distributions ``[B, V]`` after the nodes at columns ``[B]``.
 
-    The noise is that of plain sampling at their positions. Arguments are those of `VerificationRule.verify`.
+    The noise is that of plain sampling at their positions. Arguments are those of ``VerificationRule.verify``.
     """
     depth = F.pad(depths(parents), (1, 0))
 
     def pick(residual: Tensor, column: Tensor) -> Tensor:
         below = depth.gather(1, column[:, None])[:, 0]
-        return (residual.log() + gumbel(sampling.seed, positions + below + 1, residual.shape[-1])).argmax(-1)
+        return gumbel_argmax(residual.log(), sampling.seed, positions + below + 1)
 
     return pick
 

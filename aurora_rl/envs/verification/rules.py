@@ -25,8 +25,8 @@ class Verdict(NamedTuple):
     """What one round of verification settles.
 
     Attributes:
-        accepted: Nodes of the accepted path, `[B, N]` bool.
-        bonus_token: The target's own token after that path, `[B]` int64.
+        accepted: Nodes of the accepted path, ``[B, N]`` bool.
+        bonus_token: The target's own token after that path, ``[B]`` int64.
     """
 
     accepted: Tensor
@@ -36,23 +36,25 @@ class Verdict(NamedTuple):
 class VerificationRule(ABC):
     """Decides which nodes of a drafted tree the target delivers, and the token after them.
 
-    A rule is stateless. It gives two faces of one law: `verify` draws the outcome, `acceptance` is its probability.
+    A rule is stateless. ``verify`` draws the outcome. Of a ``token_wise`` rule, ``acceptance`` is its probability, node
+    by node; other rules accept prefixes as a whole, and their ``acceptance`` raises ValueError.
 
-    Let `R(tree)` be the sum over the valid nodes of the product of `acceptance` along the path from the root. For trees
-    drawn from `q(tree)`, independently of the randomness of `verify`, the gradient for the drafter is
+    For token-wise rules, let ``R(tree)`` be the sum over the valid nodes of the product of ``acceptance`` along the
+    path from the root. For trees drawn from ``q(tree)``, independently of the randomness of ``verify``, the gradient
+    for the drafter is
 
         grad E[accepted] = E[R * grad log q(tree) + grad R]
 
-    where `grad R` flows through `acceptance`; it is zero for rules whose acceptance does not look at `q`.
+    where ``grad R`` flows through ``acceptance``; it is zero for rules whose acceptance does not look at ``q``.
 
     Attributes:
         name: Name by which it is configured and recorded, which the registry gives it.
-        draft_modes: How trees may be drawn for the rule to be lossless, see `aurora_rl.trajectories.DRAFT_MODES`.
+        draft_modes: How trees may be drawn for the rule to be lossless, see ``aurora_rl.trajectories.DRAFT_MODES``.
         needs_q: Whether the rule looks at the drafter's distribution.
         replayable: Whether recorded text says which drafts the rule would have accepted: the text does not depend on
             the drafts, and a draft is accepted if it agrees with the text. Only then is the gate's replay exact.
         token_wise: Whether a node's acceptance follows from its own context and its earlier siblings, so that the rule
-            has an `acceptance`. Objectives that learn by it refuse other rules.
+            has an ``acceptance``. Objectives that learn by it refuse other rules.
     """
 
     name: ClassVar[str]
@@ -75,17 +77,17 @@ class VerificationRule(ABC):
         """Settle one round.
 
         Args:
-            logits: The target's raw logits at the root and at every node, `[B, N + 1, V]` floating.
-            tokens: Token of each node, `[B, N]` int64.
-            parents: Parent of each node, `[B, N]` int64.
-            valid: Result of `aurora_kernels.trees.valid_nodes`, `[B, N]` bool.
-            positions: Absolute position of the root token, `[B]` int64. The choice at a node of depth d decides the
+            logits: The target's raw logits at the root and at every node, ``[B, N + 1, V]`` floating.
+            tokens: Token of each node, ``[B, N]`` int64.
+            parents: Parent of each node, ``[B, N]`` int64.
+            valid: Result of ``aurora_kernels.trees.valid_nodes``, ``[B, N]`` bool.
+            positions: Absolute position of the root token, ``[B]`` int64. The choice at a node of depth d decides the
                 token at position root + d + 1.
             sampling: Parameters of the requests.
-            q: The drafter's distribution at each node's parent, `[B, N, V]`; None if nodes were not sampled.
+            q: The drafter's distribution at each node's parent, ``[B, N, V]``; None if nodes were not sampled.
 
         Raises:
-            ValueError: The shapes do not belong together, or `q` is missing and the rule needs it.
+            ValueError: The shapes do not belong together, or ``q`` is missing and the rule needs it.
         """
 
     @abstractmethod
@@ -95,17 +97,17 @@ class VerificationRule(ABC):
         Contexts are the roots and nodes that nodes were drawn from; nodes of one context are siblings, in their order.
 
         Args:
-            p: The served distribution at each context, `[C, V]`, or its columns of a draft vocabulary that has all
-                `tokens`, not renormalised.
-            q: The drafter's distribution there, `[C, V]`, or None if the rule ignores it.
-            tokens: Column of `p` of each node, `[M]` int64.
-            context: Context of each node, `[M]` int64.
+            p: The served distribution at each context, ``[C, V]``, or its columns of a draft vocabulary that has all
+                ``tokens``, not renormalised.
+            q: The drafter's distribution there, ``[C, V]``, or None if the rule ignores it.
+            tokens: Column of ``p`` of each node, ``[M]`` int64.
+            context: Context of each node, ``[M]`` int64.
 
         Returns:
-            `[M]` in the dtype of `p`, differentiable in `q`.
+            ``[M]`` in the dtype of ``p``, differentiable in ``q``.
 
         Raises:
-            ValueError: The rule is not `token_wise`.
+            ValueError: The rule is not ``token_wise``.
         """
 
 
@@ -135,7 +137,7 @@ get_rule = RULES.get
 def rule_of_code(code: int) -> type[VerificationRule]:
     """Return the rule that a trajectory was served with.
 
-    `code` is the entry ("sampling", "rule"), see `aurora_rl.trajectories.rule_code`. Nothing is imported because a
+    ``code`` is the entry ("sampling", "rule"), see ``aurora_rl.trajectories.rule_code``. Nothing is imported because a
     trajectory names it: ValueError says that nobody registered, looked up or declared the rule here.
 
     >>> rule_of_code(0).name
@@ -162,7 +164,7 @@ def require_replayable(rule: type[VerificationRule]) -> None:
 
 
 def require_token_wise(rule: type[VerificationRule], what: str) -> None:
-    """Raise ValueError if a rule has no acceptance of single nodes; `what` is the objective that needs one."""
+    """Raise ValueError if a rule has no acceptance of single nodes; ``what`` is the objective that needs one."""
     if not rule.token_wise:
         raise ValueError(
             f"{what} learns by the chance that single nodes are accepted, and the rule {rule.name!r} accepts prefixes "
@@ -171,7 +173,7 @@ def require_token_wise(rule: type[VerificationRule], what: str) -> None:
 
 
 def check_shapes(logits: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> None:
-    """Raise ValueError unless `logits` is `[B, N + 1, V]` and the others are `[B, N]`."""
+    """Raise ValueError unless ``logits`` is ``[B, N + 1, V]`` and the others are ``[B, N]``."""
     batch_size, num_nodes = tokens.shape
     if logits.shape[:2] != (batch_size, num_nodes + 1) or not tokens.shape == parents.shape == valid.shape:
         raise ValueError(
@@ -181,7 +183,7 @@ def check_shapes(logits: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor)
 
 
 def settle(choices: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Verdict:
-    """Settle a round by the target's choices; arguments as of `aurora_kernels.trees.walk`.
+    """Settle a round by the target's choices; arguments as of ``aurora_kernels.trees.walk``.
 
     >>> tokens, parents = torch.tensor([[4, 6]]), torch.tensor([[-1, 0]])
     >>> settle(torch.tensor([[4, 7, 9]]), tokens, parents, torch.ones(1, 2, dtype=torch.bool))
@@ -200,9 +202,14 @@ def descend(
 ) -> Verdict:
     """Settle a round by choosing only at the nodes that the walk visits.
 
-    `choose` is called with slots, columns and absolute positions, each `[S]` int64, `S <= B`, and returns the target's
-    token at each position, `[S]` int64. What it draws at a position of a slot must depend on the column only through
-    the distribution there. The other arguments are those of `VerificationRule.verify`.
+    ``choose`` is called with slots, columns and absolute positions, each ``[S]`` int64, ``S <= B``, and returns the
+    target's token at each position, ``[S]`` int64. What it draws at a position of a slot must depend on the column only
+    through the distribution there. The other arguments are those of ``VerificationRule.verify``.
+
+    >>> text = torch.tensor([0, 4, 8, 9])  # what the target says at each position
+    >>> tokens, parents, valid = torch.tensor([[4, 7]]), torch.tensor([[-1, 0]]), torch.ones(1, 2, dtype=torch.bool)
+    >>> descend(lambda slots, columns, positions: text[positions], tokens, parents, valid, torch.tensor([0]))
+    Verdict(accepted=tensor([[ True, False]]), bonus_token=tensor([8]))
     """
     batch_size, num_nodes = tokens.shape
     choices = tokens.new_full((batch_size, num_nodes + 1), -1)
@@ -261,9 +268,9 @@ class Greedy(VerificationRule):
 class SampleAndMatch(VerificationRule):
     """Sample the target at the nodes that the walk visits; go to the child that carries the sample.
 
-    All nodes at one absolute position share its noise, `gumbel(seed, position)`. So the token there depends on the text
-    before it and on the seed alone, and the text equals that of plain sampling, token by token. At temperature 0 it is
-    greedy, and `p` in `acceptance` is the point mass on the argmax.
+    All nodes at one absolute position share its noise, ``gumbel(seed, position)``. So the token there depends on the
+    text before it and on the seed alone, and the text equals that of plain sampling, token by token. At temperature 0
+    it is greedy, and ``p`` in ``acceptance`` is the point mass on the argmax.
 
     >>> from aurora_rl.envs import SamplingParams
     >>> logits = torch.zeros(1, 2, 4)

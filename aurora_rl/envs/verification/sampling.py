@@ -13,7 +13,7 @@ _NUCLEUS_WIDTH = 1024
 
 
 def _top_p(scores: Tensor, top_p: Tensor, width: int) -> Tensor:
-    """Keep the nucleus of each row of `[R, V]`, looking for it among the `width` likeliest. `top_p` is `[R]`."""
+    """Keep the nucleus of each row ``[R, V]``, looking for it among the ``width`` likeliest. ``top_p`` is ``[R]``."""
     head = scores.topk(width, dim=-1).values.double()
     # In float64, so that the order in which a device adds never decides over a token at the edge.
     chance = (head - scores.double().logsumexp(-1, keepdim=True)).exp()
@@ -33,16 +33,21 @@ def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> T
     """Return the served scores, log-probabilities up to a constant: temperature, then top-k, then top-p.
 
     The order is that of Hugging Face and vLLM. Top-k keeps every token that ties with the k-th, as both do. Top-p
-    keeps the fewest tokens whose mass reaches `top_p`, at least one; of equal scores at its edge the lowest ids stay.
+    keeps the fewest tokens whose mass reaches ``top_p``, at least one; of equal scores at its edge the lowest ids stay.
 
     Args:
-        logits: Logits, `[R, V]` floating.
-        temperature: Temperature of each row, `[R]`, > 0.
-        top_k: Number of tokens to keep in each row, `[R]` int64; 0 keeps all.
-        top_p: Mass of the nucleus of each row, `[R]`; 1.0 keeps all.
+        logits: Logits, ``[R, V]`` floating.
+        temperature: Temperature of each row, ``[R]``, > 0.
+        top_k: Number of tokens to keep in each row, ``[R]`` int64; 0 keeps all.
+        top_p: Mass of the nucleus of each row, ``[R]``; 1.0 keeps all.
 
     Returns:
-        `[R, V]`, float64 for float64 logits and float32 otherwise; -inf outside the support.
+        ``[R, V]``, float64 for float64 logits and float32 otherwise; -inf outside the support.
+
+    >>> logits, temperature = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), torch.tensor([1.0, 0.5])
+    >>> warp(logits, temperature, top_k=torch.tensor([2, 0]), top_p=torch.tensor([1.0, 0.9])).softmax(-1)
+    tensor([[0.7311, 0.2689, 0.0000],
+            [0.8808, 0.1192, 0.0000]])
     """
     vocab_size = logits.shape[1]
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -62,13 +67,13 @@ def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> T
 def served_log_probs(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, tokens: Tensor | None = None
 ) -> Tensor:
-    """Return the log-probabilities of `warp`, and the point mass on the argmax where the temperature is 0.
+    """Return the log-probabilities of ``warp``, and the point mass on the argmax where the temperature is 0.
 
-    The arguments are those of `warp`, except that a temperature may be 0, and `tokens` `[T]` int64, the only tokens
-    asked for; None is all.
+    The arguments are those of ``warp``, except that a temperature may be 0, and ``tokens`` ``[T]`` int64, the only
+    tokens asked for; None is all.
 
     Returns:
-        `[R, T]`, not renormalised, or `[R, V]`; float64 for float64 logits and float32 otherwise; -inf outside the
+        ``[R, T]``, not renormalised, or ``[R, V]``; float64 for float64 logits and float32 otherwise; -inf outside the
         support. A row of logits that has no finite largest is not a number throughout.
 
     >>> ones = torch.ones(2)

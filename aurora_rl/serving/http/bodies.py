@@ -47,13 +47,17 @@ def encoded(value: Any) -> Iterator[str]:
 def draft_metrics(
     histograms: Sequence[Sequence[int]], *, num_drafted: int, num_spec_tokens: int, drafter_version: int
 ) -> dict[str, Any]:
-    """Return what became of the drafts of an answer, under vLLM's names.
+    """Return counts and rates of an answer's drafts, and the drafter's version, under vLLM's names.
 
     Args:
-        histograms: Steps by number of accepted drafts, of each choice.
+        histograms: Speculative steps of each choice, counted by the number of drafts that they accepted.
         num_drafted: Drafted tokens of all choices.
-        num_spec_tokens: Tokens of the longest path that is drafted.
-        drafter_version: Version of the weights that drafted.
+        num_spec_tokens: Longest drafted path, in tokens.
+        drafter_version: Version of the drafter's weights.
+
+    Returns:
+        The fields "speculative_decoding" and "drafter_version" of the answer's metrics. Rates are 0 without drafts, and
+        the mean acceptance length is 1.0 without steps.
 
     Example:
         >>> told = draft_metrics([[1, 2], [0, 1]], num_drafted=8, num_spec_tokens=2, drafter_version=3)

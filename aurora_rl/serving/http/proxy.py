@@ -251,7 +251,7 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str], opt_out: C
         opt_out: Tenants whose requests are never captured.
 
     Raises:
-        FieldError: A switch or a salt that is none, or ``speculative=false``.
+        FieldError: A switch, a salt or ``custom_params`` of a wrong type, or ``speculative=false``.
         ApiError: Status 400, for a tenant that is none.
 
     Example:
@@ -267,10 +267,10 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str], opt_out: C
     if tenant is not None or salt is not None:
         passed["cache_salt"] = [_salt(tenant, s) for s in salt] if isinstance(salt, list) else _salt(tenant, salt)
     if not switch(learn, headers, "x-aurora-learn") or tenant in opt_out:
-        params = fields.get("custom_params") or {}
-        if not isinstance(params, dict):
-            raise FieldError("custom_params must be an object", "custom_params")
-        passed["custom_params"] = {**params, "aurora_rl": False}
+        params = fields.get("custom_params")
+        if not isinstance(params, dict | None):
+            raise wrong("custom_params", params, "give an object, or leave it out")
+        passed["custom_params"] = {**(params or {}), "aurora_rl": False}
     return passed
 
 

@@ -399,7 +399,7 @@ def test_trees_and_missing_distributions_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'block' needs q \[B, N, V\], got None"):
         Block().verify(logits, nodes, nodes - 1, valid, nodes[:, 0], sampling)
     with pytest.raises(
-        ValueError, match="'block' verifies chains, and a tree has several nodes below one; draft chains"
+        ValueError, match="'block' verifies chains, and in slot 0 nodes 0 and 1 are both below the root; draft chains"
     ):
         Block().verify(logits, nodes, nodes - 1, valid, nodes[:, 0], sampling, q)
     valid[0, 1] = False  # what is padding is no sibling

@@ -71,6 +71,8 @@ def test_what_is_not_to_be_learned_says_so_in_sglangs_words(
         ({"learn": 0}, {}, "learn", "invalid_value"),
         ({}, {"X-Aurora-Learn": "never"}, None, "invalid_value"),
         ({"learn": False, "custom_params": [1]}, {}, "custom_params", "invalid_value"),
+        ({"learn": False, "custom_params": False}, {}, "custom_params", "invalid_value"),
+        ({"learn": False, "custom_params": ""}, {}, "custom_params", "invalid_value"),
         ({}, {"X-Aurora-Tenant": "a/b"}, None, "invalid_value"),
         ({"cache_salt": 3}, {}, "cache_salt", "invalid_value"),
     ],
