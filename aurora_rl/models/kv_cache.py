@@ -128,11 +128,16 @@ class SlotCache(_KeysAndValuesOnly):
     def aim(
         self, slots: Tensor, columns: Tensor, end: int, present: Tensor | None = None, order: Tensor | None = None
     ) -> None:
-        """Say where the next pass writes (``columns`` ``[b, T]`` of ``slots`` ``[b]``) and reads (``[0, end)``).
+        """Set where the next pass writes and what it reads.
 
-        Tokens that are not ``present`` ``[b, T]`` are padding, and the pass is over the ``R`` others in one row,
-        ``[1, R]``; None is a pass over all, ``[b, T]``. ``order``, of :func:`path_order`, makes a copy of the columns
-        for each token of such a pass; None is a view for all.
+        Args:
+            slots: Slots of the pass, ``[b]`` int64.
+            columns: Column that each token is written to, ``[b, T]`` int64.
+            end: Columns that are read, ``[0, end)``.
+            present: Tokens that are no padding, ``[b, T]`` bool. The pass is over these ``R`` tokens in one row,
+                ``[1, R]``. None is a pass over all, ``[b, T]``.
+            order: Result of :func:`path_order`, by which each token reads a copy of its columns; None reads a view that
+                all tokens share.
         """
         flat = slots[:, None].to(columns.device) * self.columns + columns
         self._flat = flat.flatten() if present is None else flat[present]

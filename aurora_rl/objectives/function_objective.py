@@ -123,7 +123,7 @@ class FunctionObjective(DistillationObjective):
                 agrees = log_q.gather(-1, argmax(log_p)[..., None])[..., 0] >= log_q.amax(-1)
             return *self._call(log_p, log_q, _some(windows, part)), agrees
 
-        # As `by_window` lays out steps, which may differ in width here: some may have states and others logits.
+        # The layout of `by_window`, step by step: rows of two steps need not have one width.
         shifted = [torch.cat([each[j:], torch.zeros_like(each[:j])]).split(size) for j, each in enumerate(states)]
         value, mask, agrees = by_chunks(judge, zip(range(0, len(row), size), *shifted, strict=True))
         valid = windows.valid & mask

@@ -70,7 +70,7 @@ def tree_attention(
     _check(query, key, value, mask, sinks, block_table)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     learns = _learns(query, key, value, sinks)
-    if by_kernel(query, learns=learns):
+    if _by_kernel(query, learns=learns):
         from aurora_kernels.tree_attention_triton import attend
 
         return attend(query, key, value, mask, scale, softcap, sinks, block_table)
@@ -83,7 +83,7 @@ def tree_attention(
     return _isolated(out, query, key, value, mask, scale, softcap, sinks)
 
 
-def by_kernel(query: Tensor, *, learns: bool) -> bool:
+def _by_kernel(query: Tensor, *, learns: bool) -> bool:
     """Return whether the Triton kernel attends, which has no gradients: it does on CUDA where triton is installed."""
     return (
         query.is_cuda

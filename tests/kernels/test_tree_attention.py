@@ -162,7 +162,7 @@ def test_caps_and_sinks_have_gradients(names: list[str]) -> None:
 def test_the_kernel_leaves_to_pytorch_what_needs_gradients() -> None:
     with FakeTensorMode():
         query = torch.empty(1, 2, 3, 8, device="cuda")
-    assert module.by_kernel(query, learns=False) and not module.by_kernel(query, learns=True)
+    assert module._by_kernel(query, learns=False) and not module._by_kernel(query, learns=True)
     sinks = torch.zeros(2, requires_grad=True)
     assert module._learns(query, query, query, sinks) and not module._learns(query, query, query, None)
     with torch.no_grad():
