@@ -159,15 +159,17 @@ GONE = {
     "testing.drafter_serving.check_from_text": "testing.check_drafter checks whatever is drafted",
     "testing.families.page": "docs/generate.py writes the page",
 }
-_FUNCTION = "cli.main"  # was one, and is a module
-_OLD_HOMES = {_FUNCTION, *(old.rpartition(".")[0] for old in (*MOVED, *GONE))}
+# Modules whose names were functions', and what to call.
+_FUNCTIONS = {"cli.main": "aurora_rl.cli.main.main", "objectives.imitation": "aurora_rl.objectives.comparison.compare"}
+_OLD_HOMES = {*_FUNCTIONS, *(old.rpartition(".")[0] for old in (*MOVED, *GONE))}
 
 
 class _FormerFunction(ModuleType):
     """A module whose name was a function's."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        raise TypeError(f"{self.__name__} is a module now; call {self.__name__}.main")
+        now = _FUNCTIONS[self.__name__.removeprefix("aurora_rl.")]
+        raise TypeError(f"{self.__name__} is a module now; call {now}")
 
 
 class MovedModules(MetaPathFinder):
@@ -209,7 +211,7 @@ class MovedModules(MetaPathFinder):
                 # `from module import name` asks for a submodule of that name, if there may be any, and so finds here.
                 vars(module).setdefault("__path__", [])
                 execute(module)
-                if name == _FUNCTION:
+                if name in _FUNCTIONS:
                     module.__class__ = _FormerFunction
 
             spec.loader.exec_module = prepared  # type: ignore[method-assign]
