@@ -102,6 +102,7 @@ class LLM:
         [8, 8]
     """
 
+    @torch.inference_mode(False)  # whatever the caller is in: what is made here may learn
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -212,6 +213,8 @@ class LLM:
             text = texts[index].feed(new)
             yield Chunk(index, text if done is None else text + texts[index].finish(), new, done)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def learn(
         self,
         completions: Iterable[Completion],
@@ -279,7 +282,9 @@ class LLM:
     def _serve(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int], Completion | None]]:
         """Yield a prompt's index, the tokens that a round added, and its completion if it has ended."""
         if self._busy:
-            raise RuntimeError("a stream of this LLM is still open; read it to its end, or close() it")
+            raise RuntimeError(
+                "a stream of this LLM is still open, or another thread is generating; read it to its end, or close() it"
+            )
         self._busy = True
         try:
             self._waiting.extend(requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,9 @@ def test_a_stream_that_is_left_drops_its_requests(drafted: LLM) -> None:
     expected = texts(drafted.generate("good", SHORT))
     stream = drafted.stream(PROMPTS, SHORT)
     next(stream)
-    with pytest.raises(RuntimeError, match=r"a stream of this LLM is still open; read it to its end, or close\(\) it"):
+    with pytest.raises(
+        RuntimeError, match=r"a stream of this LLM is still open, or .*; read it to its end, or close\(\) it"
+    ):
         drafted.generate("good", SHORT)
     stream.close()
     assert texts(drafted.generate("good", SHORT)) == expected
@@ -251,6 +254,16 @@ def test_it_learns_from_what_it_served(tiny_folder: Path) -> None:
 
     assert acceptance(after) > acceptance(before) + 0.5
     assert after[0].trajectory["rounds", "policy_version"].unique().tolist() == [6]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_learns_whatever_mode_its_caller_is_in(tiny_folder: Path, mode: Callable[[], Any]) -> None:
+    with mode():
+        llm = LLM(tiny_folder, drafter="medusa", device="cpu", record=True)
+        completions = llm.generate("abc", SHORT)
+        assert llm.learn(completions, replay=0) > 0
+    assert llm.learn(completions, replay=0) > 0
+    assert texts(llm.generate("abc", SHORT)) == texts(completions)
 
 
 def test_a_single_completion_is_learned_from(drafted: LLM) -> None:

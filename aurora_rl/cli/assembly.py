@@ -159,7 +159,7 @@ def first_drafter(
     if not drafter.formats:
         return drafter, config
     save_drafter(drafter, folder)
-    return drafter, replace(config, drafter=replace(config.drafter, path=str(folder)))
+    return drafter, replace(config, drafter=replace(config.drafter, path=str(folder.absolute())))
 
 
 @contextmanager

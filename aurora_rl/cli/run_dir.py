@@ -191,7 +191,7 @@ def resumed_config(
             f"by drafter.path={run / 'drafter'}"
         )
     config = load_config(path or run / document, overrides, usual)
-    if config.run_dir not in (None, folder):
+    if config.run_dir is not None and os.path.realpath(config.run_dir) != os.path.realpath(folder):
         raise ConfigError(f"--resume {folder} and run_dir={config.run_dir} are two folders; leave run_dir out")
     _check_drafter(config, folder, run / document)
     return replace(config, run_dir=folder)
@@ -201,7 +201,7 @@ def _check_drafter(config: Config, folder: str, saved: Path) -> None:
     """Raise ConfigError if another drafter is asked for than a run was started with, whose own it goes on with."""
     drafter = make_absolute(config).drafter
     asked = {key: value for key in ("path", "name") if (value := getattr(drafter, key)) is not None}
-    before = load_config(saved).drafter if asked else drafter
+    before = make_absolute(load_config(saved)).drafter if asked else drafter
     for key, value in asked.items():
         if value != (was := getattr(before, key)):
             raise ConfigError(
@@ -227,6 +227,7 @@ def go_on(config: Config, run: Path) -> tuple[Config, list[str]]:
         The configuration, and what is wrong with each training state, if there are some and none can be used: the
         learner then starts anew, from the drafter that was published last.
     """
+    run = run.absolute()
     state, broken = newest_valid(run / "learner")
     published = sorted((run / "versions").glob("[0-9]*"), key=lambda folder: int(folder.name), reverse=True)
     drafters = [*([] if state is None else [state / "drafter"]), *published, run / "drafter", run / "drafter-day0"]

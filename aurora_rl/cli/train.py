@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import shlex
 import sys
 import time
@@ -94,7 +95,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         folder = RunDir(config, resume=True)
     arguments.run_dir = folder.path
     with contextlib.closing(folder):
-        _save_arguments(folder.path, arguments, data)  # again where it is resumed: --epochs may have changed
+        if arguments.resume is None:
+            _save_arguments(folder.path, arguments, data)
         return _run(spec, arguments, prompts, folder, stop, began)
 
 
@@ -108,6 +110,9 @@ def _run(
     try:
         with logged(config.telemetry.logger, run_dir):
             training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused)
+            if arguments.resume is not None:
+                training.check_epochs(arguments.epochs)
+                _save_arguments(run_dir, arguments, arguments.data)  # --epochs may have changed
             stop.working = True
             finished = training.run(arguments.epochs, stop)
     except KeyboardInterrupt:
@@ -131,6 +136,8 @@ def _settle(arguments: argparse.Namespace) -> None:
     """Fill in the options that are not given: those of the training that is resumed, or the defaults."""
     defaults: dict[str, Any] = {"recording": None, "epochs": 4, "held_out": 0.1}
     arguments.recording = [str(folder.resolve()) for folder in arguments.recording or []] or None
+    if arguments.recording and len(set(arguments.recording)) < len(arguments.recording):
+        raise ConfigError(f"--recording {' --recording '.join(arguments.recording)}: name each recording once")
     if arguments.resume is not None:
         path = Path(arguments.resume) / TRAINING
         if not path.is_file():
@@ -318,6 +325,7 @@ class _Training:
         self._outputs = Outputs(self._log)
         self._first: dict[str, Any] = {}
         self._best: dict[str, Any] = {}
+        self._began, self._earlier_s = time.monotonic(), 0.0  # seconds of the processes before this one
 
     def resume(self) -> None:
         """Go on from the state in the run's folder, if there is one."""
@@ -329,11 +337,19 @@ class _Training:
                 f"--resume {self.run_dir}: it was started on {progress['recorded']} requests (to learn from, held "
                 f"out), and there are {self._recorded()} now; did a recording grow?"
             )
-        self._first, self._best = progress["first"], progress["best"]
+        self._first, self._best, self._earlier_s = progress["first"], progress["best"], progress.get("seconds", 0.0)
         if self._first and "domains" not in self._first:
             raise ConfigError(
                 f"--resume {self.run_dir}: an earlier release began it, whose evaluations are kept in another form; go "
                 "on with that release, or start another run from its drafter by drafter.path"
+            )
+
+    def check_epochs(self, epochs: int) -> None:
+        """Raise ConfigError if more epochs have been learned than there are to be."""
+        if self.trainer.batches > epochs * self.trainer.batches_per_epoch:
+            done = self.trainer.batches / self.trainer.batches_per_epoch
+            raise ConfigError(
+                f"--epochs {epochs}: {done:.1f} epochs are learned already; give {math.ceil(done)} or more"
             )
 
     def _recorded(self) -> list[int]:
@@ -387,7 +403,8 @@ class _Training:
         return_freed_memory()
 
     def _save(self) -> None:
-        progress = {"recorded": self._recorded(), "first": self._first, "best": self._best}
+        seconds = self._earlier_s + time.monotonic() - self._began
+        progress = {"recorded": self._recorded(), "first": self._first, "best": self._best, "seconds": seconds}
         self._replace("learner", lambda: self.trainer.save(self.run_dir / "learner", **progress))
 
     def _replace(self, name: str, write: Callable[[], None]) -> bool:
@@ -421,7 +438,7 @@ class _Training:
             "skipped": self.trainer.skipped,
             "acceptance_length": length,
             "domains": domains if any(domains) else {},
-            "duration_s": duration_s,
+            "duration_s": self._earlier_s + duration_s,
         }
         self._outputs.write("summary.json", lambda: write_summary(self.run_dir, summary))
         text = f"acceptance length {length['first']:.3f} → {length['last']:.3f}"

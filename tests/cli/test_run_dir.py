@@ -149,6 +149,21 @@ def test_the_folder_of_a_training_is_resumed_by_train_alone(tmp_path: Path) -> N
     assert resumed_config("train", str(tmp_path), None, []).seed == 3
 
 
+@pytest.mark.parametrize("written", ["runs/a/drafter-day0", None])
+def test_a_learner_goes_on_in_the_folder_of_a_flywheel_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, day0 = Path("runs/a"), tmp_path / "runs/a/drafter-day0"
+    day0.mkdir(parents=True)
+    (day0 / "config.json").write_text("{}")
+    (run / "learner.yaml").write_text(f"drafter: {{path: {written or day0}}}")
+    for folder in ("runs/a", "runs/a/", str(tmp_path / "runs/a")):
+        config = resumed_config("learn", folder, None, [f"run_dir={tmp_path / 'runs/a'}"])
+        assert config.run_dir == folder
+        assert go_on(config, Path(folder))[0].drafter.path == str(day0)
+
+
 @pytest.mark.parametrize("command", ["train", "serve"])
 def test_a_run_goes_on_with_its_own_drafter_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str

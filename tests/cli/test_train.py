@@ -175,8 +175,10 @@ def test_recordings_are_learned_together_and_each_is_held_out_in_part(
         assert figures["domains"]["all"]["acceptance_length"][place] == round(lengths["all"], 4)
     assert not (run / "recording").exists()
     capsys.readouterr()
-    assert train("--resume", str(run), *words, "--recording", str(recordings[0])) == 2
+    assert train("--resume", str(run), "--recording", str(recordings[0])) == 2
     assert "which stays; leave the option out" in capsys.readouterr().err
+    assert train(*words, "--recording", f"{recordings[0]}/../code", *pairs) == 2
+    assert "name each recording once" in capsys.readouterr().err
     assert train("--resume", str(run), "--held-out", "0.5") == 2
     assert "it was started with --held-out 0.25, which stays" in capsys.readouterr().err
     moved = json.loads((run / "train.json").read_text())
