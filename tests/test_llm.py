@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,16 +253,6 @@ def test_it_learns_from_what_it_served(tiny_folder: Path) -> None:
 
     assert acceptance(after) > acceptance(before) + 0.5
     assert after[0].trajectory["rounds", "policy_version"].unique().tolist() == [6]
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_it_learns_whatever_mode_its_caller_is_in(tiny_folder: Path, mode: Callable[[], Any]) -> None:
-    with mode():
-        llm = LLM(tiny_folder, drafter="medusa", device="cpu", record=True)
-        completions = llm.generate("abc", SHORT)
-        assert llm.learn(completions, replay=0) > 0
-    assert llm.learn(completions, replay=0) > 0
-    assert texts(llm.generate("abc", SHORT)) == texts(completions)
 
 
 def test_a_single_completion_is_learned_from(drafted: LLM) -> None:

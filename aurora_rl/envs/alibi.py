@@ -45,6 +45,6 @@ class AlibiPositions:
         original = type(self._decoder).build_alibi_tensor
         if attention_mask.ndim == 2:  # not one of ours
             return original(self._decoder, attention_mask, num_heads, dtype)
-        every = torch.ones(1, self._max_length, device=self._device)
+        every = torch.ones(1, self._max_length, dtype=torch.float32, device=self._device)
         table = original(self._decoder, every, num_heads, dtype)[:, 0]
         return table[:, self._columns].transpose(0, 1).flatten(0, 1)[:, None]

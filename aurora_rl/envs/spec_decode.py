@@ -252,7 +252,7 @@ class SpecDecodeEnv(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         store, slots, out = self.engine.store, self.engine.store.occupied, self._blank()
-        out["reward"] = torch.zeros(*self.batch_size, 1, device=self.device)
+        out["reward"] = torch.zeros(*self.batch_size, 1, dtype=torch.float32, device=self.device)
         out["terminated"] = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         out["truncated"] = torch.ones_like(out["terminated"])  # what idle slots report
         if len(slots):
@@ -385,7 +385,8 @@ class SpecDecodeEnv(EnvBase):
         began = time.perf_counter()
         log_probs = tensordict.get(("draft", "log_probs"), None)
         if log_probs is None:  # a policy that keeps no probabilities, such as a random one
-            log_probs = torch.full(tensordict["draft", "tokens"].shape, torch.nan, device=self.device)
+            shape = tensordict["draft", "tokens"].shape
+            log_probs = torch.full(shape, torch.nan, dtype=torch.float32, device=self.device)
         zero = torch.zeros(self.batch_size, dtype=torch.int64)
         self._recorder.round(
             rows.tolist(),

@@ -243,7 +243,7 @@ def _joint(tree: Tree) -> list[float]:
 def padded(trees: Sequence[Tree], width: int, device: torch.device) -> Proposal:
     """Return trees of unequal size as a proposal of ``width`` columns, padded after each."""
     tokens, parents = (torch.full((len(trees), width), fill, device=device) for fill in (0, -1))
-    log_probs = torch.zeros(tokens.shape, device=device)
+    log_probs = torch.zeros(tokens.shape, dtype=torch.float32, device=device)
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     for row, tree in enumerate(trees):
         nodes = slice(len(tree.tokens))
@@ -315,7 +315,7 @@ class NgramDrafter(Drafter):
         paths: list[list[int]] = [[] for _ in range(trees.num_rounds)]
         for parent, token in zip(trees.parent.tolist(), batch["nodes", "tokens"].tolist(), strict=True):
             paths.append([*paths[parent], token])
-        logits = torch.zeros(int(wanted.sum()), self.vocab_size, device=wanted.device)
+        logits = torch.zeros(int(wanted.sum()), self.vocab_size, dtype=torch.float32, device=wanted.device)
         for row, context in enumerate(wanted.nonzero().flatten().tolist()):
             first = start[int(trees.request[context])]
             text = sequence[first : first + int(trees.root[context]) + 2]

@@ -203,11 +203,12 @@ class DrafterPolicy(TensorDictModuleBase):
         # An empty cache has no older rows: all rows that it gets now are of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
-        empty = {"tokens": 0, "parents": -1, "mask": False, "log_probs": 0.0}
+        empty = {"tokens": 0, "parents": -1, "mask": False}
         draft = {name: torch.full(shape, value, device=device) for name, value in empty.items()}
+        draft["log_probs"] = torch.zeros(shape, dtype=torch.float32, device=device)
         draft["mode"] = torch.full(shape[:1], DRAFT_MODES.index(self.shape.mode), device=device)
         if self._vocab_size is not None and self.shape.mode != "topk":
-            draft["q"] = torch.zeros(*shape, self._vocab_size, device=device)
+            draft["q"] = torch.zeros(*shape, self._vocab_size, dtype=torch.float32, device=device)
         # The first token of a text has no feature before it.
         ready = store.lengths > 1
         if speculate is not None:

@@ -76,7 +76,12 @@ def start_untrained(
     """
     options, prior = options or {}, torch.zeros(len(parts.head)) if prior is None else prior
     vocab = choose_draft_vocab(min(vocab_size, len(parts.head)), prior)
-    started = kind.from_target(parts, draft_vocab=vocab, feature_layers=feature_layers, **options)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # of modules that it makes
+    try:
+        started = kind.from_target(parts, draft_vocab=vocab, feature_layers=feature_layers, **options)
+    finally:
+        torch.set_default_dtype(usual)
     if not isinstance(started, Drafter):
         raise ValueError(f"from_target gave {started!r} and no drafter")
     # What started it belongs to its checkpoint, also where its class does not say so.
