@@ -240,6 +240,8 @@ class LLM:
         """
         if self.drafter is None or self._decoder.policy is None:
             raise ValueError("there is no drafter to train; name one, such as LLM(model, drafter='eagle3')")
+        if any(weight.is_inference() for weight in self.drafter.parameters()):
+            raise ValueError("the drafter was made under torch.inference_mode() and cannot learn; make it outside")
         _check_integers(1, batch_size=batch_size)
         _check_integers(0, replay=replay)
         done = list(completions) if isinstance(completions, Iterable) else [completions]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from aurora_rl import LLM, Completion, SamplingParams
+from aurora_rl import LLM, Completion, Eagle3Drafter, SamplingParams, TargetParts
+from aurora_rl.testing import tiny_target
 
 SHORT = SamplingParams(max_tokens=24)
 
@@ -18,13 +19,24 @@ def texts(completions: list[Completion]) -> list[list[int]]:
     return [completion.tokens.tolist() for completion in completions]
 
 
-def test_it_serves_and_learns_in_float32_whatever_the_default_dtype(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("saved", [False, True])
+def test_it_serves_and_learns_in_float32_whatever_the_default_dtype(
+    tiny_folder: Path, tmp_path: Path, saved: bool
+) -> None:
+    drafter: str | Path = "eagle3"
+    if saved:
+        start = LLM(tiny_folder, drafter="eagle3", device="cpu").drafter
+        assert start is not None
+        drafter = tmp_path / "drafter"
+        start.save_pretrained(drafter)
+
     def served() -> tuple[list[list[int]], float]:
-        llm = LLM(tiny_folder, drafter="eagle3", device="cpu", record=True)
-        completions = llm.generate("abc", SHORT)
+        llm = LLM(tiny_folder, drafter=drafter, device="cpu", record=True)
+        completions = llm.generate(["abc", "de", "f"], SHORT)
         assert completions[0].acceptance_length is not None and llm.drafter is not None
         assert {weight.dtype for weight in llm.drafter.parameters()} == {torch.float32}
-        return texts(completions), llm.learn(completions, replay=0)
+        torch.manual_seed(0)
+        return texts(completions), llm.learn(completions, batch_size=1)
 
     usual = served()
     torch.set_default_dtype(torch.float64)
@@ -43,3 +55,15 @@ def test_it_learns_whatever_mode_its_caller_is_in(tiny_folder: Path, mode: Calla
         assert llm.learn(completions, replay=0) > 0
     assert llm.learn(completions, replay=0) > 0
     assert texts(llm.generate("abc", SHORT)) == texts(completions)
+
+
+def test_a_drafter_that_cannot_learn_is_named(tiny_folder: Path) -> None:
+    target = tiny_target()
+    with torch.inference_mode():
+        drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16))
+    llm = LLM(tiny_folder, drafter="eagle3", device="cpu", record=True)
+    llm.drafter = drafter
+    with pytest.raises(
+        ValueError, match=r"the drafter was made under torch.inference_mode\(\) and cannot learn; make it"
+    ):
+        llm.learn(llm.generate("abc", SHORT))

@@ -203,7 +203,9 @@ def _check_drafter(config: Config, folder: str, saved: Path) -> None:
     asked = {key: value for key in ("path", "name") if (value := getattr(drafter, key)) is not None}
     before = make_absolute(load_config(saved)).drafter if asked else drafter
     for key, value in asked.items():
-        if value != (was := getattr(before, key)):
+        was = getattr(before, key)
+        same = key == "path" and was is not None and os.path.realpath(value) == os.path.realpath(was)
+        if value != was and not same:
             raise ConfigError(
                 f"--resume {folder}: it was started with drafter.{key}={'null' if was is None else was} and goes on "
                 f"with its own drafter, and this command has drafter.{key}={value}; leave the key out, or start "

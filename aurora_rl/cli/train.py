@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import shlex
@@ -12,7 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,16 @@ from aurora_rl.cli.progress import watch
 from aurora_rl.cli.run_dir import TRAINING, RunDir, go_on
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.cli.training_data import open_recording, questions, record_answers, recorded_prompts, recording_names
+from aurora_rl.cli.training_data import (
+    fingerprint,
+    num_to_learn,
+    open_recording,
+    questions,
+    record_answers,
+    recorded_prompts,
+    recording_names,
+    sources,
+)
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import Drafter
@@ -82,22 +90,29 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         engine_maker(spec)
         check_records(config)
     prompts = [] if arguments.recording else questions(traffic(config))
-    data = _fingerprint(arguments.recording or [], prompts)
+    data = fingerprint(arguments.recording or [], prompts)
     if arguments.resume is None:
         folder = RunDir(config, ["config.yaml"], suffix="-train")
     else:
         _check_resumed(config, Path(arguments.resume))
         if arguments.data != data:
+            named = sources(arguments.recording or [], config.traffic.path)
             raise ConfigError(
-                f"--resume {arguments.resume}: what it learns from ({_sources(config, arguments)}) was changed or "
-                "reordered since it was started; restore that, or start in another folder"
+                f"--resume {arguments.resume}: what it learns from ({named}) was changed or reordered since it was "
+                "started; restore that, or start in another folder"
             )
         folder = RunDir(config, resume=True)
     arguments.run_dir = folder.path
     with contextlib.closing(folder):
-        if arguments.resume is None:
-            _save_arguments(folder.path, arguments, data)
-        return _run(spec, arguments, prompts, folder, stop, began)
+        options = folder.path / TRAINING
+        before = options.read_text(encoding="utf-8") if arguments.resume is not None else None
+        _save_arguments(folder.path, arguments, data)  # again where it is resumed: --epochs may have changed
+        try:
+            return _run(spec, arguments, prompts, folder, stop, began)
+        except ConfigError:
+            if before is not None:
+                options.write_text(before, encoding="utf-8")
+            raise
 
 
 def _run(
@@ -109,16 +124,14 @@ def _run(
     console, training = plain_console(), None
     try:
         with logged(config.telemetry.logger, run_dir):
-            training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused)
-            if arguments.resume is not None:
-                training.check_epochs(arguments.epochs)
-                _save_arguments(run_dir, arguments, arguments.data)  # --epochs may have changed
+            training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused, began)
+            training.check_epochs(arguments.epochs)
             stop.working = True
             finished = training.run(arguments.epochs, stop)
     except KeyboardInterrupt:
         finished = False
     if finished and training is not None:
-        training.report(time.monotonic() - began)
+        training.report()
     else:
         stop.ignore()
         resume = shlex.join(["aurora-rl", "train", "--resume", str(run_dir)])
@@ -176,18 +189,6 @@ def _save_arguments(run_dir: Path, arguments: argparse.Namespace, data: str) -> 
     part.replace(run_dir / TRAINING)
 
 
-def _fingerprint(folders: Sequence[str], prompts: Sequence[Prompt]) -> str:
-    """Return a checksum of the data: the prompts and their order, or each recording's first trajectories."""
-    recordings = [TrajectoryDataset(folder) for folder in folders]
-    found = [recording.digest(min(len(recording), VOCAB_PROMPTS)) for recording in recordings]
-    return hashlib.sha256(json.dumps([found, [asdict(prompt) for prompt in prompts]]).encode()).hexdigest()[:16]
-
-
-def _sources(config: Config, arguments: argparse.Namespace) -> str:
-    folders = " ".join(f"--recording {folder}" for folder in arguments.recording or [])
-    return folders or (f"traffic.path={config.traffic.path}" if config.traffic.path else "the built-in traffic")
-
-
 def _settings(config: Config) -> dict[str, Any]:
     """Return the settings that a training depends on, by their keys. The drafter starts from the run's folder."""
     values = plain(config)
@@ -223,6 +224,7 @@ def _start(
     run_dir: Path,
     console: Console,
     refused: Callable[[], contextlib.AbstractContextManager[None]],
+    began: float,
 ) -> _Training:
     """Load everything, and record the answers to the prompts that are not recorded yet."""
     folders = [Path(folder) for folder in arguments.recording or []]
@@ -237,7 +239,7 @@ def _start(
         loss, optimizers = learning(spec, drafter, target)
         recordings = [open_recording(folder, target, drafter) for folder in folders]
         counts = [len(r) for r in recordings] if requests is None else [requests.total - len(requests.failed)]
-        count, batch_size = sum(_split(count, arguments.held_out) for count in counts), spec.config.learner.batch_size
+        count, batch_size = sum(num_to_learn(n, arguments.held_out) for n in counts), spec.config.learner.batch_size
         if count < batch_size:
             fix = f"set learner.batch_size={count}, or give more requests" if count else "give more requests"
             raise ConfigError(
@@ -251,7 +253,7 @@ def _start(
             recordings = [record_answers(spec, target, requests, drafter, run_dir / "recording", console)]
     del target
     return_freed_memory(collect=True)
-    parts = [_split(len(recording), arguments.held_out) for recording in recordings]
+    parts = [num_to_learn(len(recording), arguments.held_out) for recording in recordings]
     names = recording_names(folders) if len(folders) > 1 else [""] * len(folders)
     groups: dict[str, list[int]] = defaultdict(list)
     train: list[int] = []
@@ -282,14 +284,10 @@ def _start(
         requests=len(train),
         run_dir=run_dir,
         console=console,
+        began=began,
     )
     training.resume()
     return training
-
-
-def _split(count: int, share: float) -> int:
-    """Return the number of trajectories to learn from; the rest, at least one, is held out."""
-    return count - max(round(count * share), 1)
 
 
 # ---- the steps ---------------------------------------------------------------------------------------------------
@@ -318,6 +316,7 @@ class _Training:
     requests: int
     run_dir: Path
     console: Console
+    began: float
 
     def __post_init__(self) -> None:
         self._log = MetricsLog(self.run_dir / "metrics.jsonl", "train")
@@ -325,7 +324,7 @@ class _Training:
         self._outputs = Outputs(self._log)
         self._first: dict[str, Any] = {}
         self._best: dict[str, Any] = {}
-        self._began, self._earlier_s = time.monotonic(), 0.0  # seconds of the processes before this one
+        self._earlier_s = 0.0  # of the processes before this one
 
     def resume(self) -> None:
         """Go on from the state in the run's folder, if there is one."""
@@ -349,7 +348,7 @@ class _Training:
         if self.trainer.batches > epochs * self.trainer.batches_per_epoch:
             done = self.trainer.batches / self.trainer.batches_per_epoch
             raise ConfigError(
-                f"--epochs {epochs}: {done:.1f} epochs are learned already; give {math.ceil(done)} or more"
+                f"--epochs {epochs}: {done:.2f} epochs are learned already; give {math.ceil(done)} or more"
             )
 
     def _recorded(self) -> list[int]:
@@ -403,8 +402,7 @@ class _Training:
         return_freed_memory()
 
     def _save(self) -> None:
-        seconds = self._earlier_s + time.monotonic() - self._began
-        progress = {"recorded": self._recorded(), "first": self._first, "best": self._best, "seconds": seconds}
+        progress = {"recorded": self._recorded(), "first": self._first, "best": self._best, "seconds": self._seconds}
         self._replace("learner", lambda: self.trainer.save(self.run_dir / "learner", **progress))
 
     def _replace(self, name: str, write: Callable[[], None]) -> bool:
@@ -419,7 +417,11 @@ class _Training:
         self._outputs.count(self._log)
         return list(self._outputs.failures.values())
 
-    def report(self, duration_s: float) -> None:
+    @property
+    def _seconds(self) -> float:
+        return self._earlier_s + time.monotonic() - self.began
+
+    def report(self) -> None:
         """Write ``summary.json`` and say how to serve the result."""
         first, best = self._first, self._best or self._first
         length = {"first": first["acceptance_length"], "last": best["acceptance_length"]}
@@ -438,7 +440,7 @@ class _Training:
             "skipped": self.trainer.skipped,
             "acceptance_length": length,
             "domains": domains if any(domains) else {},
-            "duration_s": self._earlier_s + duration_s,
+            "duration_s": self._seconds,
         }
         self._outputs.write("summary.json", lambda: write_summary(self.run_dir, summary))
         text = f"acceptance length {length['first']:.3f} → {length['last']:.3f}"

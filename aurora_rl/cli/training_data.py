@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
 from tensordict import TensorDict
 from typing_extensions import override
 
-from aurora_rl.cli.assembly import Target, engine_maker
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, engine_maker
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.progress import Watch, watch
 from aurora_rl.cli.spec import RunSpec
@@ -23,6 +25,28 @@ from aurora_rl.serving.recorded_requests import record
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.trajectories import validate
 from aurora_rl.workload.traffic import Prompt
+
+
+def fingerprint(folders: Sequence[str], prompts: Sequence[Prompt]) -> str:
+    """Return a checksum of the data: the prompts and their order, or each recording's first trajectories."""
+    recordings = [TrajectoryDataset(folder) for folder in folders]
+    found = [recording.digest(min(len(recording), VOCAB_PROMPTS)) for recording in recordings]
+    return hashlib.sha256(json.dumps([found, [asdict(prompt) for prompt in prompts]]).encode()).hexdigest()[:16]
+
+
+def sources(folders: Sequence[str], path: str | None) -> str:
+    """Return what names the data of a training: its recordings, or the chats at ``path`` (None: built in)."""
+    recordings = " ".join(f"--recording {folder}" for folder in folders)
+    return recordings or ("the built-in traffic" if path is None else f"traffic.path={path}")
+
+
+def num_to_learn(count: int, share: float) -> int:
+    """Return the number of trajectories to learn from; the rest, a share but at least one, is held out.
+
+    >>> num_to_learn(20, 0.1), num_to_learn(4, 0.1)
+    (18, 3)
+    """
+    return count - max(round(count * share), 1)
 
 
 def questions(prompts: Sequence[Prompt]) -> list[Prompt]:

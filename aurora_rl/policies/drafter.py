@@ -10,7 +10,8 @@ import copy
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -61,6 +62,17 @@ class Unroll(NamedTuple):
     logits: list[Tensor]
     valid: Tensor
     states: list[Tensor] | None = None
+
+
+@contextmanager
+def modules_in_float32() -> Iterator[None]:
+    """Make modules in float32, whatever PyTorch's default dtype is; other threads should not make any meanwhile."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 class Checkpoint(NamedTuple):

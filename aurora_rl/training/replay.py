@@ -97,7 +97,7 @@ class RecentSampler(RandomSampler):
 
     @override
     def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
-        if torch.rand((), generator=self._rng) < 0.5:
+        if torch.rand((), dtype=torch.float32, generator=self._rng) < 0.5:
             return super().sample(storage, batch_size)
         count = len(storage)
         return torch.randint(max(count - _NEWEST, 0), count, (batch_size,), generator=self._rng), {}

@@ -184,5 +184,7 @@ def test_a_run_goes_on_with_its_own_drafter_alone(
             f"aurora-rl: --resume {tmp_path}: it was started with {was} and goes on with its own drafter, and this "
             f"command has {asked}; leave the key out, or start another run: leave --resume out and name a new run_dir\n"
         )
-    # A service that is started again by the same words goes on.
+    # A service that is started again by the same words goes on, also without the folder, which it needs no more.
+    assert resumed_config(command, str(tmp_path), None, ["drafter.path=mine"]).drafter.path == "mine"
+    (tmp_path / "mine").rmdir()
     assert resumed_config(command, str(tmp_path), None, ["drafter.path=mine"]).drafter.path == "mine"

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from aurora_rl.models.parts import TargetParts
-from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab
+from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab, modules_in_float32
 from aurora_rl.policies.formats.checks import check_target_depth
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.registry import recognized
@@ -151,7 +151,8 @@ def load_drafter(
             raise ValueError(
                 f"config.json is of {found.__name__}, and {kind.__name__} is asked for; ask for the former, or none"
             )
-        drafter = found.read(Checkpoint(tensors, config), parts, layout, **options)
+        with modules_in_float32():
+            drafter = found.read(Checkpoint(tensors, config), parts, layout, **options)
         check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "the draft vocabulary")
         if (rows := config.get("draft_vocab_size")) not in (None, len(drafter.draft_vocab)):
             raise ValueError(f"config.json: draft_vocab_size is {rows}, the draft map has {len(drafter.draft_vocab)}")
