@@ -39,12 +39,13 @@ def test_it_serves_and_learns_in_float32_whatever_the_default_dtype(
         return texts(completions), llm.learn(completions, batch_size=1)
 
     usual = served()
-    torch.set_default_dtype(torch.float64)
-    try:
-        again = served()
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert again[0] == usual[0] and again[1] == pytest.approx(usual[1], rel=1e-6)
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            again = served()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert again[0] == usual[0] and again[1] == pytest.approx(usual[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

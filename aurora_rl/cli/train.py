@@ -95,6 +95,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         folder = RunDir(config, ["config.yaml"], suffix="-train")
     else:
         _check_resumed(config, Path(arguments.resume))
+        _check_epochs(Path(arguments.resume), arguments.epochs, config.learner.batch_size)
         if arguments.data != data:
             named = sources(arguments.recording or [], config.traffic.path)
             raise ConfigError(
@@ -104,15 +105,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         folder = RunDir(config, resume=True)
     arguments.run_dir = folder.path
     with contextlib.closing(folder):
-        options = folder.path / TRAINING
-        before = options.read_text(encoding="utf-8") if arguments.resume is not None else None
         _save_arguments(folder.path, arguments, data)  # again where it is resumed: --epochs may have changed
-        try:
-            return _run(spec, arguments, prompts, folder, stop, began)
-        except ConfigError:
-            if before is not None:
-                options.write_text(before, encoding="utf-8")
-            raise
+        return _run(spec, arguments, prompts, folder, stop, began)
 
 
 def _run(
@@ -125,7 +119,6 @@ def _run(
     try:
         with logged(config.telemetry.logger, run_dir):
             training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused, began)
-            training.check_epochs(arguments.epochs)
             stop.working = True
             finished = training.run(arguments.epochs, stop)
     except KeyboardInterrupt:
@@ -212,6 +205,17 @@ def _check_resumed(config: Config, folder: Path) -> None:
                 f"--resume {folder}: it was started with {key}={before[key]}, and this command has {key}={value}; "
                 "leave the key out, or start in another folder"
             )
+
+
+def _check_epochs(folder: Path, epochs: int, batch_size: int) -> None:
+    """Raise ConfigError if more epochs have been learned than there are to be."""
+    try:
+        progress = json.loads((folder / "learner" / "progress.json").read_text(encoding="utf-8"))
+        done = progress["batches"] / (progress["recorded"][0] // batch_size)
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError):  # told when the state is loaded
+        return
+    if done > epochs:
+        raise ConfigError(f"--epochs {epochs}: {done:.2f} epochs are learned already; give {math.ceil(done)} or more")
 
 
 # ---- before the first step ---------------------------------------------------------------------------------------
@@ -341,14 +345,6 @@ class _Training:
             raise ConfigError(
                 f"--resume {self.run_dir}: an earlier release began it, whose evaluations are kept in another form; go "
                 "on with that release, or start another run from its drafter by drafter.path"
-            )
-
-    def check_epochs(self, epochs: int) -> None:
-        """Raise ConfigError if more epochs have been learned than there are to be."""
-        if self.trainer.batches > epochs * self.trainer.batches_per_epoch:
-            done = self.trainer.batches / self.trainer.batches_per_epoch
-            raise ConfigError(
-                f"--epochs {epochs}: {done:.2f} epochs are learned already; give {math.ceil(done)} or more"
             )
 
     def _recorded(self) -> list[int]:

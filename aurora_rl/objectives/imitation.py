@@ -156,7 +156,7 @@ class ImitationLoss(DistillationObjective):
         """
         if self.weighting == "expected_length":
             return expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)
-        return self.decay ** torch.arange(len(unroll.logits), device=unroll.valid.device)[:, None]
+        return self.decay ** torch.arange(len(unroll.logits), dtype=torch.float32, device=unroll.valid.device)[:, None]
 
     @torch.no_grad()
     def _log_q_of_text(self, batch: TensorDictBase, unroll: Unroll) -> Tensor:
