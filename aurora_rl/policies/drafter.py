@@ -66,7 +66,13 @@ class Unroll(NamedTuple):
 
 @contextmanager
 def modules_in_float32() -> Iterator[None]:
-    """Make modules in float32, whatever PyTorch's default dtype is; other threads should not make any meanwhile."""
+    """Make modules in float32, whatever PyTorch's default dtype is; other threads should not make any meanwhile.
+
+    Example:
+        >>> with modules_in_float32():
+        ...     print(nn.Linear(1, 1).weight.dtype)
+        torch.float32
+    """
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
