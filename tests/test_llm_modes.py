@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from aurora_rl import LLM, Completion, Eagle3Drafter, SamplingParams, TargetParts
-from aurora_rl.testing import tiny_target
+from aurora_rl.models.draft_vocab import token_prior
+from aurora_rl.models.loading import load_target
 
 SHORT = SamplingParams(max_tokens=24)
 
@@ -48,6 +49,17 @@ def test_it_serves_and_learns_in_float32_whatever_the_default_dtype(
         assert again[0] == usual[0] and again[1] == pytest.approx(usual[1], rel=1e-6)
 
 
+def test_drafters_and_what_chooses_their_vocabulary_are_in_float32(tiny_folder: Path) -> None:
+    target, _ = load_target(str(tiny_folder), dtype=torch.float32, device="cpu")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16))
+        prior = token_prior(target, [[1, 2, 3]])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {weight.dtype for weight in [*drafter.parameters(), prior]} == {torch.float32}
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_it_learns_whatever_mode_its_caller_is_in(tiny_folder: Path, mode: Callable[[], Any]) -> None:
     with mode():
@@ -59,11 +71,10 @@ def test_it_learns_whatever_mode_its_caller_is_in(tiny_folder: Path, mode: Calla
 
 
 def test_a_drafter_that_cannot_learn_is_named(tiny_folder: Path) -> None:
-    target = tiny_target()
+    target, _ = load_target(str(tiny_folder), dtype=torch.float32, device="cpu")
     with torch.inference_mode():
         drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16))
-    llm = LLM(tiny_folder, drafter="eagle3", device="cpu", record=True)
-    llm.drafter = drafter
+    llm = LLM(tiny_folder, drafter=drafter, device="cpu", record=True)
     with pytest.raises(
         ValueError, match=r"the drafter was made under torch.inference_mode\(\) and cannot learn; make it"
     ):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from typing import Any
+
+from aurora_rl.cli.frozen import plain
 
 
 def add_resume_argument(parser: argparse.ArgumentParser) -> None:
@@ -36,3 +40,13 @@ def pair_of(key: str, overrides: Sequence[str]) -> str | None:
         'engine.slots=2'
     """
     return next((pair for pair in reversed(overrides) if pair.partition("=")[0] == key), None)
+
+
+def as_pair(key: str, value: Any) -> str:
+    """Return the ``key=value`` pair by which a command line sets a key to a value.
+
+    Example:
+        >>> as_pair("drafter.path", None), as_pair("learner.betas", (0.9, 0.95)), as_pair("model", "smollm2")
+        ('drafter.path=null', 'learner.betas=[0.9, 0.95]', 'model=smollm2')
+    """
+    return f"{key}={value if isinstance(value, str) else json.dumps(plain(value))}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.arguments import add_config_arguments, as_pair
 from aurora_rl.cli.assembly import Target, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
@@ -219,8 +219,8 @@ def _check_reuse(path: Path, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if earlier.get(name) != value:
             raise ConfigError(
-                f"{path} was made with {name}={earlier.get(name)}, and this run has {name}={value}; name another "
-                "folder by --out"
+                f"{path} was made with {as_pair(name, earlier.get(name))}, and this run has {as_pair(name, value)}; "
+                "name another folder by --out"
             )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from aurora_rl.cli.arguments import as_pair
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.tenants import check_tenant
 
@@ -63,7 +64,7 @@ def check_privacy(config: Config) -> None:
         return
     for key in _KEPT:
         if value := attrgetter(key)(config):
-            raise ConfigError(f"privacy.zero_retention=true keeps nothing, got {key}={value}; set {key}=0")
+            raise ConfigError(f"privacy.zero_retention=true keeps nothing, got {as_pair(key, value)}; set {key}=0")
     if config.learner.record is not None:
         raise ConfigError(
             f"privacy.zero_retention=true writes no text to disk, got learner.record={config.learner.record}; leave it "

@@ -176,7 +176,9 @@ def _format(kind: type[Drafter], entries: Mapping[str, Any], commands: Mapping[s
     engines = [name for name in ("sglang", "vllm") if name in commands]
     if engines:
         return ", ".join(engines)
-    return "sglang" if "eagle_config" in entries else next(n for n in kind.formats if n not in ("sglang", "vllm"))
+    if "eagle_config" in entries:
+        return "sglang, which no engine loads with layer 0"
+    return next(n for n in kind.formats if n not in ("sglang", "vllm"))
 
 
 def _rows(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from aurora_rl.cli.arguments import as_pair, pair_of
 from aurora_rl.cli.config import Config, load_config, to_yaml
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.training.states import newest_valid
@@ -193,23 +194,23 @@ def resumed_config(
     config = load_config(path or run / document, overrides, usual)
     if config.run_dir is not None and os.path.realpath(config.run_dir) != os.path.realpath(folder):
         raise ConfigError(f"--resume {folder} and run_dir={config.run_dir} are two folders; leave run_dir out")
-    _check_drafter(config, folder, run / document)
+    _check_drafter(config, folder, run / document, overrides)
     return replace(config, run_dir=folder)
 
 
-def _check_drafter(config: Config, folder: str, saved: Path) -> None:
+def _check_drafter(config: Config, folder: str, saved: Path, overrides: Sequence[str]) -> None:
     """Raise ConfigError if another drafter is asked for than a run was started with, whose own it goes on with."""
-    drafter = make_absolute(config).drafter
-    asked = {key: value for key in ("path", "name") if (value := getattr(drafter, key)) is not None}
-    before = make_absolute(load_config(saved)).drafter if asked else drafter
-    for key, value in asked.items():
-        was = getattr(before, key)
-        same = key == "path" and was is not None and os.path.realpath(value) == os.path.realpath(was)
-        if value != was and not same:
+    drafter, before = (make_absolute(each).drafter for each in (config, load_config(saved)))
+    for key in ("drafter.path", "drafter.name"):
+        value, was = (getattr(each, key.partition(".")[2]) for each in (drafter, before))
+        if value is None and pair_of(key, overrides) is None:  # left out, or one of the many nulls of a saved YAML file
+            continue
+        same_folder = key == "drafter.path" and value and was and os.path.realpath(value) == os.path.realpath(was)
+        if value != was and not same_folder:
             raise ConfigError(
-                f"--resume {folder}: it was started with drafter.{key}={'null' if was is None else was} and goes on "
-                f"with its own drafter, and this command has drafter.{key}={value}; leave the key out, or start "
-                "another run: leave --resume out and name a new run_dir"
+                f"--resume {folder}: it was started with {as_pair(key, was)} and goes on with its own drafter, and "
+                f"this command has {as_pair(key, value)}; leave the key out, or start another run: leave --resume out "
+                "and name a new run_dir"
             )
 
 

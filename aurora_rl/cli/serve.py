@@ -142,11 +142,12 @@ class _Session:
                 firsts = queue.first_prompts(VOCAB_PROMPTS)
             else:
                 firsts = encoded_prompts(target, prompts[:VOCAB_PROMPTS])
-            self._log.write("begin", traffic=first_id, unseen=unseen_from(len(prompts)) if built_in else None)
             step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, firsts, day0)
             rivals = [(rival, start_drafter(rival, target, firsts)) for rival in rival_specs]
+            # After what a resumed run can be refused for, and before what the learner writes.
+            self._log.write("begin", traffic=first_id, unseen=unseen_from(len(prompts)) if built_in else None)
             if rivals:
                 self._log.write("compare", drafters=list(config.compare))
             if config.learner.spawn:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import math
 import shlex
 import sys
 import time
@@ -20,18 +18,18 @@ from rich.console import Console
 from tensordict import TensorDict
 from torch.utils.data import ConcatDataset, Subset
 
-from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument, pair_of
+from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, engine_maker, load, request_queue, start_drafter, traffic
-from aurora_rl.cli.config import Config, load_config
+from aurora_rl.cli.config import Config
 from aurora_rl.cli.config_privacy import check_records
 from aurora_rl.cli.errors import ConfigError
-from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.learner import learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
 from aurora_rl.cli.run_dir import TRAINING, RunDir, go_on
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
+from aurora_rl.cli.train_resume import check_epochs, check_resumed, saved_unless_refused, settle
 from aurora_rl.cli.training_data import (
     fingerprint,
     num_to_learn,
@@ -45,7 +43,6 @@ from aurora_rl.cli.training_data import (
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import Drafter
-from aurora_rl.settings import check
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.loggers import check_installed, logged
 from aurora_rl.telemetry.outputs import Outputs
@@ -56,7 +53,6 @@ from aurora_rl.workload.traffic import Prompt
 
 _SAVE_S = 300.0
 _DAY0 = "drafter-day0"
-_TYPES = {"recording": list | None, "epochs": int, "held_out": float, "data": str | None}
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +75,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Record if there is nothing recorded, learn, and leave the drafter. Returns the exit status."""
-    _settle(arguments)
+    settle(arguments)
     if arguments.resume is not None:
         config, _ = go_on(config, Path(arguments.resume))
         if (day0 := Path(arguments.resume) / _DAY0).is_dir():  # what was learned since is in the training state
@@ -94,8 +90,8 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     if arguments.resume is None:
         folder = RunDir(config, ["config.yaml"], suffix="-train")
     else:
-        _check_resumed(config, Path(arguments.resume))
-        _check_epochs(Path(arguments.resume), arguments.epochs, config.learner.batch_size)
+        check_resumed(config, Path(arguments.resume))
+        check_epochs(Path(arguments.resume), arguments.epochs, config.learner.batch_size)
         if arguments.data != data:
             named = sources(arguments.recording or [], config.traffic.path)
             raise ConfigError(
@@ -105,12 +101,17 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         folder = RunDir(config, resume=True)
     arguments.run_dir = folder.path
     with contextlib.closing(folder):
-        _save_arguments(folder.path, arguments, data)  # again where it is resumed: --epochs may have changed
-        return _run(spec, arguments, prompts, folder, stop, began)
+        return _run(spec, arguments, data, prompts, folder, stop, began)
 
 
 def _run(
-    spec: RunSpec, arguments: argparse.Namespace, prompts: Sequence[Prompt], folder: RunDir, stop: Stop, began: float
+    spec: RunSpec,
+    arguments: argparse.Namespace,
+    data: str,
+    prompts: Sequence[Prompt],
+    folder: RunDir,
+    stop: Stop,
+    began: float,
 ) -> int:
     """Learn in the folder of a run. Returns the exit status."""
     config, run_dir = spec.config, folder.path
@@ -118,7 +119,8 @@ def _run(
     console, training = plain_console(), None
     try:
         with logged(config.telemetry.logger, run_dir):
-            training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused, began)
+            with saved_unless_refused(run_dir / TRAINING, arguments, data):
+                training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused, began)
             stop.working = True
             finished = training.run(arguments.epochs, stop)
     except KeyboardInterrupt:
@@ -133,89 +135,6 @@ def _run(
     for failure in failures:
         print(f"aurora-rl: {failure}", file=sys.stderr)
     return 1 if failures else 0 if finished else 130
-
-
-# ---- what is the same when a training is resumed ------------------------------------------------------------------
-
-
-def _settle(arguments: argparse.Namespace) -> None:
-    """Fill in the options that are not given: those of the training that is resumed, or the defaults."""
-    defaults: dict[str, Any] = {"recording": None, "epochs": 4, "held_out": 0.1}
-    arguments.recording = [str(folder.resolve()) for folder in arguments.recording or []] or None
-    if arguments.recording and len(set(arguments.recording)) < len(arguments.recording):
-        raise ConfigError(f"--recording {' --recording '.join(arguments.recording)}: name each recording once")
-    if arguments.resume is not None:
-        path = Path(arguments.resume) / TRAINING
-        if not path.is_file():
-            raise ConfigError(f"--resume {arguments.resume}: there is no {TRAINING} in it; it is no training's folder")
-        try:
-            defaults = {**defaults, "data": None, **json.loads(path.read_text(encoding="utf-8"))}
-            check(defaults, _TYPES, TRAINING)
-            for folder in defaults["recording"] or []:
-                Path(folder)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{path} is broken: {error}; start in another folder") from error
-        for name in ("recording", "held_out"):
-            if getattr(arguments, name) not in (None, defaults[name]):
-                raise ConfigError(
-                    f"--resume {arguments.resume}: it was started with --{name.replace('_', '-')} {defaults[name]}, "
-                    "which stays; leave the option out, or start in another folder"
-                )
-    for name, value in defaults.items():
-        if getattr(arguments, name, None) is None:
-            setattr(arguments, name, value)
-    if arguments.resume is None and arguments.recording and (pair := pair_of("traffic.path", arguments.overrides)):
-        raise ConfigError(
-            f"{pair} next to --recording: a training learns from recordings or from chats; leave one of them out"
-        )
-    if arguments.epochs < 1:
-        raise ConfigError(f"--epochs must be at least 1, got {arguments.epochs}")
-    if not 0 < arguments.held_out < 1:
-        raise ConfigError(f"--held-out must lie between 0 and 1, got {arguments.held_out}")
-
-
-def _save_arguments(run_dir: Path, arguments: argparse.Namespace, data: str) -> None:
-    """Write the options that the next ``--resume`` takes, whole or not at all."""
-    options = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")} | {"data": data}
-    part = run_dir / f".{TRAINING}.part"
-    part.write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
-    part.replace(run_dir / TRAINING)
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """Return the settings that a training depends on, by their keys. The drafter starts from the run's folder."""
-    values = plain(config)
-    keys = ("model", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "generation_config", "seed")
-    learner = ("batch_size", "muon_lr", "adam_lr")
-    return {
-        **{key: values[key] for key in (*keys, "rule", "objectives")},
-        "engine.name": config.engine.name,
-        **{f"{part}.{key}": value for part in ("traffic", "drafter") for key, value in values[part].items()},
-        **{f"learner.{key}": values["learner"][key] for key in learner},
-        "drafter.path": None,
-    }
-
-
-def _check_resumed(config: Config, folder: Path) -> None:
-    """Raise ConfigError where a training is resumed with other settings than it was started with."""
-    before = _settings(load_config(folder / "config.yaml"))
-    for key, value in _settings(config).items():
-        if before[key] != value:
-            raise ConfigError(
-                f"--resume {folder}: it was started with {key}={before[key]}, and this command has {key}={value}; "
-                "leave the key out, or start in another folder"
-            )
-
-
-def _check_epochs(folder: Path, epochs: int, batch_size: int) -> None:
-    """Raise ConfigError if more epochs have been learned than there are to be."""
-    try:
-        progress = json.loads((folder / "learner" / "progress.json").read_text(encoding="utf-8"))
-        done = progress["batches"] / (progress["recorded"][0] // batch_size)
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError):  # told when the state is loaded
-        return
-    if done > epochs:
-        raise ConfigError(f"--epochs {epochs}: {done:.2f} epochs are learned already; give {math.ceil(done)} or more")
 
 
 # ---- before the first step ---------------------------------------------------------------------------------------
@@ -335,9 +254,9 @@ class _Training:
         if not (state := self.run_dir / "learner").is_dir():
             return
         progress = self.trainer.resume(state)
-        if progress["recorded"] != self._recorded():
+        if progress.get("recorded") != self._recorded():
             raise ConfigError(
-                f"--resume {self.run_dir}: it was started on {progress['recorded']} requests (to learn from, held "
+                f"--resume {self.run_dir}: it was started on {progress.get('recorded')} requests (to learn from, held "
                 f"out), and there are {self._recorded()} now; did a recording grow?"
             )
         self._first, self._best, self._earlier_s = progress["first"], progress["best"], progress.get("seconds", 0.0)

@@ -28,7 +28,7 @@ def token_prior(model: PreTrainedModel, prompts: list[list[int]]) -> Tensor:
     """
     head, decoder, device = TargetHead.of(model), decoder_of(model), model.device
     context = context_length(model.config.get_text_config())
-    prior = torch.zeros(len(head), device=device)
+    prior = torch.zeros(len(head), dtype=torch.float32, device=device)
     # Logits of a few rows at a time: those of a whole prompt would take a megabyte a token at a vocabulary of 152k.
     rows = max(_PRIOR_LOGITS // len(head), 1)
     for prompt in prompts:

@@ -66,7 +66,9 @@ class Unroll(NamedTuple):
 
 @contextmanager
 def modules_in_float32() -> Iterator[None]:
-    """Make modules in float32, whatever PyTorch's default dtype is; other threads should not make any meanwhile.
+    """Make modules in float32, whatever PyTorch's default dtype is.
+
+    The default is the process's: tensors that other threads make meanwhile are in float32 too.
 
     Example:
         >>> with modules_in_float32():
@@ -113,7 +115,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         trained_for: ``TargetParts.fingerprint`` of its target, kept in the folder; None if unknown or any.
 
     Example:
-        >>> from aurora_rl.policies import MedusaDrafter
+        >>> from aurora_rl.policies import Drafter, MedusaDrafter
         >>> from aurora_rl.testing import tiny_target
         >>> drafter = MedusaDrafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
         >>> isinstance(drafter, Drafter), drafter.vocab_size, len(drafter.draft_vocab)
@@ -135,7 +137,7 @@ class Drafter(HubMixin, nn.Module, ABC):
     trained_for: str | None = None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
-        """Let the class's :meth:`from_target` state the target in what it returns."""
+        """Let the class's :meth:`from_target` work in float32, and state the target in what it returns."""
         super().__init_subclass__(**keywords)
         own = vars(cls).get("from_target")
         if not isinstance(own, classmethod):
@@ -143,7 +145,8 @@ class Drafter(HubMixin, nn.Module, ABC):
 
         @functools.wraps(own.__func__)
         def from_target(kind: type[Drafter], parts: TargetParts, *args: Any, **options: Any) -> Drafter:
-            started: Drafter = own.__get__(None, kind)(parts, *args, **options)
+            with modules_in_float32():
+                started: Drafter = own.__get__(None, kind)(parts, *args, **options)
             if isinstance(started, Drafter) and started.formats and not started.serves_other_targets:
                 started.trained_for = parts.fingerprint
             return started

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aurora_rl.models.draft_vocab import DRAFT_VOCAB_SIZE, choose_draft_vocab
 from aurora_rl.models.parts import TargetParts
-from aurora_rl.policies.drafter import Drafter, modules_in_float32
+from aurora_rl.policies.drafter import Drafter
 from aurora_rl.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,7 @@ def start_untrained(
     """
     options, prior = options or {}, torch.zeros(len(parts.head)) if prior is None else prior
     vocab = choose_draft_vocab(min(vocab_size, len(parts.head)), prior)
-    with modules_in_float32():
-        started = kind.from_target(parts, draft_vocab=vocab, feature_layers=feature_layers, **options)
+    started = kind.from_target(parts, draft_vocab=vocab, feature_layers=feature_layers, **options)
     if not isinstance(started, Drafter):
         raise ValueError(f"from_target gave {started!r} and no drafter")
     # What started it belongs to its checkpoint, also where its class does not say so.

@@ -93,7 +93,7 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(
         (streams["topk"], ["--ahead", "5"], "--ahead=4, and this run has --ahead=5"),
         (streams["topk"], ["--every", "8"], "--every=4, and this run has --every=8"),
         (streams["topk"], ["--limit", "11"], "--limit=12, and this run has --limit=11"),
-        (streams["topk"], ["objectives=[{name: imitation,steps: 2}]"], "objectives=[{'name': 'imitation'}], and this"),
+        (streams["topk"], ["objectives=[{name: imitation,steps: 2}]"], 'objectives=[{"name": "imitation"}], and this'),
         (altered, [], "checksum of the recording="),
     ):
         assert bench(tiny_folder, stream, tmp_path, "--variants", "configured", *more) == 2

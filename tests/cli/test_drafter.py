@@ -146,6 +146,16 @@ def test_inspect_knows_every_architecture(
     assert lines["vocabulary"] == f"{rows} tokens" and lines["target"].endswith(": fits")
 
 
+def test_inspect_says_that_no_engine_loads_layer_0(
+    target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = spec.resolve(load_config(overrides=[*target, "drafter.name=eagle3", "drafter.feature_layers=[0,1]"]))
+    save_drafter(assembly.start_drafter(ours, assembly.load(ours), []), tmp_path / "d0")
+    assert cli.main(["drafter", "inspect", str(tmp_path / "d0"), *target[:3]]) == 0
+    out = capsys.readouterr().out
+    assert "format            sglang, which no engine loads with layer 0\n" in out and "launch_server" not in out
+
+
 def test_inspect_says_why_a_drafter_does_not_fit(
     target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

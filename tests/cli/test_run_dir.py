@@ -177,6 +177,7 @@ def test_a_run_goes_on_with_its_own_drafter_alone(
     for words, was, asked in (
         (["drafter.path=another"], f"drafter.path={tmp_path / 'mine'}", "drafter.path=another"),
         (["--config", "other.yaml"], f"drafter.path={tmp_path / 'mine'}", "drafter.path=another"),
+        (["drafter.path=null"], f"drafter.path={tmp_path / 'mine'}", "drafter.path=null"),
         (["drafter.name=medusa"], "drafter.name=null", "drafter.name=medusa"),
     ):
         assert main([command, "--resume", str(tmp_path), *words]) == 2
@@ -184,6 +185,7 @@ def test_a_run_goes_on_with_its_own_drafter_alone(
             f"aurora-rl: --resume {tmp_path}: it was started with {was} and goes on with its own drafter, and this "
             f"command has {asked}; leave the key out, or start another run: leave --resume out and name a new run_dir\n"
         )
+    assert resumed_config(command, str(tmp_path), None, ["drafter.name=null"]).drafter.name is None
     # A service that is started again by the same words goes on, also without the folder, which it needs no more.
     assert resumed_config(command, str(tmp_path), None, ["drafter.path=mine"]).drafter.path == "mine"
     (tmp_path / "mine").rmdir()

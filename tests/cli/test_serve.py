@@ -10,14 +10,12 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from forked_commands import Forks
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from aurora_rl.cli import assembly, serve
@@ -29,7 +27,6 @@ from aurora_rl.policies import MedusaDrafter, NgramDrafter
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.telemetry.stats import Stats
-from aurora_rl.training.states import states
 
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
 ALONE = ["flywheel", "learner.spawn=false"]
@@ -163,51 +160,6 @@ def test_serving_needs_no_learner(arguments: list[str], tmp_path: Path, capsys: 
     assert (status["queue"], status["learner"]) == (6, f"any at {load_config(overrides=arguments).wire.weights}")
     assert "written to" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
-
-
-@pytest.mark.slow
-def test_a_run_goes_on_from_what_it_learned(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    step, run = InferenceServer.step, tmp_path / "run"
-
-    def stepped(server: InferenceServer) -> bool:
-        if not server.stats.swap_ms:
-            time.sleep(0.05)  # until there is something to go on from
-        return step(server)
-
-    monkeypatch.setattr(InferenceServer, "step", stepped)
-    pairs = ["learner.publish_every=4", "learner.batch_size=2", "gate.requests=3", "learner.replay=1", "gate.margin=9"]
-    pairs += ["drafter.adaptive=false", "baseline.share=0"]
-    assert cli.main(["flywheel", *arguments, *pairs, "traffic.requests=30"]) == 0
-    first, (over,) = summary(run), events(run, "learner_done")
-    assert over["version"] and first["requests"] == 30
-    saved = load_file(states(run / "learner")[0] / "drafter" / "model.safetensors")
-
-    assert cli.main(["flywheel", "--resume", str(run), "traffic.requests=10"]) == 0
-    assert json.loads((run / "part-1" / "summary.json").read_text()) == first
-    assert {path.name for path in (run / "part-1").iterdir()} == set(serve._DOCUMENTS)
-    assert load_config(run / "part-1" / "config.yaml").traffic.requests == 30
-    config = load_config(run / "config.yaml")
-    assert (config.traffic.requests, config.gate.requests, config.run_dir) == (10, 3, None)
-    assert (config.drafter.path, config.learner.resume) == (None, None)  # as before: it starts another run elsewhere
-    assert saved.keys() == load_file(states(run / "learner")[0] / "drafter" / "model.safetensors").keys()
-    assert summary(run)["requests"] == 10 and len(events(run, "request")) == 40
-    assert len((run / "answers.jsonl").read_text().splitlines()) == 40
-    last = events(run, "learner_done")[-1]
-    assert last["version"] > over["version"] and last["steps"] >= over["steps"] and last["seen"] >= over["seen"]
-    later = [event for event in events(run, "train") if event["time"] > over["time"]]
-    assert all(event["steps"] > over["steps"] for event in later)
-    # The figures are of this part alone, and the engine had what was learned before it.
-    assert max(event["requests"] for event in events(run, "swap")[first["swaps"] :]) <= 10
-    assert summary(run)["versions_served"][1] > over["version"]
-
-    # What is refused leaves the folder as it was.
-    before = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != "metrics.jsonl"}
-    assert cli.main(["flywheel", "--resume", str(run), "drafter.vocab_size=0"]) == 2
-    assert cli.main(["flywheel", "--resume", str(run), "traffic.path=/no/file"]) == 2
-    assert {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != "metrics.jsonl"} == before
-    assert "cannot read requests from /no/file" in capfd.readouterr().err
 
 
 # ---- what is written, and what cannot be ----------------------------------------------------------------------------
