@@ -2,7 +2,9 @@
 
 The engine runs in a process of its own, as under `aurora-rl serve`: rounds in the main thread, HTTP in another. The
 cost of throughput has two parts: HTTP work that delays rounds, which shows in the pace of rounds with all slots
-occupied, and slots that stay empty until their client asks again, which shows in how many are occupied.
+occupied, and slots that stay empty until their client asks again, which shows in how many are occupied. A round cannot
+be delayed for longer than another thread works, so that the CPU time of the other threads bounds the first part, also
+on a machine whose pace changes.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
     first = queue()
     usual = first.first_prompts(1)[0]
     drafter, _ = first_drafter(spec, target, first.first_prompts(64), None)
-    workload = Workload()
+    workload, others = Workload(), _others_cpu()
     clients = AsyncEngine(max_waiting=config.http.max_waiting, workload=workload, first_id=first.total)
     server = embedded_server(spec, target, clients, usual, drafter, MetricsLog(folder / "metrics.jsonl", "server"))
     clients.attach(server)
@@ -94,8 +96,9 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
                 if (number := pipe.recv()) is None:
                     break
                 if number == _ROUNDS:
-                    pipe.send(pace_and_occupancy(server.stats.rounds, config.engine.slots))
-                    server.stats.rounds = Rounds()
+                    pace, occupied = pace_and_occupancy(server.stats.rounds, config.engine.slots)
+                    pipe.send((pace, occupied, _others_cpu() - others))
+                    server.stats.rounds, others = Rounds(), _others_cpu()
                     continue
                 workload.begin(queue(), number)
                 began = time.perf_counter()
@@ -108,6 +111,11 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
         clients.end()
         http.stop()
         server.close()
+
+
+def _others_cpu() -> float:
+    """Return the CPU seconds of the threads of this process other than this one."""
+    return time.process_time() - time.thread_time()
 
 
 def pace_and_occupancy(rounds: Iterable[Round], slots: int) -> tuple[float, float]:
@@ -147,41 +155,47 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
     end.close()
     load = Load(pipe.recv(), options.max_new_tokens)
 
-    def by_queue(clients: int) -> float:
+    def by_queue(clients: int) -> tuple[int, float]:
         pipe.send(clients)
-        tokens, seconds = pipe.recv()
-        return tokens / seconds
+        return pipe.recv()
 
-    def over_http(clients: int) -> float:
+    def over_http(clients: int) -> tuple[int, float]:
         answers = asyncio.run(load.closed_loop(prompts, clients))
         assert all(answer.complete and answer.usage for answer in answers)
         seconds = max(answer.ended for answer in answers) - min(answer.began for answer in answers)
-        return sum(answer.usage["completion_tokens"] for answer in answers if answer.usage) / seconds
+        return sum(answer.usage["completion_tokens"] for answer in answers if answer.usage), seconds
 
-    def ask_rounds() -> tuple[float, float]:
+    def ask_rounds() -> tuple[float, float, float]:
         pipe.send(_ROUNDS)
         return pipe.recv()
 
     figures = {}
     for clients in options.front_clients:
         over_http(clients), by_queue(clients)  # unmeasured
-        rates: dict[str, list[float]] = {"queue": [], "http": []}
-        paces: dict[str, list[float]] = {"queue": [], "http": []}
-        occupied: dict[str, list[float]] = {"queue": [], "http": []}
+        found = {figure: {"queue": [], "http": []} for figure in ("throughput", "pace", "occupied", "cpu")}
         for turn in range(options.turns):
             ways = [("queue", by_queue), ("http", over_http)]
             for name, way in ways if turn % 2 else reversed(ways):
                 ask_rounds()
-                rates[name].append(way(clients))
-                pace, share = ask_rounds()
-                paces[name].append(pace)
-                occupied[name].append(share)
-            shown = [f"{each['http'][-1] / each['queue'][-1]:.3f}" for each in (rates, paces, occupied)]
+                tokens, seconds = way(clients)
+                pace, occupied, cpu = ask_rounds()
+                for each, value in zip(found.values(), (tokens / seconds, pace, occupied, cpu / seconds), strict=True):
+                    each[name].append(value)
+            *ratios, _ = (f"{each['http'][-1] / each['queue'][-1]:.3f}" for each in found.values())
             print(
-                f"front, {clients} clients, turn {turn + 1}: throughput, pace, occupancy {', '.join(shown)}", flush=True
+                f"front, {clients} clients, turn {turn + 1}: throughput, pace, occupancy {', '.join(ratios)}; "
+                f"CPU {found['cpu']['http'][-1]:.4f} of the time",
+                flush=True,
             )
-        shares = {name: round(statistics.fmean(each), 4) for name, each in occupied.items()}
-        figures[clients] = compare(**rates) | {"of_a_full_round": compare(**paces), "occupied": shares}
+        means = {
+            figure: {name: round(statistics.fmean(each), 4) for name, each in found[figure].items()}
+            for figure in ("occupied", "cpu")
+        }
+        figures[clients] = compare(**found["throughput"]) | {
+            "of_a_full_round": compare(**found["pace"]),
+            "occupied": means["occupied"],
+            "cpu_of_other_threads": means["cpu"],
+        }
     pipe.send(None)
     process.join(60)
     return {"settings": _PAIRS, "goal": _GOAL, "clients": figures}

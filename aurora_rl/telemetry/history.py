@@ -86,16 +86,15 @@ class GateDecision:
 
 @dataclass(frozen=True, slots=True)
 class TrialVerdict:
-    """How the trial of new weights ended: the event "verdict". Figures are of the old and of the new weights."""
+    """How the trial of new weights ended, by rounds or by engines. Figures are of the old and of the new weights."""
 
     time: float
     requests: int
     version: int
     promote: bool
     reason: str
-    rounds: int
-    acceptance_length: tuple[float, float]
-    tokens_per_second: tuple[float, float]
+    acceptance_length: tuple[float | None, float | None]
+    tokens_per_second: tuple[float | None, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +182,7 @@ class RunHistory:
         self.swaps: list[Swap] = []
         self.gates: list[GateDecision] = []
         self.on_trial: int | None = None
+        self._trial_of_learner = False  # at a share of the engines; a learner that starts anew goes on with none
         self.verdicts: list[TrialVerdict] = []
         self.faults: list[WatchdogFault] = []
         self.learner = LearnerFigures()
@@ -209,19 +209,20 @@ class RunHistory:
                     decision = {"requests": self.requests, "interval": tuple(event["interval"])}
                     self._keep(self.gates, GateDecision, {**event, **decision})
                     self.published = event["version"]
-                case "trial":
-                    self.on_trial = event["version"]
+                case "trial" | "engine_trial":
+                    self.on_trial, self._trial_of_learner = event["version"], event["event"] == "engine_trial"
                 case "verdict":
-                    self.on_trial = None
-                    pairs = ("acceptance_length", "tokens_per_second")
-                    figures = {name: (event[name]["old"], event[name]["new"]) for name in pairs}
-                    self._keep(self.verdicts, TrialVerdict, {**event, **figures})
+                    self._end_trial(event, event["requests"])
+                case "engine_verdict":
+                    self._end_trial(event, self.requests)
                 case "watchdog":
                     if event["version"] == self.on_trial:
                         self.on_trial = None
                     self._keep(self.faults, WatchdogFault, event)
                 case "learner_ready":
                     self._seen = event["seen"]
+                    if self._trial_of_learner:
+                        self.on_trial = None
                 case "checkpoint":
                     self.published = event["version"]
                     self.saved += 0 if self._seen is None else event["seen"] - self._seen
@@ -238,6 +239,12 @@ class RunHistory:
                     self.drops["learner_died"] += event["lost"]
                 case "learner_died":
                     learner.state = event["reason"].removeprefix("the learner ")
+
+    def _end_trial(self, event: Mapping[str, Any], requests: int) -> None:
+        self.on_trial = None
+        names = ("acceptance_length", "tokens_per_second")
+        figures = {name: (event[name]["old"], event[name]["new"]) if event[name] else (None, None) for name in names}
+        self._keep(self.verdicts, TrialVerdict, {**event, **figures, "requests": requests})
 
     def _keep(self, items: list[Any], kind: type, event: Mapping[str, Any]) -> None:
         items.append(kind(*(event[field.name] for field in fields(kind))))

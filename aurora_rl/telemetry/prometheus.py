@@ -175,6 +175,7 @@ class Exporter(Collector):
             for name, metric in METRICS.items()
             if metric.kind == "histogram"
         }
+        self._trial_of_learner = False
         self._waits: dict[str, tuple[float, int]] = {}  # since they were last asked for
         self._set("build_info", 1, aurora_rl.__version__)
         self.registry.register(self)
@@ -192,9 +193,12 @@ class Exporter(Collector):
                 self._set("drafter_version", event["version"])
             case "swap_failed":
                 self._add("swap_failures_total")
-            case "trial":
+            case "trial" | "engine_trial":
                 self._set("canary_version", event["version"])
-            case "verdict":
+                self._trial_of_learner = event["event"] == "engine_trial"
+            case "learner_ready" if self._trial_of_learner:  # one that starts anew goes on with no trial
+                self._set("canary_version", None)
+            case "verdict" | "engine_verdict":
                 self._set("canary_version", None)
                 self._add("canary_verdicts_total", 1, "promoted" if event["promote"] else "rolled_back")
             case "watchdog":

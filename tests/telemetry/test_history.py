@@ -48,7 +48,7 @@ def test_a_run_is_what_its_events_say() -> None:
     assert history.points == [Point(103.0, 3, 2.0, Rates(10.0, 15.0, 96, 1.25), Counter(tree=3, baseline=1))]
     assert history.swaps == [Swap(103.0, 3, 1, 2.5)]
     assert history.gates == [GateDecision(100.0, 3, True, 0.0711, (0.01, 0.13), 2.1, 2.03, 1)]
-    trial = TrialVerdict(100.0, 40, 2, False, "acceptance length fell", 176, (2.0, 2.5), (30.0, 35.0))
+    trial = TrialVerdict(100.0, 40, 2, False, "acceptance length fell", (2.0, 2.5), (30.0, 35.0))
     assert (history.verdicts, history.on_trial) == ([trial], 3)
     assert history.as_json()["verdicts"]["acceptance_length"] == [(2.0, 2.5)]
     found = "tensor 'fc.weight' is all zero"
@@ -57,6 +57,25 @@ def test_a_run_is_what_its_events_say() -> None:
     code, sql = history.domains["code"], history.domains["sql"]
     assert (code.first, code.requests, code.tokens, code.acceptance) == (0, 2, 10, 2.5)
     assert (sql.first, sql.requests, sql.tokens, sql.acceptance) == (1, 1, 4, 2.0)
+
+
+def test_trials_at_engines_are_kept_and_end_with_their_learner() -> None:
+    began = {"event": "engine_trial", "time": 1.0, "version": 2, "against": 1, "engines": ["a"], "of": 4}
+    ended = verdict(event="engine_verdict", version=2, requests=64, published=9, tokens_per_second=None)
+    history = history_of(request("code"), began)
+    assert history.on_trial == 2
+    history.follow(ended)
+    history.follow(ended | {"acceptance_length": None, "reason": "its engines are gone"})
+    assert history.on_trial is None and [trial.requests for trial in history.verdicts] == [1, 1]
+    assert [trial.acceptance_length for trial in history.verdicts] == [(2.0, 2.5), (None, None)]
+    assert history.verdicts[0].tokens_per_second == (None, None)
+    ready = {"event": "learner_ready", "time": 3.0, "seen": 0}
+    history.follow({"event": "trial", "time": 2.0, "version": 3, "against": 1, "requests": 3})
+    history.follow(ready)
+    assert history.on_trial == 3
+    history.follow(began)
+    history.follow(ready)
+    assert history.on_trial is None
 
 
 def test_requests_of_which_only_sums_are_known_count_as_many() -> None:

@@ -134,6 +134,13 @@ def test_swaps_faults_and_learning_are_counted() -> None:
     exporter.follow(event("verdict", version=7, promote=True))
     assert sample(exporter, "canary_verdicts_total", verdict="promoted") == 1
     assert sample(exporter, "canary_version") is None
+    exporter.follow(event("engine_trial", version=8))
+    exporter.follow(event("engine_verdict", version=8, promote=True))
+    assert sample(exporter, "canary_verdicts_total", verdict="promoted") == 2
+    for began, left in (("trial", 9), ("engine_trial", None)):
+        exporter.follow(event(began, version=9))
+        exporter.follow(event("learner_ready"))
+        assert sample(exporter, "canary_version") == left
 
 
 def test_what_was_not_measured_has_no_sample() -> None:
