@@ -52,9 +52,9 @@ def test_collector_delivers_what_it_was_asked_for(processes: int, run_here: Call
     assert all(1 <= value <= 4 for value in delivered)  # a bonus token, and at most the three accepted ones
 
 
-@pytest.mark.smollm2
-def test_flywheel_serves_learns_and_swaps(smollm2_path: Path) -> None:
-    out = run("flywheel.py", "--model", str(smollm2_path), "--requests", "8", "--round", "4", "--max-new-tokens", "12")
+def test_flywheel_serves_learns_and_swaps(tiny_folder: Path, run_here: Callable[..., str]) -> None:
+    sizes = ["--requests", "8", "--round", "4", "--max-new-tokens", "12"]
+    out = run_here("flywheel.py", "--model", str(tiny_folder), *sizes)
     versions = [int(v) for v in re.findall(r"^version (\d+): acceptance length [\d.]+", out, re.MULTILINE)]
     assert versions == list(range(len(versions))) and len(versions) >= 2
 

@@ -27,12 +27,12 @@ pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
 NEW = 64
 LAYERS = (2, 15, 27)
-# Which prompts a test serves; together they are all 34, of which `make test` serves 13 and `make stress` the others.
-# Each test has them answered by the model's own generate first, so that two processes share this work.
-CHAIN, MORE_CHAINS = (0, 1, 2), (3, 4, 5)
-TREE, MORE_TREES = (6, 7, 8, 9, 10, 23), (*range(11, 23), *range(24, 30))  # 23 and 29 end before their budget
+# Which prompts a test serves; together they are all 34, of which `make test` serves 10 and `make stress` the others.
+# Each test has them answered by the model's own generate first, so that the processes share this work.
+CHAIN, MORE_CHAINS = (0, 1), (2, 3, 4, 5)
+TREE, MORE_TREES = (6, 7, 8, 23), (*range(9, 23), *range(24, 30))  # 23 and 29 end before their budget
 SWAPS, REPLAY = (30, 31), (32, 33)
-LEAST = {CHAIN: 190, MORE_CHAINS: 190, TREE: 330, MORE_TREES: 1100, SWAPS: 120, REPLAY: 120}
+LEAST = {CHAIN: 125, MORE_CHAINS: 250, TREE: 205, MORE_TREES: 1220, SWAPS: 120, REPLAY: 120}
 """How many tokens a test compares at least."""
 
 
@@ -189,16 +189,14 @@ def test_the_prompts_are_enough(world: World) -> None:
     assert len({len(p) for p in world.prompts}) > 10  # so that slots have unequal lengths
 
 
-@pytest.mark.parametrize(
-    "numbers", [CHAIN, pytest.param(MORE_CHAINS, marks=pytest.mark.stress)], ids=["three", "others"]
-)
+@pytest.mark.parametrize("numbers", [CHAIN, pytest.param(MORE_CHAINS, marks=pytest.mark.stress)], ids=["two", "others"])
 def test_chains_in_one_slot(world: World, numbers: tuple[int, ...]) -> None:
     answers = world.answers(numbers)
     done = serve(world, answers, Knowing(world, answers, branches=False), TreeShape(4), slots=1)
     assert set(accepted(done).tolist()) == {0, 1, 2, 3, 4}
 
 
-@pytest.mark.parametrize("numbers", [TREE, pytest.param(MORE_TREES, marks=pytest.mark.stress)], ids=["six", "others"])
+@pytest.mark.parametrize("numbers", [TREE, pytest.param(MORE_TREES, marks=pytest.mark.stress)], ids=["four", "others"])
 def test_trees_in_four_slots_of_unequal_lengths(world: World, numbers: tuple[int, ...]) -> None:
     answers = world.answers(numbers)
     done = serve(world, answers, Knowing(world, answers, branches=True), TreeShape(4, 2, 8), slots=4)
