@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,25 @@ def test_publish_load_acknowledge() -> None:
     assert (status.serving, status.acknowledged, status.swap_ms, status.rejected) == (3, 3, 2.5, None)
     assert receiver.latest() is None
     assert publisher.next_version == 4
+    receiver.close()
+    publisher.close()
+
+
+def test_an_engine_composes_nothing_while_no_learner_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    composed: list[str] = []
+
+    def counted(kind: str, *parts: Any) -> list[Any]:
+        composed.append(kind)
+        return encode(kind, *parts)
+
+    monkeypatch.setattr("aurora_rl.collectors.weights.encode", counted)
+    address = free_address()
+    receiver = engine(address)
+    time.sleep(0.3)
+    assert composed == []
+    publisher = WeightPublisher(address, handshake=HANDSHAKE)
+    until(lambda: "serving" in composed)
+    until(lambda: publisher.engines)
     receiver.close()
     publisher.close()
 
