@@ -235,8 +235,8 @@ class LLM:
             The last step's loss.
 
         Raises:
-            ValueError: There is no drafter, or it cannot learn, nothing was recorded, an argument is out of range, or
-                an objective does not fit.
+            ValueError: There is no drafter, it cannot learn, nothing was recorded, an argument is out of range, or an
+                objective does not fit.
         """
         if self.drafter is None or self._decoder.policy is None:
             raise ValueError("there is no drafter to train; name one, such as LLM(model, drafter='eagle3')")

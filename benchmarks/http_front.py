@@ -2,9 +2,8 @@
 
 The engine runs in a process of its own, as under `aurora-rl serve`: rounds in the main thread, HTTP in another. The
 cost of throughput has two parts: HTTP work that delays rounds, which shows in the pace of rounds with all slots
-occupied, and slots that stay empty until their client asks again, which shows in how many are occupied. A round cannot
-be delayed for longer than another thread works, so that the CPU time of the other threads bounds the first part, also
-on a machine whose pace changes.
+occupied, and slots that stay empty until their client asks again, which shows in how many are occupied. The CPU time
+of the other threads estimates the first part: it changes less with the machine's pace than the pace of rounds does.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
     first = queue()
     usual = first.first_prompts(1)[0]
     drafter, _ = first_drafter(spec, target, first.first_prompts(64), None)
-    workload, others = Workload(), _others_cpu()
+    workload, cpu_before = Workload(), _others_cpu()
     clients = AsyncEngine(max_waiting=config.http.max_waiting, workload=workload, first_id=first.total)
     server = embedded_server(spec, target, clients, usual, drafter, MetricsLog(folder / "metrics.jsonl", "server"))
     clients.attach(server)
@@ -97,8 +96,8 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
                     break
                 if number == _ROUNDS:
                     pace, occupied = pace_and_occupancy(server.stats.rounds, config.engine.slots)
-                    pipe.send((pace, occupied, _others_cpu() - others))
-                    server.stats.rounds, others = Rounds(), _others_cpu()
+                    pipe.send((pace, occupied, _others_cpu() - cpu_before))
+                    server.stats.rounds, cpu_before = Rounds(), _others_cpu()
                     continue
                 workload.begin(queue(), number)
                 began = time.perf_counter()
@@ -181,7 +180,8 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
                 pace, occupied, cpu = ask_rounds()
                 for each, value in zip(found.values(), (tokens / seconds, pace, occupied, cpu / seconds), strict=True):
                     each[name].append(value)
-            *ratios, _ = (f"{each['http'][-1] / each['queue'][-1]:.3f}" for each in found.values())
+            compared = (found[name] for name in ("throughput", "pace", "occupied"))
+            ratios = [f"{each['http'][-1] / each['queue'][-1]:.3f}" for each in compared]
             print(
                 f"front, {clients} clients, turn {turn + 1}: throughput, pace, occupancy {', '.join(ratios)}; "
                 f"CPU {found['cpu']['http'][-1]:.4f} of the time",

@@ -43,7 +43,7 @@ def pair_of(key: str, overrides: Sequence[str]) -> str | None:
 
 
 def as_pair(key: str, value: Any) -> str:
-    """Return the ``key=value`` pair by which a command line sets a key to a value.
+    """Return a setting as ``key=value``, its value as a command line takes it.
 
     Example:
         >>> as_pair("drafter.path", None), as_pair("learner.betas", (0.9, 0.95)), as_pair("model", "smollm2")

@@ -177,7 +177,7 @@ def _format(kind: type[Drafter], entries: Mapping[str, Any], commands: Mapping[s
     if engines:
         return ", ".join(engines)
     if "eagle_config" in entries:
-        return "sglang, which no engine loads with layer 0"
+        return "sglang; no engine loads a drafter that reads layer 0"
     return next(n for n in kind.formats if n not in ("sglang", "vllm"))
 
 

@@ -200,11 +200,13 @@ def resumed_config(
 
 def _check_drafter(config: Config, folder: str, saved: Path, overrides: Sequence[str]) -> None:
     """Raise ConfigError if another drafter is asked for than a run was started with, whose own it goes on with."""
-    drafter, before = (make_absolute(each).drafter for each in (config, load_config(saved)))
-    for key in ("drafter.path", "drafter.name"):
-        value, was = (getattr(each, key.partition(".")[2]) for each in (drafter, before))
-        if value is None and pair_of(key, overrides) is None:  # left out, or one of the many nulls of a saved YAML file
-            continue
+    drafter = make_absolute(config).drafter
+    values = {"drafter.path": drafter.path, "drafter.name": drafter.name}
+    # A null that no pair sets is left out, or one of the many of a saved YAML file.
+    asked = {key: value for key, value in values.items() if value is not None or pair_of(key, overrides)}
+    before = make_absolute(load_config(saved)).drafter if asked else drafter
+    for key, value in asked.items():
+        was = before.path if key == "drafter.path" else before.name
         same_folder = key == "drafter.path" and value and was and os.path.realpath(value) == os.path.realpath(was)
         if value != was and not same_folder:
             raise ConfigError(

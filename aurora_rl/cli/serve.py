@@ -146,7 +146,7 @@ class _Session:
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, firsts, day0)
             rivals = [(rival, start_drafter(rival, target, firsts)) for rival in rival_specs]
-            # After what a resumed run can be refused for, and before what the learner writes.
+            # Not earlier: a run that is refused while it loads leaves no event. Not later: the learner writes its own.
             self._log.write("begin", traffic=first_id, unseen=unseen_from(len(prompts)) if built_in else None)
             if rivals:
                 self._log.write("compare", drafters=list(config.compare))

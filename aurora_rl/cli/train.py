@@ -118,8 +118,9 @@ def _run(
     torch.set_num_threads(config.engine.threads)
     console, training = plain_console(), None
     try:
-        with logged(config.telemetry.logger, run_dir):
+        with contextlib.ExitStack() as loggers:
             with saved_unless_refused(run_dir / TRAINING, arguments, data):
+                loggers.enter_context(logged(config.telemetry.logger, run_dir))
                 training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused, began)
             stop.working = True
             finished = training.run(arguments.epochs, stop)

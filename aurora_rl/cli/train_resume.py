@@ -1,4 +1,4 @@
-"""What ``aurora-rl train --resume`` takes from the training that it goes on with, and refuses to change."""
+"""The options of ``aurora-rl train``, and what ``--resume`` takes from a training and refuses to change."""
 
 from __future__ import annotations
 
@@ -98,8 +98,7 @@ def check_resumed(config: Config, folder: Path) -> None:
         if before[key] != value:
             raise ConfigError(
                 f"--resume {folder}: it was started with {as_pair(key, before[key])}, and this command has "
-                f"{as_pair(key, value)}; "
-                "leave the key out, or start in another folder"
+                f"{as_pair(key, value)}; leave the key out, or start in another folder"
             )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -64,9 +65,12 @@ class Unroll(NamedTuple):
     states: list[Tensor] | None = None
 
 
+_DEFAULT_DTYPE = threading.RLock()
+
+
 @contextmanager
 def modules_in_float32() -> Iterator[None]:
-    """Make modules in float32, whatever PyTorch's default dtype is.
+    """Make modules in float32, whatever PyTorch's default dtype is. One thread does at a time.
 
     The default is the process's: tensors that other threads make meanwhile are in float32 too.
 
@@ -75,12 +79,13 @@ def modules_in_float32() -> Iterator[None]:
         ...     print(nn.Linear(1, 1).weight.dtype)
         torch.float32
     """
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(usual)
+    with _DEFAULT_DTYPE:
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
 
 
 class Checkpoint(NamedTuple):

@@ -157,7 +157,6 @@ class RunHistory:
         drops: Trajectories that were lost once they were sent, by reason.
         points: A point for each status. Where no request completed, the last point stands for all.
         drafted: Rounds of the last status by what they drafted.
-        on_trial: Version that is on trial; None if none is.
         domains: Figures by domain; those of later domains than the first 50 are added up.
         marks: Number of completed requests at which something new begins, and what.
 
@@ -181,8 +180,7 @@ class RunHistory:
         self.drafted: Counter[str] = Counter()
         self.swaps: list[Swap] = []
         self.gates: list[GateDecision] = []
-        self.on_trial: int | None = None
-        self._trial_of_learner = False  # at a share of the engines; a learner that starts anew goes on with none
+        self._trials: dict[str, int] = {}  # versions on trial, by the event that a trial began with
         self.verdicts: list[TrialVerdict] = []
         self.faults: list[WatchdogFault] = []
         self.learner = LearnerFigures()
@@ -210,19 +208,18 @@ class RunHistory:
                     self._keep(self.gates, GateDecision, {**event, **decision})
                     self.published = event["version"]
                 case "trial" | "engine_trial":
-                    self.on_trial, self._trial_of_learner = event["version"], event["event"] == "engine_trial"
+                    self._trials[event["event"]] = event["version"]
                 case "verdict":
-                    self._end_trial(event, event["requests"])
+                    self._end_trial("trial", event, event["requests"])
                 case "engine_verdict":
-                    self._end_trial(event, self.requests)
+                    self._end_trial("engine_trial", event, self.requests)
                 case "watchdog":
-                    if event["version"] == self.on_trial:
-                        self.on_trial = None
+                    if event["version"] == self._trials.get("trial"):
+                        del self._trials["trial"]
                     self._keep(self.faults, WatchdogFault, event)
                 case "learner_ready":
                     self._seen = event["seen"]
-                    if self._trial_of_learner:
-                        self.on_trial = None
+                    self._trials.pop("engine_trial", None)  # a learner that starts anew goes on with none
                 case "checkpoint":
                     self.published = event["version"]
                     self.saved += 0 if self._seen is None else event["seen"] - self._seen
@@ -240,8 +237,13 @@ class RunHistory:
                 case "learner_died":
                     learner.state = event["reason"].removeprefix("the learner ")
 
-    def _end_trial(self, event: Mapping[str, Any], requests: int) -> None:
-        self.on_trial = None
+    @property
+    def on_trial(self) -> int | None:
+        """Version that is on trial, in this server or else at a share of the engines; None if none is."""
+        return self._trials.get("trial", self._trials.get("engine_trial"))
+
+    def _end_trial(self, trial: str, event: Mapping[str, Any], requests: int) -> None:
+        self._trials.pop(trial, None)
         names = ("acceptance_length", "tokens_per_second")
         figures = {name: (event[name]["old"], event[name]["new"]) if event[name] else (None, None) for name in names}
         self._keep(self.verdicts, TrialVerdict, {**event, **figures, "requests": requests})

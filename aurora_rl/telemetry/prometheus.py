@@ -175,7 +175,7 @@ class Exporter(Collector):
             for name, metric in METRICS.items()
             if metric.kind == "histogram"
         }
-        self._trial_of_learner = False
+        self._trials: dict[str, int | None] = {}  # versions on trial, by the event that a trial began with
         self._waits: dict[str, tuple[float, int]] = {}  # since they were last asked for
         self._set("build_info", 1, aurora_rl.__version__)
         self.registry.register(self)
@@ -194,16 +194,15 @@ class Exporter(Collector):
             case "swap_failed":
                 self._add("swap_failures_total")
             case "trial" | "engine_trial":
-                self._set("canary_version", event["version"])
-                self._trial_of_learner = event["event"] == "engine_trial"
-            case "learner_ready" if self._trial_of_learner:  # one that starts anew goes on with no trial
-                self._set("canary_version", None)
+                self._trial(event["event"], event["version"])
+            case "learner_ready":  # one that starts anew goes on with no trial
+                self._trial("engine_trial", None)
             case "verdict" | "engine_verdict":
-                self._set("canary_version", None)
+                self._trial(event["event"].replace("verdict", "trial"), None)
                 self._add("canary_verdicts_total", 1, "promoted" if event["promote"] else "rolled_back")
             case "watchdog":
-                if event["version"] == self._numbers["canary_version"].get(""):
-                    self._set("canary_version", None)
+                if event["version"] == self._trials.get("trial"):
+                    self._trial("trial", None)
                 self._add("watchdog_faults_total", 1, event["cause"])
             case "drafter_fault":
                 self._add("drafter_faults_total")
@@ -241,6 +240,11 @@ class Exporter(Collector):
             self._add("spec_decode_num_accepted_tokens_total", int(accepted) * rounds)
             for position in range(int(accepted)):
                 self._add("spec_decode_num_accepted_tokens_per_pos_total", rounds, str(position))
+
+    def _trial(self, trial: str, version: int | None) -> None:
+        self._trials[trial] = version
+        here, at_engines = self._trials.get("trial"), self._trials.get("engine_trial")
+        self._set("canary_version", at_engines if here is None else here)
 
     def _status(self, event: Mapping[str, Any]) -> None:
         for drafted, rounds in event["drafted"].items():

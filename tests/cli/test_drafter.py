@@ -153,7 +153,9 @@ def test_inspect_says_that_no_engine_loads_layer_0(
     save_drafter(assembly.start_drafter(ours, assembly.load(ours), []), tmp_path / "d0")
     assert cli.main(["drafter", "inspect", str(tmp_path / "d0"), *target[:3]]) == 0
     out = capsys.readouterr().out
-    assert "format            sglang, which no engine loads with layer 0\n" in out and "launch_server" not in out
+    assert (
+        "format            sglang; no engine loads a drafter that reads layer 0\n" in out and "launch_server" not in out
+    )
 
 
 def test_inspect_says_why_a_drafter_does_not_fit(

@@ -77,6 +77,17 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(
     assert json.loads((parts / "train.json").read_text())["epochs"] == 5
 
 
+def test_one_that_is_stopped_before_it_loads_can_be_resumed(
+    pairs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aurora_rl.cli.train.logged", stopped)
+    assert train("--epochs", "2", *pairs, f"run_dir={tmp_path / 'run'}") == 130
+    assert train("--resume", str(tmp_path / "run")) == 130
+
+
 class OtherEngine(TransformersEngine):
     """An engine of a third party."""
 

@@ -74,6 +74,9 @@ def test_trials_at_engines_are_kept_and_end_with_their_learner() -> None:
     history.follow(ready)
     assert history.on_trial == 3
     history.follow(began)
+    assert history.on_trial == 3  # in this server, and version 2 at other engines
+    history.follow(verdict(version=3))
+    assert history.on_trial == 2
     history.follow(ready)
     assert history.on_trial is None
 

@@ -137,10 +137,16 @@ def test_swaps_faults_and_learning_are_counted() -> None:
     exporter.follow(event("engine_trial", version=8))
     exporter.follow(event("engine_verdict", version=8, promote=True))
     assert sample(exporter, "canary_verdicts_total", verdict="promoted") == 2
-    for began, left in (("trial", 9), ("engine_trial", None)):
-        exporter.follow(event(began, version=9))
-        exporter.follow(event("learner_ready"))
-        assert sample(exporter, "canary_version") == left
+    for each, shown in (
+        (event("engine_trial", version=9), 9),
+        (event("trial", version=10), 10),
+        (event("verdict", version=10, promote=True), 9),
+        (event("trial", version=11), 11),
+        (event("learner_ready"), 11),  # whose trial at engines has ended
+        (event("verdict", version=11, promote=True), None),
+    ):
+        exporter.follow(each)
+        assert sample(exporter, "canary_version") == shown
 
 
 def test_what_was_not_measured_has_no_sample() -> None:
