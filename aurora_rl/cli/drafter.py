@@ -97,8 +97,9 @@ def _init(config: Config, out: Path, layout: str | None) -> int:
 def _export(config: Config, arguments: argparse.Namespace) -> int:
     if (arguments.to == _GGUF) != (arguments.target_gguf is not None):
         raise ConfigError(
-            f"--to {arguments.to} --target-gguf {arguments.target_gguf}: a GGUF file takes the vocabulary of the target's, and "
-            f"no other format does; give both --to {_GGUF} and --target-gguf TARGET.gguf, or neither"
+            f"--to {arguments.to} --target-gguf {arguments.target_gguf}: a GGUF file takes the "
+            f"vocabulary of the target's, and no other format does; give both --to {_GGUF} "
+            "and --target-gguf TARGET.gguf, or neither"
         )
     # Sizes and positions are checked against the target, and written as the target has them.
     spec, kind = _resolve(config, arguments.drafter), _kind(config, arguments.drafter)

@@ -40,9 +40,7 @@ def target_gguf(file: Path, vocab_size: int = 32, hidden_size: int = 16, archite
 def fields(file: Path) -> dict[str, tuple[Any, list[gguf.GGUFValueType]]]:
     """Value and types of every field of a file, without those of the container."""
     read = gguf.GGUFReader(file).fields
-    return {
-        name: (field.contents(), list(field.types)) for name, field in read.items() if not name.startswith("GGUF.")
-    }
+    return {name: (field.contents(), list(field.types)) for name, field in read.items() if not name.startswith("GGUF.")}
 
 
 def tensors(file: Path) -> dict[str, tuple[gguf.GGMLQuantizationType, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""An engine in plain torch, in float64, that drafts from weights by an engine's names, and its comparison with a drafter.
+"""An engine in plain torch, in float64, on weights by an engine's names, and its comparison with a drafter.
 
 It runs a path of tokens alone and anew at every step, without a cache.
 
@@ -81,7 +81,6 @@ class Target:
         return tuple(state[0] for state in states)
 
 
-
 def over_vocabulary(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.full((32,), -torch.inf, dtype=torch.float64).index_copy(0, ids, logits)
 
@@ -121,7 +120,7 @@ def eagle3(
 
 
 def drafter_of(name: str, vocab: Tensor, rope: Mapping[str, Any] = MappingProxyType({}), **options: Any) -> Drafter:
-    """A drafter of a target with base ``THETA`` and further rotary settings, none of its tensors as it started; float64 of float32 weights."""
+    """A drafter, none of its tensors as it started; float64 of float32 weights. The target's base is ``THETA``."""
     target = tiny_target(dtype=torch.float32)
     target.config.rope_parameters = {"rope_type": "default", "rope_theta": THETA, **rope}
     torch.manual_seed(0)
@@ -166,5 +165,3 @@ def assert_drafts_alike(drafter: Drafter, draft: Draft) -> None:
         drafted = over_vocabulary(logits, drafter.draft_vocab)
         torch.testing.assert_close(drafted[drafter.draft_vocab], expected[drafter.draft_vocab], rtol=1e-5, atol=1e-5)
         assert int(drafted.argmax()) == int(expected.argmax())
-
-

@@ -1,8 +1,8 @@
 """EAGLE-3 as a GGUF file for llama.cpp, as llama.cpp's own converter writes it.
 
-The converter is ``LlamaModel`` in ``conversion/llama.py``, on ``conversion/base.py``, and the reader is
-``src/models/eagle3.cpp``, all of https://github.com/ggml-org/llama.cpp since its pull request 25794 (July 2026). Files of
-releases before it name the layers ``eagle3.extract_layers`` and are not read by later ones.
+Read in release b11434 of https://github.com/ggml-org/llama.cpp (October 2026): the converter is ``LlamaModel`` of
+``conversion/llama.py``, on ``conversion/base.py``, and the engine is ``src/models/eagle3.cpp``. The first releases with
+EAGLE-3 (pull request 18039) have the layers in ``eagle3.extract_layers``, which this one does not read.
 """
 
 from __future__ import annotations
@@ -63,17 +63,36 @@ def save_gguf(drafter: Drafter, file: str | os.PathLike[str], target_gguf: str |
         target_gguf: The target as llama.cpp serves it, quantized or not; of several parts the first.
 
     Raises:
-        CheckpointError: llama.cpp does not compute such a drafter, ``file`` is something else, or the target's file is broken
-            or of another target.
+        CheckpointError: llama.cpp does not compute such a drafter, ``file`` is something else, or ``target_gguf`` is
+            broken or of another target.
         OSError: The file cannot be written, and is as it was.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from aurora_rl.models.parts import TargetParts
+        >>> from aurora_rl.testing import tiny_target
+        >>> parts = TargetParts.of(tiny_target(num_layers=7))
+        >>> drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(16))
+        >>> with TemporaryDirectory() as folder:
+        ...     target = GGUFWriter(f"{folder}/target.gguf", "llama")
+        ...     target.add_embedding_length(16)
+        ...     target.add_token_list([f"<{token}>" for token in range(32)])
+        ...     target.write_header_to_file()
+        ...     target.write_kv_data_to_file()
+        ...     target.close()
+        ...     save_gguf(drafter, f"{folder}/drafter.gguf", f"{folder}/target.gguf")
+        ...     sorted(tensor.name for tensor in GGUFReader(f"{folder}/drafter.gguf").tensors)[-4:]
+        ['d2t', 'fc.weight', 'output.weight', 'output_norm.weight']
     """
     file, target_gguf = Path(file), Path(target_gguf)
     if file.exists() and not holds_gguf(file):
-        raise CheckpointError(f"{file} is no GGUF file of an EAGLE-3 and would be lost; name a new file, such as drafter.gguf")
+        raise CheckpointError(
+            f"{file} is no GGUF file of an EAGLE-3 and would be lost; name a new file, such as drafter.gguf"
+        )
     try:
         writer = GGUFWriter(None, _ARCHITECTURE)
-        _add_settings(writer, _checked(drafter))
-        _add_tensors(writer, drafter)
+        _add_tensors(writer, _checked(drafter))
+        _add_settings(writer, drafter)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     try:
@@ -125,13 +144,16 @@ def _checked(drafter: Drafter) -> Eagle3Drafter:
     if (kind := config.rope_parameters["rope_type"]) not in _ROPE:
         raise ValueError(f"the drafter's rope_type is {kind!r}; gguf is written with {', '.join(_ROPE)}")
     if drafter.fc.weight.dtype not in _TYPES:
-        raise ValueError(f"the drafter is in {drafter.fc.weight.dtype}; gguf is written in float32, float16 or bfloat16")
+        raise ValueError(
+            f"the drafter is in {drafter.fc.weight.dtype}; gguf is written in float32, float16 or bfloat16"
+        )
     return drafter
 
 
 def _add_settings(writer: GGUFWriter, drafter: Eagle3Drafter) -> None:
     config, key = drafter.config, f"{_ARCHITECTURE}.{{}}".format
     writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
     writer.add_file_type(_TYPES[drafter.fc.weight.dtype][0])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(1)

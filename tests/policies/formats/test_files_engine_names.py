@@ -1,8 +1,8 @@
 """Exported folders (formats/llama_eagle.py, formats/vllm.py) against an engine written from its documents alone.
 
-The engine is ``tests/support/plain_engine.py``. Here it takes ``config.json`` and ``model.safetensors``, puts every tensor where
-the loaders of SGLang or vLLM put it (fused projections included), and refuses what they pass over in silence: a name
-that they do not know, a parameter that nothing fills.
+The engine is ``tests/support/plain_engine.py``. Here it takes ``config.json`` and ``model.safetensors``, puts every
+tensor where the loaders of SGLang or vLLM put it (fused projections included), and refuses what they pass over in
+silence: a name that they do not know, a parameter that nothing fills.
 """
 
 from __future__ import annotations

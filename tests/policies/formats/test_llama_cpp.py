@@ -8,6 +8,9 @@ Both stand here as they are read in https://github.com/ggml-org/llama.cpp, indep
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from drafters import perturbed
 from gguf import GGMLQuantizationType, GGUFValueType
 from gguf_files import fields, target_gguf, tensors
 from plain_engine import SOME, THETA, Draft, assert_drafts_alike, drafter_of, eagle3
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aurora_rl.policies import Drafter
+from aurora_rl.models import loading
+from aurora_rl.models.loading import load_target
+from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts
 from aurora_rl.policies.formats import llama_cpp
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.formats.llama_cpp import holds_gguf, save_gguf
@@ -35,6 +41,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
 }
+ROPES = ({}, {"rope_type": "linear", "factor": 4.0}, LLAMA3)
 
 
 def eagle3_of(**settings: Any) -> Drafter:
@@ -85,12 +92,13 @@ def converted_tensors(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def converted_fields(folder: Path, dtype: torch.dtype) -> dict[str, tuple[Any, GGUFValueType]]:
+def converted_fields(folder: Path, dtype: torch.dtype, count: int) -> dict[str, tuple[Any, GGUFValueType]]:
     config = json.loads((folder / "config.json").read_text())
     number, text, real, truth = (getattr(GGUFValueType, name) for name in ("UINT32", "STRING", "FLOAT32", "BOOL"))
     found = {
         "general.architecture": ("eagle3", text),
         "general.type": ("model", text),
+        "general.size_label": (gguf.size_label(*[count] * 3, 0), text),
         "general.file_type": (KINDS[dtype][0], number),
         "general.quantization_version": (2, number),
         "eagle3.block_count": (config["num_hidden_layers"], number),
@@ -117,7 +125,7 @@ def converted_fields(folder: Path, dtype: torch.dtype) -> dict[str, tuple[Any, G
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-@pytest.mark.parametrize("rope", [{}, {"rope_type": "linear", "factor": 4.0}, LLAMA3], ids=["default", "linear", "llama3"])
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.get("rope_type", "default"))
 def test_the_file_is_what_the_converter_writes(
     rope: dict[str, Any], dtype: torch.dtype, target: Path, tmp_path: Path
 ) -> None:
@@ -127,14 +135,14 @@ def test_the_file_is_what_the_converter_writes(
     there = fields(tmp_path / "drafter.gguf")
     vocabulary = {name: value for name, value in fields(target).items() if name.startswith("tokenizer.")}
     assert len(vocabulary) == 8 and vocabulary == {n: v for n, v in there.items() if n.startswith("tokenizer.")}
-    expected = converted_fields(tmp_path / "folder", dtype)
+    stored, wanted = tensors(tmp_path / "drafter.gguf"), converted_tensors(tmp_path / "folder")
+    expected = converted_fields(tmp_path / "folder", dtype, sum(values.size for _, values in stored.values()))
     assert there.keys() - vocabulary.keys() == expected.keys()
     for name, (value, kind) in expected.items():
         assert there[name][1][0] == kind, name
         assert there[name][0] == (float(np.float32(value)) if kind == GGUFValueType.FLOAT32 else value), name
     assert there["eagle3.target_layers"] == (list(LAYERS), [GGUFValueType.ARRAY, GGUFValueType.INT32])
 
-    stored, wanted = tensors(tmp_path / "drafter.gguf"), converted_tensors(tmp_path / "folder")
     assert stored.keys() - {"rope_freqs.weight"} == wanted.keys() and len(wanted) == 14
     for name, values in wanted.items():
         whole = GGMLQuantizationType.I64 if name == "d2t" else GGMLQuantizationType.F32
@@ -154,6 +162,33 @@ def test_the_factors_of_llama3_are_the_converter_s(target: Path, tmp_path: Path)
         expected.append(1.0 if wavelength < 256 / 4.0 else between)
     assert kind == GGMLQuantizationType.F32 and expected[0] == 1.0 and 1.0 < expected[1] < 8.0
     np.testing.assert_allclose(factors, expected, rtol=1e-6)
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif("AURORA_RL_LLAMA_CPP" not in os.environ, reason="AURORA_RL_LLAMA_CPP names no source of llama.cpp")
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.get("rope_type", "default"))
+def test_llama_cpp_s_own_converter_writes_the_same(rope: dict[str, Any], smollm2_path: Path, tmp_path: Path) -> None:
+    model, _ = load_target(str(smollm2_path), dtype=torch.float32, device="cpu")
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 100000.0, **rope}
+    parts = TargetParts.of(model)
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(0, 49152, 96), feature_layers=(1, 9, 28))
+    perturbed(drafter, 0.01).bfloat16()
+    ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+    save_drafter(drafter, tmp_path / "folder", "vllm")
+    save_gguf(drafter, ours, loading._embedded_gguf())
+    subprocess.run(
+        [sys.executable, "convert_hf_to_gguf.py", tmp_path / "folder", "--target-model-dir", smollm2_path]
+        + ["--outtype", "bf16", "--outfile", theirs],
+        cwd=os.environ["AURORA_RL_LLAMA_CPP"],
+        check=True,
+        timeout=300,
+    )
+    assert fields(ours) == fields(theirs)
+    here, there = tensors(ours), tensors(theirs)
+    assert here.keys() == there.keys()
+    for name, (kind, values) in there.items():
+        assert here[name][0] == kind, name
+        np.testing.assert_allclose(here[name][1], values, rtol=1e-6 if name == "rope_freqs.weight" else 0, err_msg=name)
 
 
 # ---- the engine -----------------------------------------------------------------------------------------------------
@@ -207,7 +242,7 @@ def engine_of(file: Path) -> Draft:
     return eagle3(parameters, config, "layer.", own["eagle3.target_layers"], "offsets", rotate_neighbours)
 
 
-@pytest.mark.parametrize("rope", [{}, {"rope_type": "linear", "factor": 4.0}, LLAMA3], ids=["default", "linear", "llama3"])
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope.get("rope_type", "default"))
 def test_the_engine_drafts_as_the_drafter(rope: dict[str, Any], target: Path, tmp_path: Path) -> None:
     drafter = eagle3_of(rope=rope)
     save_gguf(drafter, tmp_path / "drafter.gguf", target)
