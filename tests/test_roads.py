@@ -1,6 +1,7 @@
 """The pages of a public checkpoint's road: every command of theirs runs, in its order, on tiny models.
 
-Names on the pages stand for folders here, and `serve` for what it does before it listens: it starts the drafter.
+Names on the pages stand for folders here, and the last `serve` of a page for a `flywheel` of two
+requests, which ends. Those before it start their drafter only.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 TARGETS = ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.1-8B-Instruct", "MODEL")
 PUBLIC = "yuhuili/EAGLE3-LLaMA3.1-Instruct-8B"
 SMALL = ("device=cpu", "dtype=float32", "drafter.vocab_size=64", "engine.max_length=256", "max_new_tokens=6")
+TWO = ("traffic.requests=2", "learner.spawn=false", "drafter.adaptive=false", "http.port=null")
 
 
 def commands(page: str) -> list[list[str]]:
@@ -46,13 +48,13 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drive(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_handlers: None
 ) -> Callable[..., list[Drafter]]:
-    """Run the commands of a page in `tmp_path`; return the drafters that its `serve`s start."""
+    """Run the commands of a page in `tmp_path`; return the drafters that its `serve`s started with."""
     monkeypatch.chdir(tmp_path)
     chat = [{"messages": [{"role": "user", "content": text}]} for text in ("one", "two", "three", "four")]
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, chat)))
 
     def run(page: str, **names: Path) -> list[Drafter]:
-        started = []
+        started, last = [], []
         known = {**dict.fromkeys(TARGETS, target), **names}
         for words in commands(page):
             swapped = []
@@ -63,10 +65,14 @@ def drive(
             if command == "serve":
                 resolved = spec.resolve(load_config(overrides=[*rest, *SMALL]))
                 started.append(assembly.start_drafter(resolved, assembly.load(resolved), []))
+                last = rest
             else:
                 more = ("--epochs", "1", "learner.batch_size=2") if command == "train" else ()
                 options = [word for word in more if "=" not in word]
                 assert cli.main([command, *options, *rest, *SMALL, *(w for w in more if "=" in w)]) == 0, words
+        if started:
+            assert cli.main(["flywheel", *last, *SMALL, *TWO, "run_dir=served"]) == 0
+            assert json.loads(Path("served/summary.json").read_text())["requests"] == 2
         return started
 
     return run
