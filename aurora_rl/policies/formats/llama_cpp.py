@@ -16,7 +16,6 @@ import gguf
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 from torch import Tensor
-from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from aurora_rl.policies.drafter import Drafter, check_draft_vocab
@@ -91,12 +90,13 @@ def save_gguf(drafter: Drafter, file: str | os.PathLike[str], target_gguf: str |
         )
     try:
         writer = GGUFWriter(None, _ARCHITECTURE)
-        _add_tensors(writer, _checked(drafter))
-        _add_settings(writer, drafter)
+        checked = _checked(drafter)
+        _add_tensors(writer, checked)
+        _add_settings(writer, checked)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
     try:
-        for field in _vocabulary(target_gguf, drafter):
+        for field in _vocabulary(target_gguf, checked):
             writer.add_key_value(*field)
     except _BROKEN as error:
         raise CheckpointError(
@@ -131,7 +131,8 @@ def _checked(drafter: Drafter) -> Eagle3Drafter:
     for name, on in drafter.options.items():
         if on:
             raise ValueError(f"llama.cpp has no {name} for EAGLE-3; start a drafter without it")
-    layers, config = drafter.feature_layers, drafter.config
+    config: Any = drafter.config  # its entries are never None here, whatever the class says
+    layers = drafter.feature_layers
     if len(layers) != _LAYERS:
         raise ValueError(
             f"the drafter reads layers {layers}, and llama.cpp's EAGLE-3 reads three; start one with three in "
@@ -151,7 +152,8 @@ def _checked(drafter: Drafter) -> Eagle3Drafter:
 
 
 def _add_settings(writer: GGUFWriter, drafter: Eagle3Drafter) -> None:
-    config, key = drafter.config, f"{_ARCHITECTURE}.{{}}".format
+    config: Any = drafter.config
+    key = f"{_ARCHITECTURE}.{{}}".format
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
     writer.add_file_type(_TYPES[drafter.fc.weight.dtype][0])
@@ -189,7 +191,7 @@ def _add_tensors(writer: GGUFWriter, drafter: Eagle3Drafter) -> None:
 
 def _renamed(drafter: Eagle3Drafter) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors by llama.cpp's names, in llama.cpp's order of rows."""
-    config = drafter.config
+    config: Any = drafter.config
     if config.rope_parameters["rope_type"] == "llama3":
         yield "rope_freqs.weight", _frequency_factors(config)
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
@@ -204,7 +206,7 @@ def _neighbours(weight: Tensor, heads: int) -> Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _frequency_factors(config: LlamaConfig) -> Tensor:
+def _frequency_factors(config: Any) -> Tensor:
     """Return what llama.cpp divides the frequencies of its base by, ``[head_dim / 2]``."""
     exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
     return config.rope_parameters["rope_theta"] ** -exponents / LlamaRotaryEmbedding(config).inv_freq
