@@ -241,7 +241,7 @@ def test_commands_exist_and_their_keys_do(page: Path, tmp_path: Path, capsys: py
             assert rest[0] == "http://127.0.0.1:8000/v1/chat/completions"
             parse(rest[rest.index("-d") + 1].encode(), ChatCompletion)
         else:
-            assert program in ("vllm", "aiperf")  # in environments of their own
+            assert program in ("vllm", "aiperf", "llama-server")  # in environments of their own
 
 
 def test_the_history_of_the_reliability_page_is_printed(

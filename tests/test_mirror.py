@@ -34,6 +34,7 @@ EXCEPTIONS = {
     "test_imports.py": "the order of imports",
     "test_mirror.py": "the tests",
     "test_public_names.py": "`aurora_rl/__init__.py`",
+    "test_roads.py": "the pages of a public checkpoint's road",
     "test_sgl_kernel_stand_in.py": "tests/sglang_cpu/sgl_kernel",
     "test_smollm2.py": "the embedded model, through all rooms",
     "test_wheel.py": "the wheel",

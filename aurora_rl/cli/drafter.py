@@ -19,11 +19,13 @@ from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.policies import Drafter, get_drafter
 from aurora_rl.policies.formats.files import TRAINED_FOR, drafter_class, holds_drafter, load_drafter, local_folder
+from aurora_rl.policies.formats.llama_cpp import holds_gguf, save_gguf
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.model_card import engine_commands
 from aurora_rl.storage import CheckpointError, read_folder
 
 _FORMATS = "sglang, vllm, hf (its authors' own), or another of its formats"
+_GGUF = "gguf"
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -39,8 +41,11 @@ def register(parser: argparse.ArgumentParser) -> None:
     text = "write a drafter as an engine loads it"
     export = commands.add_parser("export", help=text, description=text)
     export.add_argument("--drafter", required=True, help="folder such as RUN_DIR/drafter, or hub id")
-    _add_out(export)
-    export.add_argument("--to", required=True, help=_FORMATS)
+    _add_out(export, f"; with --to {_GGUF} a file")
+    export.add_argument("--to", required=True, help=f"{_FORMATS}; {_GGUF} for llama.cpp")
+    export.add_argument(
+        "--target-gguf", type=Path, help=f"with --to {_GGUF}, the target's own file, whose vocabulary the drafter's has"
+    )
     export.add_argument("--from", dest="layout", help="layout of what is read; the one of run folders by default")
     add_config_arguments(export, "model=..., the target")
 
@@ -50,14 +55,15 @@ def register(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(inspect, "model=..., the target that it is checked against")
 
 
-def _add_out(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+def _add_out(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument("--out", type=Path, required=True, help=f"folder to write, new or empty{more}")
     parser.add_argument("--overwrite", action="store_true", help="replace the drafter that --out holds")
 
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Run one of the three. Returns the exit status."""
-    if arguments.what != "inspect" and not arguments.overwrite and holds_drafter(arguments.out):
+    taken = arguments.what != "inspect" and (holds_drafter(arguments.out) or holds_gguf(arguments.out))
+    if taken and not arguments.overwrite:
         raise ConfigError(f"--out {arguments.out} holds a drafter already; name another folder, or add --overwrite")
     if arguments.what == "init":
         if config.drafter.path is not None and (pair := pair_of("drafter.path", arguments.overrides)):
@@ -89,10 +95,20 @@ def _init(config: Config, out: Path, layout: str | None) -> int:
 
 
 def _export(config: Config, arguments: argparse.Namespace) -> int:
+    if (arguments.to == _GGUF) != (arguments.target_gguf is not None):
+        raise ConfigError(
+            f"--to {arguments.to} --target-gguf {arguments.target_gguf}: a GGUF file takes the "
+            f"vocabulary of the target's, and no other format does; give both --to {_GGUF} "
+            "and --target-gguf TARGET.gguf, or neither"
+        )
     # Sizes and positions are checked against the target, and written as the target has them.
     spec, kind = _resolve(config, arguments.drafter), _kind(config, arguments.drafter)
     drafter = _load(spec, kind, load(spec), arguments.layout)
-    drafter.to(spec.dtype).save_pretrained(arguments.out.resolve(), layout=arguments.to)
+    drafter.to(spec.dtype)
+    if arguments.to == _GGUF:
+        save_gguf(drafter, arguments.out.resolve(), arguments.target_gguf)
+    else:
+        drafter.save_pretrained(arguments.out.resolve(), layout=arguments.to)
     print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
     return 0
 

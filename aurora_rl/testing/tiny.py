@@ -70,11 +70,12 @@ def _random_model(
         return AutoModelForCausalLM.from_config(config)
 
 
-def tiny_folder(folder: str | os.PathLike[str]) -> Path:
+def tiny_folder(folder: str | os.PathLike[str], *, num_layers: int = 3) -> Path:
     """Write a random Llama of hidden size 32 over bytes, with tokenizer and chat template, as a Hugging Face folder.
 
     Args:
         folder: New or empty folder.
+        num_layers: Number of its decoder layers.
 
     Returns:
         The folder, which configurations take as ``model``.
@@ -96,7 +97,7 @@ def tiny_folder(folder: str | os.PathLike[str]) -> Path:
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    eos, shape = tokens.index("<eos>"), {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3}
+    eos, shape = tokens.index("<eos>"), {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": num_layers}
     _random_model("llama", 0, eos_token_id=eos, initializer_range=0.2, **shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_files import target_gguf, tensors
 from safetensors.torch import load_file
 
 from aurora_rl.cli import assembly, spec
@@ -277,3 +278,29 @@ def test_export_says_what_it_cannot_do(
     drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter
     assert export(Path(drafter), tmp_path / out, *rest, *pairs) == 2
     assert wrong in capsys.readouterr().err and not (tmp_path / out).exists()
+
+
+def test_export_to_gguf_takes_the_vocabulary_of_the_target_s_file(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [f"model={tiny_folder}", "device=cpu", "dtype=bfloat16"]
+    shape = ["drafter.vocab_size=64", "drafter.name=eagle3", "drafter.feature_layers=[0,1,2]"]
+    assert init(tmp_path / "ours", "--to", "vllm", *pairs, *shape) == 0
+    target = target_gguf(tmp_path / "target.gguf", vocab_size=300, hidden_size=32)
+    named = ["--to", "gguf", "--target-gguf", str(target), *pairs]
+    out = tmp_path / "drafter.gguf"
+    assert export(tmp_path / "ours", out, "--to", "gguf", *pairs) == 2
+    assert "give both --to gguf and --target-gguf TARGET.gguf, or neither" in capsys.readouterr().err
+    assert export(tmp_path / "ours", out, "--to", "vllm", "--target-gguf", str(target), *pairs) == 2
+    assert "--to vllm --target-gguf" in capsys.readouterr().err and not out.exists()
+    assert export(tmp_path / "ours", out, *named) == 0
+    assert capsys.readouterr().out == f"Eagle3Drafter for {tiny_folder} written to {out} (gguf)\n"
+    head = tensors(out)["output.weight"]
+    assert head[0].name == "BF16" and torch.equal(
+        torch.from_numpy(head[1]), load_file(tmp_path / "ours" / "model.safetensors")["lm_head.weight"].float()
+    )
+    assert export(tmp_path / "ours", out, *named) == 2
+    assert f"--out {out} holds a drafter already" in capsys.readouterr().err
+    assert export(tmp_path / "ours", out, "--overwrite", *named) == 0
+    assert export(tmp_path / "ours", target, "--overwrite", *named) == 2
+    assert "target.gguf is no GGUF file of an EAGLE-3 and would be lost" in capsys.readouterr().err
