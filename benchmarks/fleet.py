@@ -21,6 +21,7 @@ import math
 import multiprocessing
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -353,7 +354,8 @@ def swap_times(published: dict[int, float], engines: list[list[tuple[int, float]
 
 
 def in_process(target: Callable[..., None], *arguments: Any) -> None:
-    multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True).start()
+    # Forked from a server that has imported this script: on its own each would import torch anew, for seconds.
+    multiprocessing.get_context("forkserver").Process(target=target, args=arguments, daemon=True).start()
 
 
 def answer(connection: Connection, timeout: float = START_S) -> Any:
@@ -379,6 +381,7 @@ def cell(options: argparse.Namespace, kind: str, count: int, hidden: int = TINY,
             for each in engines:
                 each.send(rate)
             orders.send((name, *arguments))
+            print(f"{kind} {count}: {name}", file=sys.stderr, flush=True)
             return answer(orders)
 
         phase("connected", count)

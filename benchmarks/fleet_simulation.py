@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scaling import MODELS, completion_bytes, drafter_parameters
 
 from aurora_rl.collectors import engine_book, guard
 from aurora_rl.collectors.codec import DEFAULT_LIMITS
 
-ENGINES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 257, 512, 1000)
-TICK_S = 0.02
+ENGINES = (1, 4, 16, 64, 256, 1000)
+TICK_S = 0.1
 SINK = 256  # trajectories that a sink holds, and its bytes: the defaults of wire.queue and wire.queue_bytes
 SINK_BYTES = 1 << 29
 BUFFER_BYTES = 4 << 30  # the default of learner.buffer_bytes
@@ -104,7 +105,7 @@ def costs_of(path: Path) -> Costs:
     )
 
 
-def simulate(engines: int, costs: Costs, load: Load, *, seconds: float = 120.0, seed: int = 0) -> dict[str, Any]:
+def simulate(engines: int, costs: Costs, load: Load, *, seconds: float = 600.0, seed: int = 0) -> dict[str, Any]:
     """Simulate so many engines on one learner, and return what became of their trajectories and of its weights."""
     dice, here = np.random.default_rng(seed), min(engines, CONNECTIONS)
     rate = load.tokens_per_second / load.tokens * load.captured
@@ -172,25 +173,31 @@ def broken(figures: dict[str, Any], load: Load) -> list[str]:
     ]
 
 
-def first_broken(costs: Costs, load: Load) -> dict[str, int | None]:
-    """The least number of engines, by halving, at which each thing breaks; None up to the most."""
-    found: dict[str, int | None] = {}
+def studied(costs: Costs, load: Load, seconds: float = 600.0) -> dict[str, Any]:
+    """Return the figures of some numbers of engines, and the least number at which each thing breaks.
+
+    None is more than the largest number. Between two numbers the least is found by halving.
+    """
+    known: dict[int, dict[str, Any]] = {}
+
+    def figures(engines: int) -> dict[str, Any]:
+        if engines not in known:
+            known[engines] = simulate(engines, costs, load, seconds=seconds)
+        return known[engines]
+
+    breaks_at: dict[str, int | None] = {}
     for what in broken({"refused": 1, "dropped": 1.0, "last_swap_s": None}, load):
-        low, high = 0, ENGINES[-1]
-        if what not in broken(simulate(high, costs, load), load):
-            found[what] = None
-            continue
-        while high - low > 1:
+        high = next((count for count in ENGINES if what in broken(figures(count), load)), None)
+        low = max((count for count in ENGINES if high is not None and count < high), default=0)
+        while high is not None and high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if what in broken(simulate(middle, costs, load), load) else (middle, high)
-        found[what] = high
-    return found
+            low, high = (low, middle) if what in broken(figures(middle), load) else (middle, high)
+        breaks_at[what] = high
+    return {"breaks_at": breaks_at, "figures": [figures(count) for count in ENGINES]}
 
 
 def loads() -> list[Load]:
     """The loads of docs/scaling.md: a tiny model, and targets of 70B and 229B with all or a share captured."""
-    from scaling import MODELS, completion_bytes, drafter_parameters
-
     gigabytes = 25e9 / 8  # a link of 25 Gbit/s
     tiny = Load("tiny", 1000.0, 24, 1.4e4, 1.0, 6e4, 10.0, gigabytes)
     found = [tiny]
@@ -203,15 +210,5 @@ def loads() -> list[Load]:
 
 def simulated(costs: Costs) -> dict[str, Any]:
     """Figures of all loads by number of engines, and what breaks first in each."""
-    return {
-        "costs": asdict(costs),
-        "connections": CONNECTIONS,
-        "loads": [
-            {
-                **asdict(load),
-                "breaks_at": first_broken(costs, load),
-                "figures": [simulate(count, costs, load) for count in ENGINES],
-            }
-            for load in loads()
-        ],
-    }
+    studies = [{**asdict(load), **studied(costs, load)} for load in loads()]
+    return {"costs": asdict(costs), "connections": CONNECTIONS, "loads": studies}

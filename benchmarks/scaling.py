@@ -147,19 +147,19 @@ def drafter_parameters(model: Model) -> int:
     return sum(parameter.numel() for parameter in drafter_of(model).parameters())
 
 
-def flops_of_position(model: Model) -> dict[str, float]:
-    """FLOPs of a gradient step for each position of a completion, without attention to earlier positions.
+def learner_flops(model: Model) -> dict[str, float]:
+    """FLOPs of a gradient step for a position, without attention to earlier positions.
 
-    A matrix of n weights takes 2n forward and 4n backward. The joined features take one such pass, of which nothing
-    goes back to the engine; layer and draft head take one for each depth. The target's head is frozen: 2n.
+    A matrix of n weights takes 2n forward and 4n backward. Joined features, and the first keys and values, are computed
+    once at all positions; nothing goes back from the features to the engine. A position of a completion takes queries,
+    output, MLP and draft head for each depth, and further keys and values for each but the first. The target's head is
+    frozen: 2n.
     """
-    fc = LAYERS * model.hidden**2
-    rest = drafter_parameters(model) - fc
-    return {
-        "features": 4.0 * fc,
-        "layer_and_draft_head": 6.0 * STEPS * rest,
-        "target_head": 2.0 * model.hidden * model.vocab,
-    }
+    fc, keys_values = LAYERS * model.hidden**2, 2 * 2 * model.hidden * model.key_heads * model.head_dim
+    rest = drafter_parameters(model) - fc - keys_values
+    prompt = 4.0 * fc + 6.0 * keys_values
+    drafter = prompt + 6.0 * (STEPS * rest + (STEPS - 1) * keys_values)
+    return {"prompt": prompt, "completion": drafter + 2.0 * model.hidden * model.vocab}
 
 
 def counted_flops(prompt: int = 8, completion: int = 56) -> dict[str, float]:
@@ -175,12 +175,19 @@ def counted_flops(prompt: int = 8, completion: int = 56) -> dict[str, float]:
     head = TargetHead(torch.randn(model.vocab, model.hidden) / model.hidden**0.5)
     trajectory = recorded(model, "hidden", prompt, completion)
     trajectory = trajectory.apply(lambda each: each.float() if each.is_floating_point() else each.contiguous())
-    with FlopCounterMode(display=False) as counter:
+
+    def in_place(total: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
+        return 2 * a.numel() * b[1]
+
+    # The draft head's gradient is summed in place, and the counter knows `addmm` alone.
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
         out = ImitationLoss(drafter, head, steps=STEPS)(pack([trajectory]))
         out["loss_imitation"].backward()
-    expected = completion * sum(flops_of_position(model).values())
+    each = learner_flops(model)
+    expected = (prompt - 1) * each["prompt"] + completion * each["completion"]
     return {
-        "positions": completion,
+        "prompt": prompt,
+        "completion": completion,
         "counted": float(counter.get_total_flops()),
         "formula": expected,
         "counted_over_formula": round(counter.get_total_flops() / expected, 3),
@@ -188,16 +195,18 @@ def counted_flops(prompt: int = 8, completion: int = 56) -> dict[str, float]:
 
 
 def figures_of(model: Model) -> dict[str, Any]:
-    parameters, flops = drafter_parameters(model), flops_of_position(model)
-    learner = sum(flops.values())
+    parameters, flops = drafter_parameters(model), learner_flops(model)
+    request = PROMPT * flops["prompt"] + COMPLETION * flops["completion"]
     return {
         **asdict(model),
         "drafter_parameters": parameters,
         "weights_bytes_bfloat16": 2 * parameters,
         "bytes": [bytes_of(model, form) for form in ("hidden", "topk")],
-        "learner_flops_per_position": {**flops, "sum": learner},
+        "learner_flops_per_position": flops,
+        "learner_flops_per_completion_token": request / COMPLETION,
         "target_flops_per_token": 2 * model.active,
-        "learner_over_target": round(learner / (2 * model.active), 3),
+        # The engine passes over the prompt as well, and over every drafted node.
+        "learner_over_engine": round(request / (2 * model.active * (PROMPT + COMPLETION / PER_ROUND * (NODES + 1))), 3),
     }
 
 

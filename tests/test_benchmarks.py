@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -339,24 +340,37 @@ def test_a_cell_is_judged_by_its_best_peer(monkeypatch: pytest.MonkeyPatch) -> N
 # ---- benchmarks/fleet.py and benchmarks/scaling.py ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["replay", "decode"])
-def test_a_fleet_is_measured_in_all_its_phases(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fleet_is_measured_in_all_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = imported("fleet", monkeypatch)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     options = argparse.Namespace(
-        idle_seconds=0.1, flood_seconds=0.3, paced_seconds=1.5, rate=30.0, publications=2, weights_mb=0.1
+        idle_seconds=0.1, flood_seconds=0.3, paced_seconds=1.0, rate=40.0, publications=2, weights_mb=0.1
     )
 
     def in_thread(target: Any, *arguments: Any) -> None:
         threading.Thread(target=target, args=arguments, daemon=True).start()  # a process takes seconds to start
 
-    found = fleet.cell(options, kind, 2, start=in_thread)
+    found = fleet.cell(options, "replay", 2, start=in_thread)
     assert found["flood"]["trajectories_per_second"] > 0 and found["flood"]["shares"]["least"] > 0.1
     assert found["paced"]["learned_per_second"] > 0 and found["paced"]["rss_mib"] > 100
-    assert found["paced"]["until_swapped"]["last_engine_ms"]["p50"] > 0
+    assert found["publish"]["until_swapped"]["publications"] == 2
+    assert found["publish"]["until_swapped"]["last_engine_ms"]["p50"] > 0
     assert found["dropped_by_engines"] == {}
-    if kind == "replay":
-        assert found["publish"]["until_swapped"]["publications"] == 2
+
+
+def test_an_engine_of_the_fleet_that_decodes_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = imported("fleet", monkeypatch)
+    learner = fleet.LearnerEnd(fleet.TINY, str(tmp_path))
+    engine = fleet.DecodeEngine(0, learner.wire, str(tmp_path))
+    try:
+        deadline = time.monotonic() + 60
+        while learner._learner.seen < 4:
+            assert time.monotonic() < deadline
+            engine.turn(1)
+            learner._learner.step(wait_s=0.0)
+    finally:
+        engine.close()
+        learner.close()
 
 
 def test_swaps_are_timed_until_the_last_engine_has_the_version_or_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,9 +390,9 @@ def test_what_breaks_first_follows_from_the_costs(monkeypatch: pytest.MonkeyPatc
         trajectory=1e-3, byte=0.0, engine=0.0, published_byte=1e-9, base_mib=1000.0, engine_mib=1.0, swap=0.1
     )
     load = simulation.Load("", 100.0, 10, 1000.0, 1.0, 1e7, 2.0, 1e9)  # ten trajectories a second and engine
-    figures = simulation.simulate(50, costs, load)
+    figures = simulation.simulate(50, costs, load, seconds=60.0)
     assert figures["cores"] == pytest.approx(0.5 + 50 * 1e-2 / 2, rel=0.1) and figures["dropped"] == 0
-    found = simulation.first_broken(costs, load)
+    found = simulation.studied(costs, load, seconds=120.0)["breaks_at"]
     assert found["engines are refused"] == simulation.CONNECTIONS + 1
     # One core: 100 engines' trajectories, or 66 with what the publications take.
     assert 60 < found["over 1% of the trajectories are dropped"] < 105
