@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from common import RESULTS, write_result
 from fleet_simulation import costs_of, simulated
-from scaling import MODELS, recorded
+from scaling import LAYERS, MODELS, recorded
 
 from aurora_rl import Request, SamplingParams, SpecDecodeEnv
 from aurora_rl.collectors.codec import checksum
@@ -61,7 +61,11 @@ LOCAL = "tcp://127.0.0.1:*"
 SHAPE = TreeShape(3)
 TINY, VOCAB = 16, 32  # hidden size and vocabulary of the tiny model
 QUEUED = 64  # trajectories that an engine in a flood keeps waiting
-START_S = 180.0
+START_S = 300.0
+# Forked from a server that has imported these: on its own each process would import torch anew, for seconds.
+FORKED = multiprocessing.get_context("forkserver")
+PRELOADED = ["aurora_rl.training.learner", "aurora_rl.serving.server", "aurora_rl.testing", "aurora_rl.objectives"]
+PRELOADED += ["transformers.models.llama.modeling_llama"]
 Start = Callable[..., None]
 
 
@@ -185,7 +189,8 @@ class LearnerEnd:
     def __init__(self, hidden: int, folder: str) -> None:
         parts, drafter = parts_and_drafter()
         handshake = Handshake.of(parts, drafter, "eagle3")
-        check = partial(validate, vocab_size=VOCAB, feature_size=len(drafter.feature_layers) * hidden)
+        layers = len(drafter.feature_layers) if hidden == TINY else LAYERS
+        check = partial(validate, vocab_size=VOCAB, feature_size=layers * hidden)
         self._collector = ZMQCollector(LOCAL, handshake=handshake, validate=partial(check, hidden_size=hidden))
         self._publisher = WeightPublisher(LOCAL, handshake=handshake)
         self.wire = {
@@ -238,8 +243,8 @@ class LearnerEnd:
     def flood(self, seconds: float) -> dict[str, Any]:
         by_engine: Counter[str] = Counter()
         taken, bytes_taken = 0, 0
-        while not self._collector.poll(1.0):
-            pass
+        if not self._collector.poll(START_S):
+            raise TimeoutError(f"no trajectory has arrived; dropped: {dict(self._collector.rejections)}")
         began, cpu = time.monotonic(), time.process_time()
         while time.monotonic() < began + seconds:
             for trajectory in self._collector.poll(0.1):
@@ -354,8 +359,7 @@ def swap_times(published: dict[int, float], engines: list[list[tuple[int, float]
 
 
 def in_process(target: Callable[..., None], *arguments: Any) -> None:
-    # Forked from a server that has imported this script: on its own each would import torch anew, for seconds.
-    multiprocessing.get_context("forkserver").Process(target=target, args=arguments, daemon=True).start()
+    FORKED.Process(target=target, args=arguments, daemon=True).start()
 
 
 def answer(connection: Connection, timeout: float = START_S) -> Any:
@@ -426,10 +430,13 @@ def main() -> None:
         options.name = options.name or "fleet_simulated"
         write_result(__file__, options, simulated(costs_of(options.simulate)))
         return
-    cells = [cell(options, "replay", int(count)) for count in options.engines.split(",")]
-    cells += [cell(options, "decode", int(count)) for count in options.decode.split(",") if count]
-    large = cell(options, "replay", 1, options.hidden)
-    write_result(__file__, options, {"note": options.note, "cells": cells, "large": large})
+    FORKED.set_forkserver_preload(PRELOADED)
+    figures: dict[str, Any] = {"note": options.note, "large": cell(options, "replay", 1, options.hidden), "cells": []}
+    wanted = [("replay", count) for count in options.engines.split(",")]
+    wanted += [("decode", count) for count in options.decode.split(",") if count]
+    for kind, count in wanted:
+        figures["cells"].append(cell(options, kind, int(count)))
+        write_result(__file__, options, figures)  # the run takes minutes, and may be stopped
 
 
 if __name__ == "__main__":

@@ -260,3 +260,15 @@ def test_names_follow_prometheus_rules() -> None:
 def test_promtool_finds_nothing() -> None:
     done = subprocess.run(["promtool", "check", "metrics"], input=full(), capture_output=True, timeout=60)
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+def test_figures_by_engine_are_those_of_the_last_event_alone() -> None:
+    exporter = Exporter()
+    figures = {"trajectories": 5, "version": 3, "behind": 2, "drops": {"invalid": 1, "buffer_full": 2}}
+    exporter.follow(event("engines", engines={"a": figures, "b": {**figures, "version": None, "behind": None}}))
+    assert sample(exporter, "engine_trajectories_total", engine="a") == 5
+    assert sample(exporter, "engine_trajectories_dropped_total", engine="b") == 3
+    assert sample(exporter, "engine_staleness", engine="a") == 2
+    assert sample(exporter, "engine_staleness", engine="b") is None
+    exporter.follow(event("engines", engines={"(others)": figures}))  # whatever names peers make up
+    assert sample(exporter, "engine_trajectories_total", engine="a") is None
