@@ -223,6 +223,7 @@ def full() -> bytes:
         request(tokens=3, accepted={"2": 1}), event("swap", version=1, ms=1.0), event("gate", publish=True, version=1),
         event("train", loss=1.0, new=1, waiting=1), event("trial", version=2),
         status(speedup=1.5, acceptance_length=2.0, tokens_per_second={"baseline": 1.0, "speculative": 1.5}),
+        event("engines", engines={"a": {"trajectories": 1, "version": 1, "behind": 0, "drops": {"invalid": 1}}}),
     ):  # fmt: skip
         exporter.follow(each)
     exporter.failed("timeout")
