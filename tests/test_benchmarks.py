@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import importlib
 import json
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -333,3 +336,74 @@ def test_a_cell_is_judged_by_its_best_peer(monkeypatch: pytest.MonkeyPatch) -> N
     assert kernels.summary({name: way for name, way in ways.items() if name not in kernels.PEERS}) == none
     cell = {"divergence": "forward_kl", "rows": 4, "vocab": 8, "ways": ways, "summary": none}
     assert kernels.table([cell]).splitlines()[-1] == "| forward_kl | 4 | 8 | 9.0 | 1.12 |  |  | 18.0 |  |"
+
+
+# ---- benchmarks/fleet.py and benchmarks/scaling.py ---------------------------------------------------------------
+
+
+def test_a_fleet_is_measured_in_all_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = imported("fleet", monkeypatch)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    options = argparse.Namespace(
+        idle_seconds=0.1, flood_seconds=0.3, paced_seconds=1.0, rate=40.0, publications=2, weights_mb=0.1
+    )
+
+    def in_thread(target: Any, *arguments: Any) -> None:
+        threading.Thread(target=target, args=arguments, daemon=True).start()  # a process takes seconds to start
+
+    found = fleet.cell(options, "replay", 2, start=in_thread)
+    assert found["flood"]["trajectories_per_second"] > 0 and found["flood"]["shares"]["least"] > 0.1
+    assert found["paced"]["learned_per_second"] > 0 and found["paced"]["rss_mib"] > 100
+    assert found["publish"]["until_swapped"]["publications"] == 2
+    assert found["publish"]["until_swapped"]["last_engine_ms"]["p50"] > 0
+    assert found["dropped_by_engines"] == {}
+
+
+def test_an_engine_of_the_fleet_that_decodes_is_learned_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = imported("fleet", monkeypatch)
+    learner = fleet.LearnerEnd(fleet.TINY, str(tmp_path))
+    engine = fleet.DecodeEngine(0, learner.wire, str(tmp_path))
+    try:
+        deadline = time.monotonic() + 60
+        while learner._learner.seen < 4:
+            assert time.monotonic() < deadline
+            engine.turn(1)
+            learner._learner.step(wait_s=0.0)
+    finally:
+        engine.close()
+        learner.close()
+
+
+def test_swaps_are_timed_until_the_last_engine_has_the_version_or_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = {1: 10.0, 2: 20.0, 3: 30.0}
+    engines = [[(1, 10.5), (2, 20.1)], [(2, 20.2)]]  # the second skipped version 1, and nobody has loaded 3
+    assert imported("fleet", monkeypatch).swap_times(published, engines) == {
+        "publications": 2,
+        "not_loaded_at_the_end": 1,
+        "engine_ms": {"p50": 350.0, "max": 10200.0},
+        "last_engine_ms": {"p50": 5200.0, "max": 10200.0},
+    }
+
+
+def test_what_breaks_first_follows_from_the_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = imported("fleet_simulation", monkeypatch)
+    costs = simulation.Costs(
+        trajectory=1e-3, byte=0.0, engine=0.0, published_byte=1e-9, base_mib=1000.0, engine_mib=1.0, swap=0.1
+    )
+    load = simulation.Load("", 100.0, 10, 1000.0, 1.0, 1e7, 2.0, 1e9)  # ten trajectories a second and engine
+    figures = simulation.simulate(50, costs, load, seconds=60.0)
+    assert figures["cores"] == pytest.approx(0.5 + 50 * 1e-2 / 2, rel=0.1) and figures["dropped"] == 0
+    found = simulation.studied(costs, load, seconds=120.0)["breaks_at"]
+    assert found["engines are refused"] == simulation.CONNECTIONS + 1
+    # One core: 100 engines' trajectories, or 66 with what the publications take.
+    assert 60 < found["over 1% of the trajectories are dropped"] < 105
+
+
+def test_the_arithmetic_of_scale_is_that_of_the_layout_and_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    scaling = imported("scaling", monkeypatch)
+    (large, _), flops = scaling.MODELS, scaling.counted_flops()
+    features = 2 * 3 * large.hidden + 8  # bfloat16 of three layers, and the token
+    assert scaling.bytes_of(large, "hidden")["per_prompt_token"] == features
+    assert scaling.bytes_of(large, "hidden")["per_completion_token"] > features + 2 * large.hidden
+    assert scaling.bytes_of(large, "topk")["per_completion_token"] < features + 3000
+    assert flops["counted_over_formula"] == pytest.approx(1, abs=0.1)

@@ -17,6 +17,7 @@ from aurora_rl.adaptation.metrics import Served
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_shape import TreeShape
+from aurora_rl.telemetry.engine_counts import EngineCounts
 from aurora_rl.training.gate import replay
 from aurora_rl.training.learner import Learner
 from aurora_rl.training.offline import Trajectories
@@ -31,6 +32,7 @@ class LocalWire:
     Attributes:
         waiting: Trajectories that the learner has not taken.
         rejections: Messages dropped, of which there are none.
+        engines: Counts by engine.
         newest: The newest weights and their version; None once they are taken.
     """
 
@@ -42,7 +44,7 @@ class LocalWire:
 
     def __init__(self) -> None:
         self.waiting: list[TensorDictBase] = []
-        self.rejections = Counter[str]()
+        self.rejections, self.engines = Counter[str](), EngineCounts()
         self.next_version = 1
         self.newest: tuple[int, dict[str, Tensor]] | None = None
 

@@ -187,7 +187,7 @@ class LearnerConfig:
     buffer: int = 2000
     """Requests kept for replay."""
     buffer_bytes: int = 4294967296
-    """Most bytes of them: beyond it the oldest goes first."""
+    """Most bytes of them. Beyond either bound the oldest goes first, of the engine that has most."""
     muon_lr: float = 0.02
     """Learning rate of the matrices (Muon)."""
     adam_lr: float = 5e-4

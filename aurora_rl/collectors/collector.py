@@ -17,6 +17,7 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import ServerKeys
 from aurora_rl.collectors.sink import DELETION, TRAJECTORY
 from aurora_rl.collectors.sockets import bind, open_socket, source_of
+from aurora_rl.telemetry.engine_counts import EngineCounts
 from aurora_rl.telemetry.throttle import Throttle
 from aurora_rl.tenants import check_tenant
 
@@ -62,6 +63,8 @@ class ZMQCollector:
             raise ValueError(f"high_water must be positive, got {high_water}")
         self.rejections: Counter[str] = Counter()
         """Dropped messages by kind: ``malformed``, ``handshake`` or ``invalid``."""
+        self.engines = EngineCounts()
+        """The same by engine; its reader may count more."""
         self.handshake_error: str | None = None
         """How the latest engine of another deployment differed."""
         self._handshake = handshake
@@ -175,6 +178,7 @@ class ZMQCollector:
 
     def _reject(self, kind: str, source: str, reason: object) -> None:
         self.rejections[kind] += 1
+        self.engines.dropped(source, kind)
         self._log.warning(kind, "a trajectory of %s is dropped, %s: %s", source or "a peer", kind, reason)
 
 

@@ -242,6 +242,15 @@ EVENTS: dict[str, Event] = {
         "The learner dropped trajectories since the last such line; once a second at most.",
         {"reasons": "Trajectories by reason; see `dropped` in `status`.", "steps": _SEEN["steps"]},
     ),
+    "engines": Event(
+        "What arrived of each engine so far; every five seconds at most, if something is new.",
+        {
+            "engines": "By name, of the 64 engines that were heard last, and of all others together as `(others)`: "
+            "`trajectories` that arrived; `version` that drafted the last round of the newest; `behind`, versions that "
+            "were published after it; `drops`, trajectories that the learner dropped by reason, as in `drops`.",
+            "steps": _SEEN["steps"],
+        },
+    ),
     "deleted": Event(
         "The learner has dropped the trajectories of tenants whose data was to be deleted.",
         {

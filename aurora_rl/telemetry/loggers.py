@@ -25,7 +25,7 @@ LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 # `aurora-rl train` serves nothing, and counts batches.
 _STEPS = {
     "status": "requests", "swap": "requests", "train": "steps", "gate": "steps", "drops": "steps",
-    "evaluation": "batches",
+    "engines": "steps", "evaluation": "batches",
 }  # fmt: skip
 _TURN_S, _END_S = 1.0, 30.0
 

@@ -144,6 +144,17 @@ METRICS: dict[str, Metric] = {
             "learner_died",
         ),
     ),
+    "engine_trajectories_total": Metric(
+        "counter",
+        "Trajectories that arrived at the server's learner, by engine; of all but the last 64 together.",
+        "engine",
+    ),
+    "engine_trajectories_dropped_total": Metric(
+        "counter", "Trajectories that the server's learner dropped, by engine, whatever the reason.", "engine"
+    ),
+    "engine_staleness": Metric(
+        "gauge", "Versions that were published after the one that drafted an engine's newest trajectory.", "engine"
+    ),
     "build_info": Metric("gauge", "1, with the version of the package.", "version"),
 }
 """Every metric by its name after ``aurora_``."""
@@ -218,6 +229,8 @@ class Exporter(Collector):
                 self._set("learner_version", event["version"])
             case "checkpoint":
                 self._set("learner_version", event["version"])
+            case "engines":
+                self._engines(event["engines"])
             case "learner_died":
                 self._set("learner_up", 0)
             case "learner_restarted":
@@ -245,6 +258,16 @@ class Exporter(Collector):
         self._trials[trial] = version
         here, at_engines = self._trials.get("trial"), self._trials.get("engine_trial")
         self._set("canary_version", at_engines if here is None else here)
+
+    def _engines(self, engines: Mapping[str, Mapping[str, Any]]) -> None:
+        # In the place of all that was said before: an engine may be among the others now.
+        self._numbers["engine_trajectories_total"] = {name: of["trajectories"] for name, of in engines.items()}
+        self._numbers["engine_trajectories_dropped_total"] = {
+            name: sum(of["drops"].values()) for name, of in engines.items()
+        }
+        self._numbers["engine_staleness"] = {
+            name: of["behind"] for name, of in engines.items() if of["behind"] is not None
+        }
 
     def _status(self, event: Mapping[str, Any]) -> None:
         for drafted, rounds in event["drafted"].items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -20,7 +22,10 @@ from aurora_rl.policies.policy import DrafterPolicy, not_finite
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.statistics import mean_interval
 from aurora_rl.training.replay import as_state, of_state
+from aurora_rl.training.shares import RecentEngines, engine_of
 from aurora_rl.trajectories import check_features
+
+_PRESENT = 8  # times the requests of a decision: arrivals of others after which an engine that sends none has gone
 
 
 class Replay(NamedTuple):
@@ -143,7 +148,8 @@ class Decision:
 class Gate:
     """Holds back arrivals, and compares a candidate with the serving weights on them.
 
-    What decides was seen by neither: arrivals that are held back are learned from only after the decision.
+    What decides was seen by neither: arrivals that are held back are learned from only after the decision. Each of the
+    engines that sent the last ``8 * requests`` arrivals has an equal share of them, rounded up.
 
     Args:
         requests: ``K``, arrivals of a decision.
@@ -158,6 +164,7 @@ class Gate:
     def __init__(self, requests: int, margin: float, shape: TreeShape, drafter: Drafter) -> None:
         self._requests, self._margin, self._shape, self._drafter = requests, margin, shape, drafter
         self._held: list[TensorDictBase] = []
+        self._recent = RecentEngines(_PRESENT * requests)
         self.holding = False
 
     def hold(self) -> None:
@@ -166,14 +173,23 @@ class Gate:
 
     def admit(self, arrivals: Sequence[TensorDictBase]) -> list[TensorDictBase]:
         """Take arrivals; return those that may be learned from now."""
-        wanted = self._requests - len(self._held) if self.holding else 0
-        self._held += arrivals[:wanted]
-        return list(arrivals[wanted:])
+        passed: list[TensorDictBase] = []
+        self._recent.extend(map(engine_of, arrivals))
+        share = math.ceil(self._requests / max(len(self._recent), 1))
+        held = Counter(map(engine_of, self._held))
+        for each in arrivals:
+            engine = engine_of(each)
+            if self.holding and len(self._held) < self._requests and held[engine] < share:
+                self._held.append(each)
+                held[engine] += 1
+            else:
+                passed.append(each)
+        return passed
 
-    def drop(self, gone: Callable[[TensorDictBase], bool]) -> int:
-        """Hold the arrivals that meet a condition no longer, and return how many they were; others take their place."""
-        kept = [each for each in self._held if not gone(each)]
-        dropped, self._held = len(self._held) - len(kept), kept
+    def drop(self, gone: Callable[[TensorDictBase], bool]) -> list[TensorDictBase]:
+        """Hold the arrivals that meet a condition no longer, and return them; others take their place."""
+        dropped = [each for each in self._held if gone(each)]
+        self._held = [each for each in self._held if not gone(each)]
         return dropped
 
     @property
@@ -214,10 +230,13 @@ class Gate:
         return decision, released
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it holds back."""
-        return {"holding": self.holding, "held": [as_state(each) for each in self._held]}
+        """Return what it holds back, and the engines of the last arrivals."""
+        held = [as_state(each) for each in self._held]
+        return {"holding": self.holding, "held": held, "recent": self._recent.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Hold back what :meth:`state_dict` returned."""
         self.holding = state["holding"]
         self._held = [of_state(each) for each in state["held"]]
+        self._recent = RecentEngines(_PRESENT * self._requests)
+        self._recent.extend(state["recent"])

@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,20 +29,21 @@ from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.checkpoint import newest_training_state, save_training_state
 from aurora_rl.training.engine_canary import EngineCanary
 from aurora_rl.training.gate import Gate
-from aurora_rl.training.replay import NewestTrajectories, as_state, of_state
+from aurora_rl.training.replay import NewestTrajectories
 from aurora_rl.training.retention import AgeLimit, is_deleted
 from aurora_rl.training.served_weights import StartCheck, WeightAudit, with_weights
+from aurora_rl.training.shares import engine_of, in_turns
 from aurora_rl.training.states import add_state
 from aurora_rl.training.steps import has_finite_step, rounded, train_step
 from aurora_rl.training.wire_ends import TrajectorySource, WeightSink
+from aurora_rl.training.wire_notes import WireNotes
 from aurora_rl.trajectories import pack
 
 logger = logging.getLogger(__name__)
 
 _STATE = "the training state"
 _STREAM = "stream.pt"  # of a training state: the replay buffer, and what else the trajectories left
-_NOTE_S = 1.0  # a peer may send junk without an end
-_COUNTS = "seen steps skipped version _skipped_in_a_row _credit _since_candidate _decided_steps _unlearned".split()
+_COUNTS = "seen steps skipped version _skipped_in_a_row _credit _since_candidate _decided_steps".split()
 
 
 class Learner:
@@ -114,11 +114,10 @@ class Learner:
         self.outputs, self._keep, self._versions = outputs, keep, self._checkpoint.parent / "versions"
         self._keep_states, self._save_buffer = keep_states, save_buffer
         self._new: list[TensorDictBase] = []
-        self._refusal: str | None = None
-        self._unlearned, self._noted, self._next_note = 0, Counter[str](), 0.0
+        self._notes = WireNotes(collector, publisher, log)
         self._sound: TensorDictBase | None = None  # the last new trajectory on which a step was taken
-        self._credit = self._since_candidate = self._decided_steps = self._quarantined = self._refused = 0
-        self._age_limit, self._once, self._expired = AgeLimit(max_age), once, 0
+        self._credit = self._since_candidate = self._decided_steps = 0
+        self._age_limit, self._once = AgeLimit(max_age), once
         self._serving = self._frozen()
         self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is rejected
         self._start_check = StartCheck(self._serving, log)
@@ -178,14 +177,13 @@ class Learner:
     def step(self, wait_s: float = 0.2) -> bool:
         """Take what arrived, and learn from one batch. Return False if there was nothing to do."""
         busy = len(self._new) >= self._batch_size or self._credit > 0
-        arrivals = self._retained(self._collector.poll(timeout_s=0.0 if busy else wait_s))
+        arrivals = self._collector.poll(timeout_s=0.0 if busy else wait_s)
+        self._notes.arrived(arrivals)
+        arrivals = self._retained(arrivals)
         self._audit.check(arrivals)
         self._admit(self._gate.admit(arrivals))
-        self._note_refusal()
-        if time.monotonic() >= self._next_note:
-            self._note_drops()
-            if not self.version:
-                self._start_check.check(self._publisher.served)
+        if self._notes.write(self.steps, self.version) and not self.version:
+            self._start_check.check(self._publisher.served)
         self._note_rejection()
         if self._canary is not None:
             self._canary.follow(arrivals, self._publish)
@@ -224,19 +222,19 @@ class Learner:
             arrivals = [each for each in arrivals if not gone(each)]
             dropped = number - len(arrivals) + self._drop(gone)[1]
             self._log.write("deleted", tenants=len(deletions), trajectories=dropped, steps=self.steps)
-        look, number = self._age_limit.due(), len(arrivals)
-        arrivals = [each for each in arrivals if not self._age_limit.passed(each)]
-        self._expired += number - len(arrivals) + (self._drop(self._age_limit.passed)[0] if look else 0)
-        return arrivals
+        expired = self._drop(self._age_limit.passed)[0] if self._age_limit.due() else []
+        expired += [each for each in arrivals if self._age_limit.passed(each)]
+        self._notes.dropped("expired", expired)
+        return [each for each in arrivals if not self._age_limit.passed(each)]
 
-    def _drop(self, gone: Callable[[TensorDictBase], bool]) -> tuple[int, int]:
-        """Drop trajectories. Return how many of them were not learned from, and how many they were."""
-        held, number = self._gate.drop(gone), len(self._new)  # what is held is in no buffer
+    def _drop(self, gone: Callable[[TensorDictBase], bool]) -> tuple[list[TensorDictBase], int]:
+        """Drop trajectories. Return those that were not learned from, and how many there were in all."""
+        held = self._gate.drop(gone)  # what is held is in no buffer
+        unlearned = held + [each for each in self._new if gone(each)]
         self._new = [each for each in self._new if not gone(each)]
-        unlearned = held + number - len(self._new)
         if self._sound is not None and gone(self._sound):
             self._sound = None
-        dropped = held + self._replayed.drop(gone)
+        dropped = len(held) + self._replayed.drop(gone)
         self._credit *= len(self._buffer) > 0  # else there is nothing to replay
         return unlearned, dropped
 
@@ -244,9 +242,9 @@ class Learner:
         if trajectories:
             self._buffer.extend(trajectories)
             # What the buffer has let go is not kept waiting here either: arrivals may outrun learning for long.
-            new = [*self._new, *trajectories]
-            self._new = new[-len(self._buffer) :]
-            self._unlearned += len(new) - len(self._new)
+            new, gone = self._replayed.parted([*self._new, *trajectories])
+            self._notes.dropped("buffer_full", gone)
+            self._new = [new[turn] for turn in in_turns([engine_of(each) for each in new])]
             self._since_candidate += len(trajectories)
 
     def _note_rejection(self) -> None:
@@ -258,24 +256,6 @@ class Learner:
         shutil.rmtree(self._versions / str(self.version), ignore_errors=True)
         self._log.write("rejected", version=self.version, reason=reason, seen=self.seen, steps=self.steps)
         self.outputs.write(_STATE, self.save)
-
-    def _note_refusal(self) -> None:
-        if (refusal := self._collector.handshake_error or self._publisher.error) != self._refusal:
-            self._refusal = refusal
-            self._log.write("refused", reason=refusal)
-
-    def _note_drops(self) -> None:
-        """Log what was dropped, and who was refused, since the last such events."""
-        self._next_note = time.monotonic() + _NOTE_S
-        dropped = self._collector.rejections + Counter(
-            buffer_full=self._unlearned, quarantined=self._quarantined, expired=self._expired
-        )
-        if dropped != self._noted:
-            self._log.write("drops", reasons=dict(dropped - self._noted), steps=self.steps)
-            self._noted = dropped
-        if (refused := self._collector.refused + self._publisher.refused) != self._refused:
-            self._refused = refused
-            self._log.write("peers_refused", peers=refused, steps=self.steps)
 
     def _train(self, batch: TensorDictBase, *, new: int) -> bool:
         """Take a step, and return whether it was taken."""
@@ -305,8 +285,9 @@ class Learner:
         found = [each for each in self._replayed.of_requests(requests) if not self._has_step(each)]
         if found:
             self._replayed.remove(found)
-            self._quarantined += len(found)
-            sources = sorted({each.get_non_tensor("source", default="") for each in found})
+            self._new, _ = self._replayed.parted(self._new)
+            self._notes.dropped("quarantined", found)
+            sources = sorted({engine_of(each) for each in found})
             names = [int(each["request"]) for each in found]
             logger.warning(
                 "requests %s of %s are dropped, as no step could be taken with them: %s", names, sources, reason
@@ -408,7 +389,7 @@ class Learner:
             "serving": self._serving,
             "buffer": self._buffer.state_dict(),
             "gate": self._gate.state_dict(),
-            "new": [as_state(each) for each in self._new],
+            "new": self._replayed.places(self._new),
             "objectives": [dict(each.named_buffers(recurse=False)) for each in self._objectives()],
             "random": torch.get_rng_state(),
             "counts": {name: getattr(self, name) for name in _COUNTS},
@@ -430,7 +411,7 @@ class Learner:
         """Go on in the stream of trajectories where :meth:`state_dict` was taken."""
         self._buffer.load_state_dict(state["buffer"])
         self._gate.load_state_dict(state["gate"])
-        self._new = [of_state(each) for each in state["new"]]
+        self._new = [self._replayed[place] for place in state["new"]]
         for objective, values in zip(self._objectives(), state["objectives"], strict=True):
             for name, value in values.items():
                 objective.get_buffer(name).copy_(value)
@@ -443,6 +424,6 @@ class Learner:
 
     def close(self) -> None:
         """Close the wire."""
-        self._note_drops()
+        self._notes.close(self.steps, self.version)
         self._collector.shutdown()
         self._publisher.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,9 +15,11 @@ from torchrl.data.replay_buffers.samplers import RandomSampler
 from torchrl.data.replay_buffers.storages import Storage
 from typing_extensions import override
 
+from aurora_rl.training.shares import RecentEngines, engine_of, in_turns
 from aurora_rl.trajectories import pack, size_of
 
 _NEWEST = 32  # trajectories
+_PRESENT = 8  # times the capacity: trajectories of others after which an engine that sends none has gone
 _NOTES = ("source", "tenant", "captured", "seconds")  # of the collector, on each trajectory
 
 
@@ -35,7 +39,10 @@ def of_state(state: Mapping[str, Any]) -> TensorDict:
 
 
 class NewestTrajectories(ListStorage):
-    """Keeps the newest trajectories within a number and a size; the oldest goes first.
+    """Keeps the newest trajectories within a number and a size, in fair shares of the engines that sent them.
+
+    The oldest of the engine that has most goes first. An engine that sends little keeps what it sent for longer, and
+    one that has sent none of the last ``8 * capacity`` trajectories has no share: its own go before all others.
 
     Args:
         capacity: Most trajectories.
@@ -46,34 +53,93 @@ class NewestTrajectories(ListStorage):
 
     def __init__(self, capacity: int, max_bytes: int | None = None) -> None:
         super().__init__(capacity)
-        self._max_bytes, self._bytes = max_bytes, 0
+        self._max_bytes = math.inf if max_bytes is None else max_bytes
+        self._recent = RecentEngines(_PRESENT * capacity)
+        self._engines: list[str] = []  # of each trajectory
+        self._number, self._bytes = Counter[str](), Counter[str]()  # of each engine's trajectories
 
     @override
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
         # The writer's places are those of a ring; here the newest is always the last.
         for trajectory in [data] if isinstance(data, TensorDictBase) else data:
-            self._storage.append(trajectory)
-            self._bytes += size_of(trajectory)
-            while len(self._storage) > self.max_size or (self._over() and len(self._storage) > 1):
-                self._bytes -= size_of(self._storage.pop(0))
+            self._recent.extend([engine_of(trajectory)])
+            self._append(trajectory)
+            while len(self._storage) > 1 and (full := self._full()) is not None:
+                self._take_out(self._first_to_go(full))
+        self._bump_mutation_revision()
+
+    def _append(self, trajectory: TensorDictBase) -> None:
+        engine = engine_of(trajectory)
+        self._storage.append(trajectory)
+        self._engines.append(engine)
+        self._number[engine] += 1
+        self._bytes[engine] += size_of(trajectory)
+
+    def _full(self) -> Counter[str] | None:
+        """Return what there is too much of, by engine: bytes or trajectories; None if there is room."""
+        if self._bytes.total() > self._max_bytes:
+            return self._bytes
+        return self._number if len(self._storage) > self.max_size else None
+
+    def _first_to_go(self, held: Counter[str]) -> int:
+        """Return the place of the oldest trajectory of the engine that has most; the newest trajectory stays."""
+        newest = self._engines[-1]
+        claims = {
+            engine: held[engine] if engine in self._recent else math.inf
+            for engine, number in self._number.items()
+            if number > (engine == newest)
+        }
+        most = max(claims.values())
+        largest = {engine for engine, claim in claims.items() if claim == most}
+        return next(place for place, engine in enumerate(self._engines) if engine in largest)
+
+    def _take_out(self, place: int) -> None:
+        trajectory, engine = self._storage.pop(place), self._engines.pop(place)
+        self._number[engine] -= 1
+        self._bytes[engine] -= size_of(trajectory)
+        if not self._number[engine]:
+            del self._number[engine], self._bytes[engine]
+
+    def _keep(self, trajectories: Iterable[TensorDictBase]) -> None:
+        self._storage, self._engines = [], []
+        self._number.clear()
+        self._bytes.clear()
+        for trajectory in trajectories:
+            self._append(trajectory)
         self._bump_mutation_revision()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"trajectories": [as_state(each) for each in self._storage]}
+        return {"trajectories": [as_state(each) for each in self._storage], "recent": self._recent.state()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._storage = [of_state(each) for each in state_dict["trajectories"]]
-        self._bytes = sum(map(size_of, self._storage))
-        self._bump_mutation_revision()
-
-    def _over(self) -> bool:
-        return self._max_bytes is not None and self._bytes > self._max_bytes
+        self._recent = RecentEngines(_PRESENT * self.max_size)
+        self._recent.extend(state_dict["recent"])
+        self._keep(of_state(each) for each in state_dict["trajectories"])
 
     def of_requests(self, requests: Collection[int]) -> list[TensorDictBase]:
         """Return the trajectories of these requests."""
         return [each for each in self._storage if int(each["request"]) in requests]
+
+    def places(self, trajectories: Sequence[TensorDictBase]) -> list[int]:
+        """Return the places of these very objects, all of which are here."""
+        places = {id(each): place for place, each in enumerate(self._storage)}
+        return [places[id(each)] for each in trajectories]
+
+    def parted(self, trajectories: Sequence[TensorDictBase]) -> tuple[list[TensorDictBase], list[TensorDictBase]]:
+        """Return those of these very objects that are here, and those that are not."""
+        here = {id(each) for each in self._storage}
+        parts: tuple[list[TensorDictBase], list[TensorDictBase]] = ([], [])
+        for each in trajectories:
+            parts[id(each) not in here].append(each)
+        return parts
+
+    def newest(self, most: int) -> list[int]:
+        """Return the places of the newest trajectories, as many of each engine that is here as there are."""
+        places = [place for place, engine in enumerate(self._engines) if engine in self._recent][::-1]
+        turns = in_turns([self._engines[place] for place in places])
+        return sorted(places[turn] for turn in turns[:most])
 
     def remove(self, trajectories: Sequence[TensorDictBase]) -> None:
         """Remove these very objects."""
@@ -84,23 +150,23 @@ class NewestTrajectories(ListStorage):
         """Remove the trajectories that meet a condition, and return how many they were."""
         kept = [each for each in self._storage if not gone(each)]
         if dropped := len(self._storage) - len(kept):
-            self._storage, self._bytes = kept, sum(map(size_of, kept))
-            self._bump_mutation_revision()
+            self._keep(kept)
         return dropped
 
 
 class RecentSampler(RandomSampler):
     """Draws every second batch, on average, from the newest 32 trajectories, and the others from all.
 
-    So learning follows traffic that shifts, and what came before is not forgotten.
+    So learning follows traffic that shifts, and what came before is not forgotten. Of the newest, as many are of each
+    engine, however much it sends.
     """
 
     @override
     def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
         if torch.rand((), dtype=torch.float32, generator=self._rng) < 0.5:
             return super().sample(storage, batch_size)
-        count = len(storage)
-        return torch.randint(max(count - _NEWEST, 0), count, (batch_size,), generator=self._rng), {}
+        newest = torch.tensor(cast("NewestTrajectories", storage).newest(_NEWEST))
+        return newest[torch.randint(len(newest), (batch_size,), generator=self._rng)], {}
 
 
 def trajectory_buffer(capacity: int, batch_size: int, seed: int = 0, max_bytes: int | None = None) -> ReplayBuffer:

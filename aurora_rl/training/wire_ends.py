@@ -9,6 +9,8 @@ from typing import Protocol
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from aurora_rl.telemetry.engine_counts import EngineCounts
+
 
 class TrajectorySource(Protocol):
     """Where trajectories come from, such as :class:`~aurora_rl.collectors.collector.ZMQCollector`.
@@ -16,10 +18,12 @@ class TrajectorySource(Protocol):
     Attributes:
         handshake_error: How the latest engine of another deployment differed.
         rejections: Messages dropped so far, by kind.
+        engines: Counts by engine; a source counts what it drops itself.
     """
 
     handshake_error: str | None
     rejections: Counter[str]
+    engines: EngineCounts
 
     @property
     def refused(self) -> int:

@@ -236,6 +236,7 @@ def full() -> bytes:
         request(tokens=3, accepted={"2": 1}), event("swap", version=1, ms=1.0), event("gate", publish=True, version=1),
         event("train", loss=1.0, new=1, waiting=1), event("trial", version=2),
         status(speedup=1.5, acceptance_length=2.0, tokens_per_second={"baseline": 1.0, "speculative": 1.5}),
+        event("engines", engines={"a": {"trajectories": 1, "version": 1, "behind": 0, "drops": {"invalid": 1}}}),
     ):  # fmt: skip
         exporter.follow(each)
     exporter.failed("timeout")
@@ -273,3 +274,15 @@ def test_names_follow_prometheus_rules() -> None:
 def test_promtool_finds_nothing() -> None:
     done = subprocess.run(["promtool", "check", "metrics"], input=full(), capture_output=True, timeout=60)
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
+
+
+def test_figures_by_engine_are_those_of_the_last_event_alone() -> None:
+    exporter = Exporter()
+    figures = {"trajectories": 5, "version": 3, "behind": 2, "drops": {"invalid": 1, "buffer_full": 2}}
+    exporter.follow(event("engines", engines={"a": figures, "b": {**figures, "version": None, "behind": None}}))
+    assert sample(exporter, "engine_trajectories_total", engine="a") == 5
+    assert sample(exporter, "engine_trajectories_dropped_total", engine="b") == 3
+    assert sample(exporter, "engine_staleness", engine="a") == 2
+    assert sample(exporter, "engine_staleness", engine="b") is None
+    exporter.follow(event("engines", engines={"(others)": figures}))  # whatever names peers make up
+    assert sample(exporter, "engine_trajectories_total", engine="a") is None

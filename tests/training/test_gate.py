@@ -16,6 +16,7 @@ from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetPart
 from aurora_rl.testing import serve, tiny_target, topk_form
 from aurora_rl.training import gate as gate_module
 from aurora_rl.training.gate import Decision, Gate, Replay, replay
+from aurora_rl.training.shares import engine_of
 from aurora_rl.trajectories import pack
 
 PROMPTS = [torch.arange(n) * 5 % 32 for n in (1, 7, 3, 12, 2, 5)]
@@ -149,6 +150,30 @@ def test_arrivals_pass_until_the_gate_holds() -> None:
         gate.decide({}, {})
     assert numbers(gate.admit(arrivals(5, 6, 7))) == [6, 7] and gate.ready
     assert numbers(gate.admit(arrivals(8))) == [8]
+
+
+def of_engines(*engines: str) -> list[TensorDict]:
+    return [TensorDict({"request": torch.tensor(0)}).set_non_tensor("source", engine) for engine in engines]
+
+
+def test_each_engine_that_sends_has_an_equal_share_of_a_decision() -> None:
+    gate = small_gate(requests=4)
+    gate.admit(of_engines("few"))
+    gate.hold()
+    passed = gate.admit(of_engines(*["many"] * 20))
+    assert len(passed) == 18 and not gate.ready  # its share is held; the others are learned from
+    assert gate.admit(of_engines("few", "many", "few", "few")) != [] and gate.ready
+    assert [engine_of(each) for each in gate._held] == ["many", "many", "few", "few"]
+
+
+def test_a_decision_does_not_wait_for_an_engine_that_has_gone() -> None:
+    gate = small_gate(requests=4)
+    gate.admit(of_engines("gone"))
+    gate.hold()
+    gate.admit(of_engines(*["here"] * (8 * 4 - 1)))
+    assert len(gate._held) == 2
+    gate.admit(of_engines("here", "here"))
+    assert gate.ready
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_what_is_refused_is_told_by_reason_although_no_step_is_taken(make: Make,
 def test_what_a_full_buffer_lets_go_of_before_its_turn_is_told(
     make: Make, served: list[TensorDict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aurora_rl.training.learner._NOTE_S", 0.0)
+    monkeypatch.setattr("aurora_rl.training.wire_notes._NOTE_S", 0.0)
     loop = make(buffer=4, batch_size=2)
     send(loop, served[:12])
     step_until(loop, lambda: loop.learner.seen + dropped(loop).total() == 12)

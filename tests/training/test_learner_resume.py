@@ -150,7 +150,7 @@ def test_a_state_that_does_not_fit_changes_nothing(make: Make) -> None:
 def test_a_learner_that_did_not_resume_says_what_its_gate_compares_with(
     make: Make, first: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(learners, "_NOTE_S", 0.0)
+    monkeypatch.setattr("aurora_rl.training.wire_notes._NOTE_S", 0.0)
     day0, published = make().learner._serving, first.learner._serving
     for number, (version, weights, says) in enumerate(
         [(0, day0, []), (7, day0, [(7, True)]), (7, published, [(7, False)]), (0, published, [(0, False)])]

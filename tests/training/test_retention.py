@@ -70,7 +70,7 @@ def test_what_is_deleted_is_not_replayed_even_if_nothing_else_is_there(make: Mak
 def test_what_is_too_old_is_neither_kept_nor_learned_from(
     make: Make, served: list[TensorDict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aurora_rl.training.learner._NOTE_S", 0.0)
+    monkeypatch.setattr("aurora_rl.training.wire_notes._NOTE_S", 0.0)
     loop, ahead = make(batch_size=2, replay=1, max_age=3600.0), [0.0]
     loop.learner._age_limit = AgeLimit(3600.0, lambda: time.time() + ahead[0])
     send(loop, served[:3])
