@@ -98,7 +98,7 @@ class ExpectedLengthLoss(Objective):
     def values(self, batch: TensorDictBase) -> Values:
         length, true, valid = self._text(batch) if self.contexts == "text" else self._trees(batch)
         metrics = {
-            name: torch.where(valid, part, 0.0).sum() / valid.sum().clamp(min=1)
+            name: self.mean(part, valid)
             for name, part in zip(self.metrics, (length, true), strict=False)
         }
         return Values(-length[None], length.new_ones(()), valid[None], metrics)
