@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import resource
 import time
-from pathlib import Path
 
 import torch
 from common import arguments, parse, write_result
@@ -33,7 +32,9 @@ from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import make_trajectory, pack
 
 
-def trajectories(count: int, tokens: int, width: int, features: int, vocab: int, dtype: torch.dtype) -> list[TensorDict]:
+def trajectories(
+    count: int, tokens: int, width: int, features: int, vocab: int, dtype: torch.dtype
+) -> list[TensorDict]:
     """Random requests of one length."""
     generator = torch.Generator().manual_seed(0)
     return [
@@ -89,7 +90,7 @@ def main() -> None:
     before = peak_bytes(device)
     if ranks is not None:
         shared = ParallelLoss(loss, ranks, optimizers)
-        start_alike(ranks, loss, optimizers)
+        start_alike(shared, optimizers)
         if ranks.rank:
             began = time.process_time()
             follow(shared, optimizers, autocast=half == torch.bfloat16)

@@ -90,8 +90,8 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path, ranks: Ranks | 
         )
         if settings.resume is not None:
             result.resume(Path(settings.resume))
-        if ranks is not None:
-            start_alike(ranks, loss, optimizers)
+        if isinstance(shared, ParallelLoss):
+            _begin_together(config, shared, drafter, optimizers)
         opened.pop_all()
     return result
 
@@ -99,13 +99,25 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path, ranks: Ranks | 
 def build_follower(spec: RunSpec, ranks: Ranks) -> tuple[ParallelLoss, list[torch.optim.Optimizer]]:
     """Return loss and optimizers of a rank that is not rank 0, which start with the weights and states of rank 0."""
     target = load(spec)
-    loss, optimizers = learning(spec, start_drafter(spec, target, []).to(spec.device), target)
+    drafter = start_drafter(spec, target, [])
+    loss, optimizers = learning(spec, drafter.to(spec.device), target)
     del target
     return_freed_memory(collect=True)
     shared = ParallelLoss(loss, ranks, optimizers)
-    start_alike(ranks, loss, optimizers)
+    _begin_together(spec.config, shared, drafter, optimizers)
     torch.manual_seed(spec.config.seed + ranks.rank)  # for objectives that draw random numbers
     return shared, optimizers
+
+
+def _begin_together(
+    config: Config, loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """Give all ranks the weights and states of rank 0, each its shard of them if that is how they learn."""
+    start_alike(loss, optimizers)
+    if config.learner.parallel == "fsdp":
+        from aurora_rl.training.sharding import shard  # imports FSDP2, which takes a while
+
+        shard(loss, drafter, optimizers)
 
 
 def _canary(config: Config, publisher: WeightPublisher, log: MetricsLog) -> EngineCanary | None:

@@ -240,7 +240,7 @@ class Objective(LossModule):
         return TensorDict({f"loss_{self.name}": self.weight * loss, **out}, batch_size=[])
 
     def count(self, valid: Tensor) -> Tensor:
-        """Count the positions of the whole batch that are valid, ``[G]``; ``valid`` ``[G, X]`` is of this process's part."""
+        """Count the valid positions of the whole batch, ``[G]``; ``valid`` ``[G, X]`` is of this process's part."""
         return self.gather(valid.sum(1)).sum(0)
 
     def mean(self, values: Tensor, where: Tensor) -> Tensor:

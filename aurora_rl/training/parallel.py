@@ -9,7 +9,7 @@ Legend: ``P`` ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from enum import IntEnum
@@ -24,7 +24,7 @@ from torchrl.objectives import LossModule
 from typing_extensions import override
 
 from aurora_rl.collectors.codec import Limits, checksum, decode, encode
-from aurora_rl.objectives import Objective, SumLoss
+from aurora_rl.objectives import Objective
 from aurora_rl.training.checkpoint import TrainingState, training_tensors
 from aurora_rl.training.steps import SharedLoss, forget_gradient, gradient
 from aurora_rl.trajectories import pack, unpack
@@ -45,6 +45,7 @@ class Command(IntEnum):
     GRADIENT = 1
     STEP = 2
     END = 3
+    GATHER = 4
 
 
 class Ranks:
@@ -61,18 +62,19 @@ class Ranks:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._told = time.monotonic()
 
-    def tell(self, command: Command) -> None:
-        """Tell the other ranks what to do; rank 0 calls this."""
+    def tell(self, command: Command, number: int = 0) -> None:
+        """Tell the other ranks what to do, and of which of several things; rank 0 calls this."""
         self._told = time.monotonic()
         with self._reached():
-            dist.broadcast(torch.tensor(int(command)), 0)
+            dist.broadcast(torch.tensor([int(command), number]), 0)
 
-    def hear(self) -> Command:
+    def hear(self) -> tuple[Command, int]:
         """Wait for what rank 0 tells."""
-        command = torch.tensor(0)
+        told = torch.zeros(2, dtype=torch.int64)
         with self._reached():
-            dist.broadcast(command, 0)
-        return Command(int(command))
+            dist.broadcast(told, 0)
+        command, number = told.tolist()
+        return Command(command), number
 
     def stay(self) -> None:
         """Let the other ranks know that rank 0 still is there, which may have nothing to learn from for long."""
@@ -130,8 +132,13 @@ class Ranks:
         except RuntimeError as error:
             raise RanksLostError(
                 f"rank {self.rank} of {self.size} has lost the others: one of them has ended, and says why, or did not "
-                f"answer in time ({str(error).splitlines()[0]}); start all of them again, with --resume"
+                f"answer in time ({_reason(error)}); start all of them again, with --resume"
             ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the first sentence of an error of PyTorch."""
+    return str(error).partition("\n")[0].partition(". ")[0]
 
 
 def join(device: torch.device, timeout_s: float = 600.0) -> Ranks:
@@ -149,7 +156,7 @@ def join(device: torch.device, timeout_s: float = 600.0) -> Ranks:
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:
-        raise RanksLostError(f"the processes of the learner did not meet: {str(error).splitlines()[0]}") from error
+        raise RanksLostError(f"the processes of the learner did not meet: {_reason(error)}") from error
     return Ranks()
 
 
@@ -194,6 +201,8 @@ class ParallelLoss(SharedLoss):
     def __init__(self, loss: LossModule, ranks: Ranks, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__()
         self.loss, self.ranks = loss, ranks
+        self._compute: Callable[[TensorDictBase], Any] = loss
+        self.gather_shards: Callable[[int], None] | None = None
         for each in loss.modules():
             if isinstance(each, Objective):
                 each.gather = ranks.gather
@@ -212,15 +221,26 @@ class ParallelLoss(SharedLoss):
     @override
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the losses of the whole batch, whose gradients are those of this rank's part; and its metrics."""
-        out = self.loss(tensordict)
+        out = TensorDict(dict(self._compute(tensordict).items()))
         names = [name for name in out.keys() if name.startswith("loss_")]
         totals = self.ranks.gather(torch.stack([out[name] for name in names])).sum(0)
         for name, total in zip(names, totals, strict=True):
             out[name] = total + (out[name] - out[name].detach())
         return out
 
+    def take_shards(self, compute: Callable[[TensorDictBase], Any], gather: Callable[[int], None]) -> None:
+        """Go on with sharded weights, whose gradients are added up in the backward pass.
+
+        Args:
+            compute: Computes the loss of a part.
+            gather: Takes this rank's part in gathering the weights (0) or the states of an optimizer (its number from 1).
+        """
+        self._compute, self.gather_shards = compute, gather
+
     @override
     def add_gradients(self, parameters: Sequence[Tensor]) -> None:
+        if self.gather_shards is not None:
+            return
         # What no rank's part has a gradient for stays without, as in a single process: optimizers pass over it.
         there = self.ranks.gather(torch.tensor([p.grad is not None for p in parameters]).long()).any(0)
         for some in _buckets([p for p, learns in zip(parameters, there.tolist(), strict=True) if learns]):
@@ -254,28 +274,33 @@ def follow(loss: ParallelLoss, optimizers: Sequence[torch.optim.Optimizer], *, a
         RanksLostError: Rank 0 or another one has ended without a word.
     """
     nothing = TensorDict({}, batch_size=[])
-    while (command := loss.ranks.hear()) is not Command.END:
+    while True:
+        command, number = loss.ranks.hear()
+        if command is Command.END:
+            return
         if command is Command.STEP:
             for optimizer in optimizers:
                 optimizer.step()
         forget_gradient(optimizers)
+        if command is Command.GATHER:
+            assert loss.gather_shards is not None, "rank 0 gathers shards alone"
+            loss.gather_shards(number)
         if command is Command.GRADIENT:
             with suppress(FloatingPointError):  # rank 0 has it too, and decides
                 gradient(loss, optimizers, nothing, autocast=autocast)
 
 
-def start_alike(ranks: Ranks, loss: SumLoss, optimizers: list[torch.optim.Optimizer]) -> None:
+def start_alike(loss: ParallelLoss, optimizers: list[torch.optim.Optimizer]) -> None:
     """Give every rank the weights, the optimizer states and the objectives' buffers of rank 0.
 
     Args:
-        ranks: Processes that learn; all of them call this.
-        loss: Loss of each, made alike.
+        loss: Loss, made alike on all ranks, which all call this.
         optimizers: Optimizers of its drafter's parameters.
 
     Raises:
         ValueError: Another rank has another head of the target, or another draft vocabulary.
     """
-    objectives = [each for each in loss.objectives if isinstance(each, Objective)]
+    ranks, objectives = loss.ranks, [each for each in loss.modules() if isinstance(each, Objective)]
     drafter, head = objectives[0].drafter, objectives[0].head
     digest = bytes.fromhex(checksum({**head.tensors(), "draft_vocab": drafter.draft_vocab}))
     digests = ranks.gather(torch.tensor(list(digest)))
@@ -293,6 +318,8 @@ def start_alike(ranks: Ranks, loss: SumLoss, optimizers: list[torch.optim.Optimi
         ranks.send([{**training_tensors(drafter, optimizers), **buffers}] * (ranks.size - 1))
         return
     tensors = dict(ranks.receive().items())
-    TrainingState(Path("rank 0"), {}, {n: t for n, t in tensors.items() if n not in buffers}).stage(drafter, optimizers)()
+    TrainingState(Path("rank 0"), {}, {n: t for n, t in tensors.items() if n not in buffers}).stage(
+        drafter, optimizers
+    )()
     for name, buffer in buffers.items():
         buffer.copy_(tensors[name])

@@ -12,6 +12,7 @@ from itertools import chain
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchrl.objectives import LossModule
 
 from aurora_rl.objectives import Objective
@@ -100,7 +101,8 @@ def gradient(
     total.backward()
     if isinstance(loss, SharedLoss):
         loss.add_gradients(parameters)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+    clipped = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
     if not (math.isfinite(value) and math.isfinite(norm)):
         raise FloatingPointError(f"loss is {value}, its gradient's norm {norm}")
     return value, out

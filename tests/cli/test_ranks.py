@@ -31,9 +31,17 @@ def test_a_process_has_its_place_by_the_environment() -> None:
 @pytest.mark.parametrize(
     ("pairs", "environment", "message"),
     [
-        ([], BY_TORCHRUN, "torchrun started 3 processes, and learner.parallel=null is for one; set learner.parallel=ddp"),
+        (
+            [],
+            BY_TORCHRUN,
+            "torchrun started 3 processes, and learner.parallel=null is for one; set learner.parallel=ddp",
+        ),
         (["learner.parallel=ddp"], {}, "RANK is not in the environment; start them by `torchrun --nproc-per-node 2 -m"),
-        (["learner.parallel=ddp", "learner.batch_size=2"], STARTED, "3 processes are more than the learner.batch_size=2"),
+        (
+            ["learner.parallel=ddp", "learner.batch_size=2"],
+            STARTED,
+            "3 processes are more than the learner.batch_size=2",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(pairs: list[str], environment: dict[str, str], message: str) -> None:

@@ -18,7 +18,6 @@ from aurora_rl.training.states import check_state, states
 pytestmark = pytest.mark.faults
 
 
-
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in MetricsReader(run / "metrics.jsonl") if event["event"] == kind]
 

@@ -11,15 +11,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torchrl.objectives import LossModule
 
+from aurora_rl import SamplingParams
 from aurora_rl.objectives import SumLoss, make_objectives, register_objective
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import serve, tiny_target
@@ -42,7 +43,7 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "function": [{"name": "forward_kl_function"}],
     "sum": [{"name": "imitation"}, {"name": "discard"}, {"name": "imitation", "divergence": "total_variation"}],
 }
-LENGTHS, SIZES = (3, 9, 1, 6, 4), (8, 2, 5, 7, 1)  # of prompts and completions: shares are uneven
+LENGTHS, VERSIONS = (3, 19, 1, 9, 5), (0, 2, 5, 4, 3)  # of prompts: shares are uneven; and of drafters
 
 
 @register_objective("forward_kl_function")
@@ -63,15 +64,22 @@ def drafter_of(seed: int) -> Drafter:
     return drafter
 
 
-def stream(*, depth: int = 3, versions: Sequence[int] = (0, 2, 5, 4, 3)) -> list[TensorDict]:
-    """Trajectories of several lengths, by versions of the drafter of several ages."""
-    drafter, generator, found = drafter_of(0), torch.Generator().manual_seed(1), []
-    for number, (length, size) in enumerate(zip(LENGTHS, SIZES, strict=True)):
-        prompt = torch.randint(32, (length,), generator=generator)
-        shape = TreeShape(depth, 2 if depth else 1, mode="sampled") if depth else TreeShape(0)
-        (trajectory,) = serve(drafter, TARGET, [prompt], shape=shape, max_new_tokens=size, first_request=number)
-        trajectory["rounds", "policy_version"].fill_(versions[number])
-        found.append(trajectory)
+@cache
+def _served(depth: int) -> list[TensorDict]:
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(32, (length,), generator=generator) for length in LENGTHS]
+    shape = TreeShape(depth, 2, mode="sampled") if depth else TreeShape(0)
+    sampled = SamplingParams(temperature=1.0, seed=0)
+    return serve(
+        drafter_of(0), TARGET, prompts, shape=shape, max_new_tokens=6, num_slots=len(prompts), sampling_params=sampled
+    )
+
+
+def stream(depth: int = 3) -> list[TensorDict]:
+    """Trajectories of several lengths, drafted by several versions; with depth 0 there is nothing of drafts in them."""
+    found = sorted((each.clone() for each in _served(depth)), key=lambda each: int(each["request"]))
+    for trajectory, version in zip(found, VERSIONS, strict=True):
+        trajectory["rounds", "policy_version"].fill_(version)
     return found
 
 
@@ -94,8 +102,8 @@ def apart(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -
     if any((found[name] is None) != (value is None) for name, value in expected.items()):
         return float("inf")
     pairs = [(found[name], value) for name, value in expected.items() if value is not None]
-    largest = max(float(value.abs().max()) for _, value in pairs)
-    return max(float((a - b).abs().max()) for a, b in pairs) / largest  # type: ignore[operator]
+    largest = max(float(value.detach().abs().max()) for _, value in pairs)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs) / max(largest, 1e-300)  # type: ignore[operator]
 
 
 def compared(
@@ -105,7 +113,7 @@ def compared(
     drafter, loss = losses_of(settings)
     optimizers = optimizers_of(drafter)
     shared = ParallelLoss(loss, ranks, optimizers)
-    start_alike(ranks, loss, optimizers)
+    start_alike(shared, optimizers)
     if ranks.rank:
         follow(shared, optimizers, autocast=False)
         weights = torch.cat([p.detach().flatten() for p in drafter.parameters()])
@@ -135,6 +143,7 @@ def compared(
     return found
 
 
+@cache
 def batches() -> list[TensorDict]:
     """Batches of five, of three, and of two requests of which one has nothing that most objectives learn from."""
     recorded, plain = stream(), stream(depth=0)
@@ -199,7 +208,7 @@ def states(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
         load_training_state(folder / "one", drafter, optimizers)
         loss.objectives[0].newest.copy_(own_loss.objectives[0].newest)
     shared = ParallelLoss(loss, ranks, optimizers)
-    start_alike(ranks, loss, optimizers)
+    start_alike(shared, optimizers)
     newest = ranks.gather(loss.objectives[0].newest).tolist()
     if ranks.rank:
         follow(shared, optimizers, autocast=False)
@@ -222,8 +231,9 @@ def states(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
 def unlike(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
     drafter, loss = losses_of(OBJECTIVES["imitation"])
     drafter.draft_vocab = drafter.draft_vocab + ranks.rank
+    optimizers = adam(drafter)
     try:
-        start_alike(ranks, loss, adam(drafter))
+        start_alike(ParallelLoss(loss, ranks, optimizers), optimizers)
     except ValueError as error:
         return {"error": str(error)}
     return None

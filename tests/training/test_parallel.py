@@ -31,9 +31,7 @@ def ran(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 
 
 @pytest.mark.parametrize("objective", [*OBJECTIVES, "muon"])
-def test_value_gradient_and_steps_are_those_of_one_process(
-    ran: Callable[..., dict[str, Any]], objective: str
-) -> None:
+def test_value_gradient_and_steps_are_those_of_one_process(ran: Callable[..., dict[str, Any]], objective: str) -> None:
     found = ran("every_objective")[objective]
     assert 0 < found["norm"] < 1, "the gradient is clipped, or nothing is learned"
     assert found["gradient"] < ROUNDING and found["value"] < ROUNDING and found["metrics"] < 1e-6
