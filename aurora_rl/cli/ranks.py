@@ -70,10 +70,15 @@ def own_device(config: Config, place: Place) -> str:
             on, or this build of PyTorch cannot connect processes.
     """
     import torch
+    import torch.distributed.fsdp
 
     parallel = f"learner.parallel={config.learner.parallel}"
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         raise ConfigError(f"{parallel} needs a build of PyTorch with torch.distributed and gloo; set it to null")
+    if config.learner.parallel == "fsdp" and not hasattr(
+        torch.distributed.fsdp.FSDPModule, "set_reduce_scatter_unused_params"
+    ):
+        raise ConfigError(f"{parallel} needs PyTorch 2.13, this is {torch.__version__}; set learner.parallel=ddp")
     kind = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"{parallel} needs device=cpu, cuda or auto, got {config.device!r}: each process has its own")

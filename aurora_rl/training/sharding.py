@@ -23,15 +23,16 @@ from aurora_rl.training.parallel import Command, ParallelLoss
 
 
 class _Forward(nn.Module):
-    """A loss as FSDP2 takes it: a module that returns tensors, whose weights are whole while it runs."""
+    """A drafter and its loss as FSDP2 takes them: a module that returns tensors, whose weights are whole while it runs."""
 
-    def __init__(self, loss: LossModule) -> None:
+    def __init__(self, drafter: Drafter, loss: LossModule) -> None:
         super().__init__()
-        self.loss = loss
+        self.drafter = drafter
+        self._loss = loss.__call__  # no submodule: FSDP2 asks modules for what TorchRL's do not take
 
     @override
     def forward(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        return dict(self.loss(batch).items())
+        return dict(self._loss(batch).items())
 
 
 def shard(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -49,7 +50,7 @@ def shard(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Opt
     device = drafter.draft_vocab.device
     whole = drafter.serving_copy(next(drafter.parameters()).dtype, torch.device("cpu"))
     names = {parameter: name for name, parameter in drafter.named_parameters()}
-    mesh, forward = init_device_mesh(device.type, (loss.ranks.size,)), _Forward(loss.loss)
+    mesh, forward = init_device_mesh(device.type, (loss.ranks.size,)), _Forward(drafter, loss.loss)
     # One unit: a drafter has few layers, and the loss reads weights of its head outside of its forward passes.
     frozen = {parameter for parameter in forward.parameters() if not parameter.requires_grad}
     sharded = fully_shard(forward, mesh=mesh, reshard_after_forward=False, ignored_params=frozen)

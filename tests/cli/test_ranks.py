@@ -1,4 +1,4 @@
-"""Processes of a learner: those that torchrun started and the configuration go together, or one line says what to set."""
+"""Processes of a learner: what torchrun started and the configuration go together, or a line says what to set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp
 
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import Config, load_config
@@ -34,13 +35,13 @@ def test_a_process_has_its_place_by_the_environment() -> None:
         (
             [],
             BY_TORCHRUN,
-            "torchrun started 3 processes, and learner.parallel=null is for one; set learner.parallel=ddp",
+            "torchrun started 3 processes, and learner.parallel=null is for one; set learner.",
         ),
         (["learner.parallel=ddp"], {}, "RANK is not in the environment; start them by `torchrun --nproc-per-node 2 -m"),
         (
             ["learner.parallel=ddp", "learner.batch_size=2"],
             STARTED,
-            "3 processes are more than the learner.batch_size=2",
+            "3 processes are more than the learner.batch",
         ),
     ],
 )
@@ -50,7 +51,7 @@ def test_what_does_not_go_together_is_refused(pairs: list[str], environment: dic
 
 
 def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(ConfigError, match="learner.parallel must be ddp or null, got 'tp'"):
+    with pytest.raises(ConfigError, match="learner.parallel must be ddp, fsdp or null, got 'tp'"):
         config("learner.parallel=tp")
 
 
@@ -71,6 +72,15 @@ def test_a_build_without_gloo_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
     with pytest.raises(ConfigError, match="needs a build of PyTorch with torch.distributed and gloo"):
         own_device(config("device=cpu"), Place(0, 1, 0))
+
+
+def test_a_pytorch_that_cannot_shard_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.distributed.fsdp.FSDPModule, "set_reduce_scatter_unused_params")
+    assert own_device(config("device=cpu", "learner.parallel=ddp"), Place(0, 1, 0)) == "cpu"
+    with pytest.raises(
+        ConfigError, match="learner.parallel=fsdp needs PyTorch 2.13, this is .*; set learner.parallel=ddp"
+    ):
+        own_device(config("device=cpu", "learner.parallel=fsdp"), Place(0, 1, 0))
 
 
 @pytest.mark.parametrize("command", ["serve", "flywheel", "train"])

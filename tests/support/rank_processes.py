@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,9 +28,10 @@ def start_ranks(forks: Forks, folder: Path, words: Sequence[str], size: int = 2)
 
 def ended(processes: Sequence[ForkedProcess], folder: Path, seconds: float = 60.0) -> tuple[list[int], list[str]]:
     """Return the exit status and the output of each process; what still runs after the time is killed."""
-    try:
-        statuses = [process.wait(seconds) for process in processes]
-    finally:
-        for process in processes:
+    for process in processes:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
             process.kill()
+    statuses = [process.wait(seconds) for process in processes]
     return statuses, [(folder / f"rank{rank}").read_text() for rank in range(len(processes))]

@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from aurora_rl import SamplingParams
 from aurora_rl.objectives import SumLoss, make_objectives, register_objective
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import serve, tiny_target
-from aurora_rl.training.checkpoint import load_training_state, save_training_state
+from aurora_rl.training.checkpoint import load_training_state, save_training_state, training_tensors
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.parallel import Command, ParallelLoss, Ranks, RanksLostError, follow, join, start_alike
+from aurora_rl.training.sharding import shard
 from aurora_rl.training.steps import forget_gradient, gradient, has_finite_step, train_step
 from aurora_rl.trajectories import pack
 
@@ -128,7 +130,7 @@ def compared(
     found["norm"] = sum(float(p.grad.square().sum()) for p in own.parameters() if p.grad is not None) ** 0.5
     found["value"] = abs(value / own_value - 1) if own_value else abs(value)
     found["metrics"] = max(
-        [float((out[k].double() - v.double()).abs().max()) for k, v in own_out.items() if not k.startswith("loss_")]
+        [float((out[k] - v).detach().abs().max()) for k, v in own_out.items() if not k.startswith("loss_")]
     )
     forget_gradient(optimizers)
     forget_gradient(own_optimizers)
@@ -154,6 +156,57 @@ def every_objective(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
     found = {name: compared(ranks, settings, batches()[:3], adam) for name, settings in OBJECTIVES.items()}
     found["muon"] = compared(ranks, OBJECTIVES["sum"], batches(), lambda drafter: drafter_optimizers(drafter))
     return found
+
+
+def whole(drafter: Drafter) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in drafter.state_dict().items()}
+
+
+def sharded(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
+    """Steps on shards from a state of one process, and a state of them that one process goes on with."""
+    steps, found = batches(), dict[str, Any]()
+    for name, optimizers_of in (("adam", adam), ("muon", drafter_optimizers)):
+        own, own_loss = losses_of(OBJECTIVES["sum"])
+        own_optimizers = optimizers_of(own)
+        train_step(own_loss, own_optimizers, steps[0], autocast=False)
+        drafter, loss = losses_of(OBJECTIVES["sum"], seed=1 + ranks.rank)
+        optimizers = optimizers_of(drafter)
+        if ranks.rank == 0:
+            save_training_state(folder / f"{name}-one", own, own_optimizers, {})
+            load_training_state(folder / f"{name}-one", drafter, optimizers)
+        shared = ParallelLoss(loss, ranks, optimizers)
+        start_alike(shared, optimizers)
+        shard(shared, drafter, optimizers)
+        held = sum(p.to_local().numel() for p in drafter.parameters() if isinstance(p, DTensor))
+        if ranks.rank:
+            follow(shared, optimizers, autocast=False)
+            ranks.gather(torch.tensor(held))
+            continue
+        value, out = train_step(shared, optimizers, steps[1], autocast=False)
+        own_value, own_out = train_step(own_loss, own_optimizers, steps[1], autocast=False)
+        first = apart(whole(drafter), whole(own))
+        for batch in steps:
+            train_step(shared, optimizers, batch, autocast=False)
+            train_step(own_loss, own_optimizers, batch, autocast=False)
+        served = drafter.serving_copy(torch.float32)
+        served.install(drafter.published())
+        save_training_state(folder / f"{name}-two", drafter, optimizers, {})
+        kept = whole(drafter)
+        ranks.tell(Command.END)
+        again, _ = losses_of(OBJECTIVES["sum"], seed=7)
+        again_optimizers = optimizers_of(again)
+        load_training_state(folder / f"{name}-two", again, again_optimizers)
+        found[name] = {
+            "value": abs(value / own_value - 1),
+            "metrics": max(float((out[k] - v).detach().abs().max()) for k, v in own_out.items()),
+            "first": first,
+            "weights": apart(kept, whole(own)),
+            "restored": apart(training_tensors(again, again_optimizers), training_tensors(own, own_optimizers)),
+            "served": apart({name: value.double() for name, value in whole(served).items()}, kept),
+            "held": ranks.gather(torch.tensor(held)).tolist(),
+            "parameters": sum(p.numel() for p in own.parameters()),
+        }
+    return found or None
 
 
 def spoiled() -> TensorDict:
@@ -268,6 +321,7 @@ SCENARIOS: dict[str, Callable[[Ranks, Path], Any]] = {
     "every_objective": every_objective,
     "not_finite": not_finite,
     "states": states,
+    "sharded": sharded,
     "unlike": unlike,
     "lost0": lambda ranks, folder: lost(ranks, folder, 0),
     "lost1": lambda ranks, folder: lost(ranks, folder, 1),

@@ -1,4 +1,4 @@
-"""A learner of two processes: its gradients are those of one, whatever the shares; errors and ends reach all of them."""
+"""A learner of two processes: its steps are those of one, whatever the shares; errors and ends reach both."""
 
 from __future__ import annotations
 
