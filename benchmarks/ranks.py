@@ -1,15 +1,15 @@
 """Memory and time of a learner's step by the number of processes that share it, on a target of any size.
 
-A step depends on shapes alone, so that a random target and random trajectories serve: requests of `--tokens` tokens, half of
-them completion, without trees, learned by imitation. Without torchrun it is one process.
+A step depends on shapes alone, so that a random target and random trajectories serve: requests of `--tokens` tokens,
+half of them completion, without trees, learned by imitation. Without torchrun it is one process.
 
 python benchmarks/ranks.py --hidden 512 --vocab 16384
 torchrun --standalone --nproc-per-node 2 benchmarks/ranks.py --hidden 512 --vocab 16384
 
 On GPUs, an EAGLE-3 drafter of the size for an 8B model:
 
-torchrun --standalone --nproc-per-node 8 benchmarks/ranks.py --device cuda --hidden 4096 --vocab 151936 --draft-vocab 32000 \
-    --batch 16 --tokens 4096
+torchrun --standalone --nproc-per-node 8 benchmarks/ranks.py --device cuda --hidden 4096 --vocab 151936 \
+    --draft-vocab 32000 --batch 16 --tokens 4096
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ class ParallelLoss(SharedLoss):
 
         Args:
             compute: Computes the loss of a part.
-            gather: Takes this rank's part in gathering the weights (0) or the states of an optimizer (its number from 1).
+            gather: Takes part in gathering the weights (0), or the states of an optimizer (its number from 1).
         """
         self._compute, self.gather_shards = compute, gather
 

@@ -1,7 +1,7 @@
 """Weights, gradients and optimizer states in shards, one on each rank, by PyTorch's FSDP2.
 
-A rank has whole weights during forward and backward alone. Rank 0 asks for whole tensors when it publishes or saves: they
-are gathered one after the other, and go to the CPU.
+A rank has whole weights during forward and backward alone. Rank 0 asks for whole tensors when it publishes or saves:
+they are gathered one after the other, and go to the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from aurora_rl.training.parallel import Command, ParallelLoss
 
 
 class _Forward(nn.Module):
-    """A drafter and its loss as FSDP2 takes them: a module that returns tensors, whose weights are whole while it runs."""
+    """A drafter and its loss as a module that returns tensors: FSDP2 makes its weights whole while it runs."""
 
     def __init__(self, drafter: Drafter, loss: LossModule) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class _Forward(nn.Module):
 def shard(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Optimizer]) -> None:
     """Shard a drafter, its gradients and the states of its optimizers over the ranks, in place.
 
-    All ranks call this after ``start_alike``. From then on the ``state_dict`` of drafter and optimizers on rank 0 takes a
-    part of all ranks, and is whole and on the CPU. Copies to serve are made by the drafter's ``serving_copy`` as before,
-    with the weights that it had when it was sharded, until others are installed.
+    All ranks call this after ``start_alike``. From then on ``state_dict`` of drafter and optimizers on rank 0 gathers
+    whole tensors from all ranks, on the CPU. A copy of the drafter's ``serving_copy`` has the weights from before, until
+    others are installed.
 
     Args:
         loss: Loss of the ranks.

@@ -77,9 +77,7 @@ def test_a_build_without_gloo_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_pytorch_that_cannot_shard_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.distributed.fsdp.FSDPModule, "set_reduce_scatter_unused_params")
     assert own_device(config("device=cpu", "learner.parallel=ddp"), Place(0, 1, 0)) == "cpu"
-    with pytest.raises(
-        ConfigError, match="learner.parallel=fsdp needs PyTorch 2.13, this is .*; set learner.parallel=ddp"
-    ):
+    with pytest.raises(ConfigError, match="fsdp needs PyTorch 2.13, this is .*; set learner.parallel=ddp"):
         own_device(config("device=cpu", "learner.parallel=fsdp"), Place(0, 1, 0))
 
 

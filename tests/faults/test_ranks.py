@@ -30,9 +30,12 @@ def ready(run: Path, processes: list[ForkedProcess], count: int = 1) -> None:
     wait(there)
 
 
-def test_two_processes_learn_from_a_server_and_one_goes_on(forks: Forks, arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_learn_from_a_server_and_one_goes_on(
+    forks: Forks, arguments: list[str], tmp_path: Path, parallel: str
+) -> None:
     run = tmp_path / "run"
-    ranks = start_ranks(forks, tmp_path, ["learn", *arguments, f"run_dir={run}", "learner.parallel=ddp"])
+    ranks = start_ranks(forks, tmp_path, ["learn", *arguments, f"run_dir={run}", f"learner.parallel={parallel}"])
     ready(run, ranks)
     served = [*arguments, "learner.spawn=false", "traffic.requests=12", f"run_dir={tmp_path / 'served'}"]
     with (tmp_path / "flywheel").open("wb") as output:

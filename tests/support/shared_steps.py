@@ -331,7 +331,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     joined, (_, names, where) = join(torch.device("cpu"), timeout_s=60.0), sys.argv
     for name in names.split(","):
+        began = time.process_time()
         result = SCENARIOS[name](joined, Path(where))
+        print(name, time.process_time() - began, time.process_time(), flush=True)
         if joined.rank == 0:
             (Path(where) / f"{name}.json").write_text(json.dumps(result))
     sys.stdout.flush()
