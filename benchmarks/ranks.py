@@ -21,13 +21,15 @@ import time
 import torch
 from common import arguments, parse, write_result
 from tensordict import TensorDict
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aurora_rl import SamplingParams
 from aurora_rl.objectives import ImitationLoss, SumLoss
-from aurora_rl.policies import Eagle3Drafter, TargetParts
+from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.parallel import Command, ParallelLoss, Ranks, follow, join, start_alike
+from aurora_rl.training.sharding import shard
 from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import make_trajectory, pack
 
@@ -61,6 +63,13 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def held_bytes(drafter: Drafter, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Bytes of weights that learn and of optimizer states that this process holds between two steps."""
+    states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    tensors = [p for p in drafter.parameters() if p.requires_grad] + [v for v in states if isinstance(v, torch.Tensor)]
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--hidden", type=int, default=512, help="width of the target")
@@ -68,7 +77,8 @@ def main() -> None:
     parser.add_argument("--draft-vocab", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=8, help="requests of a step, of all processes together")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a request")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after two that are not")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after one that is not")
+    parser.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp", help="how processes share the steps")
     options = parse(parser)
     torch.set_num_threads(options.threads)
     device, ranks = torch.device(options.device), None
@@ -91,15 +101,17 @@ def main() -> None:
     if ranks is not None:
         shared = ParallelLoss(loss, ranks, optimizers)
         start_alike(shared, optimizers)
+        if options.parallel == "fsdp":
+            shard(shared, drafter, optimizers)
         if ranks.rank:
             began = time.process_time()
             follow(shared, optimizers, autocast=half == torch.bfloat16)
-            report(ranks, time.process_time() - began, device)
+            report(ranks, time.process_time() - began, drafter, optimizers, device)
             ranks.leave()
             return
     batch = pack(trajectories(options.batch, options.tokens, options.hidden, width, options.vocab, half))
     seconds, cpu = [], time.process_time()
-    for _ in range(2 + options.steps):
+    for _ in range(1 + options.steps):
         began = time.perf_counter()
         train_step(loss if ranks is None else shared, optimizers, batch, autocast=half == torch.bfloat16)
         if device.type == "cuda":
@@ -110,23 +122,29 @@ def main() -> None:
         "processes": 1 if ranks is None else ranks.size,
         "parameters": sum(p.numel() for p in drafter.parameters() if p.requires_grad),
         "tokens_per_step": options.batch * options.tokens,
-        "step_seconds": min(seconds[2:]),
+        "step_seconds": min(seconds[1:]),
         "peak_bytes_before": before,
     }
     if ranks is None:
-        figures |= {"cpu_seconds": [cpu / len(seconds)], "peak_bytes": [peak_bytes(device)]}
+        figures |= {"parallel": None, "cpu_seconds": [round(cpu / len(seconds), 3)]}
+        figures |= {"held_bytes": [held_bytes(drafter, optimizers)], "peak_bytes": [peak_bytes(device)]}
     else:
         ranks.tell(Command.END)
-        cpus, peaks = report(ranks, cpu, device)
-        figures |= {"cpu_seconds": [each / len(seconds) for each in cpus], "peak_bytes": peaks}
+        cpus, held, peaks = report(ranks, cpu, drafter, optimizers, device)
+        figures |= {"parallel": options.parallel, "cpu_seconds": [round(each / len(seconds), 3) for each in cpus]}
+        figures |= {"held_bytes": held, "peak_bytes": peaks}
         ranks.leave()
-    write_result("ranks", options, figures)
+    write_result(__file__, options, figures)
 
 
-def report(ranks: Ranks, cpu: float, device: torch.device) -> tuple[list[float], list[int]]:
-    """CPU time and peak memory of every process."""
-    found = ranks.gather(torch.tensor([cpu, peak_bytes(device)], dtype=torch.float64))
-    return found[:, 0].tolist(), found[:, 1].long().tolist()
+def report(
+    ranks: Ranks, cpu: float, drafter: Drafter, optimizers: list[torch.optim.Optimizer], device: torch.device
+) -> tuple[list[float], list[int], list[int]]:
+    """CPU time, bytes of weights and states between two steps, and peak memory of every process."""
+    own = torch.tensor([cpu, held_bytes(drafter, optimizers), peak_bytes(device)], dtype=torch.float64)
+    cpus, *sizes = ranks.gather(own).T
+    held, peaks = (each.long().tolist() for each in sizes)
+    return cpus.tolist(), held, peaks
 
 
 if __name__ == "__main__":

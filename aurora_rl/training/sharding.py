@@ -39,8 +39,8 @@ def shard(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Opt
     """Shard a drafter, its gradients and the states of its optimizers over the ranks, in place.
 
     All ranks call this after ``start_alike``. From then on ``state_dict`` of drafter and optimizers on rank 0 gathers
-    whole tensors from all ranks, on the CPU. A copy of the drafter's ``serving_copy`` has the weights from before, until
-    others are installed.
+    whole tensors from all ranks, on the CPU. Copies by ``serving_copy`` have the weights from before, until others are
+    installed.
 
     Args:
         loss: Loss of the ranks.

@@ -134,7 +134,7 @@ def compared(
     )
     forget_gradient(optimizers)
     forget_gradient(own_optimizers)
-    for batch in batches:
+    for batch in batches[1:]:
         train_step(shared, optimizers, batch, autocast=False)
         train_step(own_loss, own_optimizers, batch, autocast=False)
     ranks.tell(Command.END)
@@ -147,14 +147,15 @@ def compared(
 
 @cache
 def batches() -> list[TensorDict]:
-    """Batches of five, of three, and of two requests of which one has nothing that most objectives learn from."""
+    """Batches of five, of three and of two requests, where one rank has no drafts; and of two without any."""
     recorded, plain = stream(), stream(depth=0)
     return [pack(recorded), pack(recorded[:3]), pack([plain[1], recorded[0]]), pack([plain[4], plain[1]])]
 
 
 def every_objective(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
-    found = {name: compared(ranks, settings, batches()[:3], adam) for name, settings in OBJECTIVES.items()}
-    found["muon"] = compared(ranks, OBJECTIVES["sum"], batches(), lambda drafter: drafter_optimizers(drafter))
+    five, three, two, plain = batches()
+    found = {name: compared(ranks, settings, [five, two], adam) for name, settings in OBJECTIVES.items()}
+    found["muon"] = compared(ranks, OBJECTIVES["sum"], [five, three, plain], drafter_optimizers)
     return found
 
 
@@ -164,7 +165,7 @@ def whole(drafter: Drafter) -> dict[str, Tensor]:
 
 def sharded(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
     """Steps on shards from a state of one process, and a state of them that one process goes on with."""
-    steps, found = batches(), dict[str, Any]()
+    steps, found = batches()[1:3], dict[str, Any]()
     for name, optimizers_of in (("adam", adam), ("muon", drafter_optimizers)):
         own, own_loss = losses_of(OBJECTIVES["sum"])
         own_optimizers = optimizers_of(own)
@@ -249,7 +250,7 @@ def spoiled_alone() -> TensorDict:
 
 def states(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
     """A state of one process goes on with two, and theirs with one, as if one had taken all the steps."""
-    steps = batches()[:2]
+    steps = batches()[1:2]
     drafter, loss = losses_of(OBJECTIVES["acceptance-reward"], seed=1 + ranks.rank)
     optimizers = adam(drafter)
     if ranks.rank == 0:
@@ -331,9 +332,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     joined, (_, names, where) = join(torch.device("cpu"), timeout_s=60.0), sys.argv
     for name in names.split(","):
-        began = time.process_time()
         result = SCENARIOS[name](joined, Path(where))
-        print(name, time.process_time() - began, time.process_time(), flush=True)
         if joined.rank == 0:
             (Path(where) / f"{name}.json").write_text(json.dumps(result))
     sys.stdout.flush()
