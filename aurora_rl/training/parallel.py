@@ -44,8 +44,8 @@ class Command(IntEnum):
     WAIT = 0
     GRADIENT = 1
     STEP = 2
-    END = 3
-    GATHER = 4
+    GATHER = 3
+    END = 4
 
 
 class Ranks:
@@ -302,7 +302,7 @@ def start_alike(loss: ParallelLoss, optimizers: list[torch.optim.Optimizer]) -> 
     """
     ranks, objectives = loss.ranks, [each for each in loss.modules() if isinstance(each, Objective)]
     drafter, head = objectives[0].drafter, objectives[0].head
-    digest = bytes.fromhex(checksum({**head.tensors(), "draft_vocab": drafter.draft_vocab}))
+    digest = bytes.fromhex(checksum(head.tensors() | {"draft_vocab": drafter.draft_vocab}))
     digests = ranks.gather(torch.tensor(list(digest)))
     if len(unlike := (digests != digests[0]).any(1).nonzero()[:, 0]):
         raise ValueError(
@@ -317,7 +317,7 @@ def start_alike(loss: ParallelLoss, optimizers: list[torch.optim.Optimizer]) -> 
     if ranks.rank == 0:
         ranks.send([{**training_tensors(drafter, optimizers), **buffers}] * (ranks.size - 1))
         return
-    tensors = dict(ranks.receive().items())
+    tensors: dict[str, Tensor] = dict(ranks.receive().items())
     TrainingState(Path("rank 0"), {}, {n: t for n, t in tensors.items() if n not in buffers}).stage(
         drafter, optimizers
     )()

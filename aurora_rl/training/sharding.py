@@ -49,7 +49,7 @@ def shard(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Opt
     """
     device = drafter.draft_vocab.device
     whole = drafter.serving_copy(next(drafter.parameters()).dtype, torch.device("cpu"))
-    names = {parameter: name for name, parameter in drafter.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in drafter.named_parameters()}
     mesh, forward = init_device_mesh(device.type, (loss.ranks.size,)), _Forward(drafter, loss.loss)
     # One unit: a drafter has few layers, and the loss reads weights of its head outside of its forward passes.
     frozen = {parameter for parameter in forward.parameters() if not parameter.requires_grad}
@@ -57,7 +57,7 @@ def shard(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Opt
     sharded.set_gradient_divide_factor(1.0)  # gradients add up to that of the whole batch
     sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other
     sharded.set_reduce_scatter_unused_params(True)  # the parts of a batch need not reach the same weights
-    shards = dict(drafter.named_parameters())
+    shards: dict[str, Tensor] = dict(drafter.named_parameters())
     for optimizer in optimizers:
         states = {
             shards[names[parameter]]: {name: _part(value, parameter, mesh) for name, value in state.items()}
@@ -69,7 +69,7 @@ def shard(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Opt
         optimizer.state.update(states)
 
     def gather(number: int) -> None:
-        for value in _tensors([drafter, *optimizers][number].state_dict()):
+        for value in _shards(optimizers[number - 1].state_dict() if number else drafter.state_dict()):
             value.full_tensor()
 
     loss.take_shards(forward, gather)
@@ -79,7 +79,7 @@ def shard(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Opt
         def serving_copy(dtype: torch.dtype, device: torch.device | None = device) -> Drafter:
             return whole.serving_copy(dtype, device)
 
-        drafter.serving_copy = serving_copy  # type: ignore[assignment, method-assign]
+        drafter.serving_copy = serving_copy  # type: ignore[method-assign]
 
 
 def _part(value: Any, parameter: Tensor, mesh: DeviceMesh) -> Any:
@@ -110,15 +110,15 @@ def _return_whole(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.o
         optimizer.register_state_dict_post_hook(of_optimizer)
 
 
-def _tensors(state: dict[str, Any]) -> Iterator[DTensor]:
+def _shards(state: dict[str, Any]) -> Iterator[DTensor]:
     """Return the shards in a ``state_dict`` of a module or of an optimizer, in its order."""
     for value in state.values():
         if isinstance(value, dict):
-            yield from _tensors(value)
+            yield from _shards(value)
         elif isinstance(value, DTensor):
             yield value
 
 
 def _gathered(values: Iterable[Any]) -> list[Any]:
     """Gather sharded tensors one after the other, to the CPU; anything else stays as it is. All ranks call this."""
-    return [value.detach().full_tensor().cpu() if isinstance(value, DTensor) else value for value in values]
+    return [value.full_tensor().detach().cpu() if isinstance(value, DTensor) else value for value in values]
