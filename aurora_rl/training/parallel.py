@@ -154,6 +154,8 @@ def join(device: torch.device, timeout_s: float = 600.0) -> Ranks:
     try:
         # Commands, counts and batches go over the CPU, gradients from where they are.
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL and FSDP2 take the current one
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:
         raise RanksLostError(f"the processes of the learner did not meet: {_reason(error)}") from error
