@@ -343,6 +343,48 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
     return batch
 
 
+def unpack(batch: TensorDictBase) -> list[TensorDict]:
+    """Return the trajectories of a batch of :func:`pack`, as views of it.
+
+    What the collector noted on a trajectory is not in a batch, and so in none of them.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_batch
+        >>> batch = tiny_batch()[2]
+        >>> again = pack(unpack(batch))
+        >>> all(bool((again[key] == value).all()) for key, value in batch.items(True, True))
+        True
+    """
+    layout = _LAYOUT | (_HIDDEN if batch.get(("sequence", "topk_ids"), None) is None else _TOPK)
+    if batch.get(_LOG_PROBS, None) is None:
+        del layout[_LOG_PROBS]
+    sequence, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
+    rounds, nodes = batch["rounds", "request_offset"], batch["nodes", "request_offset"]
+    ends = {
+        "S": sequence,
+        "S-1": sequence - torch.arange(len(sequence)),
+        "S-P": sequence - torch.cat([prompt.new_zeros(1), prompt.cumsum(0)]),
+        "R": rounds,
+        "M": nodes,
+    }
+    places = {name: offset.tolist() for name, offset in ends.items()}
+    trajectories = []
+    for index in range(len(prompt)):
+        trajectory = TensorDict({}, batch_size=[])
+        for key, (shape, _) in layout.items():
+            rows = shape.partition(",")[0]
+            if not rows:
+                trajectory[key] = batch[key][index]
+            elif rows == "R+1":
+                first, last = places["R"][index : index + 2]
+                trajectory[key] = batch[key][first : last + 1] - batch[key][first]
+            else:
+                first, last = places[rows][index : index + 2]
+                trajectory[key] = batch[key][first:last]
+        trajectories.append(trajectory)
+    return trajectories
+
+
 def _one_form(trajectories: Sequence[TensorDictBase]) -> _Layout:
     ids = [t.get(("sequence", "topk_ids"), None) for t in trajectories]
     forms = ["'hidden'" if each is None else f"'topk_log_probs' of {each.shape[-1]} tokens" for each in ids]

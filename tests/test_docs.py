@@ -233,6 +233,8 @@ def test_commands_exist_and_their_keys_do(page: Path, tmp_path: Path, capsys: py
             check(
                 load_config(overrides=[pair for word in rest[1:] for pair in shlex.split(word.removeprefix("ARGS="))])
             )
+        elif program == "torchrun":  # what it starts
+            check_aurora_rl(rest[rest.index("aurora_rl.cli.main") + 1 :], tmp_path, capsys)
         elif program == "python" and rest[0] == "-m":
             assert rest[1] == "sglang.launch_server" or find_spec(rest[1]) is not None
         elif program == "python":

@@ -22,6 +22,7 @@ EXCEPTIONS = {
     "faults/test_attach.py": "processes of all rooms, by the commands of docs/production.md",
     "faults/test_flywheel.py": "processes that are killed and restarted, of all rooms",
     "faults/test_forks.py": "tests/support/forked_commands.py",
+    "faults/test_ranks.py": "`aurora-rl learn` as the processes that torchrun starts",
     "faults/test_recovery.py": "processes of all rooms, through faults one after the other",
     "faults/test_serve.py": "processes that are killed and restarted, of all rooms",
     "faults/test_serve_and_learn.py": "processes that are killed and restarted, of all rooms",

@@ -199,6 +199,9 @@ class LearnerConfig:
     keep: int = 5
     """Published drafters that are kept in ``versions`` of the run's folder, the newest; those that were rolled back are
     removed."""
+    parallel: str | None = None
+    """How the processes that torchrun starts share the steps of `aurora-rl learn`: ddp has all weights on each, fsdp a
+    shard of weights and optimizer states; null is for one process."""
     resume: str | None = None
     """Training state to continue."""
     record: str | None = None

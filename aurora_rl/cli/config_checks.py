@@ -60,6 +60,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
         ("auto", "float32", "bfloat16", "float16", "float64").__contains__,
     ),
     "generation_config": ("be auto or ignore", ("auto", "ignore").__contains__),
+    "learner.parallel": ("be ddp, fsdp or null", (None, "ddp", "fsdp").__contains__),
     "telemetry.logger": (f"be {', '.join(LOGGERS)} or null", (None, *LOGGERS).__contains__),
     **dict.fromkeys(
         ("wire.trajectories", "wire.weights"),

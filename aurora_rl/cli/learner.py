@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from tensordict import TensorDictBase
+from torchrl.objectives import LossModule
 
 from aurora_rl.cli.assembly import Target, load, opening, start_drafter, wire_keys
 from aurora_rl.cli.config import Config
@@ -30,13 +31,17 @@ from aurora_rl.training.engine_canary import EngineCanary, EngineRules
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers
+from aurora_rl.training.parallel import ParallelLoss, Ranks, start_alike
 from aurora_rl.training.replay import trajectory_buffer
 from aurora_rl.training.wire_ends import TrajectorySource, WeightSink
 from aurora_rl.trajectories import validate
 
 
-def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
-    """Build the training half of the run in ``run_dir``, whose metrics go to ``log``."""
+def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path, ranks: Ranks | None = None) -> Learner:
+    """Build the training half of the run in ``run_dir``, whose metrics go to ``log``.
+
+    With ``ranks`` this process is rank 0 of a learner of several, and the others call :func:`build_follower`.
+    """
     config, settings = spec.config, spec.config.learner
     keys = wire_keys(config, learner_keys)  # what is wrong with them is told before a model is loaded
     target = load(spec)
@@ -44,6 +49,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
     drafter = start_drafter(spec, target, [])
     handshake = Handshake.of(parts, drafter, spec.drafter_name)
     loss, optimizers = learning(spec, drafter.to(spec.device), target)
+    shared = loss if ranks is None else ParallelLoss(loss, ranks, optimizers)
     vocab_size, width = parts.head.weight.shape
     del target, parts
     return_freed_memory(collect=True)
@@ -80,12 +86,38 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path) -> Learner:
         opened.callback(publisher.close)
         canary = _canary(config, publisher, log)
         result = assembled(
-            spec, drafter, loss, optimizers, collector, publisher, log, outputs, run_dir / "learner", canary
+            spec, drafter, shared, optimizers, collector, publisher, log, outputs, run_dir / "learner", canary
         )
         if settings.resume is not None:
             result.resume(Path(settings.resume))
+        if isinstance(shared, ParallelLoss):
+            _begin_together(config, shared, drafter, optimizers)
         opened.pop_all()
     return result
+
+
+def build_follower(spec: RunSpec, ranks: Ranks) -> tuple[ParallelLoss, list[torch.optim.Optimizer]]:
+    """Return loss and optimizers of a rank that is not rank 0, which start with the weights and states of rank 0."""
+    target = load(spec)
+    drafter = start_drafter(spec, target, [])
+    loss, optimizers = learning(spec, drafter.to(spec.device), target)
+    del target
+    return_freed_memory(collect=True)
+    shared = ParallelLoss(loss, ranks, optimizers)
+    _begin_together(spec.config, shared, drafter, optimizers)
+    torch.manual_seed(spec.config.seed + ranks.rank)  # for objectives that draw random numbers
+    return shared, optimizers
+
+
+def _begin_together(
+    config: Config, loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """Give all ranks the weights and states of rank 0, each its shard of them if that is how they learn."""
+    start_alike(loss, optimizers)
+    if config.learner.parallel == "fsdp":
+        from aurora_rl.training.sharding import shard  # imports FSDP2, which takes a while
+
+        shard(loss, drafter, optimizers)
 
 
 def _canary(config: Config, publisher: WeightPublisher, log: MetricsLog) -> EngineCanary | None:
@@ -116,7 +148,7 @@ def learning(spec: RunSpec, drafter: Drafter, target: Target) -> tuple[SumLoss, 
 def assembled(
     spec: RunSpec,
     drafter: Drafter,
-    loss: SumLoss,
+    loss: LossModule,
     optimizers: list[torch.optim.Optimizer],
     collector: TrajectorySource,
     publisher: WeightSink,

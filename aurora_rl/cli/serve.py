@@ -18,6 +18,7 @@ from aurora_rl.cli.config import Config
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import timed_steps
+from aurora_rl.cli.ranks import refuse_parallel
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.memory import importing, return_freed_memory
@@ -50,6 +51,8 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Serve clients until stopped, or traffic to its end. Returns the exit status."""
+    if config.learner.spawn:
+        refuse_parallel(config, "a server's own learner")
     check_installed(config.telemetry.logger)
     if config.engine.attaches:
         with importing():

@@ -26,6 +26,7 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.learner import learning
 from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
+from aurora_rl.cli.ranks import refuse_parallel
 from aurora_rl.cli.run_dir import TRAINING, RunDir, go_on
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
@@ -75,6 +76,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Record if there is nothing recorded, learn, and leave the drafter. Returns the exit status."""
+    refuse_parallel(config, "aurora-rl train")
     settle(arguments)
     if arguments.resume is not None:
         config, _ = go_on(config, Path(arguments.resume))

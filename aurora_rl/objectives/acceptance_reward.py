@@ -155,10 +155,10 @@ class AcceptanceRewardLoss(Objective):
         valid = drafted & fresh
         tree = torch.repeat_interleave(batch["rounds", "offset"].diff())
         metrics = {
-            "expected_accepted": _mean(trees.subtree_sums(reach)[rounds][valid]),
-            "accepted": _mean(trees.subtree_sums(accepted)[rounds][valid]),
-            "ratio": _mean(ratio[fresh[tree]]),
-            "stale": _mean((~fresh[drafted]).to(reach.dtype)),
+            "expected_accepted": self.mean(trees.subtree_sums(reach.detach())[rounds], valid),
+            "accepted": self.mean(trees.subtree_sums(accepted)[rounds], valid),
+            "ratio": self.mean(ratio, fresh[tree]),
+            "stale": self.mean((~fresh).to(reach.dtype), drafted),
         }
         return Values(-trees.subtree_sums(gain)[rounds][None], gain.new_ones(()), valid[None], metrics)
 
@@ -209,9 +209,11 @@ class AcceptanceRewardLoss(Objective):
             # Under rejection a token with q < p is accepted for sure, and the others' chance does not grow with q.
             counts = law.below.to(accepted.dtype)
             credit = torch.where(law.needs_q, counts, 1.0) * _hanging(trees, context, share * accepted) / own
-        if law.alone is None or not len(context):
+        if law.alone is None:
             return credit
         self._check_baseline(law)
+        if not len(context):
+            return credit
         # What every node would do as the first of its siblings: a function of its own branch alone.
         below = trees.subtree_sums(trees.path_products(law.alone))[trees.num_rounds :]
         if self.baseline == "group":
@@ -234,7 +236,9 @@ class AcceptanceRewardLoss(Objective):
             )
 
     def _check_baseline(self, law: TreeLaw) -> None:
-        if not bool((sibling_ranks(law.context) > 0).any()):
+        found = torch.tensor([len(law.context), bool((sibling_ranks(law.context) > 0).any())])
+        nodes, with_siblings = self.gather(found).any(0).tolist()
+        if nodes and not with_siblings:
             raise ValueError(
                 f"objective {self.name!r}: baseline={self.baseline!r} compares siblings, and no node of the batch has "
                 "any; serve with drafter.width > 1 and enough drafter.num_nodes, or set baseline='none'"
@@ -252,18 +256,20 @@ class AcceptanceRewardLoss(Objective):
 
     def _fresh(self, version: Tensor, drafted: Tensor) -> Tensor:
         """Return which rounds are within the limit."""
-        if len(version):
-            self.newest.copy_(torch.maximum(self.newest, version.max()))
+        newest_here = self.gather(version.amax() if len(version) else self.newest.new_tensor(-1)).amax()
+        self.newest.copy_(torch.maximum(self.newest, newest_here))
         if self.max_staleness is None:
             return torch.ones_like(version, dtype=torch.bool)
         fresh = version >= self.newest - self.max_staleness
         # One such batch is nothing: replay and the gate's held-back requests bring them.
-        self._nothing_fresh = 0 if bool(fresh[drafted].any()) else self._nothing_fresh + bool(drafted.any())
+        found = torch.stack([drafted.any(), fresh[drafted].any()]).long()
+        some_drafted, some_fresh = self.gather(found).any(0).tolist()
+        self._nothing_fresh = 0 if some_fresh else self._nothing_fresh + some_drafted
         if self._nothing_fresh > _NOTHING_FRESH:
             raise ValueError(
                 f"objective {self.name!r}: every round of {self._nothing_fresh} batches in a row is older than "
                 f"max_staleness={self.max_staleness} versions (newest {int(self.newest)}, this batch up to "
-                f"{int(version.max())}); raise it, or replay less (learner.replay)"
+                f"{int(newest_here)}); raise it, or replay less (learner.replay)"
             )
         return fresh
 
@@ -308,7 +314,3 @@ def _standardised(trees: TreeIndex, below: Tensor) -> Tensor:
     score = torch.zeros_like(below)
     score[top] = apart / (mean(apart**2).sqrt() + 1e-6)
     return score[branch]
-
-
-def _mean(values: Tensor) -> Tensor:
-    return values.mean() if len(values) else values.new_zeros(())

@@ -126,8 +126,10 @@ class DiscardSamplingLoss(DistillationObjective):
             law = _Likeliest(law, self.top_k)
         weight = self._weights(batch, trees)[discarded]
         value, agrees = self.compare([logits], law, torch.where(covered, weight, 0.0)[None])
-        count = discarded.sum().to(value.dtype)
-        metrics = {"discarded": count, "discard_agreement": (agrees & covered).sum() / count.clamp(min=1)}
+        metrics = {
+            "discarded": self.gather(discarded.sum().to(value.dtype)).sum(0),
+            "discard_agreement": self.mean((agrees & covered)[0], torch.ones_like(covered)),
+        }
         return Values(value, weight, covered[None], metrics)
 
     @torch.no_grad()

@@ -97,10 +97,7 @@ class ExpectedLengthLoss(Objective):
     @override
     def values(self, batch: TensorDictBase) -> Values:
         length, true, valid = self._text(batch) if self.contexts == "text" else self._trees(batch)
-        metrics = {
-            name: torch.where(valid, part, 0.0).sum() / valid.sum().clamp(min=1)
-            for name, part in zip(self.metrics, (length, true), strict=False)
-        }
+        metrics = {name: self.mean(part, valid) for name, part in zip(self.metrics, (length, true), strict=False)}
         return Values(-length[None], length.new_ones(()), valid[None], metrics)
 
     def _text(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:

@@ -127,8 +127,7 @@ class FunctionObjective(DistillationObjective):
         shifted = [torch.cat([each[j:], torch.zeros_like(each[:j])]).split(size) for j, each in enumerate(states)]
         value, mask, agrees = by_chunks(judge, zip(range(0, len(row), size), *shifted, strict=True))
         valid = windows.valid & mask
-        agreement = (agrees & valid).sum(1) / valid.sum(1).clamp(min=1)
-        return Values(value, value.new_ones(()), valid, {"agreement": agreement})
+        return Values(value, value.new_ones(()), valid, {"agreement": self.mean(agrees, valid)})
 
     def _call(self, log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         """Call the function, and check what it returns."""

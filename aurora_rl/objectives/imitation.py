@@ -141,12 +141,11 @@ class ImitationLoss(DistillationObjective):
         self._check_weight(weight, valid)
         rows_weight = torch.where(valid, weight.detach(), 0.0)
         if self.reduction == "mean":
-            rows_weight = rows_weight / valid.sum(1, keepdim=True).clamp(min=1)
+            rows_weight = rows_weight / self.count(valid)[:, None].clamp(min=1)
         value, agrees = self.compare(unroll.logits, law, rows_weight)
         if self.regression:
             value = value + self.regression * _distance(unroll, rows)
-        agreement = (agrees & valid).sum(1) / valid.sum(1).clamp(min=1)
-        return Values(value, weight, valid, {"agreement": agreement})
+        return Values(value, weight, valid, {"agreement": self.mean(agrees, valid)})
 
     def position_weights(self, batch: TensorDictBase, unroll: Unroll, law: Target) -> Tensor:
         """Return the weight of each position, as ``weighting`` says; a subclass may choose its own.

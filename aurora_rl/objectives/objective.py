@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -37,6 +37,11 @@ SAMPLING_KEYS: list[NestedKey] = [("sampling", key) for key in ("temperature", "
 
 # Batches in a row without a single drafted node before that is an error.
 _NO_NODES = 20
+
+
+def _alone(figure: Tensor) -> Tensor:
+    """Return a figure as that of the only process, ``[1, ...]``."""
+    return figure.detach()[None]
 
 
 class Values(NamedTuple):
@@ -78,6 +83,8 @@ class Objective(LossModule):
     Attributes:
         name: Name by which it is configured.
         sampled: Whether it needs nodes that the drafter drew at random.
+        gather: Function that returns a figure ``[...]`` of every process that learns from a part of the batch,
+            ``[P, ...]``, without gradients. By default there is one process, which has the whole batch.
 
     Raises:
         ValueError: An unknown reduction, a weight that is not finite, or a class without a name.
@@ -101,6 +108,7 @@ class Objective(LossModule):
 
     name: ClassVar[str]
     sampled: ClassVar[bool] = False
+    gather: Callable[[Tensor], Tensor]
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     drafter: Drafter
@@ -117,7 +125,7 @@ class Objective(LossModule):
             raise ValueError(f"{type(self).__name__} has no name; give it one by @register_objective(...)")
         super().__init__()
         self.drafter, self.weight, self.reduction = drafter, weight, reduction
-        self.head = TargetHead.like(head)
+        self.head, self.gather = TargetHead.like(head), _alone
         self._without_nodes: int | None = 0  # batches so far; None once there were nodes
 
     @classmethod
@@ -222,7 +230,7 @@ class Objective(LossModule):
         weighted = torch.where(valid, value, 0.0) * torch.where(valid, weight, 0.0)
         if self.reduction == "mean":
             # Groups keep their own mean, so that a batch of short completions is not dominated by the first step.
-            loss = (weighted.sum(1) / valid.sum(1).clamp(min=1)).sum()
+            loss = (weighted.sum(1) / self.count(valid).clamp(min=1)).sum()
         else:
             loss = weighted.sum() if self.reduction == "sum" else weighted
         if not loss.requires_grad:
@@ -230,6 +238,25 @@ class Objective(LossModule):
             loss = loss + next(self.drafter.parameters()).flatten()[:0].sum()
         out = {name: metric.detach() for name, metric in metrics.items()}
         return TensorDict({f"loss_{self.name}": self.weight * loss, **out}, batch_size=[])
+
+    def count(self, valid: Tensor) -> Tensor:
+        """Count the valid positions of the whole batch, ``[G]``; ``valid`` ``[G, X]`` is of this process's part."""
+        return self.gather(valid.sum(1)).sum(0)
+
+    def mean(self, values: Tensor, where: Tensor) -> Tensor:
+        """Average values over the positions of the whole batch that count, for a metric.
+
+        Args:
+            values: Values of this process's part of the batch, ``[..., X]``.
+            where: Whether each counts, ``[..., X]`` bool.
+
+        Returns:
+            The means, ``[...]``, without gradients; 0 where nothing counts.
+        """
+        values = values if values.is_floating_point() else values.float()
+        total = torch.where(where, values, 0.0).sum(-1)
+        total, count = self.gather(torch.stack([total, where.sum(-1).to(total.dtype)])).sum(0)
+        return total / count.clamp(min=1)
 
     def _forward_value_estimator_keys(self, **kwargs: object) -> None:
         """Do nothing for ``set_keys``: there is no value estimator."""
@@ -256,7 +283,9 @@ class Objective(LossModule):
         Raises:
             ValueError: None of the first twenty-one batches has a node.
         """
-        if self._without_nodes is None or len(batch["nodes", "tokens"]):
+        if self._without_nodes is None:
+            return
+        if bool(self.gather(torch.tensor(len(batch["nodes", "tokens"]))).any()):
             self._without_nodes = None
             return
         self._without_nodes += 1

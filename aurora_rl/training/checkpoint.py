@@ -96,13 +96,19 @@ def save_training_state(
         progress: Counters, as JSON values.
         weights: More weights by name, such as those that are served.
     """
+    tensors = training_tensors(module, optimizers)
+    for kind, values in weights.items():
+        tensors.update({f"{kind}.{name}": value for name, value in values.items()})
+    write_folder(folder, tensors, {"progress.json": {**progress, _CHECKSUM: checksum(tensors)}})
+
+
+def training_tensors(module: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Return weights and optimizer states by their names in a training state, as `TrainingState.stage` takes them."""
     tensors = {f"module.{name}": value for name, value in module.state_dict().items()}
     for i, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors.update({f"optimizer.{i}.{index}.{name}": torch.as_tensor(v) for name, v in state.items()})
-    for kind, values in weights.items():
-        tensors.update({f"{kind}.{name}": value for name, value in values.items()})
-    write_folder(folder, tensors, {"progress.json": {**progress, _CHECKSUM: checksum(tensors)}})
+    return tensors
 
 
 def read_training_state(folder: str | os.PathLike[str]) -> TrainingState:

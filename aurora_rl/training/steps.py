@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchrl.objectives import LossModule
 
 from aurora_rl.objectives import Objective
@@ -18,6 +20,18 @@ from aurora_rl.training.replay import trajectory_buffer
 from aurora_rl.trajectories import pack
 
 logger = logging.getLogger(__name__)
+
+
+class SharedLoss(LossModule):
+    """A loss of this process's part of each batch; other processes have the other parts."""
+
+    @abstractmethod
+    def part(self, batch: TensorDictBase) -> TensorDictBase:
+        """Return this process's part of a batch."""
+
+    @abstractmethod
+    def add_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Put the gradients of the whole batch, the sum over all processes, in the place of those of the part."""
 
 
 def train_step(
@@ -38,11 +52,11 @@ def train_step(
         FloatingPointError: The sum or its gradient is not finite; no step was taken.
     """
     try:
-        value, out = _gradient(loss, optimizers, batch, autocast=autocast)
+        value, out = gradient(loss, optimizers, batch, autocast=autocast)
         for optimizer in optimizers:
             optimizer.step()
     finally:
-        _forget_gradient(optimizers)
+        forget_gradient(optimizers)
     return value, out
 
 
@@ -62,36 +76,40 @@ def has_finite_step(
 ) -> bool:
     """Return whether `train_step` could take a step on a batch. Takes none."""
     try:
-        _gradient(loss, optimizers, batch, autocast=autocast)
+        gradient(loss, optimizers, batch, autocast=autocast)
     except FloatingPointError:
         return False
     finally:
-        _forget_gradient(optimizers)
+        forget_gradient(optimizers)
     return True
 
 
-def _gradient(
+def gradient(
     loss: LossModule, optimizers: Sequence[torch.optim.Optimizer], batch: TensorDictBase, *, autocast: bool
 ) -> tuple[float, TensorDictBase]:
-    """Compute the loss and its clipped gradient; see `train_step`."""
+    """Compute the loss and its clipped gradient, which the parameters have then; see `train_step`."""
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     device = parameters[0].device
-    batch = batch.to(device)
+    batch = (loss.part(batch) if isinstance(loss, SharedLoss) else batch).to(device)
     with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         # RMSNorm of a bfloat16 input by float32 weights is not fused, which follows from autocast.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         out = loss(batch)
     total: Tensor = torch.stack([value for key, value in out.items() if key.startswith("loss_")]).sum()
     value = float(total.detach())
-    _forget_gradient(optimizers)
+    forget_gradient(optimizers)
     total.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+    if isinstance(loss, SharedLoss):
+        loss.add_gradients(parameters)
+    clipped = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    norm = float(clipped.full_tensor() if isinstance(clipped, DTensor) else clipped)
     if not (math.isfinite(value) and math.isfinite(norm)):
         raise FloatingPointError(f"loss is {value}, its gradient's norm {norm}")
     return value, out
 
 
-def _forget_gradient(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def forget_gradient(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Free the gradients of an optimizer's parameters."""
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)  # it would take memory next to what the next forward keeps
 

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -88,7 +89,10 @@ class Forks:
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
     ) -> ForkedProcess:
-        """Run ``aurora-rl`` with these words. Signals have their usual effect, whatever this process ignores."""
+        """Run ``aurora-rl`` with these words, or the Python file that the first one names.
+
+        Signals have their usual effect, whatever this process ignores.
+        """
         if self._process is None:
             self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
@@ -156,5 +160,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads: a fork has one of them, and what the others held stays locked"
-    sys.argv[1:] = _serve(socket.socket(fileno=int(sys.argv[1])))
-    importlib.import_module("aurora_rl.cli.main").program()
+    words = _serve(socket.socket(fileno=int(sys.argv[1])))
+    if words[0].endswith(".py"):
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        sys.argv[1:] = words
+        importlib.import_module("aurora_rl.cli.main").program()
