@@ -412,7 +412,7 @@ def cell(options: argparse.Namespace, kind: str, count: int, hidden: int = TINY,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", default="1,2,4,8", help="numbers of replay engines")
+    parser.add_argument("--engines", default="1,2,4,8", help="numbers of replay engines; empty for none")
     parser.add_argument("--decode", default="2", help="numbers of engines that decode; empty for none")
     parser.add_argument("--rate", type=float, default=10.0, help="trajectories per second and engine, paced")
     parser.add_argument("--idle-seconds", type=float, default=5.0)
@@ -432,7 +432,7 @@ def main() -> None:
         return
     FORKED.set_forkserver_preload(PRELOADED)
     figures: dict[str, Any] = {"note": options.note, "large": cell(options, "replay", 1, options.hidden), "cells": []}
-    wanted = [("replay", count) for count in options.engines.split(",")]
+    wanted = [("replay", count) for count in options.engines.split(",") if count]
     wanted += [("decode", count) for count in options.decode.split(",") if count]
     for kind, count in wanted:
         figures["cells"].append(cell(options, kind, int(count)))

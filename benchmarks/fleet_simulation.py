@@ -136,8 +136,8 @@ def simulate(engines: int, costs: Costs, load: Load, *, seconds: float = 600.0, 
             if not out_cpu and not out_link:
                 lasts.append(now + TICK_S - began + costs.swap)
         # Credit that is not needed is lost, but for what a trajectory takes that has begun.
-        cpu = min(cpu + share - used, max(one_cpu, share))
-        link_in = min(link_in + load.link * TICK_S, max(load.trajectory_bytes, load.link * TICK_S))
+        cpu = min(cpu + share - used, one_cpu + share)
+        link_in = min(link_in + load.link * TICK_S, load.trajectory_bytes + load.link * TICK_S)
         can = int(min(cpu / one_cpu, link_in / load.trajectory_bytes, waiting.sum()))
         cpu, link_in, taken = cpu - can * one_cpu, link_in - can * load.trajectory_bytes, taken + can
         busy += used + can * one_cpu + TICK_S - share
@@ -199,7 +199,7 @@ def studied(costs: Costs, load: Load, seconds: float = 600.0) -> dict[str, Any]:
 def loads() -> list[Load]:
     """The loads of docs/scaling.md: a tiny model, and targets of 70B and 229B with all or a share captured."""
     gigabytes = 25e9 / 8  # a link of 25 Gbit/s
-    tiny = Load("tiny", 1000.0, 24, 1.4e4, 1.0, 6e4, 10.0, gigabytes)
+    tiny = Load("tiny", 1000.0, 24, 6e3, 1.0, 6e4, 10.0, gigabytes)
     found = [tiny]
     for model in MODELS:
         size, weights = completion_bytes(model), 2.0 * drafter_parameters(model)
