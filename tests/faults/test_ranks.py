@@ -30,7 +30,7 @@ def ready(run: Path, processes: list[ForkedProcess], count: int = 1) -> None:
     wait(there)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.stress)])
 def test_two_processes_learn_from_a_server_and_one_goes_on(
     forks: Forks, arguments: list[str], tmp_path: Path, parallel: str
 ) -> None:
