@@ -366,6 +366,7 @@ def test_the_walks_name_at_most_six_files() -> None:
         "Where does a request go?",
         "How does it get there?",
         "What is learned, and how?",
+        "How do several processes take a step?",
         "What crosses the wire?",
         "How do new weights get in?",
         "What does a key do?",

@@ -54,7 +54,7 @@ def test_the_keys_are_frozen() -> None:
             "learner.buffer_bytes",
         ),
         *("learner.muon_lr", "learner.adam_lr", "learner.publish_every", "learner.max_skipped"),
-        *("learner.keep", "learner.resume", "learner.record"),
+        *("learner.keep", "learner.parallel", "learner.resume", "learner.record"),
         *("checkpoint.keep", "checkpoint.buffer"),
         *("gate.requests", "gate.margin"),
         *("canary.share", "canary.window", "canary.false_alarm_rate", "canary.margin", "canary.most_rounds"),

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from aurora_rl import SamplingParams
-from aurora_rl.objectives import SumLoss, make_objectives, register_objective
+from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import serve, tiny_target
 from aurora_rl.training.checkpoint import load_training_state, save_training_state, training_tensors
@@ -42,13 +42,12 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "expected-length-trees": [{"name": "expected_length", "contexts": "trees"}],
     "acceptance-reward": [{"name": "acceptance_reward", "max_staleness": 1}],
     "acceptance-reward-siblings": [{"name": "acceptance_reward", "baseline": "leave_one_out", "clip": 0.2}],
-    "function": [{"name": "forward_kl_function"}],
+    "function": [{"name": "shared_steps:forward_kl_function"}],
     "sum": [{"name": "imitation"}, {"name": "discard"}, {"name": "imitation", "divergence": "total_variation"}],
 }
 LENGTHS, VERSIONS = (3, 19, 1, 9, 5), (0, 2, 5, 4, 3)  # of prompts: shares are uneven; and of drafters
 
 
-@register_objective("forward_kl_function")
 def forward_kl_function(log_p: Tensor, log_q: Tensor, windows: Any) -> tuple[Tensor, Tensor]:
     return (log_p.exp() * (log_p - log_q)).sum(-1), windows.valid
 
