@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from forked_commands import Forks
+from run_events import events, summary
 from transformers import AutoTokenizer
 
 from aurora_rl.cli import assembly, serve
@@ -25,7 +26,6 @@ from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.envs import Completion
 from aurora_rl.policies import MedusaDrafter, NgramDrafter
 from aurora_rl.serving.server import InferenceServer
-from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.telemetry.stats import Stats
 
 FILES = {"config.yaml", "metrics.jsonl", "report.png", "summary.json"}
@@ -39,14 +39,6 @@ from aurora_rl.objectives import register_objective
 def plain(log_p, log_q, windows):
     return -(log_p.exp() * log_q).sum(-1), windows.valid
 """
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in MetricsReader(run / "metrics.jsonl") if event["event"] == kind]
-
-
-def summary(run: Path) -> dict[str, Any]:
-    return json.loads((run / "summary.json").read_text())
 
 
 # ---- the whole loop -------------------------------------------------------------------------------------------------

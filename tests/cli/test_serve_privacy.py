@@ -9,16 +9,15 @@ import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from processes import wait
+from run_events import events
 from transformers import AutoTokenizer
 
 from aurora_rl.cli import main as cli
 from aurora_rl.serving.http.server import HttpServer
-from aurora_rl.telemetry.log import MetricsReader
 
 MARK = "Xylophone quokka vjzq-8731 wombat fjord"
 LEARNING = (
@@ -47,10 +46,6 @@ def marked_tokens(model: Path) -> list[int]:
     ids = tokenizer(MARK[10:28], add_special_tokens=False)["input_ids"][2:-2]
     assert len(ids) >= 4
     return list(ids)
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in MetricsReader(run / "metrics.jsonl") if event["event"] == kind]
 
 
 def test_a_server_leaves_no_text_but_in_a_recording(

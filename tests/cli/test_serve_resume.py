@@ -6,16 +6,15 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from run_events import events, summary
 from safetensors.torch import load_file, save_file
 
 from aurora_rl.cli import main as cli
 from aurora_rl.cli import serve
 from aurora_rl.cli.config import load_config
 from aurora_rl.serving.server import InferenceServer
-from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.states import states
 
 
@@ -29,12 +28,6 @@ def test_a_run_goes_on_from_what_it_learned(
 ) -> None:
     step, run = InferenceServer.step, tmp_path / "run"
 
-    def events(kind: str) -> list[dict[str, Any]]:
-        return [event for event in MetricsReader(run / "metrics.jsonl") if event["event"] == kind]
-
-    def summary() -> dict[str, Any]:
-        return json.loads((run / "summary.json").read_text())
-
     def stepped(server: InferenceServer) -> bool:
         if not server.stats.swap_ms:
             time.sleep(0.05)  # until there is something to go on from
@@ -44,7 +37,7 @@ def test_a_run_goes_on_from_what_it_learned(
     pairs = ["learner.publish_every=4", "learner.batch_size=2", "gate.requests=3", "learner.replay=1", "gate.margin=9"]
     pairs += ["drafter.adaptive=false", "baseline.share=0"]
     assert cli.main(["flywheel", *arguments, *pairs, "traffic.requests=30"]) == 0
-    first, (over,) = summary(), events("learner_done")
+    first, (over,) = summary(run), events(run, "learner_done")
     assert over["version"] and first["requests"] == 30
     saved = load_file(states(run / "learner")[0] / "drafter" / "model.safetensors")
 
@@ -56,15 +49,15 @@ def test_a_run_goes_on_from_what_it_learned(
     assert (config.traffic.requests, config.gate.requests, config.run_dir) == (10, 3, None)
     assert (config.drafter.path, config.learner.resume) == (None, None)  # as before: it starts another run elsewhere
     assert saved.keys() == load_file(states(run / "learner")[0] / "drafter" / "model.safetensors").keys()
-    assert summary()["requests"] == 10 and len(events("request")) == 40
+    assert summary(run)["requests"] == 10 and len(events(run, "request")) == 40
     assert len((run / "answers.jsonl").read_text().splitlines()) == 40
-    last = events("learner_done")[-1]
+    last = events(run, "learner_done")[-1]
     assert last["version"] > over["version"] and last["steps"] >= over["steps"] and last["seen"] >= over["seen"]
-    later = [event for event in events("train") if event["time"] > over["time"]]
+    later = [event for event in events(run, "train") if event["time"] > over["time"]]
     assert all(event["steps"] > over["steps"] for event in later)
     # The figures are of this part alone, and the engine had what was learned before it.
-    assert max(event["requests"] for event in events("swap")[first["swaps"] :]) <= 10
-    assert summary()["versions_served"][1] > over["version"]
+    assert max(event["requests"] for event in events(run, "swap")[first["swaps"] :]) <= 10
+    assert summary(run)["versions_served"][1] > over["version"]
 
     # What is refused leaves the folder as it was.
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir() if path.name != "metrics.jsonl"}

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from run_events import summary
 from safetensors.torch import load_file
 from torch import Tensor
-from trainings import chats, summary, train, training_pairs
+from trainings import chats, train, training_pairs
 
 from aurora_rl.cli import main as cli
 from aurora_rl.cli import train as train_command

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_events import summary
 from safetensors.torch import load_file
-from trainings import chats, interrupt, summary, train, training_pairs
+from trainings import chats, interrupt, train, training_pairs
 
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import load_config

@@ -5,21 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from forked_commands import ForkedProcess, Forks
 from processes import wait
 from rank_processes import ended, start_ranks
+from run_events import events
 
-from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.states import check_state, states
 
 pytestmark = pytest.mark.faults
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in MetricsReader(run / "metrics.jsonl") if event["event"] == kind]
 
 
 def ready(run: Path, processes: list[ForkedProcess], count: int = 1) -> None:

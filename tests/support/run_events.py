@@ -1,8 +1,22 @@
-"""Events of a run as `metrics.jsonl` has them, with usual values where a test names none."""
+"""What a run has written, and events as `metrics.jsonl` has them, with usual values where a test names none."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+from aurora_rl.telemetry.log import MetricsReader
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    """Events of a kind in a run's log."""
+    return [event for event in MetricsReader(run / "metrics.jsonl") if event["event"] == kind]
+
+
+def summary(run: Path) -> dict[str, Any]:
+    """What a run's `summary.json` holds."""
+    return json.loads((run / "summary.json").read_text())
 
 
 def request(domain: str = "", tokens: int = 8, speculative: tuple[int, int] = (6, 3), **fields: Any) -> dict[str, Any]:

@@ -29,11 +29,6 @@ def train(*words: str) -> int:
     return cli.main(["train", *options, *(word for word in words if "=" in word)])
 
 
-def summary(run: Path) -> dict[str, Any]:
-    """What a run's `summary.json` holds."""
-    return json.loads((run / "summary.json").read_text())
-
-
 def chats(path: Path, *messages: list[tuple[str, str]]) -> str:
     """Write chats of (role, text), and return the pair that names the file."""
     lines = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in messages]
