@@ -27,7 +27,7 @@ class EngineCounts:
         >>> counts.arrived("a", 3)
         >>> counts.dropped("a", "invalid")
         >>> counts.as_json(published=5)
-        {'a': {'trajectories': 1, 'version': 3, 'behind': 2, 'drops': {'invalid': 1}}}
+        {'a': {'trajectories': 1, 'version': 3, 'staleness': 2, 'drops': {'invalid': 1}}}
     """
 
     def __init__(self) -> None:
@@ -54,13 +54,13 @@ class EngineCounts:
         return counts
 
     def as_json(self, published: int) -> dict[str, dict[str, Any]]:
-        """Return the counts by engine, and how many versions each is behind the one that is published."""
+        """Return the counts by engine, and how many versions were published after the one that each drafts with."""
         known = {**self._engines, **({_OTHERS: self._others} if self._others != _Counts() else {})}
         return {
             engine: {
                 "trajectories": counts.trajectories,
                 "version": counts.version,
-                "behind": staleness(published, counts.version),
+                "staleness": staleness(published, counts.version),
                 "drops": dict(counts.drops),
             }
             for engine, counts in known.items()

@@ -246,8 +246,8 @@ EVENTS: dict[str, Event] = {
         "What arrived of each engine so far; every five seconds at most, if something is new.",
         {
             "engines": "By name, of the 64 engines that were heard last, and of all others together as `(others)`: "
-            "`trajectories` that arrived; `version` that drafted the last round of the newest; `behind`, versions that "
-            "were published after it; `drops`, trajectories that the learner dropped by reason, as in `drops`.",
+            "`trajectories` that arrived; `version` that drafted the last round of the newest; `staleness`, versions "
+            "that were published after it; `drops`, trajectories that the learner dropped by reason, as in `drops`.",
             "steps": _SEEN["steps"],
         },
     ),

@@ -266,7 +266,7 @@ class Exporter(Collector):
             name: sum(of["drops"].values()) for name, of in engines.items()
         }
         self._numbers["engine_staleness"] = {
-            name: of["behind"] for name, of in engines.items() if of["behind"] is not None
+            name: of["staleness"] for name, of in engines.items() if of["staleness"] is not None
         }
 
     def _status(self, event: Mapping[str, Any]) -> None:

@@ -15,11 +15,11 @@ def test_an_engine_has_what_arrived_what_was_dropped_and_how_far_it_is_behind() 
     counts.dropped("b", "invalid")
     counts.dropped("", "malformed")
     assert counts.as_json(published=7) == {
-        "a": {"trajectories": 3, "version": 4, "behind": 3, "drops": {}},
-        "b": {"trajectories": 1, "version": None, "behind": None, "drops": {"invalid": 2}},
-        "(unnamed)": {"trajectories": 0, "version": None, "behind": None, "drops": {"malformed": 1}},
+        "a": {"trajectories": 3, "version": 4, "staleness": 3, "drops": {}},
+        "b": {"trajectories": 1, "version": None, "staleness": None, "drops": {"invalid": 2}},
+        "(unnamed)": {"trajectories": 0, "version": None, "staleness": None, "drops": {"malformed": 1}},
     }
-    assert counts.as_json(published=3)["a"]["behind"] == 0  # of a learner that started anew
+    assert counts.as_json(published=3)["a"]["staleness"] == 0  # of a learner that started anew
 
 
 def test_ever_new_names_are_added_up_and_no_count_is_lost() -> None:
@@ -32,4 +32,4 @@ def test_ever_new_names_are_added_up_and_no_count_is_lost() -> None:
     assert len(known) == 64 + 1 and known["a"]["trajectories"] == 1000
     assert sum(each["trajectories"] for each in known.values()) == 2000
     assert sum(each["drops"].get("invalid", 0) for each in known.values()) == 1000
-    assert known["(others)"]["behind"] is None
+    assert known["(others)"]["staleness"] is None

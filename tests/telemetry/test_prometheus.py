@@ -236,7 +236,7 @@ def full() -> bytes:
         request(tokens=3, accepted={"2": 1}), event("swap", version=1, ms=1.0), event("gate", publish=True, version=1),
         event("train", loss=1.0, new=1, waiting=1), event("trial", version=2),
         status(speedup=1.5, acceptance_length=2.0, tokens_per_second={"baseline": 1.0, "speculative": 1.5}),
-        event("engines", engines={"a": {"trajectories": 1, "version": 1, "behind": 0, "drops": {"invalid": 1}}}),
+        event("engines", engines={"a": {"trajectories": 1, "version": 1, "staleness": 0, "drops": {"invalid": 1}}}),
     ):  # fmt: skip
         exporter.follow(each)
     exporter.failed("timeout")
@@ -278,8 +278,8 @@ def test_promtool_finds_nothing() -> None:
 
 def test_figures_by_engine_are_those_of_the_last_event_alone() -> None:
     exporter = Exporter()
-    figures = {"trajectories": 5, "version": 3, "behind": 2, "drops": {"invalid": 1, "buffer_full": 2}}
-    exporter.follow(event("engines", engines={"a": figures, "b": {**figures, "version": None, "behind": None}}))
+    figures = {"trajectories": 5, "version": 3, "staleness": 2, "drops": {"invalid": 1, "buffer_full": 2}}
+    exporter.follow(event("engines", engines={"a": figures, "b": {**figures, "version": None, "staleness": None}}))
     assert sample(exporter, "engine_trajectories_total", engine="a") == 5
     assert sample(exporter, "engine_trajectories_dropped_total", engine="b") == 3
     assert sample(exporter, "engine_staleness", engine="a") == 2

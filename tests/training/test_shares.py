@@ -106,4 +106,4 @@ def test_a_flood_leaves_an_engine_its_share_of_the_new_batches(make: Make, serve
     assert {40, 41, 42, 43} < {request for batch in loop.loss.batches[:4] for request in batch}
     assert loop.learner.seen == 40  # what the full buffer let go of was of the other engine
     engines = loop.events("engines")[-1]["engines"]
-    assert engines["few"] == {"trajectories": 4, "version": 0, "behind": 0, "drops": {}}
+    assert engines["few"] == {"trajectories": 4, "version": 0, "staleness": 0, "drops": {}}

@@ -36,10 +36,10 @@ def test_arrivals_staleness_and_drops_are_told_by_engine(
     loop.learner.close()
     last = loop.events("engines")[-1]
     assert last["engines"]["stranger"] == {
-        "trajectories": 0, "version": None, "behind": None, "drops": {"handshake": 1},
+        "trajectories": 0, "version": None, "staleness": None, "drops": {"handshake": 1},
     }  # fmt: skip
     figures = last["engines"][sender]
-    assert (figures["trajectories"], figures["version"], figures["behind"]) == (12, 3, 2)
+    assert (figures["trajectories"], figures["version"], figures["staleness"]) == (12, 3, 2)
     assert figures["drops"] == {"buffer_full": 12 - loop.learner.seen}
 
 
