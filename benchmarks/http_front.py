@@ -2,8 +2,9 @@
 
 The engine runs in a process of its own, as under `aurora-rl serve`: rounds in the main thread, HTTP in another. The
 cost of throughput has two parts: HTTP work that delays rounds, which shows in the pace of rounds with all slots
-occupied, and slots that stay empty until their client asks again, which shows in how many are occupied. The CPU time
-of the other threads estimates the first part: it changes less with the machine's pace than the pace of rounds does.
+occupied, and slots that stay empty until their client asks again, which shows in how many are occupied. On a machine
+whose pace changes neither is seen. There the CPU time of the other threads bounds the first part: a round cannot wait
+for more of it. It is given by thread as a share of the CPU time of the thread that serves the rounds.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import math
 import multiprocessing
 import os
 import statistics
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -83,7 +86,7 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
     first = queue()
     usual = first.first_prompts(1)[0]
     drafter, _ = first_drafter(spec, target, first.first_prompts(64), None)
-    workload, cpu_before = Workload(), _others_cpu()
+    workload, cpu_before = Workload(), cpu_by_thread()
     clients = AsyncEngine(max_waiting=config.http.max_waiting, workload=workload, first_id=first.total)
     server = embedded_server(spec, target, clients, usual, drafter, MetricsLog(folder / "metrics.jsonl", "server"))
     clients.attach(server)
@@ -96,8 +99,9 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
                     break
                 if number == _ROUNDS:
                     pace, occupied = pace_and_occupancy(server.stats.rounds, config.engine.slots)
-                    pipe.send((pace, occupied, _others_cpu() - cpu_before))
-                    server.stats.rounds, cpu_before = Rounds(), _others_cpu()
+                    cpu = cpu_by_thread()
+                    pipe.send((pace, occupied, {name: s - cpu_before.get(name, 0.0) for name, s in cpu.items()}))
+                    server.stats.rounds, cpu_before = Rounds(), cpu
                     continue
                 workload.begin(queue(), number)
                 began = time.perf_counter()
@@ -112,9 +116,17 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
         server.close()
 
 
-def _others_cpu() -> float:
-    """Return the CPU seconds of the threads of this process other than this one."""
-    return time.process_time() - time.thread_time()
+def cpu_by_thread() -> Counter[str]:
+    """Return the CPU seconds of this process's threads, by name; numbers at the end of names are left out.
+
+    >>> cpu_by_thread()["MainThread"] > 0
+    True
+    """
+    seconds = Counter[str]()
+    for thread in threading.enumerate():
+        clock = time.pthread_getcpuclockid(thread.ident or 0)
+        seconds[thread.name.rstrip("0123456789_")] += time.clock_gettime(clock)
+    return seconds
 
 
 def pace_and_occupancy(rounds: Iterable[Round], slots: int) -> tuple[float, float]:
@@ -164,41 +176,47 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
         seconds = max(answer.ended for answer in answers) - min(answer.began for answer in answers)
         return sum(answer.usage["completion_tokens"] for answer in answers if answer.usage), seconds
 
-    def ask_rounds() -> tuple[float, float, float]:
+    def ask_rounds() -> tuple[float, float, Counter[str]]:
         pipe.send(_ROUNDS)
         return pipe.recv()
 
     figures = {}
     for clients in options.front_clients:
         over_http(clients), by_queue(clients)  # unmeasured
-        found = {figure: {"queue": [], "http": []} for figure in ("throughput", "pace", "occupied", "cpu")}
+        found = {figure: {"queue": [], "http": []} for figure in ("throughput", "pace", "occupied")}
+        spent = {"queue": Counter[str](), "http": Counter[str]()}
         for turn in range(options.turns):
             ways = [("queue", by_queue), ("http", over_http)]
             for name, way in ways if turn % 2 else reversed(ways):
                 ask_rounds()
                 tokens, seconds = way(clients)
                 pace, occupied, cpu = ask_rounds()
-                for each, value in zip(found.values(), (tokens / seconds, pace, occupied, cpu / seconds), strict=True):
+                for each, value in zip(found.values(), (tokens / seconds, pace, occupied), strict=True):
                     each[name].append(value)
-            compared = (found[name] for name in ("throughput", "pace", "occupied"))
-            ratios = [f"{each['http'][-1] / each['queue'][-1]:.3f}" for each in compared]
+                spent[name].update(cpu)
+            ratios = [f"{each['http'][-1] / each['queue'][-1]:.3f}" for each in found.values()]
             print(
                 f"front, {clients} clients, turn {turn + 1}: throughput, pace, occupancy {', '.join(ratios)}; "
-                f"CPU {found['cpu']['http'][-1]:.4f} of the time",
+                f"CPU of threads so far {shares(spent['http'])}",
                 flush=True,
             )
-        means = {
-            figure: {name: round(statistics.fmean(each), 4) for name, each in found[figure].items()}
-            for figure in ("occupied", "cpu")
-        }
         figures[clients] = compare(**found["throughput"]) | {
             "of_a_full_round": compare(**found["pace"]),
-            "occupied": means["occupied"],
-            "cpu_of_other_threads": means["cpu"],
+            "occupied": {name: round(statistics.fmean(each), 4) for name, each in found["occupied"].items()},
+            "cpu_of_threads": {name: shares(seconds) for name, seconds in spent.items()},
         }
     pipe.send(None)
     process.join(60)
     return {"settings": _PAIRS, "goal": _GOAL, "clients": figures}
+
+
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return the CPU time of each thread as a share of the main thread's, which serves the rounds.
+
+    >>> shares({"MainThread": 4.0, "http": 0.1})
+    {'http': 0.025}
+    """
+    return {name: round(each / seconds["MainThread"], 4) for name, each in seconds.items() if name != "MainThread"}
 
 
 def compare(queue: Sequence[float], http: Sequence[float]) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def test_the_front_is_compared_with_its_engine(
     options.overrides = ["engine.max_length=256"]
     figures = front.measure(options, common.prompts(options), tmp_path)["clients"][2]
     assert all(figures["tokens_per_second"].values()) and figures["turns"] == [figures["cost"]] and figures["cost"] < 1
-    assert 0 < figures["cpu_of_other_threads"]["http"] < 1
+    assert 0 < figures["cpu_of_threads"]["http"]["http"] < 1
 
 
 # ---- what learning costs the server ------------------------------------------------------------------------------

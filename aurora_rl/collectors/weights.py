@@ -49,7 +49,7 @@ from aurora_rl.telemetry.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
-_TURN_MS = 20
+_TURN_MS = 50  # a thread that wakes up takes the interpreter from the rounds
 _HEARTBEAT_S = 1.0  # between two ``serving`` messages: a restarted learner knows an engine after so long
 _SILENCE_S = 5.0  # without an answer, after which a warning says that the learner is silent
 _CONTROL = Limits(max_bytes=1 << 16, max_leaves=0, max_header_bytes=1 << 16)
