@@ -81,7 +81,7 @@ stress: $(STAMP)  ## random tests and faults again and again, ROUNDS=20 times wi
 		$(BIN)/python -m pytest -q -n 2 -m 'hypothesis and not sglang' --hypothesis-seed=$$round tests || exit 1; \
 		$(BIN)/python -m pytest -q -m 'faults or stress' tests/faults || exit 1; \
 	done
-	$(BIN)/python -m pytest -q -m 'stress and smollm2' tests/test_smollm2.py
+	$(BIN)/python -m pytest -q -m 'stress and not faults' tests --ignore tests/faults
 	$(BIN)/python benchmarks/canary.py --name canary_stress
 	AURORA_RL_FRAMES=1000000 $(BIN)/python -m pytest -q tests/collectors/test_codec_fuzz.py
 	$(BIN)/python benchmarks/soak.py --minutes 5 --name soak_stress

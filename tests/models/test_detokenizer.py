@@ -45,7 +45,7 @@ texts = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_f
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_tokens_in_any_pieces_make_the_whole(tokenizer: PreTrainedTokenizerBase, data: st.DataObject) -> None:
     # Random ids: broken characters, special tokens, and ids that the tokenizer does not know.
     tokens = data.draw(st.lists(st.integers(0, len(tokenizer) + 5), max_size=80))
@@ -54,7 +54,7 @@ def test_any_tokens_in_any_pieces_make_the_whole(tokenizer: PreTrainedTokenizerB
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_texts_come_without_a_broken_character(tokenizer: PreTrainedTokenizerBase, data: st.DataObject) -> None:
     tokens = tokenizer(data.draw(texts), add_special_tokens=False)["input_ids"]
     said, whole = pieces(Detokenizer(tokenizer), tokens, data.draw(sizes)), decode(tokenizer, tokens)
@@ -188,7 +188,7 @@ def ids(tokenizer: PreTrainedTokenizerBase) -> st.SearchStrategy[list[int]]:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_stop_strings_are_found_at_the_token_that_completes_them(
     any_tokenizer: PreTrainedTokenizerBase, data: st.DataObject
 ) -> None:

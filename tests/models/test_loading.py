@@ -218,6 +218,7 @@ def test_smollm2_speaks_its_chat_format(smollm2_path: Path) -> None:
 
 
 @pytest.mark.smollm2
+@pytest.mark.stress  # transformers reads the file for half a minute
 def test_smollm2_computes_what_the_gguf_file_does(smollm2_path: Path) -> None:
     model, tokenizer = models.load_target("smollm2", dtype=torch.bfloat16, device="cpu")
     gguf = models._embedded_gguf()
