@@ -158,6 +158,7 @@ def test_arrivals_are_poisson_s(http_load: ModuleType) -> None:
     assert http_load.poisson_arrivals(4.0, 3) == http_load.poisson_arrivals(4.0, 4000)[:3]
 
 
+@pytest.mark.stress
 def test_the_front_is_compared_with_its_engine(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_round_with_a_swap_and_those_after_it_are_compared_with_those_before(m
     assert presence.around_swaps([steps], slots=2) == {"swaps": 0}  # no round has all slots occupied
 
 
+@pytest.mark.stress
 def test_recording_is_compared_with_none(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     presence, common = imported("presence", monkeypatch), importlib.import_module("common")
     monkeypatch.setattr(sys, "argv", ["script.py", "--limit", "2", "--max-new-tokens", "4", "--device", "cpu"])
@@ -341,6 +343,7 @@ def test_a_cell_is_judged_by_its_best_peer(monkeypatch: pytest.MonkeyPatch) -> N
 # ---- benchmarks/fleet.py and benchmarks/scaling.py ---------------------------------------------------------------
 
 
+@pytest.mark.stress
 def test_a_fleet_is_measured_in_all_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     fleet = imported("fleet", monkeypatch)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)

@@ -41,9 +41,9 @@ def test_the_whole_path(finished: Path) -> None:
     assert {row["phase"] for row in results["live"]} == {0, 1, 2}
     assert all(row["tokens_per_second"]["mean"] > 0 for row in results["live"])
     scratch = json.loads((finished / "arms" / "scratch-0" / "result.json").read_text())
-    assert scratch["flops_per_step"] > 10**6 and scratch["steps"][-1] > 9
+    assert scratch["flops_per_step"] > 10**6 and scratch["steps"][-1] > 5
     static, tokens = json.loads((finished / "arms" / "static-0" / "result.json").read_text()), scratch["tokens"]
-    assert static["tokens"] == tokens and len(tokens) == 36  # one stream for all
+    assert static["tokens"] == tokens and len(tokens) == 24  # one stream for all
     assert (finished / "report.md").read_text().startswith("# the whole path")
     assert (finished / "acceptance.png").stat().st_size > 1000
 
@@ -105,7 +105,7 @@ def test_other_settings_need_another_folder(
     assert "name another folder by --out" in capsys.readouterr().err
     scenario = finished.parent / "other.yaml"
     text = (finished / "scenario.yaml").read_text()
-    scenario.write_text(text.replace("requests: 12", "requests: 11"))
+    scenario.write_text(text.replace("requests: 8", "requests: 7", 1))
     assert bench(tiny_folder, finished, scenario=str(scenario)) == 2
     assert "holds results of stream phases" in capsys.readouterr().err
 

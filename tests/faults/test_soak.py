@@ -11,6 +11,7 @@ from benchmark_scripts import imported
 pytestmark = pytest.mark.faults
 
 
+@pytest.mark.stress
 def test_strangers_leave_nothing_behind(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     soak = imported("soak", monkeypatch)
     seen: list[object] = []

@@ -146,8 +146,8 @@ def serve(
 @pytest.mark.parametrize(
     ("rule", "mode", "width", "count"),
     [
-        ("rejection", "sampled", 3, 1500),
-        ("rejection_without_replacement", "sampled_without_replacement", 3, 1500),
+        ("rejection", "sampled", 3, 700),
+        ("rejection_without_replacement", "sampled_without_replacement", 3, 700),
         ("sample_and_match", "sampled", 3, 1500),
         ("block", "sampled", 1, 600),
     ],
