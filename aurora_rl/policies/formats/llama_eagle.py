@@ -6,6 +6,7 @@ file are passed over, and so is EAGLE's head: they are the target's.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from aurora_rl.policies.formats.vllm import LAYER_IDS, from_vllm, to_vllm
 if TYPE_CHECKING:
     from aurora_rl.policies.eagle import EagleDrafter
     from aurora_rl.policies.eagle3 import Eagle3Drafter
+
+logger = logging.getLogger(__name__)
 
 # Settings of other drafters of these architectures that change what is computed.
 _UNSUPPORTED_BY_EAGLE3 = ("norm_before_fc", "norm_before_residual", "bias", "attention_bias", "mlp_bias")
@@ -97,7 +100,7 @@ def read_eagle3(
     entries, tensors = checkpoint.config, {_eagle3_name(name): tensor for name, tensor in checkpoint.tensors.items()}
     nested = entries.get("eagle_config") or {}
     known = tensors.pop("t2d", None)
-    tensors.pop("embed_tokens.weight", None)
+    _drop_embedding(tensors, parts)
     config = _layer_config(entries, parts, _UNSUPPORTED_BY_EAGLE3, attention)
     layers = tuple(nested.get(LAYER_IDS) or ())
     check_layers_rise(layers)
@@ -144,8 +147,8 @@ def read_eagle(checkpoint: Checkpoint, parts: TargetParts, attention: str) -> tu
     """Return the arguments of ``EagleDrafter`` and the tensors to install in it; see :func:`read_eagle3`."""
     entries = checkpoint.config
     tensors = {name.removeprefix("model."): tensor for name, tensor in checkpoint.tensors.items()}
-    for shared in ("embed_tokens.weight", "lm_head.weight"):
-        tensors.pop(shared, None)
+    _drop_embedding(tensors, parts)
+    tensors.pop("lm_head.weight", None)
     config = _layer_config(entries, parts, _UNSUPPORTED_BY_EAGLE, attention)
     if entries.get("bias") is False:  # as the authors trained their later ones
         tensors.setdefault("fc.bias", torch.zeros(config.hidden_size))
@@ -159,6 +162,19 @@ def read_eagle(checkpoint: Checkpoint, parts: TargetParts, attention: str) -> tu
         "feature_layers": (parts.config.num_hidden_layers,),
     }
     return arguments, tensors
+
+
+def _drop_embedding(tensors: dict[str, Tensor], parts: TargetParts) -> None:
+    """Take the embedding out, since the target's is used, as in SGLang; say so where some of its rows differ."""
+    own, target = tensors.pop("embed_tokens.weight", None), parts.embedding
+    if own is None:
+        return
+    some = torch.arange(0, len(target), max(1, len(target) // 256))
+    if own.shape != target.shape or not torch.allclose(own[some].float(), target[some].float().cpu(), 0.02, 1e-3):
+        logger.warning(
+            "the checkpoint has an embedding of its own, which is not the target's; the target's is used, as SGLang "
+            "does, and it may draft worse than where it was trained"
+        )
 
 
 def _layer_config(

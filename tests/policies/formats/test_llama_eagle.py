@@ -47,13 +47,16 @@ def test_an_eagle3_folder_holds_what_engines_read(saved_eagle3: tuple[Eagle3Draf
     assert {name: config[name] for name in expected} == expected
 
 
-def test_an_embedding_in_the_folder_is_passed_over(
-    saved_eagle3: tuple[Eagle3Drafter, Path], parts: TargetParts
+@pytest.mark.parametrize("own", [True, False])
+def test_an_embedding_in_the_folder_is_passed_over_which_is_told_where_it_is_another(
+    saved_eagle3: tuple[Eagle3Drafter, Path], parts: TargetParts, own: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, folder = saved_eagle3
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "embed_tokens.weight": torch.zeros(32, 16)}, folder / "model.safetensors")
+    embedding = torch.zeros(32, 16) if own else parts.embedding.to(torch.bfloat16)
+    save_file({**tensors, "embed_tokens.weight": embedding}, folder / "model.safetensors")
     assert torch.equal(load_drafter(folder, parts).embedding, parts.embedding)
+    assert ("an embedding of its own, which is not the target's" in caplog.text) == own
 
 
 @pytest.mark.parametrize(
