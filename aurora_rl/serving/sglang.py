@@ -68,7 +68,7 @@ class AttachedServer:
         last, self.status = self.status, self._attach()
         self._drops_before.update(last.get("drops", {}))
         self._sent_before += last.get("sent", 0)
-        self._told_swaps, self._told_faults = 0, 0
+        self._told_swaps, self._told_faults = 0, Counter[int]()  # faults by replica
         self._served, self._accepted = Counter[str](), Counter[int]()
         self._log.write("attached", status=self.status)
 
@@ -140,8 +140,8 @@ class AttachedServer:
         if status["version"] != self.stats.version:
             self.stats.versions.append(status["version"])
         for fault in status["faults"]:
-            if fault["number"] > self._told_faults:
-                self._told_faults = fault["number"]
+            if fault["number"] > self._told_faults[replica := fault.get("replica", 0)]:
+                self._told_faults[replica] = fault["number"]
                 told = {name: fault[name] for name in ("version", "cause", "detail", "action")}
                 self._log.write("watchdog", **told, requests=len(self.stats.finished))
         self._count(status["served"])

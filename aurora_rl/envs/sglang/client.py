@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,9 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import plugin_client_keys
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.sglang import ENVIRONMENT, KEYS_ENVIRONMENT, LEARNED
-from aurora_rl.envs.sglang.plugin_server import PluginError, ask
+from aurora_rl.envs.sglang.layout import cores_of, free_ports, parallelism
+from aurora_rl.envs.sglang.plugin_server import PluginError
+from aurora_rl.envs.sglang.replicas import ask_all
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.registry import recognized
 from aurora_rl.storage import CheckpointError, read_folder
@@ -140,7 +141,8 @@ class SGLangClient:
         path = Path(log or tempfile.mkstemp(suffix=".log", prefix="sglang-")[1])
         # SAFEPATH: a stray http.py where the user stands must not take the standard library's place.
         variables = {**os.environ, "PYTHONSAFEPATH": "1", **(environment or {})}
-        (port, plugin_port), plugin = free_ports(2), None
+        ranks, replicas = parallelism(arguments)
+        (port, plugin_port), plugin = free_ports(2, following=replicas - 1), None
         context, drafting = max_length + _OWN_PLACES, list[str]()
         if drafter is not None:
             context = max_length + reserved_context(depth, width, num_nodes)
@@ -162,6 +164,8 @@ class SGLangClient:
             # Left to itself, the cache takes most of the machine's free memory.
             command += [*CPU_ARGUMENTS, "--max-total-tokens", str(2 * slots * context)]
             variables |= CPU_VARIABLES
+            if ranks > 1:
+                variables.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_of(ranks))
         with open(path, "ab") as output:
             process = subprocess.Popen(
                 [*command, *arguments],
@@ -353,7 +357,7 @@ class SGLangClient:
     def _ask(self, kind: str, fields: dict[str, Any] | None = None) -> dict[str, Any]:
         if self.plugin_address is None:
             raise PluginError("this engine has no plugin address; set engine.plugin_address to the plugin's")
-        return ask(self.plugin_address, kind, fields, keys=self._keys)
+        return ask_all(self.plugin_address, kind, fields, keys=self._keys)
 
     def close(self) -> None:
         """End the server, if it was launched here. Idempotent."""
@@ -413,12 +417,3 @@ def reserved_context(depth: int, width: int, num_nodes: int) -> int:
     18
     """
     return max(width * depth, num_nodes + 1) + _OWN_PLACES
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of this host that nobody listens at now."""
-    with contextlib.ExitStack() as opened:
-        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
-        for bound in sockets:
-            bound.bind(("127.0.0.1", 0))
-        return [bound.getsockname()[1] for bound in sockets]

@@ -91,3 +91,20 @@ def ask(
     if message.kind == "refused":
         raise PluginError(str(message.meta.get("reason")))
     return message.meta
+
+
+def replica_address(address: str, number: int) -> str:
+    """Return where the plugin of a data-parallel replica answers, if that of the first answers at ``address``.
+
+    >>> replica_address("tcp://127.0.0.1:5560", 2), replica_address("ipc:///tmp/plugin", 0)
+    ('tcp://127.0.0.1:5562', 'ipc:///tmp/plugin')
+
+    Raises:
+        PluginError: The address has no port to count from.
+    """
+    host, _, port = address.rpartition(":")
+    if not number:
+        return address
+    if not (address.startswith("tcp://") and port.isdecimal()):
+        raise PluginError(f"{address}: data-parallel replicas answer at the ports after it; give one with a port")
+    return f"{host}:{int(port) + number}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -157,3 +157,23 @@ class Session:
         self.background.shutdown()
         self.sink.close(2.0)
         self.receiver.close()
+
+
+@dataclass(slots=True)
+class Follower:
+    """What another rank of a server than the first has in place of a session; its faults the first one tells.
+
+    Attributes:
+        version: Version of the weights that drafts.
+        flush_due: Whether the prefix cache has texts of older drafters; the first rank decides when it is emptied.
+    """
+
+    version: int
+    flush_due: bool = False
+
+    def roll_back(self, version: int, before: int, reason: str) -> None:
+        """Note that an earlier version serves again."""
+        self.version = before
+
+    def note_fault(self, **fault: Any) -> None:
+        """Say nothing of a fault."""

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,9 @@ def launch(sglang_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     if not required and (reason := why_not()):
         pytest.skip(reason)
 
-    def start(depth: int, width: int, num_nodes: int, drafter: str = "eagle3") -> SGLangClient:
+    def start(
+        depth: int, width: int, num_nodes: int, drafter: str = "eagle3", arguments: Sequence[str] = ()
+    ) -> SGLangClient:
         return SGLangClient.launch(
             sglang_models / "target",
             drafter=sglang_models / drafter,
@@ -76,7 +78,7 @@ def launch(sglang_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
             dtype="float32",
             max_length=480,
             log=tmp_path_factory.mktemp("sglang") / "log",
-            arguments=["--chunked-prefill-size", "256"],
+            arguments=["--chunked-prefill-size", "256", *arguments],
             environment=environment(),
         )
 
@@ -103,8 +105,8 @@ def tree(launch: Callable[..., SGLangClient]) -> Iterator[SGLangClient]:
 
 @pytest.fixture(scope="session")
 def eagle_chain(launch: Callable[..., SGLangClient]) -> Iterator[SGLangClient]:
-    """A server that drafts chains of three by an EAGLE drafter of the whole vocabulary."""
-    with launch(3, 1, 3, "eagle_whole") as engine:
+    """Two replicas that draft chains of three by an EAGLE drafter of the whole vocabulary."""
+    with launch(3, 1, 3, "eagle_whole", ["--dp-size", "2"]) as engine:
         yield engine
 
 
@@ -117,8 +119,8 @@ def eagle_tree(launch: Callable[..., SGLangClient]) -> Iterator[SGLangClient]:
 
 @pytest.fixture(scope="session")
 def published_chain(launch: Callable[..., SGLangClient]) -> Iterator[SGLangClient]:
-    """A server that drafts chains of three by an EAGLE-3 folder as its authors publish them."""
-    with launch(3, 1, 3, "published") as engine:
+    """Two ranks that draft chains of three by an EAGLE-3 folder as its authors publish them."""
+    with launch(3, 1, 3, "published", ["--tp-size", "2"]) as engine:
         yield engine
 
 

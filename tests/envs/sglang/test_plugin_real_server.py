@@ -8,6 +8,7 @@ import pytest
 import torch
 from sglang_requests import Learner, _numbers, other_weights, requests
 
+from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Request
@@ -109,7 +110,11 @@ def test_both_engines_record_the_same(kind, request, model, drafter, handshake, 
 def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
     server, name, request, model, parts, sglang_models, tmp_path
 ):
-    """EAGLE's, and EAGLE-3's as its authors publish it: the same nodes are drafted and accepted in every round."""
+    """EAGLE's, and EAGLE-3's as its authors publish it: the same nodes are drafted and accepted in every round.
+
+    The first of three servers has two replicas, and the last two ranks: each replica records and loads for itself, and
+    each rank loads its shards.
+    """
     engine, shape = request.getfixturevalue(server), SHAPES[server.split("_")[1]]
     drafter = load_drafter(sglang_models / name, parts)
     learner = Learner(Handshake.of(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
@@ -118,7 +123,8 @@ def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
         before, after = requests(5, 40, 300, seed=1), requests(20, seed=4)
         ask_all(engine, before)
         weights = other_weights(drafter, 1)
-        learner.publish(1, weights)
+        replicas = engine.status()["dp_size"]
+        learner.publish(1, weights, engines=replicas)
         ask_all(engine, after)
         new = load_drafter(sglang_models / name, parts)
         new.install(weights)
@@ -131,7 +137,16 @@ def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
             drafted, agreed = drafts_agreed(served, recorded, version)
             assert drafted > 5 and agreed == drafted
         assert compared[0] > 10 and compared[1] > 5 and accepted > 10, (compared, accepted)
-        assert engine.status()["skipped"] == {}
+        status = engine.status()
+        assert status["skipped"] == {} and status["swaps"] == replicas == len(learner.publisher.engines)
+        assert status["recorded"] == len(before) + len(after)
+        if (ranks := status["tp_size"]) > 1:
+            assert [(rank["rank"], rank["version"]) for rank in status["ranks"]] == [(n, 1) for n in range(ranks)]
+            assert {rank["checksum"] for rank in status["ranks"]} == {checksum(weights)}
+            learner.publisher.publish(2, {**weights, "midlayer.unheard_of.weight": torch.zeros(4)})
+            assert not learner.publisher.wait_ack(2, 10.0)
+            reason = "rank 0 of 2: SGLang's drafter has no parameter for 'midlayer.unheard_of.weight'"
+            assert learner.publisher.rejection(2) == reason and engine.status()["version"] == 1
     finally:
         engine.detach()
         learner.die()

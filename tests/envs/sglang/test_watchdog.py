@@ -90,7 +90,9 @@ class World:
         known = len(self.session.faults)
         for _ in range(rounds):
             self.rounds += 1
-            self.watchdog.check(self.rounds, logits)
+            self.watchdog.forget()
+            if self.watchdog.due(self.rounds):
+                self.watchdog.check(self.rounds, logits)
         return [(fault["cause"], fault["action"]) for fault in self.session.faults[known:]]
 
     def load(self, version: int) -> dict[str, Tensor]:
