@@ -307,7 +307,9 @@ def lost(server: Server, kind: str) -> dict[str, Any]:
     server.ask(kind, 1)
     wait(lambda: learner.publisher.rejection(2), 30)
     found |= {"rejected": learner.publisher.rejection(2), "seconds": time.monotonic() - began}
-    return found | {"error": server.plugin._answer("status", {})["error"]}
+    status = lambda: server.plugin._answer("status", {})  # noqa: E731
+    wait(lambda: status()["error"])
+    return found | {"error": status()["error"]}
 
 
 SCENARIOS: dict[str, Callable[[Server], dict[str, Any]]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,38 +92,38 @@ class Swaps:
 
     # ---- the first rank decides -------------------------------------------------------------------------------------
 
-    def due(self, session: Session | None, rounds: int) -> list[Order]:
-        """Return what all ranks are to do before the requests of this turn; the first rank calls this each turn.
+    def due(self, session: Session | None, rounds: int) -> Iterator[Order]:
+        """Yield what all ranks are to do before the requests of this turn; the first rank calls this each turn.
+
+        What was yielded before an error is to be done, too.
 
         Args:
             session: Session of the learner that is attached now; None if none is.
             rounds: Rounds that SGLang has verified so far.
         """
-        orders: list[Order] = []
         if self._lost:
-            return orders
+            return
         idle = self._scheduler.is_fully_idle()
         if (head := self._head) is not None:
-            orders += _in_parts("head", head, len(head.whole) // self.ranks.size, head.whole[:1].nbytes, idle)
+            yield from _in_parts("head", head, len(head.whole) // self.ranks.size, head.whole[:1].nbytes, idle)
         if session is not self._decided:
-            if self._decided is not None:
-                orders.append(Order("end"))
-            self._decided, self._swap = session, None
+            before, self._decided, self._swap = self._decided, session, None
+            if before is not None:
+                yield Order("end")
             if session is not None:
-                orders.append(Order("begin", {"version": session.version}))
+                yield Order("begin", {"version": session.version})
         if session is None:
-            return orders
+            return
         if self._watchdog is not None and self._watchdog.due(rounds):
-            orders.append(Order("check", {"rounds": rounds}))
+            yield Order("check", {"rounds": rounds})
         if self._swap is None and (received := session.receiver.latest()) is not None:
             self._swap = self._received(*received)
         if self._swap is not None:
-            orders += self._swap_orders(session, self._swap, idle)
+            yield from self._swap_orders(session, self._swap, idle)
         # Texts in the prefix cache hold keys of older drafters. The cache can be emptied only when nobody reads it.
         if session.flush_due and idle:
             session.flush_due = False
-            orders.append(Order("flush"))
-        return orders
+            yield Order("flush")
 
     def _received(self, number: int, tree: TensorDict) -> _Swap:
         weights = {".".join(k) if isinstance(k, tuple) else k: v for k, v in tree.items(True, True)}
@@ -134,22 +134,22 @@ class Swaps:
             swap.weights = self._background.submit(_pack, swap, weights, vocab)
         return swap
 
-    def _swap_orders(self, session: Session, swap: _Swap, idle: bool) -> list[Order]:
-        """Return orders to take the next part of the weights, or all parts while no request waits for it."""
+    def _swap_orders(self, session: Session, swap: _Swap, idle: bool) -> Iterator[Order]:
+        """Yield orders to take the next part of the weights, or all while no request waits for it, and then to load."""
         if not (idle or swap.weights.done()):
-            return []
+            return
         try:
             fault = swap.weights.result().fault
         except Exception as error:
             fault = f"{type(error).__name__}: {error}"
         if fault:
             self._refuse(session, swap.number, fault)
-            return []
+            return
         total = len(swap.payload)
-        orders = _in_parts("part", swap, total, 1, idle)
-        for order in orders:
-            order.fields.update(version=swap.number, total=total)
-        return orders if swap.passed < total else [*orders, Order("load", {"version": swap.number})]
+        for order in _in_parts("part", swap, total, 1, idle):
+            yield Order("part", {**order.fields, "version": swap.number, "total": total})
+        if swap.passed == total:
+            yield Order("load", {"version": swap.number})
 
     def head(self) -> Tensor:
         """Return the rows of the target's output head that all ranks hold together, padding after them.
@@ -205,8 +205,9 @@ class Swaps:
             self._watchdog.forget()
 
     def _begin(self, version: int) -> None:
-        self._session = self._decided if self.ranks.rank == 0 else Follower(version)
-        self._watchdog = DrafterWatchdog(self._scheduler, self._session, self._same_fault)
+        # On the first rank what it decided: the learner may have gone since.
+        self._session = session = self._decided or Follower(version)
+        self._watchdog = DrafterWatchdog(self._scheduler, session, self._same_fault)
         self._watch_alike(self._watchdog)
 
     def _end(self) -> None:
@@ -319,14 +320,14 @@ class Swaps:
         logger.warning("version %d is not served: %s", version, fault)
 
 
-def _in_parts(kind: str, carried: _Swap | _Head, total: int, nbytes: int, idle: bool) -> list[Order]:
-    """Return orders for the next rows or bytes that are carried, or for all of them while no request waits for it."""
-    orders = []
-    while carried.passed < total and (idle or not orders):
-        count = min(max(1, PART // nbytes), total - carried.passed)
-        orders.append(Order(kind, {"start": carried.passed, "count": count}))
+def _in_parts(kind: str, carried: _Swap | _Head, total: int, nbytes: int, idle: bool) -> Iterator[Order]:
+    """Yield an order for the next rows or bytes that are carried, or for all of them while no request waits for it."""
+    while carried.passed < total:
+        start, count = carried.passed, min(max(1, PART // nbytes), total - carried.passed)
         carried.passed += count
-    return orders
+        yield Order(kind, {"start": start, "count": count})
+        if not idle:
+            return
 
 
 def _fault_of(weights: dict[str, Tensor], vocab: Tensor) -> str:

@@ -46,6 +46,11 @@ EXPERTS: dict[str, Any] = {
 LATENT: dict[str, Any] = {
     **{**EXPERTS, "num_key_value_heads": 4, "head_dim": None},
     **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    # SGLang has no other RoPE for these layers on a CPU.
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128},
+        **{"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
     **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 2, "n_shared_experts": 1, "moe_layer_freq": 1},
 }
 HYBRID: dict[str, Any] = {
@@ -53,19 +58,21 @@ HYBRID: dict[str, Any] = {
     **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
 }
 FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": SIZES,
+    "qwen2": {**SIZES, "head_dim": None},
     "qwen3": SIZES,
     "qwen3_moe": EXPERTS,
-    "gpt_oss": EXPERTS,
+    "gpt_oss": {**EXPERTS, "swiglu_limit": 7.0},
     "glm4_moe": EXPERTS,
     "deepseek_v3": LATENT,
     "qwen3_next": HYBRID,
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "ranks"), [*((name, 1) for name in FAMILIES), ("qwen3_moe", 2), ("deepseek_v3", 2)]
+)
 def test_features_are_the_models_own_and_a_swap_serves(
-    family: str, launch: Callable[..., SGLangClient], tmp_path: Path
+    family: str, ranks: int, launch: Callable[..., SGLangClient], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     settings = {name: value for name, value in FAMILIES[family].items() if value is not None or name.endswith("_id")}
@@ -85,7 +92,7 @@ def test_features_are_the_models_own_and_a_swap_serves(
         dtype="float32",
         max_length=400,
         log=tmp_path / "log",
-        arguments=["--chunked-prefill-size", "256", "--skip-tokenizer-init"],
+        arguments=["--chunked-prefill-size", "256", "--skip-tokenizer-init", "--tp-size", str(ranks)],
         environment=environment(),
     ) as engine:
         engine.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
