@@ -76,6 +76,7 @@ class Scheduler:
             resolved_dict=lambda: {"tp_size": SIZE, "pp_size": 1, "enable_dp_attention": False, "attn_cp_size": 1,
                                    "moe_a2a_backend": "none", "speculative_token_map": None},
         )  # fmt: skip
+        self.is_hybrid_ssm = False
         self.model_config, self.max_running_requests = SimpleNamespace(context_len=64, dtype=torch.float32), 4
         self.draft_worker = EAGLEWorkerV2(draft_worker=SimpleNamespace(draft_runner=runner, hot_token_id=VOCAB))
         self.tp_worker = SimpleNamespace(model_runner=SimpleNamespace(model=target))

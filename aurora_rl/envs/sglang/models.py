@@ -12,13 +12,19 @@ _HEAD = ("lm_head", "logits_processor")
 _SIZES = ("vocab_size", "num_hidden_layers")
 
 
-def target_fault(model: Any, algorithm: str) -> str:
+def target_fault(model: Any, algorithm: str, *, hybrid: bool) -> str:
     """Return why the passes of a target in SGLang cannot be recorded, empty if they can.
 
     Args:
         model: SGLang's model.
         algorithm: SGLang's speculative algorithm.
+        hybrid: Whether some of its layers have a state in place of a cache, such as linear attention.
     """
+    if hybrid:
+        return (
+            f"SGLang's {type(model).__name__} has layers with a state (linear attention or Mamba), on which the "
+            "recorder has not been run; serve another target"
+        )
     lacks = [name for name in _HEAD if not hasattr(model, name)]
     lacks += [f"config.{name}" for name in _SIZES if not hasattr(getattr(model, "config", None), name)]
     if algorithm == "EAGLE3" and not hasattr(getattr(model, "model", None), "layers_to_capture"):

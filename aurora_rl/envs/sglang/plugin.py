@@ -221,7 +221,7 @@ class Plugin:
             if getattr(args, name) < 1:
                 raise PluginError(f"{name}={getattr(args, name)} changes the text (it is lossy); leave it at 1.0")
         target = self._target
-        if reason := target_fault(target, algorithm):
+        if reason := target_fault(target, algorithm, hybrid=bool(self._scheduler.is_hybrid_ssm)):
             raise PluginError(reason)
         # EAGLE reads what the target's head reads, which is no layer that SGLang captures.
         layers = tuple(target.model.layers_to_capture) if algorithm == "EAGLE3" else (target.config.num_hidden_layers,)

@@ -18,7 +18,13 @@ def target(**changed):
 
 
 def test_a_target_has_what_the_recorder_reads():
-    assert target_fault(target(), "EAGLE3") == target_fault(target(model=object()), "EAGLE") == ""
+    assert target_fault(target(), "EAGLE3", hybrid=False) == ""
+    assert target_fault(target(model=object()), "EAGLE", hybrid=False) == ""
+
+
+def test_a_hybrid_target_is_named():
+    fault = target_fault(target(), "EAGLE3", hybrid=True)
+    assert fault.startswith("SGLang's SimpleNamespace has layers with a state")
 
 
 @pytest.mark.parametrize(
@@ -30,7 +36,9 @@ def test_a_target_has_what_the_recorder_reads():
     ],
 )
 def test_a_target_without_it_is_named(changed, lacks):
-    assert target_fault(target(**changed), "EAGLE3").startswith(f"SGLang's SimpleNamespace has no {lacks}")
+    assert target_fault(target(**changed), "EAGLE3", hybrid=False).startswith(
+        f"SGLang's SimpleNamespace has no {lacks}"
+    )
 
 
 class LlamaForCausalLMEagle(nn.Module):

@@ -60,6 +60,7 @@ def engine(monkeypatch):
     plugin._scheduler = SimpleNamespace(
         server_args=args,
         max_running_requests=6,
+        is_hybrid_ssm=False,
         model_config=SimpleNamespace(context_len=512, dtype=torch.float32),
         draft_worker=EAGLEWorkerV2(draft_worker=SimpleNamespace(draft_runner=runner, hot_token_id=DRAFT_VOCAB)),
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=target)),
