@@ -183,6 +183,11 @@ class Server:
     def ask(self, name: str, value: Any = None) -> None:
         self.inbox.put((name, value))
 
+    def tell(self, name: str, value: Any) -> None:
+        """Ask, and wait until all ranks have done it: orders of a turn come before its requests."""
+        self.ask(name, value)
+        self.held()
+
     def held(self) -> dict[str, Tensor]:
         """What all ranks hold now."""
         self.gathered.clear()
@@ -266,16 +271,16 @@ def swaps(server: Server) -> dict[str, Any]:
         "garbled on the first": ("spoil_load", [0, "garble"], [0, ""]),
         "transport": ("spoil_transport", 1, None),
     }.items():
-        server.ask(kind, value)
+        server.tell(kind, value)
         found[name] = learner.publish(version, 3), same(server.held(), expected(2)), status()["version"]
         if mended is not None:
-            server.ask(kind, mended)
+            server.tell(kind, mended)
         version += 1
     found["after"] = learner.publish(version, 4), same(server.held(), expected(4)), status()["version"]
     found["serves"] = version
     # A rank's shard is damaged, and again: all mend the same.
     for turn in ("mended", "rolled back"):
-        server.ask("zero", 1)
+        server.tell("zero", 1)
         known = len(status()["faults"])
         for _ in range(3):
             server.ask("rounds", EVERY)

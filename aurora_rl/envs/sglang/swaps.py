@@ -71,7 +71,7 @@ class Swaps:
         ranks: Ranks of the server.
 
     Attributes:
-        reports: What each rank said of the weights that it loaded last: its rank, their version and checksum.
+        reports: What each of several ranks said of the weights that it loaded last: rank, version and checksum.
     """
 
     def __init__(self, scheduler: Any, ranks: EngineRanks) -> None:
@@ -101,7 +101,7 @@ class Swaps:
             session: Session of the learner that is attached now; None if none is.
             rounds: Rounds that SGLang has verified so far.
         """
-        if self._lost:
+        if self._lost or (session is None and self._decided is None and self._head is None):
             return
         idle = self._scheduler.is_fully_idle()
         if (head := self._head) is not None:
@@ -289,9 +289,9 @@ class Swaps:
         except SwapError as error:
             self._refuse(self._session, version, str(error))
             return
-        self.reports = [
-            {"rank": rank} | {k: ballot[k] for k in ("version", "checksum")} for rank, ballot in enumerate(ballots)
-        ]
+        if self.ranks.size > 1:
+            told = [{name: ballot[name] for name in ("version", "checksum")} for ballot in ballots]
+            self.reports = [{"rank": rank, **each} for rank, each in enumerate(told)]
         self._serve(version, weights.tensors, (time.perf_counter() - began) * 1e3)
 
     def _agree(self, fault: str) -> str:
