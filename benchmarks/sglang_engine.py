@@ -123,7 +123,7 @@ def stale(engine: SGLangClient, publisher: WeightPublisher, load: Load, weights:
         time.sleep(1.0)
         version = publisher.next_version
         publisher.publish(version, weights)
-        assert publisher.wait_ack(version, 30.0)
+        assert publisher.wait_ack(version, 30.0, engines=engine.status()["dp_size"])
         old = load.run(engine, 1)["acceptance_length"]
         done.set()
     time.sleep(1.0)
