@@ -20,8 +20,8 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Request, SpecDecodeEnv, generation_processors
 from aurora_rl.envs.processors import text_settings
+from aurora_rl.envs.recording.plugin_server import PluginError, ask
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
-from aurora_rl.envs.sglang.plugin_server import PluginError, ask
 from aurora_rl.models.detokenizer import decode
 from aurora_rl.models.loading import DEFAULT_TARGET, embedded_model_path, stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
@@ -262,7 +262,9 @@ def served_config(config: Config) -> Config:
         ConfigError: The plugin does not answer.
     """
     with naming("engine.plugin_address", (PluginError, OSError)):
-        status = ask(str(config.engine.plugin_address), "status", keys=wire_keys(config, plugin_client_keys))
+        status = ask(
+            str(config.engine.plugin_address), "status", engine="SGLang", keys=wire_keys(config, plugin_client_keys)
+        )
     shape = {name: status[name] for name in ("depth", "width", "num_nodes")}
     return replace(
         config,

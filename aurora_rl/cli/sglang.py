@@ -54,10 +54,10 @@ def _ask(address: str, kind: str, config: Config) -> int:
     """Ask the plugin, and print its status."""
     from aurora_rl.cli.assembly import wire_keys
     from aurora_rl.collectors.keys import plugin_client_keys
-    from aurora_rl.envs.sglang.plugin_server import PluginError, ask
+    from aurora_rl.envs.recording.plugin_server import PluginError, ask
 
     try:
-        status = ask(address, kind, keys=wire_keys(config, plugin_client_keys))
+        status = ask(address, kind, engine="SGLang", keys=wire_keys(config, plugin_client_keys))
     except PluginError as error:
         print(f"aurora-rl: {error}", file=sys.stderr)
         return 1

@@ -19,8 +19,8 @@ from aurora_rl.cli.config_canary import compared
 from aurora_rl.cli.engines import embedded_server, served_config, sglang_server
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.envs import Completion, SampleAndMatch, TransformersEngine
+from aurora_rl.envs.recording.plugin_server import PluginServer
 from aurora_rl.envs.sglang import plugin_server
-from aurora_rl.envs.sglang.plugin_server import PluginServer
 from aurora_rl.envs.verification.rules import Verdict
 from aurora_rl.policies import MedusaDrafter
 from aurora_rl.serving.server import InferenceServer

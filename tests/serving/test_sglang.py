@@ -9,9 +9,9 @@ import torch
 from transformers import AutoTokenizer
 
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.sglang.assembler import Served
+from aurora_rl.envs.recording.assembler import Served
+from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.sglang.client import SGLangCompletion, SGLangError
-from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.serving import sglang
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.serving.sglang import AttachedServer, SGLangServer

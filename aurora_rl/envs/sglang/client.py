@@ -22,8 +22,8 @@ from torch import Tensor
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import plugin_client_keys
 from aurora_rl.envs import Request, SamplingParams
+from aurora_rl.envs.recording.plugin_server import PluginError, ask
 from aurora_rl.envs.sglang import ENVIRONMENT, KEYS_ENVIRONMENT, LEARNED
-from aurora_rl.envs.sglang.plugin_server import PluginError, ask
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.registry import recognized
 from aurora_rl.storage import CheckpointError, read_folder
@@ -353,7 +353,7 @@ class SGLangClient:
     def _ask(self, kind: str, fields: dict[str, Any] | None = None) -> dict[str, Any]:
         if self.plugin_address is None:
             raise PluginError("this engine has no plugin address; set engine.plugin_address to the plugin's")
-        return ask(self.plugin_address, kind, fields, keys=self._keys)
+        return ask(self.plugin_address, kind, fields, engine="SGLang", keys=self._keys)
 
     def close(self) -> None:
         """End the server, if it was launched here. Idempotent."""

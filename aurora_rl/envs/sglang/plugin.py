@@ -1,7 +1,7 @@
 """What runs inside SGLang's scheduler process: hooks that watch drafting and verification, and swaps between batches.
 
 At the address in the environment variable AURORA_RL_SGLANG the plugin answers requests of
-:mod:`aurora_rl.envs.sglang.plugin_server`; from ``attach`` to ``detach`` it records and swaps.
+:mod:`aurora_rl.envs.recording.plugin_server`; from ``attach`` to ``detach`` it records and swaps.
 
 A hook calls the engine's own function with the same arguments and returns its result. A fault of ours switches
 recording off and never reaches the engine.
@@ -11,28 +11,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.keys import KeyFault, plugin_server_keys
+from aurora_rl.envs.recording.assembler import EngineRound, TargetRows
+from aurora_rl.envs.recording.copies import copies_done, to_host
+from aurora_rl.envs.recording.plugin import RecorderPlugin
+from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.recording.session import Session
 from aurora_rl.envs.sglang import LEARNED
-from aurora_rl.envs.sglang.assembler import EngineRound, TargetRows
-from aurora_rl.envs.sglang.copies import copies_done, to_host
-from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
 from aurora_rl.envs.sglang.requests import sampling_of, unwanted
-from aurora_rl.envs.sglang.session import Session
 from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
 from aurora_rl.envs.sglang.weights import SwapError, load_drafter
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.policy import not_finite
-from aurora_rl.tenants import check_tenant, tenant_of_salt
+from aurora_rl.tenants import tenant_of_salt
 
 logger = logging.getLogger(__name__)
 
@@ -44,17 +44,15 @@ _DRAFTER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _LEFT_OUT = "_aurora_rl_left_out"  # attribute of SGLang's request objects
 
 
-class Plugin:
+class Plugin(RecorderPlugin):
     """State of one scheduler process, which answers requests at ``address``, with the keys in a folder if there are."""
 
+    engine = "SGLang"
+
     def __init__(self, address: str, keys: str | None = None) -> None:
-        self._address, self._keys = address, keys
+        super().__init__(address, keys)
         self._scheduler: Any = None
-        self._server: PluginServer | None = None
-        self._session: Session | None = None
         self._watchdog: DrafterWatchdog | None = None
-        self._last_session = ""
-        self._seen: Counter[str] = Counter()
         self._missing: list[str] = []
         # The forward pass that runs now: what the target's head read and gave, what the drafter's logits were.
         self._head: tuple[Tensor, Tensor] | None = None
@@ -78,27 +76,6 @@ class Plugin:
             "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits": self._after(self._keep_logits),
         }
 
-    def _guarded(self, action: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Run an action of ours on the serving path. A fault switches recording off."""
-        session = self._session
-        try:
-            action(*args, **kwargs)
-        except Exception as error:
-            logger.exception("a fault of the recorder")
-            if session is not None:
-                session.fail(f"{type(error).__name__}: {error}")
-
-    def _after(self, keep: Callable[..., None]) -> Callable[..., Any]:
-        """Return a hook that hands the session, the result and the arguments to ``keep``, if a learner is attached."""
-
-        def hook(original: Callable, *args: Any, **kwargs: Any) -> Any:
-            out = original(*args, **kwargs)
-            if (session := self._session) is not None:
-                self._guarded(keep, session, out, *args, **kwargs)
-            return out
-
-        return hook
-
     # ---- requests and replies ---------------------------------------------------------------------------------------
 
     def _between_batches(self, original: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
@@ -115,31 +92,9 @@ class Plugin:
 
         self._scheduler = scheduler
         self._missing = sorted(set(self.hooks()) - HookRegistry._patched)  # SGLang itself only logs what failed
-        try:
-            keys = None if self._keys is None else plugin_server_keys(self._keys)
-            self._server = PluginServer(self._address, self._answer, keys=keys)
-        except (OSError, KeyFault) as error:  # also in further processes of a server on several GPUs, refused later
-            logger.error("nobody can attach here: %s", error)
+        self._listen()
 
-    def _answer(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
-        if kind == "attach":
-            self._attach(fields)
-        elif kind == "detach":
-            session, self._session = self._session, None
-            if session is not None:
-                session.close()
-                return self._status() | session.status()
-        elif kind in ("record", "delete"):
-            if self._session is None:
-                raise PluginError("nothing is attached; attach first")
-            if kind == "record":
-                self._session.recording, self._session.error = bool(fields.get("on")), ""
-                return self._status()
-            return self._status() | {"deleted": self._session.delete(check_tenant(fields.get("tenant")))}
-        elif kind != "status":
-            raise PluginError(f"there is no request {kind!r}; there are status, attach, detach, record and delete")
-        return self._status()
-
+    @override
     def _status(self) -> dict[str, Any]:
         args, model, session = self._scheduler.server_args, self._scheduler.model_config, self._session
         return {
@@ -160,20 +115,13 @@ class Plugin:
             **({} if session is None else session.status()),
         }
 
-    def _attach(self, fields: dict[str, Any]) -> None:
-        if self._session is not None:
-            raise PluginError("a learner is attached already; detach first")
-        eager = self._device == "cpu" or bool(self._scheduler.server_args.disable_cuda_graph)
-        session = Session(fields, exact=eager, keys=self._keys)
-        try:
-            self._check_engine(session.handshake)
-        except PluginError:
-            session.close()
-            raise
-        self._session, self._last_session = session, session.id
+    @property
+    @override
+    def _exact(self) -> bool:
+        return self._device == "cpu" or bool(self._scheduler.server_args.disable_cuda_graph)
 
+    @override
     def _check_engine(self, handshake: Handshake) -> None:
-        """Raise PluginError where this engine is not what the handshake says or what the hooks were written for."""
         args, worker = self._scheduler.server_args, self._scheduler.draft_worker
         if version("sglang") not in SUPPORTED:
             raise PluginError(f"SGLang {version('sglang')} is not supported; install sglang=={SUPPORTED[-1]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aurora_rl.envs.sglang.assembler import request_number
+from aurora_rl.envs.recording.assembler import request_number
 from aurora_rl.sampling_params import SamplingParams
 
 # A digest's range, and SGLang's top-k where there is none.

@@ -9,10 +9,10 @@ from attach_fields import DRAFT_VOCAB, FIELDS, HANDSHAKE, HEAD
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.envs.recording.assembler import Served
+from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.sglang import plugin as plugin_module
-from aurora_rl.envs.sglang.assembler import Served
 from aurora_rl.envs.sglang.plugin import Plugin
-from aurora_rl.envs.sglang.plugin_server import PluginError
 
 BETWEEN_BATCHES = "sglang.srt.managers.scheduler.Scheduler.process_input_requests"
 

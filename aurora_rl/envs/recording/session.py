@@ -1,4 +1,4 @@
-"""What a learner that attached has inside SGLang's scheduler: the ends of the wire, the records, the version."""
+"""What a learner that attached has inside an engine: the ends of the wire, the records, the version."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs.sglang.assembler import TargetRows, TrajectoryAssembler
-from aurora_rl.envs.sglang.copies import to_host
-from aurora_rl.envs.sglang.plugin_server import PluginError
+from aurora_rl.envs.recording import keys_variable
+from aurora_rl.envs.recording.assembler import TargetRows, TrajectoryAssembler
+from aurora_rl.envs.recording.copies import to_host
+from aurora_rl.envs.recording.plugin_server import PluginError
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Session:
 
     Args:
         fields: Fields of the request; see :data:`ATTACH`.
+        engine: Name of the engine, for messages.
         keys: Folder of this engine's keys; None if it has none.
         exact: Whether every round shows what the target's head reads, which captured graphs hide.
 
@@ -59,7 +61,7 @@ class Session:
         id: Name of the session, which no other has.
     """
 
-    def __init__(self, fields: dict[str, Any], *, exact: bool, keys: str | None = None) -> None:
+    def __init__(self, fields: dict[str, Any], *, engine: str, exact: bool, keys: str | None = None) -> None:
         for name, kind in ATTACH.items():
             if not isinstance(fields.get(name), kind):
                 raise PluginError(f"attach needs {name}, got {fields.get(name)!r}")
@@ -70,8 +72,8 @@ class Session:
         if fields["keys"] != (keys is not None):
             has, lacks = ("learner", "engine") if keys is None else ("engine", "learner")
             raise PluginError(
-                f"the {has} has keys and the {lacks} has none; set wire.keys there, and AURORA_RL_SGLANG_KEYS in the "
-                "environment of SGLang, or neither"
+                f"the {has} has keys and the {lacks} has none; set wire.keys there, and {keys_variable(engine)} in the "
+                f"environment of {engine}, or neither"
             )
         self.handshake = Handshake.from_meta(fields["handshake"])
         self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]

@@ -1,4 +1,4 @@
-"""Turn the rounds of a remote engine into packed trajectories. Nothing here knows SGLang."""
+"""Turn the rounds of a remote engine into packed trajectories. Nothing here knows one engine."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ class TrajectoryAssembler:
             policy_versions=[r.policy_version for r in rounds],
             cache_versions=[version] * len(rounds),
             sampling_params=sampling_params,
-            rule="sample_and_match",  # the law of SGLang's own rule, by other noise
+            rule="sample_and_match",  # the law of the engines' own rules, by other noise
         )
 
     def _prefix(self, tokens: Tensor) -> tuple[Tensor, int] | None:

@@ -5,20 +5,20 @@ import torch
 from attach_fields import FIELDS, HEAD
 
 from aurora_rl.collectors.keys import make_keys
-from aurora_rl.envs.sglang.plugin_server import PluginError
-from aurora_rl.envs.sglang.session import ATTACH, Session
+from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.recording.session import ATTACH, Session
 
 
 @pytest.mark.parametrize("name", sorted(ATTACH))
 def test_a_field_that_is_missing_or_of_another_type_is_named(name):
     for fields in ({k: v for k, v in FIELDS.items() if k != name}, {**FIELDS, name: None}):
         with pytest.raises(PluginError, match=f"attach needs {name}"):
-            Session(fields, exact=True)
+            Session(fields, engine="SGLang", exact=True)
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_target_is_kept_by_its_head_or_by_its_likeliest_tokens(exact):
-    session = Session(FIELDS, exact=exact)
+    session = Session(FIELDS, engine="SGLang", exact=exact)
     try:
         hidden = torch.randn(3, 2)
         logits = hidden @ HEAD.T
@@ -42,8 +42,8 @@ def test_both_sides_have_keys_or_none(tmp_path):
     with pytest.raises(
         PluginError, match="the learner has keys and the engine has none; set wire.keys there, and AURORA"
     ):
-        Session({**FIELDS, "keys": True}, exact=True)
+        Session({**FIELDS, "keys": True}, engine="SGLang", exact=True)
     make_keys(tmp_path)
     with pytest.raises(PluginError, match="the engine has keys and the learner has none"):
-        Session(FIELDS, exact=True, keys=str(tmp_path))
-    Session({**FIELDS, "keys": True}, exact=True, keys=str(tmp_path)).close()
+        Session(FIELDS, engine="SGLang", exact=True, keys=str(tmp_path))
+    Session({**FIELDS, "keys": True}, engine="SGLang", exact=True, keys=str(tmp_path)).close()
