@@ -16,7 +16,7 @@ import zmq
 from aurora_rl.collectors.codec import CodecError, Limits, decode, encode
 from aurora_rl.collectors.keys import ClientKeys, ServerKeys
 from aurora_rl.collectors.sockets import SocketThread, bind, connect, open_socket
-from aurora_rl.envs.recording import address_variable, keys_variable
+from aurora_rl.remote_engines import address_variable, keys_variable
 
 logger = logging.getLogger(__name__)
 

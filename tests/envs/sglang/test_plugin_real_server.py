@@ -2,20 +2,18 @@
 
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from same_rounds import ask_all, assert_same_rounds, recorded_here
 from sglang_requests import Learner, _numbers, other_weights, requests
 
-from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Request
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError
 from aurora_rl.policies import EagleDrafter, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
-from aurora_rl.serving.recorded_requests import record
 from aurora_rl.training.served_weights import drafts_agreed
 from aurora_rl.trajectories import RULE_CODES
 
@@ -34,38 +32,6 @@ def attached(chain, learner, handshake):
     chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
     yield chain
     chain.detach()
-
-
-def ask_all(engine, asked):
-    with ThreadPoolExecutor(len(asked)) as pool:
-        return list(pool.map(engine.generate, asked))
-
-
-def recorded_here(model, drafter, asked, shape, tmp_path):
-    """The same requests on the embedded engine."""
-    dataset = TrajectoryDataset(tmp_path / "own")
-    record(model, drafter, asked, dataset, shape=shape, slots=1)
-    return {int(trajectory["request"]): trajectory for trajectory in dataset}
-
-
-def assert_same_rounds(sglang, embedded):
-    """Where both engines began a round at one place they drafted one tree and accepted one path of it."""
-    assert torch.equal(sglang["sequence", "tokens"], embedded["sequence", "tokens"])
-    for key in ("features", "hidden"):
-        torch.testing.assert_close(sglang["sequence", key], embedded["sequence", key], atol=2e-5, rtol=0)
-    at = {int(anchor): row for row, anchor in enumerate(embedded["rounds", "anchor"])}
-    compared = 0
-    for row, anchor in enumerate(sglang["rounds", "anchor"].tolist()):
-        if anchor not in at:  # SGLang makes the first token in prefill, so its rounds may stand otherwise for a while
-            continue
-        own = slice(*embedded["rounds", "offset"][at[anchor] : at[anchor] + 2].tolist())
-        nodes = slice(*sglang["rounds", "offset"][row : row + 2].tolist())
-        for key in ("tokens", "parents", "accepted"):
-            assert torch.equal(sglang["nodes", key][nodes], embedded["nodes", key][own]), (key, anchor)
-        for key, tolerance in (("log_probs", 1e-4), ("hidden", 2e-5)):
-            torch.testing.assert_close(sglang["nodes", key][nodes], embedded["nodes", key][own], atol=tolerance, rtol=0)
-        compared += 1
-    return compared
 
 
 @pytest.mark.parametrize("kind", ["chain", "tree"])
