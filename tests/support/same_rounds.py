@@ -1,11 +1,17 @@
 """What a real engine recorded of requests, against what the embedded engine records of the same."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.serving.recorded_requests import record
+
+
+def without_end(request):
+    """The request, to its budget whatever it says."""
+    return replace(request, sampling_params=replace(request.sampling_params, ignore_eos=True))
 
 
 def ask_all(engine, asked):

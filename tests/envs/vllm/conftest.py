@@ -36,10 +36,10 @@ def launch(vllm_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     """Starts a server that drafts chains of three; a context manager that ends it."""
     require()
 
-    def start(*arguments: str) -> VLLMClient:
+    def start(*arguments: str, drafter: str = "for_vllm") -> VLLMClient:
         return VLLMClient.launch(
             vllm_models / "target",
-            drafter=vllm_models / "for_vllm",
+            drafter=vllm_models / drafter,
             depth=3,
             dtype="float32",
             max_length=480,

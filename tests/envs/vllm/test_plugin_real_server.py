@@ -4,11 +4,10 @@ import json
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
-from same_rounds import ask_all, assert_same_rounds, assert_same_sequence, recorded_here
+from same_rounds import ask_all, assert_same_rounds, assert_same_sequence, recorded_here, without_end
 from sglang_requests import _numbers, other_weights, requests
 
 from aurora_rl.cli import main as cli
@@ -49,11 +48,6 @@ def states_of(model, layers):
     yield states
     for handle in handles:
         handle.remove()
-
-
-def without_end(request):
-    """The request, to its budget whatever it says."""
-    return replace(request, sampling_params=replace(request.sampling_params, ignore_eos=True))
 
 
 def test_both_engines_record_the_same(attached, learner, model, drafter, tmp_path):
