@@ -72,7 +72,7 @@ docs: $(VENV)/.docs  ## the documentation as a site in site/; warnings are error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 vllm: $(STAMP) $(VLLM)/.installed  ## tests that run vLLM on the CPU; not in CI, and 3.5 GB the first time
-	AURORA_RL_REQUIRE=vllm $(BIN)/python -m pytest -m vllm tests/vllm
+	AURORA_RL_REQUIRE=vllm $(BIN)/python -m pytest -m vllm tests/vllm tests/envs/vllm
 
 ROUNDS ?= 20
 
@@ -91,11 +91,13 @@ $(VENV)/.docs: $(STAMP)
 	touch $@
 
 # An environment of its own: vLLM pins another transformers than SGLang. What torchvision and the others bring for CUDA
-# does not load next to a torch for CPU and ends the import of transformers; without them it goes on.
+# does not load next to a torch for CPU and ends the import of transformers; without them it goes on. This package comes
+# without its dependencies: what its plugin imports is in the requirements file, and setuptools is there.
 $(VLLM)/.installed: tests/vllm/requirements.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -r tests/vllm/requirements.txt
 	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
 	touch $@
 
 # The steps of `make test` stay in their order under make -j.

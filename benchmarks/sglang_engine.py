@@ -64,7 +64,7 @@ def rate(runs: list[dict]) -> float:
 
 def swaps(engine: SGLangClient, publisher: WeightPublisher, load: Load, concurrency: int, weights: dict) -> dict:
     """Publish all the while that requests are in flight."""
-    before = engine.status()["swaps"]
+    before = engine.status()
     done, found = threading.Event(), {}
 
     def ask() -> None:
@@ -76,10 +76,10 @@ def swaps(engine: SGLangClient, publisher: WeightPublisher, load: Load, concurre
     while not done.is_set():
         version = publisher.next_version
         publisher.publish(version, weights)
-        publisher.wait_ack(version, 30.0)
+        publisher.wait_ack(version, 30.0, engines=before["dp_size"])
     thread.join()
     status = engine.status()
-    count = status["swaps"] - before
+    count = status["swaps"] - before["swaps"]
     milliseconds = status["swap_ms"][-count:]
     return {
         "swaps": count,
@@ -123,7 +123,7 @@ def stale(engine: SGLangClient, publisher: WeightPublisher, load: Load, weights:
         time.sleep(1.0)
         version = publisher.next_version
         publisher.publish(version, weights)
-        assert publisher.wait_ack(version, 30.0)
+        assert publisher.wait_ack(version, 30.0, engines=engine.status()["dp_size"])
         old = load.run(engine, 1)["acceptance_length"]
         done.set()
     time.sleep(1.0)
@@ -139,6 +139,8 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=3)
     parser.add_argument("--width", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--tp-size", type=int, default=1, help="GPUs that hold the model together")
+    parser.add_argument("--dp-size", type=int, default=1, help="replicas of it, each with a drafter of its own")
     parser.add_argument("--repeats", type=int, default=2, help="turns with recording and without")
     parser.add_argument(
         "--older", help="an earlier drafter: measures what its rows in the prefix cache cost a later one"
@@ -165,8 +167,10 @@ def measure(options: argparse.Namespace) -> dict:
         "dtype": str(dtype).removeprefix("torch."),
         "device": options.device,
         "environment": {"OMP_NUM_THREADS": str(options.threads)},
+        "arguments": ["--tp-size", str(options.tp_size), "--dp-size", str(options.dp_size)],
     }
     figures: dict = {"drafter": {"depth": options.depth, "width": options.width, "nodes": options.nodes}, "slots": {}}
+    figures["ranks"] = {"tp_size": options.tp_size, "dp_size": options.dp_size}
     with ExitStack() as stack:
         collector = ZMQCollector("tcp://127.0.0.1:*", handshake=handshake)
         stack.callback(collector.shutdown)

@@ -65,8 +65,9 @@ def test_every_block_is_of_a_language_that_a_test_reads() -> None:
     assert languages == {"python", "yaml", "bash", "toml", "json", "text", "mermaid"}
 
 
-# The others need a server: tests/envs/sglang/test_client_docs.py and tests/serving/http/test_front.py.
-EXECUTED = [p for p in pages_with("python") if p not in (ROOT / "README.md", DOCS / "sglang.md", DOCS / "serving.md")]
+# The others need a server: tests/envs/sglang/test_client_docs.py, that of vllm, and tests/serving/http/test_front.py.
+SERVED = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("sglang", "vllm", "serving")))
+EXECUTED = [p for p in pages_with("python") if p not in SERVED]
 
 
 @pytest.mark.parametrize("page", EXECUTED, ids=name)
@@ -192,7 +193,7 @@ def commands(page: Path) -> list[list[str]]:
     text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in text.splitlines()]
     return [
-        [*words[next(i for i, word in enumerate(words) if not re.match(r"[A-Z_]+=", word)) :]]
+        [*words[next(i for i, word in enumerate(words) if not re.match(r"[A-Z0-9_]+=", word)) :]]
         for words in lines
         if words
     ]
@@ -233,8 +234,10 @@ def test_commands_exist_and_their_keys_do(page: Path, tmp_path: Path, capsys: py
             check(
                 load_config(overrides=[pair for word in rest[1:] for pair in shlex.split(word.removeprefix("ARGS="))])
             )
-        elif program == "torchrun":  # what it starts
+        elif program == "torchrun" and "-m" in rest:  # what it starts
             check_aurora_rl(rest[rest.index("aurora_rl.cli.main") + 1 :], tmp_path, capsys)
+        elif program == "torchrun":
+            check_script(rest[next(i for i, word in enumerate(rest) if word.endswith(".py")) :])
         elif program == "python" and rest[0] == "-m":
             assert rest[1] == "sglang.launch_server" or find_spec(rest[1]) is not None
         elif program == "python":

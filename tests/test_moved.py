@@ -147,7 +147,7 @@ MOVED_NAMES = {
     "sglang.requests": "sampling_of unwanted",
     "sglang.server": "RemoteServer",
     "sglang.session": "ATTACH Session",
-    "sglang.weights": "SwapError load_drafter read_back",
+    "sglang.weights": "SwapError load_drafter",
     "slot_cache": """
         KVShape RecurrentStateError ShapeRecorder SlotCache cache_mask column_positions sliding_window uniform_shapes
     """,

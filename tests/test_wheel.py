@@ -88,6 +88,7 @@ def test_sglang_finds_the_plugin_in_the_wheel(wheel: Path) -> None:
     points = configparser.ConfigParser()
     points.read_string(archive.read(name).decode())
     assert dict(points["sglang.srt.plugins"]) == {"aurora_rl": "aurora_rl.envs.sglang:register"}
+    assert dict(points["vllm.general_plugins"]) == {"aurora_rl": "aurora_rl.envs.vllm:register"}
 
 
 def test_the_plugin_does_nothing_where_nobody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

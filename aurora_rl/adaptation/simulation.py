@@ -61,9 +61,13 @@ class LocalWire:
         """Keep weights to be taken."""
         self.newest, self.next_version = (version, dict(tensors)), version + 1
 
-    def rejection(self, version: int) -> str | None:
-        """Return None: what is published is taken."""
-        return None
+    def rejected_by(self, version: int) -> dict[str, str]:
+        """Return none: what is published is taken."""
+        return {}
+
+    def withdraw(self, version: int) -> bool:
+        """Return False: what is published is served."""
+        return False
 
     def close(self) -> None:
         """Forget what waits and what was published."""

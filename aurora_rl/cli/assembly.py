@@ -123,7 +123,7 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]], seed:
         )
     if drafter.formats:
         with naming(f"drafter.name={spec.drafter_name} cannot be saved"):  # now, not after hours of learning
-            written(drafter, "sglang" if spec.config.engine.name == "sglang" else None)
+            written(drafter, spec.config.engine.name if spec.config.engine.remote else None)
     return drafter
 
 

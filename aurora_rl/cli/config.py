@@ -21,6 +21,7 @@ from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
 from aurora_rl.cli.cpus import usable_cpus
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import frozen, plain
+from aurora_rl.remote_engines import REMOTE_ENGINES
 from aurora_rl.settings import nearest
 
 
@@ -28,29 +29,28 @@ from aurora_rl.settings import nearest
 class EngineConfig:
     """The serving engine.
 
-    "transformers" serves in this process. "sglang" is a server of its own: with ``url`` null it is launched here. Its
-    trees keep one shape, and it has no baseline windows: ``drafter.adaptive`` and ``baseline`` do not reach it, and
-    ``speedup`` is null.
+    "transformers" serves in this process. "sglang" and "vllm" are servers, launched here if ``url`` is null. Their
+    trees keep one shape, and ``drafter.adaptive`` and ``baseline`` do not reach them: ``speedup`` is null.
     """
 
     name: str = "transformers"
-    """Engine: transformers, sglang, or package.module:Class of one in this process."""
+    """Engine: transformers, sglang, vllm, or package.module:Class of one in this process."""
     slots: int = 2
     """Requests decoded at the same time."""
     max_length: int = 1024
     """Most tokens of a request, prompt and completion together."""
     prefix_cache_tokens: int = 8192
     """Tokens of finished requests whose keys and values the embedded engine keeps for prompts that begin alike and have
-    the same cache_salt, such as a chat's next turn; 0 keeps none. SGLang has a cache of its own."""
+    the same cache_salt, such as a chat's next turn; 0 keeps none. SGLang and vLLM have their own."""
     threads: int = field(default_factory=lambda: max(min(usable_cpus(), 9) - 1, 1))
     """CPU threads of the inference server; by default one of the process's CPUs is left to the learner."""
     url: str | None = None
-    """URL of a running SGLang server to attach to, started on the drafter of ``drafter.path``; null launches one. Model
-    and dtype, unless they are set, and lengths and the trees' shape are the server's."""
+    """URL of a running SGLang or vLLM to attach to, started on the drafter of ``drafter.path``; null launches one.
+    Model and dtype, unless they are set, and lengths and the trees' shape are the server's."""
     plugin_address: str | None = None
-    """Address of that server's plugin, which is in its environment as AURORA_RL_SGLANG."""
+    """Address of that server's plugin: AURORA_RL_SGLANG or AURORA_RL_VLLM in its environment."""
     arguments: tuple[str, ...] = ()
-    """More arguments of ``sglang.launch_server``."""
+    """More arguments of ``sglang.launch_server``, or of ``vllm serve``."""
     capture_rate: float = 1.0
     """Share of the requests that are captured: that go to the learner, and whose answers lookup searches."""
     batch_invariant: bool = False
@@ -60,8 +60,13 @@ class EngineConfig:
 
     @property
     def attaches(self) -> bool:
-        """Whether the engine is an SGLang that runs already."""
-        return self.name == "sglang" and self.url is not None
+        """Whether the engine is a server of its own that runs already."""
+        return self.remote and self.url is not None
+
+    @property
+    def remote(self) -> bool:
+        """Whether the engine is a server of its own."""
+        return self.name in REMOTE_ENGINES
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,13 @@ class DrafterConfig:
     depth: int = 4
     """Longest path."""
     width: int = 4
-    """Most children of a node: 1 drafts a chain, more a top-k tree."""
+    """Most children of a node: 1 drafts a chain, more a top-k tree. 1 with engine.name=vllm."""
     num_nodes: int | None = 4
     """Most nodes of a tree; null keeps all."""
     lookup: int | None = None
     """Most nodes that are looked up in the request's text and in earlier answers. They are merged into each tree or
-    verified in its place. 0 turns it off. null is 8, or 0 where lookup cannot be had: engine.name=sglang, sampled
-    trees, drafter.name=ngram."""
+    verified in its place. 0 turns it off. null is 8, or 0 where lookup cannot be had: SGLang, vLLM, sampled trees,
+    drafter.name=ngram."""
     history: int = 65536
     """Tokens of earlier answers that lookup searches, for a request those of its own cache_salt; 0 searches the
     request's own text alone. Requests with learn=false leave nothing in it."""
@@ -140,7 +145,7 @@ class WireConfig:
     """Most bytes of a trajectory, and of a drafter's weights, on the wire; the same on both sides."""
     keys: str | None = None
     """Folder of CurveZMQ keys, as ``aurora-rl keys`` makes it. Addresses that other hosts can reach need keys, those of
-    this host do not. SGLang takes its folder from AURORA_RL_SGLANG_KEYS in its environment."""
+    this host do not. An engine takes its folder from AURORA_RL_SGLANG_KEYS or AURORA_RL_VLLM_KEYS."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +156,7 @@ class HttpConfig:
     """Address to listen at; 0.0.0.0 is every address of this machine."""
     port: int | None = 8000
     """Port to listen at; 0 takes a free one. With engine.name=sglang requests go on to SGLang. null opens none, which
-    leaves clients to SGLang's own port, or `aurora-rl flywheel` to its traffic alone. `aurora-rl sglang attach` listens
-    if this is set."""
+    leaves clients to the engine's own port, or the flywheel to its traffic; `sglang attach` listens if it is set."""
     api_keys: str | None = None
     """File with the keys that open the server, one a line; null takes the environment variable AURORA_RL_API_KEYS, and
     without that everyone is let in."""

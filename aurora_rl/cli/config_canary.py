@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.remote_engines import REMOTE_ENGINES
 
 if TYPE_CHECKING:
     from aurora_rl.cli.config import Config
@@ -46,9 +47,14 @@ class CanaryConfig:
 
 
 def without_trials(merged: DictConfig, named: Collection[str]) -> None:
-    """Turn off what SGLang or ``compare`` does without, unless it was named: :func:`check_trials` refuses it then."""
-    if merged.engine.name == "sglang" and "canary.share" not in named:
+    """Turn off what an engine or ``compare`` does without, unless it was named: then it is refused."""
+    if merged.engine.name in REMOTE_ENGINES and "canary.share" not in named:
         merged.canary.share = 0.0
+    if merged.engine.name == "vllm":  # it drafts chains, and clients ask it themselves
+        if "drafter.width" not in named:
+            merged.drafter.width = 1
+        if "http.port" not in named:
+            merged.http.port = None
     if merged.compare and "learner.spawn" not in named:
         merged.learner.spawn = False
 
@@ -66,11 +72,11 @@ def check_trials(config: Config) -> None:
             f"canary.most_requests={canary.most_requests} is less than a window of canary.requests={canary.requests} "
             f"requests; set it to {canary.requests} or more, or to null"
         )
-    if config.engine.name == "sglang" and (canary.share or config.compare):
+    if config.engine.remote and (canary.share or config.compare):
+        trial, engine = compare if config.compare else f"canary.share={canary.share:g}", config.engine.name
         raise ConfigError(
-            f"{compare if config.compare else f'canary.share={canary.share:g}'}: SGLang keeps one drafter, and cannot "
-            "rebuild its cache for requests in flight, so two versions cannot take turns there; set canary.share=0 and "
-            "no compare, or engine.name=transformers"
+            f"{trial}: {REMOTE_ENGINES[engine]} keeps one drafter, and cannot rebuild its cache for requests in flight,"
+            " so two versions cannot take turns there; set canary.share=0 and no compare, or engine.name=transformers"
         )
     if not config.compare:
         return

@@ -127,10 +127,10 @@ def _check_engine(config: Config) -> None:
             f"engine.batch_invariant=true needs engine.name=transformers, got {engine.name!r}; SGLang has "
             "engine.arguments=[--enable-deterministic-inference]"
         )
-    if engine.name != "sglang":
+    if not engine.remote:
         return
     if config.rule is not None:
-        raise ConfigError(f"engine.name=sglang verifies by a rule of its own: rule=null, got {config.rule!r}")
+        raise ConfigError(f"engine.name={engine.name} verifies by a rule of its own: rule=null, got {config.rule!r}")
     if (engine.url is None) != (engine.plugin_address is None):
         raise ConfigError(
             f"engine.url={engine.url} and engine.plugin_address={engine.plugin_address} go together: set both, to a "
@@ -139,4 +139,12 @@ def _check_engine(config: Config) -> None:
     if engine.url is not None and config.drafter.path is None:
         raise ConfigError("engine.url attaches to a running server; set drafter.path to the drafter that it serves")
     if config.drafter.mode != "topk":
-        raise ConfigError(f"engine.name=sglang drafts likeliest tokens: drafter.mode=topk, got {config.drafter.mode!r}")
+        raise ConfigError(
+            f"engine.name={engine.name} drafts likeliest tokens: drafter.mode=topk, got {config.drafter.mode!r}"
+        )
+    if engine.name == "vllm" and engine.url is None and config.drafter.width != 1:
+        raise ConfigError(f"engine.name=vllm drafts chains: drafter.width=1, got {config.drafter.width}")
+    if engine.name == "vllm" and config.http.port is not None:
+        raise ConfigError(
+            f"http.port={config.http.port}: there is no front before vLLM, whose own port clients ask; leave it out"
+        )

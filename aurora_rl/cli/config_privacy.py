@@ -74,8 +74,8 @@ def check_privacy(config: Config) -> None:
         raise ConfigError(
             "privacy.zero_retention=true writes no text to disk, got checkpoint.buffer=true; set it to false"
         )
-    if config.engine.name == "sglang":
+    if config.engine.remote:
         raise ConfigError(
-            "privacy.zero_retention=true needs an engine in this process, got engine.name=sglang, whose prefix cache "
-            "and log are out of reach; set engine.name=transformers"
+            "privacy.zero_retention=true needs an engine in this process, got engine.name="
+            f"{config.engine.name}, whose prefix cache and log are out of reach; set engine.name=transformers"
         )

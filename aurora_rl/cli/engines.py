@@ -1,32 +1,26 @@
-"""The serving half of a run, built from its spec: one builder for each engine."""
+"""The serving half of a run whose engine is in this process, built from its spec."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from aurora_rl.cli.assembly import Target, engine_maker, opening, wire_keys
 from aurora_rl.cli.config import Config
-from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.cli.errors import naming
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.codec import Limits, checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.keys import engine_keys, plugin_client_keys
+from aurora_rl.collectors.keys import engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
+from aurora_rl.collectors.sockets import engine_name
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Request, SpecDecodeEnv, generation_processors
-from aurora_rl.envs.processors import text_settings
-from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
-from aurora_rl.envs.sglang.plugin_server import PluginError, ask
 from aurora_rl.models.detokenizer import decode
-from aurora_rl.models.loading import DEFAULT_TARGET, embedded_model_path, stop_token_ids
+from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
-from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.prefix_cache import PrefixCache
@@ -34,12 +28,8 @@ from aurora_rl.serving.canary import Canary
 from aurora_rl.serving.capture import Capture
 from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
-from aurora_rl.serving.sglang import AttachedServer, SGLangServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
-from aurora_rl.training.states import newest_valid
-
-logger = logging.getLogger(__name__)
 
 
 def embedded_server(
@@ -154,6 +144,7 @@ def embedded_server(
 def _wire(config: Config, greeting: Handshake, drafter: Drafter) -> tuple[TrajectorySink, WeightReceiver]:
     """Open the engine's ends of the wire."""
     keys, limits = wire_keys(config, engine_keys), Limits(max_bytes=config.wire.max_message)
+    name = engine_name(keys)
     with opening("wire.trajectories", config.wire.trajectories):
         sink = TrajectorySink(
             config.wire.trajectories,
@@ -163,10 +154,16 @@ def _wire(config: Config, greeting: Handshake, drafter: Drafter) -> tuple[Trajec
             max_bytes=config.wire.queue_bytes,
             limits=limits,
             max_age=config.privacy.max_age,
+            name=name,
         )
     with opening("wire.weights", config.wire.weights):
         receiver = WeightReceiver(
-            config.wire.weights, handshake=greeting, keys=keys, checksum=checksum(drafter.published()), limits=limits
+            config.wire.weights,
+            handshake=greeting,
+            keys=keys,
+            checksum=checksum(drafter.published()),
+            name=name,
+            limits=limits,
         )
     return sink, receiver
 
@@ -178,122 +175,4 @@ def _canary(config: Config) -> Canary | None:
         return None
     return Canary(
         settings.share, settings.window, settings.false_alarm_rate, settings.margin, settings.most_rounds, config.seed
-    )
-
-
-def sglang_server(
-    spec: RunSpec, target: Target, requests: RequestSource | None, drafter: Drafter, log: MetricsLog, run_dir: Path
-) -> AttachedServer:
-    """Build a server on SGLang, which is launched here or attached to.
-
-    The drafter is in float32. ``requests`` is None if clients of SGLang send them.
-    """
-    config, settings = spec.config, spec.config.engine
-    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
-    if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
-        values = ", ".join(f"{name}={value!r}" for name, value in found.items())
-        if requests is None:
-            logger.warning(
-                "the model's generation config sets %s; requests that SGLang serves with that are not recorded: start "
-                "it with --sampling-defaults openai",
-                values,
-            )
-        else:
-            raise ConfigError(
-                f"model={config.model}: its generation config sets {values}, and SGLang verifies drafts without that; "
-                "set generation_config=ignore to serve raw logits, or engine.name=transformers"
-            )
-    stop_tokens = stop_token_ids(target.model, target.tokenizer)
-    target.model.cpu()  # the server loads its own, on the device that this one leaves
-    if spec.device.type == "cuda":
-        torch.cuda.empty_cache()
-    with naming("engine.name=sglang", (SGLangError, PluginError)):
-        if settings.url is None:
-            client = _launch(spec, drafter, target.parts.config.max_position_embeddings, run_dir)
-        else:
-            client = SGLangClient(settings.url, settings.plugin_address, keys=config.wire.keys)
-
-        def attach() -> dict[str, Any]:
-            return client.attach(
-                handshake=greeting,
-                trajectories=config.wire.trajectories,
-                weights=config.wire.weights,
-                capture_rate=settings.capture_rate,
-                queue=config.wire.queue,
-                queue_bytes=config.wire.queue_bytes,
-                max_age=config.privacy.max_age,
-                max_message=config.wire.max_message,
-            )
-
-        def published() -> Path | None:
-            state, _ = newest_valid(run_dir / "learner")
-            return None if state is None else state / "drafter"
-
-        try:
-            if requests is None:
-                return AttachedServer(client, attach, log=log, published=published)
-            if spec.sampling_params.temperature > 0 and client.status()["device"] == "cpu":
-                raise PluginError(
-                    f"temperature={spec.sampling_params.temperature:g}: on a CPU SGLang verifies by argmax; set "
-                    "temperature=0, or engine.name=transformers"
-                )
-            return SGLangServer(
-                client,
-                attach,
-                requests,
-                slots=settings.slots,
-                stop_tokens=stop_tokens,
-                log=log,
-                note=requests.completed,
-                on_refused=requests.refused,
-                published=published,
-            )
-        except BaseException:
-            client.close()
-            raise
-
-
-def served_config(config: Config) -> Config:
-    """Return the configuration with what the SGLang at ``engine.url`` decides: model, dtype, lengths and tree shape.
-
-    A model or a dtype that was configured stays, and is compared with the server's when the learner attaches.
-
-    Raises:
-        ConfigError: The plugin does not answer.
-    """
-    with naming("engine.plugin_address", (PluginError, OSError)):
-        status = ask(str(config.engine.plugin_address), "status", keys=wire_keys(config, plugin_client_keys))
-    shape = {name: status[name] for name in ("depth", "width", "num_nodes")}
-    return replace(
-        config,
-        model=status["model"] if config.model == Config.model else config.model,
-        dtype=status["dtype"] if config.dtype == "auto" else config.dtype,
-        engine=replace(config.engine, max_length=status["context"] - reserved_context(**shape)),
-        drafter=replace(config.drafter, **shape),
-    )
-
-
-def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> SGLangClient:
-    """Launch SGLang on the drafter; ``context`` is the model's."""
-    config, folder, tree = spec.config, run_dir / "drafter-served", spec.tree
-    room = context - reserved_context(tree.depth, tree.width, tree.num_nodes)
-    if config.engine.max_length > room:
-        raise SGLangError(
-            f"engine.max_length={config.engine.max_length} and the drafts exceed the model's context of {context}; "
-            f"set engine.max_length={room} or less"
-        )
-    save_drafter(drafter, folder, "sglang")
-    return SGLangClient.launch(
-        embedded_model_path() if config.model == DEFAULT_TARGET else config.model,
-        drafter=folder,
-        depth=tree.depth,
-        width=tree.width,
-        num_nodes=tree.num_nodes,
-        slots=config.engine.slots,
-        max_length=config.engine.max_length,
-        dtype=str(spec.dtype).removeprefix("torch."),
-        device=spec.device.type,
-        log=run_dir / "sglang.log",
-        keys=config.wire.keys,
-        arguments=config.engine.arguments,
     )

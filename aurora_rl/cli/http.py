@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.spec import RunSpec
+from aurora_rl.remote_engines import REMOTE_ENGINES
 from aurora_rl.serving.async_engine import AsyncEngine
+from aurora_rl.serving.attached import AttachedServer
 from aurora_rl.serving.server import InferenceServer
-from aurora_rl.serving.sglang import AttachedServer
 from aurora_rl.telemetry.history import RunHistory
 
 if TYPE_CHECKING:
@@ -61,16 +62,16 @@ class HttpFront:
             replays: Whether traffic drives the server, so that it needs no clients.
 
         Raises:
-            ConfigError: The configuration leaves clients no port, or has a budget for SGLang's clients; or see the
+            ConfigError: The configuration leaves clients no port, or a budget to those of a remote engine; or see the
                 constructor.
         """
-        sglang = config.engine.name == "sglang"
-        if sglang and not replays and config.max_new_tokens is not None:
+        remote = config.engine.remote
+        if remote and not replays and config.max_new_tokens is not None:
             raise ConfigError(
-                f"max_new_tokens={config.max_new_tokens}: SGLang itself chooses the budget of requests "
-                "that name none; leave the key out"
+                f"max_new_tokens={config.max_new_tokens}: {REMOTE_ENGINES[config.engine.name]} itself chooses the "
+                "budget of requests that name none; leave the key out"
             )
-        needed = not replays and not sglang  # SGLang has a port of its own
+        needed = not replays and not remote  # which has a port of its own
         if config.http.port is None:
             if needed:
                 raise ConfigError("http.port=null: nobody could ask the server; give a port, or drive it by flywheel")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -91,7 +92,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path, ranks: Ranks | 
         if settings.resume is not None:
             result.resume(Path(settings.resume))
         if isinstance(shared, ParallelLoss):
-            _begin_together(config, shared, drafter, optimizers)
+            _begin_together(spec, shared, drafter, optimizers)
         opened.pop_all()
     return result
 
@@ -104,17 +105,29 @@ def build_follower(spec: RunSpec, ranks: Ranks) -> tuple[ParallelLoss, list[torc
     del target
     return_freed_memory(collect=True)
     shared = ParallelLoss(loss, ranks, optimizers)
-    _begin_together(spec.config, shared, drafter, optimizers)
+    _begin_together(spec, shared, drafter, optimizers)
     torch.manual_seed(spec.config.seed + ranks.rank)  # for objectives that draw random numbers
     return shared, optimizers
 
 
+def steps_depend_on(spec: RunSpec) -> dict[str, Any]:
+    """Return the settings that make a learner's steps differ, by their keys: all its ranks must have the same."""
+    config = spec.config
+    return {
+        "objectives": plain(config.objectives),
+        "dtype": str(spec.dtype).removeprefix("torch."),
+        "drafter.name": spec.drafter_name,
+        "drafter.options": plain(config.drafter.options),
+        **{f"learner.{key}": getattr(config.learner, key) for key in ("parallel", "muon_lr", "adam_lr")},
+    }
+
+
 def _begin_together(
-    config: Config, loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Optimizer]
+    spec: RunSpec, loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Optimizer]
 ) -> None:
     """Give all ranks the weights and states of rank 0, each its shard of them if that is how they learn."""
-    start_alike(loss, optimizers)
-    if config.learner.parallel == "fsdp":
+    start_alike(loss, optimizers, steps_depend_on(spec))
+    if spec.config.learner.parallel == "fsdp":
         from aurora_rl.training.sharding import shard  # imports FSDP2, which takes a while
 
         shard(loss, drafter, optimizers)

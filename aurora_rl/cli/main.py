@@ -51,7 +51,8 @@ COMMANDS = {
     "history": Command("the versions of a run, why each was published, promoted or rolled back", "history"),
     "drafter": Command("start a drafter, write it as an engine loads it, or print what a folder holds", "drafter"),
     "keys": Command("make the keys of a learner and its engines, for a wire between hosts", "keys"),
-    "sglang": Command("learn from what a running SGLang serves its clients, tell its status, or detach", "sglang"),
+    "sglang": Command("learn from what a running SGLang serves its clients, tell its status, or detach", "attach"),
+    "vllm": Command("learn from what a running vLLM serves its clients, tell its status, or detach", "attach"),
 }
 _MOVED = {"export": "drafter export"}
 

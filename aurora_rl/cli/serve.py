@@ -22,6 +22,7 @@ from aurora_rl.cli.ranks import refuse_parallel
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.memory import importing, return_freed_memory
+from aurora_rl.remote_engines import REMOTE_ENGINES
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.log import JsonLines, MetricsLog, MetricsReader
 from aurora_rl.telemetry.loggers import check_installed, logged
@@ -56,7 +57,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     check_installed(config.telemetry.logger)
     if config.engine.attaches:
         with importing():
-            from aurora_rl.cli.engines import served_config
+            from aurora_rl.cli.remote import served_config
 
         config = served_config(config)
     session: _Session | None = None
@@ -117,8 +118,9 @@ class _Session:
                 wire_keys,
             )  # fmt: skip
             from aurora_rl.cli.config_canary import compared
-            from aurora_rl.cli.engines import embedded_server, sglang_server
+            from aurora_rl.cli.engines import embedded_server
             from aurora_rl.cli.http import HttpFront
+            from aurora_rl.cli.remote import remote_server
             from aurora_rl.cli.spec import resolve
             from aurora_rl.collectors.keys import engine_keys
             from aurora_rl.serving.async_engine import AsyncEngine
@@ -163,10 +165,11 @@ class _Session:
             )
             step("engine")
             try:
-                if config.engine.name == "sglang":
+                if config.engine.remote:
                     source = clients if self._replays else None
-                    self._server = sglang = sglang_server(spec, target, source, drafter, self._log, run_dir)
-                    self._step, address = sglang.step, f"SGLang listens at {sglang.client.url}/v1"
+                    self._server = remote = remote_server(spec, target, source, drafter, self._log, run_dir)
+                    self._step, engine = remote.step, REMOTE_ENGINES[config.engine.name]
+                    address = f"{engine} listens at {remote.client.url}/v1"
                 else:
                     usual = firsts[0] if firsts else [0, 0]
                     self._server = embedded = embedded_server(spec, target, clients, usual, drafter, self._log, *rivals)
@@ -183,8 +186,8 @@ class _Session:
             step("learner")
             self._learner.wait_ready(self._ready)
         if http is not None:
-            if config.engine.name == "sglang":
-                http.start_proxy(spec, sglang, self._history)
+            if config.engine.remote:
+                http.start_proxy(spec, remote, self._history)
             else:
                 http.start(spec, tokenizer, vocab_size, clients, embedded, self._history)
             self._followers.append(http.metrics.follow)

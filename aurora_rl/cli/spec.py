@@ -9,8 +9,7 @@ import torch
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
-from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule
-from aurora_rl.envs.sglang import LEARNED
+from aurora_rl.envs import Engine, SamplingParams, get_engine, get_rule, sglang, vllm
 from aurora_rl.envs.verification.rules import require_replayable
 from aurora_rl.models.loading import default_dtype, usable_device
 from aurora_rl.objectives import check_settings
@@ -18,6 +17,7 @@ from aurora_rl.policies import Drafter, TreeShape, get_drafter
 from aurora_rl.policies.formats.files import drafter_class
 from aurora_rl.policies.registry import DRAFTERS
 from aurora_rl.policies.tree_shape import USUAL_LOOKUP
+from aurora_rl.remote_engines import REMOTE_ENGINES
 
 _MAX_NEW_TOKENS = 96  # budget of traffic that names none
 
@@ -31,7 +31,7 @@ class RunSpec:
             ``max_new_tokens`` is read there too, by the HTTP server, which must know whether it was given.
         device: Device of the target.
         dtype: Dtype in which the target and the drafter are served.
-        engine_class: Class of the engine in this process; None if SGLang serves.
+        engine_class: Class of the engine in this process; None if another process serves.
         rule: Name of the verification rule.
         tree: Shape of the trees that are drafted.
         drafter_name: Name of the drafter's architecture.
@@ -68,7 +68,7 @@ def resolve(config: Config) -> RunSpec:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with naming("engine.name"):
-        engine_class = None if config.engine.name == "sglang" else get_engine(config.engine.name)
+        engine_class = None if config.engine.remote else get_engine(config.engine.name)
     name, rule = config.drafter.name or "medusa", _rule(config)
     if config.drafter.name is None and config.drafter.path is not None:
         name = DRAFTERS.name_of(drafter_class(config.drafter.path))
@@ -119,10 +119,13 @@ def _drafter_class(config: Config, name: str) -> type[Drafter]:
             f"drafter.name={name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
             f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
         )
-    if config.engine.name == "sglang" and kind.sglang_algorithm not in LEARNED:
-        served = "SGLang does not serve it" if kind.sglang_algorithm is None else "SGLang serves it as it is"
+    learned = {"sglang": (kind.sglang_algorithm, sglang.LEARNED), "vllm": (kind.vllm_method, vllm.LEARNED)}
+    engine = config.engine.name
+    if engine in learned and learned[engine][0] not in learned[engine][1]:
+        title = REMOTE_ENGINES[engine]
+        served = f"{title} does not serve it" if learned[engine][0] is None else f"{title} serves it as it is"
         raise ConfigError(
-            f"drafter.name={name} does not learn with SGLang ({served}); with engine.name=sglang set "
+            f"drafter.name={name} does not learn with {title} ({served}); with engine.name={engine} set "
             "drafter.name=eagle3"
         )
     return kind
@@ -134,8 +137,11 @@ def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
     if lookup is None:
         takes_it = config.engine.name == "transformers" and settings.mode == "topk" and name != "ngram"
         lookup = USUAL_LOOKUP if takes_it else 0
-    elif lookup and config.engine.name == "sglang":
-        raise ConfigError(f"drafter.lookup={lookup}: SGLang's trees take no lookup; leave the key out, or set it to 0")
+    elif lookup and config.engine.remote:
+        raise ConfigError(
+            f"drafter.lookup={lookup}: trees of {REMOTE_ENGINES[config.engine.name]} take no lookup; leave the key "
+            "out, or set it to 0"
+        )
     with naming("drafter"):
         tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
     if engine is not None and lookup > engine.max_nodes:

@@ -12,17 +12,15 @@ import zmq
 from tensordict import TensorDict, TensorDictBase
 
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, CodecError, Limits, Message, decode, field
-from aurora_rl.collectors.gatekeeper import KEY_NAME
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import ServerKeys
 from aurora_rl.collectors.sink import DELETION, TRAJECTORY
-from aurora_rl.collectors.sockets import bind, open_socket, source_of
+from aurora_rl.collectors.sockets import bind, open_socket, sender_of
 from aurora_rl.telemetry.engine_counts import EngineCounts
 from aurora_rl.telemetry.throttle import Throttle
 from aurora_rl.tenants import check_tenant
 
 _TURN_S = 0.1
-_MAX_NAME = 64
 
 
 class ZMQCollector:
@@ -141,14 +139,14 @@ class ZMQCollector:
                 return None
 
     def _accept(self, frames: list[zmq.Frame]) -> TensorDict | None:
-        source = source_of(frames, KEY_NAME)  # without keys, what it says
+        source = sender_of(frames, None)
         try:
             message = decode(frames, limits=self._limits)
             if message.kind not in (TRAJECTORY, DELETION):
                 raise CodecError(f"expected a {TRAJECTORY!r} or {DELETION!r} message, got {message.kind!r}")
             # Equal JSON spares parsing the same handshake with every trajectory.
             meta = message.meta.get("handshake")
-            source = source or _name(message.meta.get("engine"))
+            source = sender_of(frames, message.meta.get("engine"))
             engine = self._handshake if meta == self._handshake_meta else Handshake.from_meta(meta)
             tenant, time_s = _retention(message)
             seconds = _seconds(message)
@@ -214,7 +212,3 @@ def _seconds(message: Message) -> float | None:
     if seconds is not None and seconds < 1e-6:
         raise CodecError(f"a request is decoded for a microsecond at least, this one for {seconds} s")
     return None if seconds is None else float(seconds)
-
-
-def _name(claimed: object) -> str:
-    return claimed[:_MAX_NAME] if isinstance(claimed, str) and claimed.isprintable() else ""

@@ -15,6 +15,7 @@ from aurora_rl.telemetry.throttle import Throttle
 
 _MAX_ENGINES = 256  # the least recently seen is forgotten; one that still lives introduces itself again within a second
 _FORGET_S = 60.0  # in which an engine that lives is heard
+_ANSWER_S = 600.0  # after a rejection, for which the other engines' answers are waited for
 # An engine may serve what an earlier learner published. A version so far above that is not believed: the next one to be
 # published must be above all of them.
 _MAX_LEAD = 1 << 32
@@ -28,6 +29,7 @@ class EngineStatus:
 
     `acknowledged` is the newest version whose checksum, after loading, was the published one. `rejected` is the last
     version that was refused or loaded wrong, with the reason. Its version is None if the message could not be read.
+    `rejected_at` is when that was.
     `checksum` is that of the weights that it serves, as it says. `ahead`: it serves a version newer than the one that
     it is to have, from an earlier learner, and ignores older ones. `foreign` is the version that it serves if an
     earlier learner published other weights under its number.
@@ -39,11 +41,21 @@ class EngineStatus:
     acknowledged: int | None = None
     swap_ms: float | None = None
     rejected: tuple[int | None, str] | None = None
+    rejected_at: float = 0.0
     offered: int | None = None
     in_flight: bool = False
     checksum: str | None = None
     ahead: bool = False
     foreign: int | None = None
+
+    def rejects(self, version: int) -> bool:
+        """Return whether the engine has refused a version or rolled it back."""
+        return self.rejected is not None and self.rejected[0] == version
+
+    def reject(self, version: int | None, reason: str) -> None:
+        """Note that the engine does not serve a version, and why."""
+        if self.rejected != (version, reason):
+            self.rejected, self.rejected_at = (version, reason), time.monotonic()
 
 
 class EngineBook:
@@ -58,6 +70,7 @@ class EngineBook:
         self._checksums: OrderedDict[int, str] = OrderedDict()  # an engine may acknowledge what is no longer the newest
         self._published = 0  # the newest, for whomever it is
         self._for_all, self._for_one = 0, dict[str, int]()  # versions to have; those of single engines by name
+        self._withdrawn: int | None = None
 
     @property
     def engines(self) -> dict[str, EngineStatus]:
@@ -73,19 +86,33 @@ class EngineBook:
 
     @property
     def overtaken(self) -> bool:
-        """Whether an engine ignores the version that it is to have, as it serves a newer one or other weights of it."""
+        """Whether an engine needs what is served under a new number; see `WeightPublisher.overtaken`."""
         with self._changed:
             wanted = [(status, self._wanted(status.name)) for status in self._engines.values()]
-            return any(version < status.serving or version == status.foreign for status, version in wanted)
+            return any(
+                (version < status.serving and not self._has(status, version))
+                or version == status.foreign
+                or (version == self._withdrawn and not status.rejects(version))
+                for status, version in wanted
+            )
 
     @property
     def wanted(self) -> set[int]:
         """Versions that some engine is to have."""
         with self._changed:
-            return {self._for_all, *self._for_one.values()}
+            return {self._for_all, *self._for_one.values()} - {self._withdrawn}
 
     def _wanted(self, name: str) -> int:
         return self._for_one.get(name, self._for_all)
+
+    def _has(self, status: EngineStatus, version: int) -> bool:
+        """Return whether an engine serves the weights of a version, under this or another number."""
+        weights = self._checksums.get(version)
+        return (
+            weights is not None
+            and status.acknowledged == status.serving
+            and self._checksums.get(status.serving) == weights
+        )
 
     def publish(self, version: int, checksum: str, engines: Collection[str] | None = None) -> None:
         """Note the newest weights, and the names of the engines that are to have them; None means all engines.
@@ -101,10 +128,13 @@ class EngineBook:
                 self._for_all = version
                 self._for_one.clear()
             else:
-                self._for_one.update(dict.fromkeys(engines, version))
+                here = {status.name for status in self._engines.values()}  # who went away gets what all get
+                self._for_one = {name: number for name, number in self._for_one.items() if name in here}
+                self._for_one |= dict.fromkeys(engines, version)
             self._checksums[version] = checksum
-            if len(self._checksums) > _REMEMBERED_CHECKSUMS:
-                self._checksums.popitem(last=False)
+            wanted = self.wanted
+            for old in [number for number in self._checksums if number not in wanted][:-_REMEMBERED_CHECKSUMS]:
+                del self._checksums[old]
 
     def due(self) -> list[tuple[bytes, int]]:
         """Return the connections to send a version to now, each with it, and note that it is on its way to them."""
@@ -114,6 +144,8 @@ class EngineBook:
                 version = self._wanted(status.name)
                 if status.last_seen < oldest:
                     del self._engines[identity]
+                elif version == self._withdrawn:
+                    continue
                 elif not status.in_flight and version != status.offered and version > status.serving:
                     status.offered, status.in_flight = version, True
                     found.append((identity, version))
@@ -127,17 +159,36 @@ class EngineBook:
             return len(there) >= engines
 
         def rejected() -> bool:
-            return any((status.rejected or (None,))[0] == version for status in self._engines.values())
+            return any(status.rejects(version) for status in self._engines.values())
 
         with self._changed:
             self._changed.wait_for(lambda: acknowledged() or rejected(), timeout)
             return acknowledged()
 
-    def rejection(self, version: int) -> str | None:
-        """Return why an engine did not load a version, or rolled it back; None if none did."""
+    def rejected_by(self, version: int) -> dict[str, str]:
+        """Return why engines did not load a version, or rolled it back, by their names."""
         with self._changed:
-            rejected = [status.rejected for status in self._engines.values() if status.rejected is not None]
-        return next((reason for rejected_version, reason in rejected if rejected_version == version), None)
+            rejecting = [status for status in self._engines.values() if status.rejects(version)]
+            return {status.name: status.rejected[1] for status in rejecting if status.rejected is not None}
+
+    def withdraw(self, version: int) -> bool:
+        """Withdraw a version that nobody serves; see `WeightPublisher.withdraw`."""
+        with self._changed:
+            weights, rejected_at, waits = self._checksums.get(version), list[float](), False
+            for status in self._engines.values():
+                wanted = self._wanted(status.name)
+                if self._checksums.get(wanted) != weights:
+                    continue  # on trial: other weights
+                if status.rejects(wanted):
+                    rejected_at.append(status.rejected_at)
+                elif self._has(status, wanted):
+                    return False
+                else:
+                    waits = True
+            if not rejected_at or (waits and time.monotonic() < min(rejected_at) + _ANSWER_S):
+                return False
+            self._withdrawn = version
+            return True
 
     def forget(self, identity: bytes) -> None:
         """Forget the engine of a connection."""
@@ -163,7 +214,8 @@ class EngineBook:
             if received is not None and received == status.offered:
                 status.in_flight = False
             wanted = self._wanted(name)
-            ahead = 0 < wanted < version
+            same = digest is not None and digest == self._checksums.get(wanted) == self._checksums.get(version)
+            ahead = 0 < wanted < version and not same
             if ahead and not status.ahead:
                 self._log.warning(
                     "ahead",
@@ -188,7 +240,7 @@ class EngineBook:
                 return
             if version is None or version == status.offered:
                 status.in_flight = False
-            status.rejected = (version, reason)
+            status.reject(version, reason)
             self._changed.notify_all()
         self._log.warning("rejected", "engine %r rejected version %s: %r", status.name, version, reason)
 
@@ -218,7 +270,7 @@ class EngineBook:
                 reason = f"the loaded weights have checksum {digest}, the published ones {published}"
                 if status.rejected != (version, reason):
                     self._log.warning("loaded", "engine %r did not load version %d: %s", status.name, version, reason)
-                status.rejected = (version, reason)
+                status.reject(version, reason)
             self._changed.notify_all()
 
 

@@ -55,7 +55,8 @@ class TrajectorySink:
         max_bytes: Bytes of them.
         limits: Limits of a message. A trajectory beyond them, or beyond ``max_bytes`` by itself, is dropped.
         max_age: Seconds that a trajectory may be held; None knows no limit.
-        name: Name of this engine at the learner.
+        name: Name of this engine at a learner without keys; the default is unique to this sink. A learner with keys
+            takes the key's.
 
     Raises:
         ValueError: ``capacity`` is not positive.
@@ -76,7 +77,7 @@ class TrajectorySink:
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1 trajectory, got {capacity}")
-        self._meta = {"handshake": handshake.to_meta(), "engine": name or engine_name()}
+        self._meta = {"handshake": handshake.to_meta(), "engine": name or engine_name(keys)}
         self._capacity, self._max_bytes, self._bytes = capacity, max_bytes, 0
         self._most = min(max_bytes, limits.max_bytes - _HEADER)
         self._max_age = math.inf if max_age is None else max_age

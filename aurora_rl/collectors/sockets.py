@@ -23,7 +23,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from aurora_rl.addresses import is_local
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, Limits
-from aurora_rl.collectors.gatekeeper import Gatekeeper
+from aurora_rl.collectors.gatekeeper import KEY_NAME, Gatekeeper
 from aurora_rl.collectors.guard import Guard, near_address
 from aurora_rl.collectors.keys import ClientKeys, ServerKeys
 
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _HEARTBEAT_MS = 5_000
 _HEARTBEAT_TIMEOUT_MS = 60_000
 _RECONNECT_MS = 100
+_MAX_NAME = 128  # a host's name, a process and a random part have less
 _RECONNECT_MAX_MS = 2_000
 
 
@@ -108,9 +109,9 @@ class Socket(zmq.Socket[bytes]):
         return f"{self.folder}/s"
 
 
-def engine_name() -> str:
-    """Return a name for an engine of this process, which no other has."""
-    return f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+def engine_name(keys: ClientKeys | None = None) -> str:
+    """Return a name for an engine of this process: its key's or, without keys, one that no other has."""
+    return keys.name if keys is not None else f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def open_socket(kind: int) -> Socket:
@@ -248,6 +249,22 @@ def source_of(frames: list[zmq.Frame], field: str = "Peer-Address") -> str:
         return cast("str", frames[-1].get(field))
     except (zmq.ZMQError, IndexError):
         return ""
+
+
+def sender_of(frames: list[zmq.Frame], claimed: object) -> str:
+    """Return the name of the engine that a message came from.
+
+    Args:
+        frames: Frames of the message.
+        claimed: Name that the message has. It counts without keys alone.
+
+    Returns:
+        Name of the key that was admitted or, without keys, the first 128 characters of the name that is claimed. Empty
+        if that cannot be printed.
+    """
+    if name := source_of(frames, KEY_NAME):
+        return name
+    return claimed[:_MAX_NAME] if isinstance(claimed, str) and claimed.isprintable() else ""
 
 
 def _check(address: str, *, binds: bool) -> None:

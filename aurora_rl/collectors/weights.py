@@ -7,10 +7,10 @@ The engine speaks first and repeats itself; so either side may start, vanish or 
 - learner (ROUTER, binds): ``accepted`` {}, or ``refused`` {reason} where the handshake differs; ``weights`` {version,
   checksum, identity} and tensors, if newer than what the engine serves. The identity is the handshake's.
 
-The learner keeps the newest weights only, and while some engines try them those of the others. It sends an engine no
-more before the last ones have arrived there (its ``received`` tells). So a slow engine skips versions, and no queue
-grows. Over one connection ZeroMQ loses nothing. A new connection has a new identity, and for it everything starts
-afresh.
+The learner keeps the newest weights only, and while some engines try them those of the others; weights with several
+numbers are kept once. It sends an engine no more before the last ones have arrived there (its ``received`` tells). So a
+slow engine skips versions, and no queue grows. Over one connection ZeroMQ loses nothing. A new connection has a new
+identity, and for it everything starts afresh.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from aurora_rl.collectors.codec import (
 from aurora_rl.collectors.engine_book import EngineBook, EngineStatus
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import ClientKeys, ServerKeys
-from aurora_rl.collectors.sockets import SocketThread, bind, connect, engine_name, open_socket
+from aurora_rl.collectors.sockets import SocketThread, bind, connect, engine_name, open_socket, sender_of
 from aurora_rl.plausible import implausible
 from aurora_rl.telemetry.throttle import Throttle
 
@@ -54,7 +54,6 @@ _HEARTBEAT_S = 1.0  # between two ``serving`` messages: a restarted learner know
 _SILENCE_S = 5.0  # without an answer, after which a warning says that the learner is silent
 _CONTROL = Limits(max_bytes=1 << 16, max_leaves=0, max_header_bytes=1 << 16)
 _MAX_REPLIES = 64
-_MAX_NAME = 256
 _MAX_JUMP = 1 << 52  # of versions at an engine, so that no learner can leave the next one without room
 
 
@@ -78,7 +77,7 @@ class WeightPublisher:
         """How the latest refused engine differed."""
         self.rejected = 0  # malformed messages dropped
         self._handshake, self._limits = handshake, limits
-        self._frames: dict[int, list[Buffer]] = {}  # of the versions that engines are to have
+        self._frames: dict[int, tuple[str, list[Buffer]]] = {}  # checksum and message, by version that is to be had
         self._publishing = threading.Lock()
         self._book, self._log = EngineBook(), Throttle(logging.getLogger(__name__))
         self._socket = open_socket(zmq.ROUTER)
@@ -111,7 +110,11 @@ class WeightPublisher:
 
     @property
     def overtaken(self) -> bool:
-        """Whether an engine ignores the version that it is to have, as it serves a newer one or other weights of it."""
+        """Whether an engine needs what is served under a new number.
+
+        It ignores the version that it is to have, as it serves a newer one or other weights of it. Or that version was
+        withdrawn, and this engine did not reject it: it came later, or loaded the version after all.
+        """
         return self._book.overtaken
 
     def publish(
@@ -134,7 +137,8 @@ class WeightPublisher:
             ValueError: ``version`` is not larger than the last one, or the weights exceed ``limits``.
             CodecError: If a leaf cannot be sent.
         """
-        owned: dict[str | Key, Tensor] = {k: leaf.detach().to("cpu", copy=True) for k, leaf in leaves(tensors)}
+        named = sorted(leaves(tensors), key=lambda leaf: leaf[0])
+        owned: dict[str | Key, Tensor] = {key: leaf.detach().to("cpu", copy=True) for key, leaf in named}
         digest = checksum(owned)
         meta = {"version": version, "checksum": digest, "identity": self._handshake.identity}
         frames = encode("weights", meta, owned)
@@ -146,9 +150,17 @@ class WeightPublisher:
             )
         with self._publishing:
             self._book.publish(version, digest, engines)
-            self._frames[version] = frames
-            self._frames = {number: kept for number, kept in self._frames.items() if number in self._book.wanted}
+            for kept_digest, kept in self._frames.values():
+                if kept_digest == digest:  # the same tensors under another number
+                    frames[1:] = kept[1:]
+                    break
+            self._frames[version] = digest, frames
+            self._prune()
         return digest
+
+    def _prune(self) -> None:
+        wanted = self._book.wanted
+        self._frames = {number: kept for number, kept in self._frames.items() if number in wanted}
 
     def wait_ack(self, version: int, timeout: float, *, engines: int = 1) -> bool:
         """Wait until so many engines have loaded a version or a newer one.
@@ -158,9 +170,26 @@ class WeightPublisher:
         """
         return self._book.wait_ack(version, timeout, engines)
 
-    def rejection(self, version: int) -> str | None:
-        """Return why an engine did not load a version, or rolled it back; None if none did."""
-        return self._book.rejection(version)
+    def rejected_by(self, version: int) -> dict[str, str]:
+        """Return why engines did not load a version, or rolled it back, by their names.
+
+        Such an engine goes on with its former weights and is offered the next version.
+        """
+        return self._book.rejected_by(version)
+
+    def withdraw(self, version: int) -> bool:
+        """Withdraw a version if engines rejected it and no connected engine serves it.
+
+        A version that one engine serves stays, however many reject it. Engines that have not answered yet are waited
+        for, ten minutes from the first rejection at most.
+
+        Returns:
+            Whether the version was withdrawn. Then no engine is offered it any more; see :attr:`overtaken`.
+        """
+        with self._publishing:
+            withdrawn = self._book.withdraw(version)
+            self._prune()
+        return withdrawn
 
     def close(self, timeout: float = 1.0) -> None:
         """End; messages on their way get at most ``timeout`` seconds. Idempotent."""
@@ -168,21 +197,21 @@ class WeightPublisher:
 
     def _step(self) -> bool:
         if self._socket.poll(_TURN_MS):
-            identity, *frames = self._socket.recv_multipart()
+            identity, *frames = self._socket.recv_multipart(copy=False)
             try:
-                self._handle(identity, decode(frames, limits=_CONTROL))
+                message = decode(frames, limits=_CONTROL)
+                self._handle(identity.bytes, sender_of(frames, field(message.meta, "engine", str)), message)
             except CodecError as error:
                 self.rejected += 1
                 self._log.warning("malformed", "a message to the weight publisher is dropped: %s", error)
         with self._publishing:
-            due = [(identity, self._frames[version]) for identity, version in self._book.due()]
+            due = [(identity, self._frames[version][1]) for identity, version in self._book.due()]
         for engine, weights in due:
             self._send(engine, weights)
         return not self._thread.closing
 
-    def _handle(self, identity: bytes, message: Message) -> None:
+    def _handle(self, identity: bytes, name: str, message: Message) -> None:
         meta = message.meta
-        name = field(meta, "engine", str)[:_MAX_NAME]
         if message.kind == "serving":
             engine = Handshake.from_meta(meta.get("handshake"))
             if (mismatch := self._handshake.mismatch(engine)) is not None:
@@ -221,7 +250,8 @@ class WeightReceiver:
         keys: Keys for CurveZMQ, if the learner has keys.
         version: Version of the weights served at the start.
         checksum: Their `codec.checksum`, so that a learner can tell whether it has them; None says nothing of them.
-        name: Name of this engine at the learner; the default is unique to the process.
+        name: Name of this engine at a learner without keys, the same as its sink's; the default is unique to this
+            receiver. A learner with keys takes the key's.
         limits: Limits of a weights message.
 
     Raises:
@@ -239,7 +269,7 @@ class WeightReceiver:
         name: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        self.name = name or engine_name()
+        self.name = name or engine_name(keys)
         self.error: str | None = None
         """Why the learner refused this engine; None once it accepts."""
         self.rejected = 0

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from aurora_rl.envs.exactness import SGLANG, UnsupportedModelError
+from aurora_rl.envs.exactness import ELSEWHERE, UnsupportedModelError
 from aurora_rl.models.kv_cache import sliding_window
 from aurora_rl.models.target_head import decoder_of
 
@@ -33,7 +33,7 @@ def mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str
     if types is not None and (unknown := sorted(set(types) - set(_ATTENTION_TYPES))):
         raise UnsupportedModelError(
             f"{name} has layers of the kind {', '.join(unknown)}, which keep a state that cannot be rolled back to the "
-            f"accepted node of a tree, or choose their keys themselves; {SGLANG}"
+            f"accepted node of a tree, or choose their keys themselves; {ELSEWHERE}"
         )
     window, chunk = sliding_window(config), getattr(config, "attention_chunk_size", None)
     kinds: dict[str | None, First | None] = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 from aurora_rl.context import ContextStore
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.registry import Registry
+from aurora_rl.remote_engines import REMOTE_ENGINES
 
 
 class Engine(ABC):
@@ -103,8 +104,8 @@ class Engine(ABC):
         """Free the slot; its request is over."""
 
 
-ENGINES: Registry[type[Engine]] = Registry("engine", "aurora_rl.engines", Engine, reserved=("sglang",))
-"""In-process engines by name, constructed as ``TransformersEngine`` is; "sglang" is a server of its own."""
+ENGINES: Registry[type[Engine]] = Registry("engine", "aurora_rl.engines", Engine, reserved=tuple(REMOTE_ENGINES))
+"""In-process engines by name, constructed as ``TransformersEngine`` is. ``REMOTE_ENGINES`` are servers of their own."""
 
 register_engine = ENGINES.register
 """Decorator that makes an engine's class available by a name, as in ``engine.name``: :meth:`Registry.register`."""

@@ -114,6 +114,8 @@ class Drafter(HubMixin, nn.Module, ABC):
         target_sizes: Entries of a checkpoint's ``config.json`` that must be the target's.
         sglang_algorithm: SGLang's ``--speculative-algorithm`` for folders in the format "sglang"; None if SGLang does
             not serve the architecture. ``aurora_rl.envs.sglang.LEARNED`` has those that learn there.
+        vllm_method: vLLM's ``"method"`` for folders in the format "vllm"; None if vLLM does not serve the architecture.
+            ``aurora_rl.envs.vllm.LEARNED`` has those that learn there.
         options: Keywords that a subclass's :meth:`from_target` took, kept in the folder.
         serves_other_targets: Whether an untrained drafter fits any target with the same tokenizer. :meth:`from_target`
             then leaves :attr:`trained_for` None, as it does without :attr:`formats`.
@@ -133,6 +135,7 @@ class Drafter(HubMixin, nn.Module, ABC):
     formats: ClassVar[tuple[str, ...]] = ("aurora_rl",)
     target_sizes: ClassVar[tuple[str, ...]] = ("hidden_size", "vocab_size")
     sglang_algorithm: ClassVar[str | None] = None
+    vllm_method: ClassVar[str | None] = None
     serves_other_targets: ClassVar[bool] = False
     feature_layers: tuple[int, ...]
     draft_vocab: Tensor

@@ -48,6 +48,7 @@ class Eagle3Drafter(RecurrentDrafter):
 
     formats: ClassVar[tuple[str, ...]] = ("sglang", "vllm", "hf")
     sglang_algorithm: ClassVar[str | None] = "EAGLE3"
+    vllm_method: ClassVar[str | None] = "eagle3"
 
     def __init__(
         self,

@@ -72,6 +72,7 @@ class MedusaDrafter(Drafter):
     """
 
     formats: ClassVar[tuple[str, ...]] = ("aurora_rl", "vllm")
+    vllm_method: ClassVar[str | None] = "medusa"
 
     def __init__(
         self,

@@ -302,12 +302,16 @@ EVENTS: dict[str, Event] = {
         },
     ),
     "rejected": Event(
-        "An engine did not load the newest weights, or rolled them back; the gate compares with those before again.",
-        {"version": "Version of these weights.", **_REASON, **_SEEN},
+        "An engine did not load the newest weights, or rolled them back. It goes on with its former ones.",
+        {"version": "Version of these weights.", "engine": "Name of the engine.", **_REASON, **_SEEN},
+    ),
+    "withdrawn": Event(
+        "Engines rejected the newest weights and none serves them; the gate compares with those before again.",
+        {"version": "Version of these weights.", **_SEEN},
     ),
     "renumbered": Event(
-        "The newest weights were published again: an engine serves a version above theirs, or other weights of it, and "
-        "ignored them.",
+        "The weights that are served were published again: an engine serves a version above theirs, or other weights "
+        "of it, and ignored them; or it is to have a version that was withdrawn.",
         {"version": "Version that they have now.", **_SEEN},
     ),
     "served": Event(

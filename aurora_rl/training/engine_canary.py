@@ -304,8 +304,8 @@ class EngineCanary:
     def _broken_off(self, trial: EngineTrial, here: Sequence[str]) -> EngineVerdict | None:
         """Return the verdict if something else than figures ends the trial."""
         for version in self._drafted:
-            if (reason := self._publisher.rejection(version)) is not None:
-                return trial.end(False, f"an engine rejected version {version}: {reason}")
+            for name, reason in self._publisher.rejected_by(version).items():
+                return trial.end(False, f"{name} rejected version {version}: {reason}")
         if gone := [name for name in trial.new if name not in here]:
             return trial.end(False, f"{', '.join(gone)} went away with the new weights")
         return trial.end(False, "fewer than two engines are left") if len(here) < 2 else None

@@ -25,6 +25,7 @@ from aurora_rl.training.replay import as_state, of_state
 from aurora_rl.training.shares import RecentEngines, engine_of
 from aurora_rl.trajectories import check_features
 
+_LATEST = 2  # times the requests of a decision: arrivals after which it waits for no engine's share
 _PRESENT = 8  # times the requests of a decision: arrivals of others after which an engine that sends none has gone
 
 
@@ -149,7 +150,9 @@ class Gate:
     """Holds back arrivals, and compares a candidate with the serving weights on them.
 
     What decides was seen by neither: arrivals that are held back are learned from only after the decision. Each of the
-    engines that sent the last ``8 * requests`` arrivals has an equal share of them, rounded up.
+    engines that sent the last ``8 * requests`` arrivals has an equal share of them, rounded up. A decision takes
+    ``2 * requests`` arrivals at most: in time for that, places that are open go to any engine, those with a share left
+    first.
 
     Args:
         requests: ``K``, arrivals of a decision.
@@ -166,6 +169,7 @@ class Gate:
         self._held: list[TensorDictBase] = []
         self._recent = RecentEngines(_PRESENT * requests)
         self.holding = False
+        self._arrived = 0  # since it began to hold
 
     def hold(self) -> None:
         """Hold back the next arrivals, for a decision."""
@@ -184,7 +188,13 @@ class Gate:
                 held[engine] += 1
             else:
                 passed.append(each)
-        return passed
+        if not self.holding:
+            return passed
+        self._arrived += len(arrivals)
+        wanted = self._requests - len(self._held)
+        late = max(wanted - max(_LATEST * self._requests - self._arrived, 0), 0)  # more than what is still to arrive
+        self._held += passed[:late]
+        return passed[late:]
 
     def drop(self, gone: Callable[[TensorDictBase], bool]) -> list[TensorDictBase]:
         """Hold the arrivals that meet a condition no longer, and return them; others take their place."""
@@ -226,17 +236,19 @@ class Gate:
         mean, lengths = fmean(paired), (new.acceptance_length, old.acceptance_length)
         publish = reason is None and mean > -self._margin
         decision = Decision(publish, mean, mean_interval(paired), *lengths, len(paired), reason)
-        released, self._held, self.holding = self._held, [], False
+        released, self._held, self.holding, self._arrived = self._held, [], False, 0
         return decision, released
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what it holds back, and the engines of the last arrivals."""
+        """Return what it holds back, the engines of the last arrivals, and how many came since it began to hold."""
         held = [as_state(each) for each in self._held]
-        return {"holding": self.holding, "held": held, "recent": self._recent.state()}
+        return {"holding": self.holding, "held": held, "recent": self._recent.state(), "arrived": self._arrived}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Hold back what :meth:`state_dict` returned."""
         self.holding = state["holding"]
         self._held = [of_state(each) for each in state["held"]]
         self._recent = RecentEngines(_PRESENT * self._requests)
-        self._recent.extend(state["recent"])
+        # A state of an earlier release has neither.
+        self._recent.extend(state.get("recent", []))
+        self._arrived = state.get("arrived", 0)

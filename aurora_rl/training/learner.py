@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 _STATE = "the training state"
 _STREAM = "stream.pt"  # of a training state: the replay buffer, and what else the trajectories left
+_MOST_TOLD = 64  # engines that reject a version: a peer may make up ever new names
 _COUNTS = "seen steps skipped version _skipped_in_a_row _credit _since_candidate _decided_steps".split()
 
 
@@ -119,7 +120,8 @@ class Learner:
         self._credit = self._since_candidate = self._decided_steps = 0
         self._age_limit, self._once = AgeLimit(max_age), once
         self._serving = self._frozen()
-        self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is rejected
+        self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is withdrawn
+        self._rejecting: set[str] = set()  # engines that rejected the newest, as told
         self._start_check = StartCheck(self._serving, log)
         self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
         self.seen = self.steps = self.skipped = self.version = 0
@@ -184,7 +186,7 @@ class Learner:
         self._admit(self._gate.admit(arrivals))
         if self._notes.write(self.steps, self.version) and not self.version:
             self._start_check.check(self._publisher.served)
-        self._note_rejection()
+        self._note_rejections()
         if self._canary is not None:
             self._canary.follow(arrivals, self._publish)
         if self.version and self._publisher.overtaken:
@@ -247,14 +249,21 @@ class Learner:
             self._new = [new[turn] for turn in in_turns([engine_of(each) for each in new])]
             self._since_candidate += len(trajectories)
 
-    def _note_rejection(self) -> None:
-        """Take the weights before the newest for those that are served, if an engine rejects the newest."""
-        if self._replaced is None or (reason := self._publisher.rejection(self.version)) is None:
+    def _note_rejections(self) -> None:
+        """Tell who rejects the newest weights. Once no engine serves them, those before them are served again."""
+        for engine, reason in self._publisher.rejected_by(self.version).items():
+            if engine not in self._rejecting and len(self._rejecting) < _MOST_TOLD:
+                self._rejecting.add(engine)
+                self._log.write(
+                    "rejected", version=self.version, engine=engine, reason=reason, seen=self.seen, steps=self.steps
+                )
+        trying = self._canary is not None and self._canary.trying  # against the newest
+        if self._replaced is None or trying or not self._publisher.withdraw(self.version):
             return
         self._serving, self._replaced = self._replaced, None
         self._audit.withdrawn(self._serving)
         shutil.rmtree(self._versions / str(self.version), ignore_errors=True)
-        self._log.write("rejected", version=self.version, reason=reason, seen=self.seen, steps=self.steps)
+        self._log.write("withdrawn", version=self.version, seen=self.seen, steps=self.steps)
         self.outputs.write(_STATE, self.save)
 
     def _train(self, batch: TensorDictBase, *, new: int) -> bool:
@@ -335,6 +344,7 @@ class Learner:
         self.version = max(self.version + 1, self._publisher.next_version)
         if weights is not self._serving:
             self._replaced, self._serving = self._serving, weights
+        self._rejecting.clear()
         self._audit.published(self.version, weights)
         self._publisher.publish(self.version, weights)
         self.try_save()
@@ -411,7 +421,10 @@ class Learner:
         """Go on in the stream of trajectories where :meth:`state_dict` was taken."""
         self._buffer.load_state_dict(state["buffer"])
         self._gate.load_state_dict(state["gate"])
-        self._new = [self._replayed[place] for place in state["new"]]
+        new, number = state["new"], len(self._replayed)
+        if new and not isinstance(new[0], int):  # a state of an earlier release has copies of the buffer's last
+            new = range(max(number - len(new), 0), number)
+        self._new = [self._replayed[place] for place in new]
         for objective, values in zip(self._objectives(), state["objectives"], strict=True):
             for name, value in values.items():
                 objective.get_buffer(name).copy_(value)

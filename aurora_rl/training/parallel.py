@@ -8,6 +8,7 @@ Legend: ``P`` ranks.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -292,18 +293,31 @@ def follow(loss: ParallelLoss, optimizers: Sequence[torch.optim.Optimizer], *, a
                 gradient(loss, optimizers, nothing, autocast=autocast)
 
 
-def start_alike(loss: ParallelLoss, optimizers: list[torch.optim.Optimizer]) -> None:
+def start_alike(
+    loss: ParallelLoss, optimizers: list[torch.optim.Optimizer], settings: Mapping[str, Any] | None = None
+) -> None:
     """Give every rank the weights, the optimizer states and the objectives' buffers of rank 0.
 
     Args:
         loss: Loss, made alike on all ranks, which all call this.
         optimizers: Optimizers of its drafter's parameters.
+        settings: Settings that make steps differ, as JSON takes them, by their names: those of the objectives, and the
+            dtype of autocast. Names of objectives, the drafter's architecture and what the optimizers have in their
+            groups are compared in any case.
 
     Raises:
-        ValueError: Another rank has another head of the target, or another draft vocabulary.
+        ValueError: Another rank has other settings, another head of the target, or another draft vocabulary. Every
+            rank raises the same.
     """
     ranks, objectives = loss.ranks, [each for each in loss.modules() if isinstance(each, Objective)]
     drafter, head = objectives[0].drafter, objectives[0].head
+    parts = {
+        "objectives": [each.name for each in objectives],
+        "drafter": type(drafter).__name__,
+        "feature_layers": list(drafter.feature_layers),
+        **_in_groups(optimizers),
+    }
+    _check_alike(ranks, parts | dict(settings or {}))
     digest = bytes.fromhex(checksum(head.tensors() | {"draft_vocab": drafter.draft_vocab}))
     digests = ranks.gather(torch.tensor(list(digest)))
     if len(unlike := (digests != digests[0]).any(1).nonzero()[:, 0]):
@@ -325,3 +339,28 @@ def start_alike(loss: ParallelLoss, optimizers: list[torch.optim.Optimizer]) -> 
     )()
     for name, buffer in buffers.items():
         buffer.copy_(tensors[name])
+
+
+def _in_groups(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Return the hyperparameters of optimizers, and how many numbers learn by them, each by a name of its own."""
+    found: dict[str, Any] = {"optimizers": [type(optimizer).__name__ for optimizer in optimizers]}
+    for number, optimizer in enumerate(optimizers):
+        for index, group in enumerate(optimizer.param_groups):
+            numbers = sum(parameter.numel() for parameter in group["params"])
+            for name, value in {**group, "params": numbers}.items():
+                found[f"optimizers[{number}].param_groups[{index}].{name}"] = value
+    return found
+
+
+def _check_alike(ranks: Ranks, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError on all ranks if the settings of one are not those of rank 0."""
+    values = {name: json.dumps(value, sort_keys=True, default=str) for name, value in settings.items()}
+    own = torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+    sizes = ranks.gather(torch.tensor(len(own)))
+    texts = ranks.gather(torch.cat([own, own.new_zeros(int(sizes.max()) - len(own))]))
+    first, *others = (json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes.tolist(), strict=True))
+    for rank, found in enumerate(others, start=1):
+        names = [name for name in {**first, **found} if first.get(name) != found.get(name)]
+        if names:
+            unlike = ", ".join(f"{name}={found.get(name)} (rank 0 has {first.get(name)})" for name in names)
+            raise ValueError(f"rank {rank} has {unlike}; start all ranks with the same configuration")

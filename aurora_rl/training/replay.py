@@ -19,7 +19,8 @@ from aurora_rl.training.shares import RecentEngines, engine_of, in_turns
 from aurora_rl.trajectories import pack, size_of
 
 _NEWEST = 32  # trajectories
-_PRESENT = 8  # times the capacity: trajectories of others after which an engine that sends none has gone
+_PRESENT = 2  # times the capacity: trajectories of others after which an engine that sends none has gone
+_LATELY = 8  # times the newest that are asked for: the same, for them
 _NOTES = ("source", "tenant", "captured", "seconds")  # of the collector, on each trajectory
 
 
@@ -42,7 +43,7 @@ class NewestTrajectories(ListStorage):
     """Keeps the newest trajectories within a number and a size, in fair shares of the engines that sent them.
 
     The oldest of the engine that has most goes first. An engine that sends little keeps what it sent for longer, and
-    one that has sent none of the last ``8 * capacity`` trajectories has no share: its own go before all others.
+    one that has sent none of the last ``2 * capacity`` trajectories has no share: its own go before all others.
 
     Args:
         capacity: Most trajectories.
@@ -114,9 +115,10 @@ class NewestTrajectories(ListStorage):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._recent = RecentEngines(_PRESENT * self.max_size)
-        self._recent.extend(state_dict["recent"])
         self._keep(of_state(each) for each in state_dict["trajectories"])
+        self._recent = RecentEngines(_PRESENT * self.max_size)
+        # A state of an earlier release does not say who sent what is here no longer.
+        self._recent.extend(state_dict.get("recent", self._engines))
 
     def of_requests(self, requests: Collection[int]) -> list[TensorDictBase]:
         """Return the trajectories of these requests."""
@@ -136,8 +138,13 @@ class NewestTrajectories(ListStorage):
         return parts
 
     def newest(self, most: int) -> list[int]:
-        """Return the places of the newest trajectories, as many of each engine that is here as there are."""
-        places = [place for place, engine in enumerate(self._engines) if engine in self._recent][::-1]
+        """Return the places of the newest trajectories, as many of each engine as there are.
+
+        Those of engines that sent one of the last ``8 * most``; where none of these is here, those of all.
+        """
+        lately = self._recent.of_last(_LATELY * most)
+        backwards = range(len(self._engines))[::-1]
+        places = [place for place in backwards if self._engines[place] in lately] or backwards
         turns = in_turns([self._engines[place] for place in places])
         return sorted(places[turn] for turn in turns[:most])
 
@@ -158,7 +165,7 @@ class RecentSampler(RandomSampler):
     """Draws every second batch, on average, from the newest 32 trajectories, and the others from all.
 
     So learning follows traffic that shifts, and what came before is not forgotten. Of the newest, as many are of each
-    engine, however much it sends.
+    engine that sent one of the last 256, however much it sends.
     """
 
     @override

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from tensordict import TensorDictBase
 
@@ -62,6 +63,10 @@ class RecentEngines:
     def __len__(self) -> int:
         """Return how many engines sent the last trajectories."""
         return len(self._count)
+
+    def of_last(self, most: int) -> set[str]:
+        """Return the engines of the last ``most`` trajectories, or of all that are looked back on."""
+        return set(islice(reversed(self._last), most))
 
     def state(self) -> list[str]:
         """Return the engines of the last trajectories, oldest first: what :meth:`extend` takes."""

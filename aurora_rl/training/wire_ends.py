@@ -58,13 +58,16 @@ class WeightSink(Protocol):
 
     @property
     def overtaken(self) -> bool:
-        """Whether an engine ignores the version that it is to have, as it serves a newer one or other weights of it."""
+        """Whether an engine needs what is served under a new number: it ignores or missed the one it is to have."""
 
     def publish(self, version: int, tensors: Mapping[str, Tensor], /) -> object:
         """Hand weights on."""
 
-    def rejection(self, version: int) -> str | None:
-        """Return why an engine did not load a version, or rolled it back; None if none did."""
+    def rejected_by(self, version: int) -> Mapping[str, str]:
+        """Return why engines did not load a version, or rolled it back, by their names."""
+
+    def withdraw(self, version: int) -> bool:
+        """Withdraw a version if engines rejected it and none serves it; return whether it was withdrawn."""
 
     def close(self) -> None:
         """Hand nothing on any more."""

@@ -51,3 +51,18 @@ def test_an_address_that_other_hosts_can_reach_needs_keys(pair: str, tmp_path: P
     with pytest.raises(ConfigError, match=rf"^{key}={re.escape(address)}: other hosts can reach it, .* `aurora-rl"):
         load_config(overrides=[pair, *more])
     assert load_config(overrides=[pair, *more, f"wire.keys={tmp_path}"]).wire.keys == str(tmp_path)
+
+
+def test_vllm_drafts_chains_and_its_clients_ask_it_themselves() -> None:
+    config = load_config(overrides=["engine.name=vllm"])
+    assert (config.drafter.width, config.http.port, config.canary.share) == (1, None, 0)
+    for pair, message in (
+        ("drafter.width=2", "engine.name=vllm drafts chains: drafter.width=1, got 2"),
+        ("http.port=8000", "http.port=8000: there is no front before vLLM"),
+        ("canary.share=0.5", "canary.share=0.5: vLLM keeps one drafter"),
+        ("rule=greedy", "engine.name=vllm verifies by a rule of its own"),
+        ("drafter.mode=sampled", "engine.name=vllm drafts likeliest tokens"),
+        ("privacy.zero_retention=true", "got engine.name=vllm, whose prefix cache"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(overrides=["engine.name=vllm", pair])

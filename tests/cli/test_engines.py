@@ -5,22 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from learner_loops import HANDSHAKE, day0
 from torch import Tensor
 
 from aurora_rl.cli import assembly, spec
-from aurora_rl.cli.config import load_config, to_yaml
+from aurora_rl.cli.config import load_config
 from aurora_rl.cli.config_canary import compared
-from aurora_rl.cli.engines import embedded_server, served_config, sglang_server
+from aurora_rl.cli.engines import _wire, embedded_server
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.remote import remote_server
 from aurora_rl.envs import Completion, SampleAndMatch, TransformersEngine
-from aurora_rl.envs.sglang import plugin_server
-from aurora_rl.envs.sglang.plugin_server import PluginServer
 from aurora_rl.envs.verification.rules import Verdict
 from aurora_rl.policies import MedusaDrafter
 from aurora_rl.serving.server import InferenceServer
@@ -62,8 +61,8 @@ def serve(tiny_folder: Path, tmp_path: Path) -> Serve:
 
         log = MetricsLog(tmp_path / "metrics.jsonl", "test")
         requests.completed = keep  # type: ignore[method-assign]
-        if config.engine.name == "sglang":
-            sglang_server(run, target, requests, drafter, log, tmp_path)
+        if config.engine.remote:
+            remote_server(run, target, requests, drafter, log, tmp_path)
         server = embedded_server(run, target, requests, requests.first_prompts(1)[0], drafter, log)
         try:
             while server.step():
@@ -129,6 +128,11 @@ def test_prompts_that_begin_alike_are_counted(serve: Serve, kept: int, monkeypat
             ["engine.name=sglang", "drafter.name=eagle3", "drafter.feature_layers=[1,2]"],
             r"model=\S+: its generation config sets repetition_penalty=1.1, and SGLang .*generation_config=ignore",
         ),
+        (
+            {"repetition_penalty": 1.1},
+            ["engine.name=vllm", "drafter.name=eagle3"],
+            r"model=\S+: its generation config sets repetition_penalty=1.1, and vLLM .*generation_config=ignore",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_it_starts(
@@ -185,62 +189,9 @@ def test_a_compared_drafter_that_fails_while_it_is_timed_is_named_by_its_version
     assert "in the turns of version 1 every request is served without the drafter: " in caplog.text
 
 
-# ---- an SGLang that runs already -------------------------------------------------------------------------------------
-
-SERVED = {
-    "seen": {},
-    "device": "cpu",
-    "model": "org/model",
-    "dtype": "float16",
-    "depth": 3,
-    "width": 2,
-    "num_nodes": 5,
-    "context": 4096,
-}
-
-
-@pytest.fixture
-def attaching() -> Iterator[list[str]]:
-    """Pairs of a run on an SGLang whose plugin answers with what it serves."""
-    plugin = PluginServer("tcp://127.0.0.1:*", lambda kind, fields: SERVED)
-    yield ["engine.name=sglang", "engine.url=http://127.0.0.1:9", f"engine.plugin_address={plugin.address}"]
-    plugin.close()
-
-
-def test_what_a_running_server_decides_is_taken_from_it(attaching: list[str]) -> None:
-    asked = load_config(overrides=[*attaching, "drafter.path=d", "drafter.name=eagle3", "drafter.depth=7"])
-    before = to_yaml(asked)
-    config = served_config(asked)
-    assert (config.model, config.dtype, config.engine.max_length) == ("org/model", "float16", 4096 - 12)
-    tree = config.drafter
-    assert (tree.depth, tree.width, tree.num_nodes, tree.name, tree.path) == (3, 2, 5, "eagle3", "d")
-    assert to_yaml(asked) == before  # the caller's stays as it is
-
-
-def test_a_model_and_a_dtype_that_are_named_stay(attaching: list[str]) -> None:
-    overrides = [*attaching, "drafter.path=d", "model=my/copy", "dtype=bfloat16"]
-    config = served_config(load_config(overrides=overrides))
-    assert (config.model, config.dtype) == ("my/copy", "bfloat16")
-
-
-def test_a_plugin_that_does_not_answer_is_named_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(plugin_server.ask.__kwdefaults__, "timeout", 0.1)
-    nowhere = ["engine.name=sglang", "engine.url=http://127.0.0.1:9", "engine.plugin_address=tcp://127.0.0.1:9"]
-    with pytest.raises(ConfigError, match="engine.plugin_address: no answer at tcp://127.0.0.1:9"):
-        served_config(load_config(overrides=[*nowhere, "drafter.path=d"]))
-
-
-def test_settings_that_keep_clients_requests_from_the_records_are_told(
-    tiny_folder: Path, tmp_path: Path, attaching: list[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    shutil.copytree(tiny_folder, tmp_path / "model")
-    path = tmp_path / "model" / "generation_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.1}))
-    pairs = [f"model={tmp_path}/model", "dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3"]
-    run = spec.resolve(load_config(overrides=[*attaching, *pairs, "drafter.feature_layers=[1,2]", "drafter.path=d"]))
-    run = replace(run, config=replace(run.config, drafter=replace(run.config.drafter, path=None)))
-    target = assembly.load(run)
-    drafter, log = assembly.start_drafter(run, target, []), MetricsLog(tmp_path / "metrics.jsonl", "test")
-    with pytest.raises(ConfigError, match="engine.name=sglang: "):  # nobody is there to attach to
-        sglang_server(run, target, None, drafter, log, tmp_path)
-    assert "sets repetition_penalty=1.1; requests that SGLang serves with that are not recorded" in caplog.text
+def test_an_engine_has_one_name_for_trajectories_and_for_weights(tmp_path: Path) -> None:
+    config = load_config(overrides=[f"wire.trajectories=ipc://{tmp_path}/t", f"wire.weights=ipc://{tmp_path}/w"])
+    sink, receiver = _wire(config, HANDSHAKE, day0())
+    assert sink._meta["engine"] == receiver.name
+    sink.close()
+    receiver.close()

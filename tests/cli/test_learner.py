@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
-from aurora_rl.cli.learner import build_learner
+from aurora_rl.cli.learner import build_learner, steps_depend_on
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import SampleAndMatch
 from aurora_rl.policies import Eagle3Drafter, TargetParts
@@ -130,3 +130,25 @@ def test_a_learner_resumes(configured: Callable[..., Config], tmp_path: Path) ->
     config = configured(resume, "drafter.vocab_size=32")
     with pytest.raises(CheckpointError, match="tensor 'lm_heads.0.weight'"), learner(config, tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("pair", "keys"),
+    [
+        ("objectives=[{name: imitation, decay: 0.5}]", ["objectives"]),
+        ("dtype=bfloat16", ["dtype"]),
+        ("drafter.name=eagle3", ["drafter.name"]),
+        ("drafter.options={num_layers: 3}", ["drafter.options"]),
+        ("learner.parallel=fsdp", ["learner.parallel"]),
+        ("learner.muon_lr=0.1", ["learner.muon_lr"]),
+        ("learner.adam_lr=0.1", ["learner.adam_lr"]),
+        ("run_dir=elsewhere", []),
+        ("wire.weights=tcp://127.0.0.1:7000", []),
+        ("learner.threads=2", []),
+    ],
+)
+def test_ranks_compare_what_their_steps_depend_on(
+    configured: Callable[..., Config], pair: str, keys: list[str]
+) -> None:
+    before, after = (steps_depend_on(spec.resolve(configured(*pairs))) for pairs in ([], [pair]))
+    assert [key for key in before if before[key] != after[key]] == keys

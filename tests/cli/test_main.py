@@ -122,7 +122,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_command_has_help_and_its_pairs(capsys: pytest.CaptureFixture[str]) -> None:
-    parts = {"bench": ["objectives"], "drafter": ["init"], "sglang": ["attach"]}
+    parts = {"bench": ["objectives"], "drafter": ["init"], "sglang": ["attach"], "vllm": ["attach"]}
     for name, command in cli.COMMANDS.items():
         with pytest.raises(SystemExit) as error:
             cli.main([name, *parts.get(name, []), "--help"])

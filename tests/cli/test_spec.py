@@ -56,7 +56,19 @@ OBJECTIVES = {
     ),
     "lookup in SGLang": (
         ("engine.name=sglang", "drafter.name=eagle3", "drafter.lookup=2"),
-        "drafter.lookup=2: SGLang's trees take no lookup; leave the key out, or set it to 0",
+        "drafter.lookup=2: trees of SGLang take no lookup; leave the key out, or set it to 0",
+    ),
+    "lookup in vLLM": (
+        ("engine.name=vllm", "drafter.name=eagle3", "drafter.lookup=2"),
+        "drafter.lookup=2: trees of vLLM take no lookup; leave the key out, or set it to 0",
+    ),
+    "medusa in vLLM": (
+        ("engine.name=vllm", "drafter.name=medusa"),
+        r"medusa does not learn with vLLM \(vLLM serves it as it is\); with engine.name=vllm set drafter.name=eagle3",
+    ),
+    "ngram in vLLM": (
+        ("engine.name=vllm", "drafter.name=ngram"),
+        r"ngram does not learn with vLLM \(vLLM does not serve it\)",
     ),
     "unknown rule": (("rule=greeedy",), "rule: no verification rule is called 'greeedy'; did you mean 'greedy'"),
     "no rule": (("rule=pathlib:Path",), "rule: .*'pathlib:Path' is pathlib:Path, which is no subclass of .*Verificat"),
@@ -84,7 +96,7 @@ def test_objectives_are_checked_before_a_model_is_loaded(why: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vllm", "engine.name: no engine is called 'vllm'; did you mean .* There are sglang, transformers, and any"),
+        ("vlm", "engine.name: no engine is called 'vlm'; .* There are sglang, transformers, vllm, and any"),
         ("pathlib:Path", "engine.name: the engine 'pathlib:Path' is pathlib:Path, which is no subclass of .*.Engine"),
         ("aurora_rl.envs:Engine", "engine.name: the engine 'aurora_rl.envs:Engine' is .*, which lacks commit, logits"),
     ],

@@ -92,7 +92,7 @@ def test_an_engine_overtakes_what_it_is_to_have_by_a_newer_version_or_other_weig
     book = EngineBook()
     book.publish(1, "first")
     note(book, b"a", version=1, checksum="of another learner")
-    assert book.overtaken and book.engines["a"].foreign == 1 and book.rejection(1) is None
+    assert book.overtaken and book.engines["a"].foreign == 1 and book.rejected_by(1) == {}
     book.publish(2, "second", ["a"])
     assert not book.overtaken and book.due() == [(b"a", 2)]
     note(book, b"a", version=2, checksum="second", received=2)
@@ -103,4 +103,75 @@ def test_an_engine_overtakes_what_it_is_to_have_by_a_newer_version_or_other_weig
     assert not book.overtaken
     assert (b"a", 3) in book.due()
     note(book, b"a", version=3, checksum="something", received=3)  # what it was sent, loaded wrong
-    assert not book.overtaken and book.rejection(3) is not None
+    assert not book.overtaken and list(book.rejected_by(3)) == ["a"]
+
+
+def answered(acks: str, nacks: str, silent: str = "") -> EngineBook:
+    """A book of engines of one letter each, some of which load version 1 and some of which reject it."""
+    book = EngineBook()
+    for name in acks + nacks + silent:
+        note(book, name.encode())
+    book.publish(1, "first")
+    book.due()
+    for name in nacks:
+        book.note_nack(name.encode(), {"version": 1, "reason": "out of memory"})
+    for name in acks:
+        book.note_ack(name.encode(), {"version": 1, "checksum": "first", "swap_ms": 1.0})
+    return book
+
+
+def test_a_version_is_withdrawn_once_engines_reject_it_and_none_serves_it() -> None:
+    book = answered(acks="abcdefg", nacks="h")
+    assert not book.withdraw(1) and book.rejected_by(1) == {"h": "out of memory"} and not book.overtaken
+    note(book, b"late")
+    assert book.due() == [(b"late", 1)]
+    assert not answered(acks="", nacks="", silent="a").withdraw(1)
+    book = answered(acks="", nacks="ab")
+    assert book.withdraw(1) and not book.overtaken and book.wanted == set()
+    book.note_nack(b"a", {"version": 1, "reason": "again"})
+    assert not book.overtaken and book.due() == []
+    note(book, b"late")
+    assert book.due() == [] and book.overtaken  # it is to have what is served, under a new number
+    book.publish(2, "before")
+    assert not book.overtaken and sorted(book.due()) == [(b"a", 2), (b"b", 2), (b"late", 2)]
+
+
+def test_engines_that_have_not_answered_are_waited_for_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    book = answered(acks="", nacks="a", silent="b")
+    assert not book.withdraw(1)
+    now += engine_book._ANSWER_S
+    assert book.withdraw(1) and book.overtaken  # should it load the version after all
+
+
+def test_an_engine_that_rolls_a_version_back_serves_it_no_more() -> None:
+    book = answered(acks="a", nacks="b")
+    assert not book.withdraw(1)
+    book.note_nack(b"a", {"version": 1, "reason": "rolled back"})
+    note(book, b"a", version=1, checksum="first")  # a heartbeat that was on its way
+    assert book.withdraw(1)
+
+
+def test_an_engine_that_has_the_same_weights_from_a_trial_serves_them() -> None:
+    book = answered(acks="", nacks="a", silent="b")
+    book.publish(2, "first", ["b"])
+    book.note_ack(b"b", {"version": 2, "checksum": "first", "swap_ms": 1.0})
+    assert not book.withdraw(1)
+    book.publish(3, "other", ["b"])  # now it tries others
+    assert book.withdraw(1)
+
+
+def test_an_engine_that_went_away_within_a_trial_is_to_have_what_all_have_when_it_comes_back() -> None:
+    book = answered(acks="ab", nacks="")
+    book.publish(2, "first", ["a"])
+    book.publish(3, "second", ["b"])
+    for name in ("a", "b"):
+        book.forget(name.encode())
+    note(book, b"c")
+    book.publish(4, "second", ["c"])
+    assert book.wanted == {1, 4}
+    note(book, b"a", version=2, checksum="first")
+    assert not book.overtaken and not book.engines["a"].ahead  # the same weights, under a later number
+    note(book, b"b", version=3, checksum="second")
+    assert book.overtaken and book.engines["b"].ahead

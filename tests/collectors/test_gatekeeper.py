@@ -27,7 +27,7 @@ from aurora_rl.collectors.keys import (
 )
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
-from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer, ask
+from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer, ask
 
 HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"
@@ -103,7 +103,7 @@ def test_weights_go_to_known_engines_and_a_refused_one_is_told(
     publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE, keys=learner_keys(folder))
     publisher.publish(1, {"w": torch.ones(300_000)})
     refused = WeightReceiver(publisher.address, handshake=HANDSHAKE, keys=stranger)
-    known = WeightReceiver(publisher.address, handshake=HANDSHAKE, keys=engine_keys(folder))
+    known = WeightReceiver(publisher.address, handshake=HANDSHAKE, keys=engine_keys(folder), name="x")
     got: list[tuple[int, TensorDict]] = []
     until(lambda: got.extend(filter(None, [known.latest()])) or got)
     known.acknowledge(1, checksum(got[0][1]), 0.1)
@@ -112,7 +112,8 @@ def test_weights_go_to_known_engines_and_a_refused_one_is_told(
     assert refused.error == (
         "the learner does not know the key of this engine; copy engines/stranger.key to the folder of its wire.keys"
     )
-    assert publisher.refused and refused.latest() is None and len(publisher.engines) == 1
+    assert publisher.refused and refused.latest() is None
+    assert list(publisher.engines) == ["engine"]  # by its key, whatever it calls itself
     for each in (refused, known, publisher):
         each.close()
 
@@ -120,13 +121,13 @@ def test_weights_go_to_known_engines_and_a_refused_one_is_told(
 def test_the_control_socket_answers_the_engines_own_key_alone(folder: Path, tmp_path: Path) -> None:
     server = PluginServer(LOCAL, lambda kind, fields: {"kind": kind}, keys=plugin_server_keys(folder))
     try:
-        assert ask(server.address, "status", keys=plugin_client_keys(folder)) == {"kind": "status"}
+        assert ask(server.address, "status", engine="SGLang", keys=plugin_client_keys(folder)) == {"kind": "status"}
         make_keys(tmp_path)
         other = plugin_client_keys(tmp_path)
         pinned = ClientKeys(other.name, other.public, other.secret, engine_keys(folder).public)
         for keys in (None, pinned):
             with pytest.raises(PluginError, match="no answer at .* wire.keys here, AURORA_RL_SGLANG_KEYS there"):
-                ask(server.address, "status", keys=keys, timeout=0.5)
+                ask(server.address, "status", engine="SGLang", keys=keys, timeout=0.5)
     finally:
         server.close()
 

@@ -25,7 +25,7 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.sockets import bind, open_socket
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
-from aurora_rl.envs.sglang.plugin_server import PluginServer, ask
+from aurora_rl.envs.recording.plugin_server import PluginServer, ask
 
 HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"
@@ -73,7 +73,7 @@ def test_the_weight_publisher_and_the_plugin_server_close_such_connections() -> 
     publisher, plugin = WeightPublisher(LOCAL, handshake=HANDSHAKE), PluginServer(LOCAL, lambda kind, fields: fields)
     for address in (publisher.address, plugin.address):
         assert not sends(peer(address, b"DEALER"), part(bytes(1 << 15)), 2000)
-    assert ask(plugin.address, "status", {"a": 1}) == {"a": 1}
+    assert ask(plugin.address, "status", {"a": 1}, engine="SGLang") == {"a": 1}
     receiver = WeightReceiver(publisher.address, handshake=HANDSHAKE)
     publisher.publish(1, {"w": torch.ones(2)})
     until(lambda: (latest := receiver.latest()) is not None and latest[0] == 1)

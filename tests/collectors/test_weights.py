@@ -62,10 +62,10 @@ def test_the_learner_hears_why_a_version_was_rolled_back() -> None:
     receiver = engine(publisher.address)
     publisher.publish(3, weights(1.0))
     version, _ = take(receiver)
-    assert publisher.rejection(3) is None
+    assert publisher.rejected_by(3) == {}
     receiver.reject(version, "rolled back")
-    until(lambda: publisher.rejection(3))
-    assert publisher.rejection(3) == "rolled back" and publisher.rejection(2) is None
+    until(lambda: publisher.rejected_by(3))
+    assert publisher.rejected_by(3) == {"engine": "rolled back"} and publisher.rejected_by(2) == {}
     receiver.close()
     publisher.close()
 

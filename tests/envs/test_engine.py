@@ -34,7 +34,7 @@ def test_the_name_of_the_remote_engine_is_reserved() -> None:
 
 def test_engines() -> None:
     assert get_engine("transformers") is get_engine(f"{TransformersEngine.__module__}:TransformersEngine")
-    with pytest.raises(ValueError, match="did you mean 'sglang'[?] There are sglang, transformers, and any"):
+    with pytest.raises(ValueError, match="did you mean 'sglang'[?] There are sglang, transformers, vllm, and any"):
         get_engine("sglnag")
     with pytest.raises(ValueError, match="lacks commit, logits, prefill, release, verify"):
         register_engine("unfinished")(type("Unfinished", (Engine,), {}))

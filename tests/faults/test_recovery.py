@@ -233,8 +233,8 @@ def test_weights_of_another_model_that_fit(start: Start, arguments: list[str], t
         handshake = heard_handshake(address)
         foreign = WeightPublisher(address, handshake=Foreign(**handshake.__dict__))
         foreign.publish(1, {name: t * 2 if t.is_floating_point() else t for name, t in tensors.items()})
-        wait(lambda: foreign.rejection(1))
-        assert (foreign.rejection(1) or "").startswith("weights of another target or drafter")
+        wait(lambda: foreign.rejected_by(1))
+        assert next(iter(foreign.rejected_by(1).values())).startswith("weights of another target or drafter")
         foreign.close()
         assert told(server).count("version 1 is refused, 0 stays: weights of another target or drafter") == 1
         asker.more()

@@ -21,7 +21,7 @@ from typing import IO
 
 # What commands import when they run.
 MODULES = (
-    *(f"aurora_rl.cli.{name}" for name in ("engines", "http", "learn", "learner", "main", "serve", "sglang")),
+    *(f"aurora_rl.cli.{name}" for name in ("attach", "engines", "http", "learn", "learner", "main", "remote", "serve")),
     *("matplotlib.pyplot", "transformers.models.llama.modeling_llama"),
 )
 

@@ -14,8 +14,8 @@ from starlette.routing import Route
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.keys import plugin_server_keys
-from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
-from aurora_rl.envs.sglang.session import Session
+from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer
+from aurora_rl.envs.recording.session import Session
 from aurora_rl.models.loading import load_target
 from aurora_rl.policies import TargetParts, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
@@ -71,7 +71,7 @@ class RecordedSGLang:
             if kind == "attach":
                 if self.session is not None:
                     raise PluginError("a learner is attached already; detach first")
-                self.session = Session(fields, exact=True, keys=self._keys)
+                self.session = Session(fields, engine="SGLang", exact=True, keys=self._keys)
                 self._last = self.session.id
             elif kind == "detach" and self.session is not None:
                 over, self.session = self.session, None

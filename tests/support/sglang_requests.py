@@ -59,9 +59,9 @@ class Learner:
         assert self.collector.rejected == 0
         return [self.got[request] for request in requests]
 
-    def publish(self, version, weights):
+    def publish(self, version, weights, engines=1):
         self.publisher.publish(version, weights)
-        assert self.publisher.wait_ack(version, 20.0), self.publisher.engines
+        assert self.publisher.wait_ack(version, 20.0, engines=engines), self.publisher.engines
 
 
 _numbers = iter(range(1, 10**6))

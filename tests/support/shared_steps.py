@@ -282,14 +282,29 @@ def states(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
 
 
 def unlike(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
-    drafter, loss = losses_of(OBJECTIVES["imitation"])
-    drafter.draft_vocab = drafter.draft_vocab + ranks.rank
-    optimizers = adam(drafter)
-    try:
-        start_alike(ParallelLoss(loss, ranks, optimizers), optimizers)
-    except ValueError as error:
-        return {"error": str(error)}
-    return None
+    """What each rank is told when rank 1 differs in a single thing."""
+
+    def refusal(objective: str = "imitation", vocab: int = 0, lr: float = 1e-3, **settings: Any) -> list[str]:
+        drafter, loss = losses_of(OBJECTIVES[objective])
+        drafter.draft_vocab = drafter.draft_vocab + vocab
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(drafter.parameters(), lr=lr)]
+        told = ""
+        try:
+            start_alike(ParallelLoss(loss, ranks, optimizers), optimizers, settings)
+        except ValueError as error:
+            told = str(error)
+        texts = ranks.gather(torch.tensor(list(told.encode().ljust(1000)), dtype=torch.uint8))
+        return [bytes(text.tolist()).decode().rstrip() for text in texts]
+
+    differs = ranks.rank == 1
+    return {
+        "vocab": refusal(vocab=ranks.rank),
+        "lr": refusal(lr=1e-2 if differs else 1e-3),
+        "objectives": refusal("sum" if differs else "imitation"),
+        "settings": refusal(**{"dtype": "bfloat16" if differs else "float32", "learner.parallel": "ddp"}),
+        "absent": refusal(**({"drafter.options": {}} if differs else {})),
+        "alike": refusal(**{"objectives": [dict(sorted({"name": "a", "weight": 1.0}.items(), reverse=differs))]}),
+    }
 
 
 def lost(ranks: Ranks, folder: Path, victim: int) -> dict[str, Any]:

@@ -290,10 +290,10 @@ def test_an_engine_that_rejects_the_new_weights_ends_the_trial(loop: Loop) -> No
     loop.turn()
     (has_new,) = (each for each in loop.engines if each.weights == 2.0)
     has_new.receiver.reject(version or 0, "the drafter is dead")
-    loop.wait(lambda: loop.publisher.rejection(version or 0))
+    loop.wait(lambda: loop.publisher.rejected_by(version or 0))
     event = loop.end()
     assert not event["promote"]
-    assert event["reason"] == f"an engine rejected version {version}: the drafter is dead"
+    assert event["reason"] == f"{has_new.name} rejected version {version}: the drafter is dead"
     assert has_new.weights == 1.0 and event["acceptance_length"] is event["tokens_per_second"] is None
 
 
@@ -372,3 +372,23 @@ def test_a_trial_of_which_one_engine_is_left_is_rolled_back(loop: Loop) -> None:
         loop.leave(each.name)
     event = loop.end()
     assert not event["promote"] and event["reason"] == "fewer than two engines are left" and stays.weights == 1.0
+
+
+def test_trials_that_are_rolled_back_leave_one_copy_of_the_weights_though_engines_come_and_go(tmp_path: Path) -> None:
+    publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
+    book, canary = publisher._book, EngineCanary(publisher, RULES, MetricsLog(tmp_path / "metrics.jsonl", "learner"))
+    publisher.publish(1, OLD)
+    copies = lambda: len({id(frames[1]) for _, frames in publisher._frames.values()})  # noqa: E731
+    for number in range(12):
+        names = [f"{number}-{name}" for name in NAMES]
+        for name in names:
+            book.note_serving(name.encode(), name, {"version": 1, "checksum": None, "received": None})
+        new = {"layer.w": torch.full((2, 3), 2.0 + number)}
+        version = canary.begin(new, OLD, against=1)
+        assert copies() == 2 and version is not None
+        book.note_nack(canary._have[0].encode(), {"version": version, "reason": "out of memory"})
+        canary.follow([], lambda weights: pytest.fail("it is promoted"))
+        assert not canary.trying and copies() == 1 and len(publisher._frames) <= 3  # for all, and the two of the trial
+        for name in names:
+            book.forget(name.encode())
+    publisher.close()

@@ -15,6 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
+from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.testing import serve
 from aurora_rl.training.gate import Gate, replay
@@ -243,10 +244,70 @@ def test_an_engine_that_is_heard_of_late_gets_what_was_published_before(make: Ma
     loop.learner.step(0.0)
     assert loop.learner.version == 8 and len(loop.events("renumbered")) == 1
 
-    # An engine that refuses the version gets the weights back that were served before the candidate.
+    # An engine that refuses the version, when it is the only one, gets the weights back that were served before.
     loop.receiver.reject(8, "not these")
     step_until(loop, lambda: loop.events("rejected"))
+    assert not loop.events("withdrawn")  # the late one has not answered
+    loop.publisher._book.forget(b"late")
+    step_until(loop, lambda: loop.events("withdrawn"))
     assert any(not torch.equal(tensor, published[name]) for name, tensor in loop.learner._serving.items())
+
+
+@pytest.mark.parametrize("first", ["the nack", "the acks"])
+def test_a_version_that_one_engine_cannot_load_stays_what_is_served(
+    make: Make, served: list[TensorDict], first: str
+) -> None:
+    loop = make(gate=2, publish_every=2)
+    others = [WeightReceiver(loop.publisher.address, handshake=HANDSHAKE, name=name) for name in ("b", "c")]
+    wait(lambda: len(loop.publisher.engines) == 3)
+    publish_one(loop, served[:4])
+    weights = loop.learner._serving
+    for receiver in [loop.receiver, *others]:
+        wait(receiver.latest)
+
+    def acknowledge() -> None:
+        for receiver in others:
+            receiver.acknowledge(1, checksum(dict(weights)), 1.0)
+        wait(lambda: loop.publisher.wait_ack(1, 0, engines=2))
+
+    if first == "the acks":
+        acknowledge()
+    loop.receiver.reject(1, "out of memory")
+    step_until(loop, lambda: loop.events("rejected"))
+    if first == "the nack":
+        acknowledge()
+    for _ in range(3):
+        loop.learner.step(0.0)
+    (event,) = loop.events("rejected")
+    assert (event["engine"], event["reason"]) == (loop.receiver.name, "out of memory")
+    assert loop.learner._serving is weights and not loop.events("withdrawn") and not loop.events("renumbered")
+    assert (loop.checkpoint.parent / "versions" / "1").is_dir()
+
+    publish_one(loop, served[4:8])  # the next one is for all
+    for receiver in [loop.receiver, *others]:
+        wait(lambda receiver=receiver: (latest := receiver.latest()) is not None and latest[0] == 2)
+        receiver.close()
+
+
+def test_an_engine_that_comes_after_a_version_was_withdrawn_gets_the_weights_before_it(
+    make: Make, served: list[TensorDict]
+) -> None:
+    loop = make(gate=2, publish_every=2)
+    before = loop.learner._serving
+    publish_one(loop, served[:4])
+    wait(loop.receiver.latest)
+    loop.receiver.reject(1, "rolled back after 80 rounds")
+    step_until(loop, lambda: loop.events("withdrawn"))
+    for _ in range(3):
+        loop.learner.step(0.0)
+    assert loop.learner.version == 1 and loop.receiver.latest() is None  # it has them already
+    late = WeightReceiver(loop.publisher.address, handshake=HANDSHAKE, name="late")
+    step_until(loop, lambda: loop.events("renumbered"))
+    arrived = []
+    wait(lambda: arrived.append(late.latest()) or arrived[-1])
+    version, weights = arrived[-1]
+    assert version == 2 and all(torch.equal(tensor, weights[name]) for name, tensor in before.items())
+    late.close()
 
 
 def test_the_newest_published_drafters_are_kept(make: Make) -> None:

@@ -244,6 +244,30 @@ def test_with_the_buffer_in_the_state_a_continued_run_equals_the_uninterrupted_o
     assert waiting == {"new", "replay", "held"}  # what a state must hold was there to be held
 
 
+def test_a_state_of_a_release_without_shares_of_engines_goes_on(served: list[TensorDict], tmp_path: Path) -> None:
+    part = local_learner(tmp_path)
+    held = feed(part, served[:4])
+    part.learner.save()
+    (file,) = (tmp_path / "learner").glob("*/stream.pt")
+    stream = torch.load(file, weights_only=True)
+    new = [int(each["request"]) for each in part.learner._new]
+    assert new and held[-1], "there is nothing to be read"
+    storage = stream["buffer"]["_storage"]
+    stream["new"] = [storage["trajectories"][place] for place in stream["new"]]
+    del storage["recent"], stream["gate"]["recent"]
+    torch.save(stream, file)
+    (file.parent / "manifest.json").unlink()
+    file.parent.rename(tmp_path / "earlier")
+    again = local_learner(tmp_path)
+    again.learner.resume(tmp_path / "earlier")
+    assert [int(each["request"]) for each in again.learner._new] == new
+    assert len(again.learner._gate._held) == held[-1]
+    before = again.learner.steps
+    again.learner._buffer.sample()
+    feed(again, served[4:8])
+    assert again.learner.steps > before
+
+
 def test_a_buffer_of_other_objectives_is_refused_before_anything_is_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,8 +50,25 @@ def test_a_training_state_goes_on_with_another_number_of_processes(ran: Callable
     assert found["weights"] < ROUNDING and found["newest"] == [5, 5]
 
 
-def test_ranks_that_start_from_other_drafters_are_refused(ran: Callable[..., dict[str, Any]]) -> None:
-    assert ran("unlike")["error"].startswith("rank 1 has another target or draft vocabulary than rank 0; give all")
+@pytest.mark.parametrize(
+    ("differs", "says"),
+    [
+        ("vocab", "has another target or draft vocabulary than rank 0; give all hosts the same model and the same"),
+        ("lr", "has optimizers[0].param_groups[0].lr=0.01 (rank 0 has 0.001); start all ranks with the same config"),
+        ("objectives", 'has objectives=["imitation", "discard", "imitation"] (rank 0 has ["imitation"]); start all'),
+        ("settings", 'has dtype="bfloat16" (rank 0 has "float32"); start all ranks with the same configuration'),
+        ("absent", "has drafter.options={} (rank 0 has None); start all ranks with the same configuration"),
+    ],
+)
+def test_ranks_that_are_not_alike_are_refused_by_all(
+    ran: Callable[..., dict[str, Any]], differs: str, says: str
+) -> None:
+    first, second = ran("unlike")[differs]
+    assert first == second and first.startswith(f"rank 1 {says}") and "\n" not in first
+
+
+def test_the_order_of_settings_is_no_difference(ran: Callable[..., dict[str, Any]]) -> None:
+    assert ran("unlike")["alike"] == ["", ""]
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -47,6 +47,7 @@ def test_an_engine_is_recent_until_so_many_others_have_come() -> None:
     recent = RecentEngines(3)
     recent.extend(["a", "b", "b"])
     assert "a" in recent and len(recent) == 2
+    assert recent.of_last(2) == {"b"} and recent.of_last(9) == {"a", "b"} and recent.of_last(0) == set()
     recent.extend(["b"])
     assert "a" not in recent and len(recent) == 1 and recent.state() == ["b", "b", "b"]
 
@@ -74,10 +75,31 @@ def test_a_share_is_of_bytes_where_bytes_are_what_is_full(served: list[TensorDic
 def test_what_an_engine_that_has_gone_sent_goes_first(served: list[TensorDict]) -> None:
     storage = storage_of(4)
     storage.set(0, [sent_by("gone", served[i]) for i in range(2)])
-    storage.set(0, [sent_by("here", served[i % 40]) for i in range(8 * 4 - 1)])
+    storage.set(0, [sent_by("here", served[i % 40]) for i in range(2 * 4 - 1)])
     assert engines_in(storage) == {"gone": 2, "here": 2}
     storage.set(0, [sent_by("here", served[i % 40]) for i in range(3)])
     assert engines_in(storage) == {"here": 4}
+
+
+def test_engines_that_send_nothing_any_more_leave_the_newest_and_the_buffer(served: list[TensorDict]) -> None:
+    """As after restarts of engines without keys, each under a new name."""
+    storage = storage_of(200)
+    for name in "abc":
+        storage.set(0, [sent_by(name, served[i]) for i in range(50)])
+    storage.set(0, [sent_by("d", served[i % 40]) for i in range(8 * 32)])
+    assert [engine_of(storage[place]) for place in storage.newest(32)] == ["d"] * 32
+    assert storage.newest(32) == list(range(len(storage) - 32, len(storage)))
+    assert engines_in(storage) == {"a": 50, "b": 50, "c": 50, "d": 50}  # within 400 they may come back
+    storage.set(0, [sent_by("d", served[i % 40]) for i in range(400 + 50 - 8 * 32)])
+    assert engines_in(storage) == {"d": 200}
+
+
+def test_newest_are_those_of_all_where_nothing_of_late_is_left(served: list[TensorDict]) -> None:
+    storage = storage_of(200)
+    storage.set(0, [sent_by("before", served[0]), *[sent_by("lately", served[1]) for _ in range(16)]])
+    assert {engine_of(storage[place]) for place in storage.newest(2)} == {"lately"}
+    assert storage.drop(lambda each: engine_of(each) == "lately") == 16
+    assert storage.newest(2) == [0]
 
 
 def test_every_second_batch_has_as_many_of_each_engine(served: list[TensorDict]) -> None:

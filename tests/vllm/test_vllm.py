@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from vllm_environment import PYTHON, require
 
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts, TreeShape
 from aurora_rl.policies.formats.files import save_drafter
@@ -22,8 +22,6 @@ from aurora_rl.testing.tiny import serve
 
 pytestmark = pytest.mark.vllm
 
-ROOT = Path(__file__).parents[2]
-PYTHON = Path(os.environ.get("AURORA_RL_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
 VOCAB, HIDDEN, LAYERS, HEADS, KEY_HEADS, HEAD_SIZE = 256, 64, 8, 4, 2, 32  # vLLM has no CPU kernel for smaller heads
 DEPTH, NEW_TOKENS = 3, 48
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -32,12 +30,7 @@ PARTNERS = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module", autouse=True)
 def _vllm() -> None:
-    if PYTHON.exists():
-        return
-    reason = f"{PYTHON} is missing; `make vllm` makes an environment with vLLM"
-    if "vllm" in os.environ.get("AURORA_RL_REQUIRE", "").split(","):
-        pytest.fail(f"AURORA_RL_REQUIRE asks for vllm: {reason}")
-    pytest.skip(reason)
+    require()
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """SGLang as the serving engine, unpatched.
 
-Inside SGLang's scheduler process: :mod:`plugin` (hooks), :mod:`assembler` (rounds to trajectories) and :mod:`weights`
-(swaps). Outside: :mod:`client` (a server, launched or attached to) and :mod:`aurora_rl.serving.sglang` (follows
-it, or keeps its slots filled). Both talk by :mod:`plugin_server`.
+Inside SGLang's scheduler process: :mod:`plugin` (hooks) and :mod:`weights` (swaps). Outside: :mod:`client` (a server,
+launched or attached to). What other engines do alike is in :mod:`aurora_rl.envs.recording`, and
+:mod:`aurora_rl.serving.attached` follows a server, or keeps its slots filled.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
+    from aurora_rl.envs.sglang.client import SGLangClient, SGLangError
 
-__all__ = ["ENVIRONMENT", "KEYS_ENVIRONMENT", "LEARNED", "SGLangCompletion", "SGLangClient", "SGLangError", "register"]
+__all__ = ["ENVIRONMENT", "KEYS_ENVIRONMENT", "LEARNED", "SGLangClient", "SGLangError", "register"]
 
 ENVIRONMENT = "AURORA_RL_SGLANG"
 """Environment variable of SGLang's processes: the address at which the plugin answers requests."""
@@ -37,7 +37,7 @@ def register() -> None:
 
 def __getattr__(name: str) -> Any:
     """Import the client when it is asked for: each of SGLang's processes imports this module and needs none of it."""
-    if name in ("SGLangCompletion", "SGLangClient", "SGLangError"):
+    if name in ("SGLangClient", "SGLangError"):
         from aurora_rl.envs.sglang import client
 
         return getattr(client, name)

@@ -1,7 +1,7 @@
 """What runs inside SGLang's scheduler process: hooks that watch drafting and verification, and swaps between batches.
 
 At the address in the environment variable AURORA_RL_SGLANG the plugin answers requests of
-:mod:`aurora_rl.envs.sglang.plugin_server`; from ``attach`` to ``detach`` it records and swaps.
+:mod:`aurora_rl.envs.recording.plugin_server`; from ``attach`` to ``detach`` it records and swaps.
 
 A hook calls the engine's own function with the same arguments and returns its result. A fault of ours switches
 recording off and never reaches the engine.
@@ -10,29 +10,30 @@ recording off and never reaches the engine.
 from __future__ import annotations
 
 import logging
-import time
-from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.keys import KeyFault, plugin_server_keys
+from aurora_rl.envs.recording.assembler import EngineRound, TargetRows
+from aurora_rl.envs.recording.copies import copies_done, to_host
+from aurora_rl.envs.recording.plugin import RecorderPlugin
+from aurora_rl.envs.recording.plugin_server import PluginError, replica_address
+from aurora_rl.envs.recording.session import Session
 from aurora_rl.envs.sglang import LEARNED
-from aurora_rl.envs.sglang.assembler import EngineRound, TargetRows
-from aurora_rl.envs.sglang.copies import copies_done, to_host
-from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
+from aurora_rl.envs.sglang.layout import layout_fault
+from aurora_rl.envs.sglang.models import drafter_fault, target_fault
+from aurora_rl.envs.sglang.ranks import EngineRanks, Order
 from aurora_rl.envs.sglang.requests import sampling_of, unwanted
-from aurora_rl.envs.sglang.session import Session
-from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
-from aurora_rl.envs.sglang.weights import SwapError, load_drafter
+from aurora_rl.envs.sglang.swaps import Swaps
+from aurora_rl.envs.sglang.weights import draft_vocab
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.policies.policy import not_finite
-from aurora_rl.tenants import check_tenant, tenant_of_salt
+from aurora_rl.tenants import tenant_of_salt
 
 logger = logging.getLogger(__name__)
 
@@ -40,21 +41,20 @@ SUPPORTED = ("0.5.21",)
 """Versions of SGLang whose functions the hooks were written for; the first with weight sessions for the drafter."""
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver.SchedulerRequestReceiver"
 _DRAFTER = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 _LEFT_OUT = "_aurora_rl_left_out"  # attribute of SGLang's request objects
 
 
-class Plugin:
+class Plugin(RecorderPlugin):
     """State of one scheduler process, which answers requests at ``address``, with the keys in a folder if there are."""
 
+    engine = "SGLang"
+
     def __init__(self, address: str, keys: str | None = None) -> None:
-        self._address, self._keys = address, keys
+        super().__init__(address, keys)
         self._scheduler: Any = None
-        self._server: PluginServer | None = None
-        self._session: Session | None = None
-        self._watchdog: DrafterWatchdog | None = None
-        self._last_session = ""
-        self._seen: Counter[str] = Counter()
+        self._swaps: Swaps | None = None
         self._missing: list[str] = []
         # The forward pass that runs now: what the target's head read and gave, what the drafter's logits were.
         self._head: tuple[Tensor, Tensor] | None = None
@@ -68,6 +68,7 @@ class Plugin:
     def hooks(self) -> dict[str, Callable[..., Any]]:
         """Return the hooks by the functions that they wrap."""
         return {
+            f"{_RECEIVER}._broadcast_reqs_across_ranks": self._send_orders,
             f"{_SCHEDULER}.process_input_requests": self._between_batches,
             f"{_SCHEDULER}.process_batch_result": self._after(self._finish_requests),
             f"{_DRAFTER}.draft": self._draft,
@@ -78,68 +79,40 @@ class Plugin:
             "sglang.srt.layers.logits_processor.LogitsProcessor._get_logits": self._after(self._keep_logits),
         }
 
-    def _guarded(self, action: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Run an action of ours on the serving path. A fault switches recording off."""
-        session = self._session
-        try:
-            action(*args, **kwargs)
-        except Exception as error:
-            logger.exception("a fault of the recorder")
-            if session is not None:
-                session.fail(f"{type(error).__name__}: {error}")
-
-    def _after(self, keep: Callable[..., None]) -> Callable[..., Any]:
-        """Return a hook that hands the session, the result and the arguments to ``keep``, if a learner is attached."""
-
-        def hook(original: Callable, *args: Any, **kwargs: Any) -> Any:
-            out = original(*args, **kwargs)
-            if (session := self._session) is not None:
-                self._guarded(keep, session, out, *args, **kwargs)
-            return out
-
-        return hook
-
     # ---- requests and replies ---------------------------------------------------------------------------------------
 
-    def _between_batches(self, original: Callable, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    def _send_orders(self, original: Callable, receiver: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        """Let the first rank's orders travel to all ranks with the requests that came."""
+        orders: list[Order] = []
+        if (swaps := self._swaps) is not None and swaps.ranks.rank == 0:
+            self._guarded(lambda: orders.extend(swaps.due(self._session, self._seen["verify"])))
+        return original(receiver, [*requests, *orders] if orders else requests, *args, **kwargs)
+
+    def _between_batches(self, original: Callable, scheduler: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
         if self._scheduler is None:
             self._guarded(self._bind, scheduler)
-        if self._session is not None:  # before new requests are let in: a cache can be emptied only between all of them
-            self._guarded(self._swap, self._session)
-        else:
-            self._watchdog = None  # its copies, and rows that were made of users' texts
-        return original(scheduler, *args, **kwargs)
+        if (swaps := self._swaps) is not None:
+            # Before new requests are let in: a cache can be emptied only between all of them.
+            for order in [each for each in requests if isinstance(each, Order)]:
+                self._guarded(swaps.obey, order, self._draft_logits)
+            requests = [each for each in requests if not isinstance(each, Order)]
+            swaps.forget()
+        return original(scheduler, requests, *args, **kwargs)
 
     def _bind(self, scheduler: Any) -> None:
         from sglang.srt.plugins.hook_registry import HookRegistry
+        from sglang.srt.runtime_context import get_parallel
 
         self._scheduler = scheduler
         self._missing = sorted(set(self.hooks()) - HookRegistry._patched)  # SGLang itself only logs what failed
-        try:
-            keys = None if self._keys is None else plugin_server_keys(self._keys)
-            self._server = PluginServer(self._address, self._answer, keys=keys)
-        except (OSError, KeyFault) as error:  # also in further processes of a server on several GPUs, refused later
-            logger.error("nobody can attach here: %s", error)
+        ranks = EngineRanks(scheduler.tp_cpu_group if scheduler.server_args.tp_size > 1 else None)
+        ranks.register(self._missing)
+        self._swaps = Swaps(scheduler, ranks)
+        if not ranks.rank:  # the first one answers for all
+            self._address = replica_address(self._address, get_parallel().dp_rank or 0)
+            self._listen()
 
-    def _answer(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
-        if kind == "attach":
-            self._attach(fields)
-        elif kind == "detach":
-            session, self._session = self._session, None
-            if session is not None:
-                session.close()
-                return self._status() | session.status()
-        elif kind in ("record", "delete"):
-            if self._session is None:
-                raise PluginError("nothing is attached; attach first")
-            if kind == "record":
-                self._session.recording, self._session.error = bool(fields.get("on")), ""
-                return self._status()
-            return self._status() | {"deleted": self._session.delete(check_tenant(fields.get("tenant")))}
-        elif kind != "status":
-            raise PluginError(f"there is no request {kind!r}; there are status, attach, detach, record and delete")
-        return self._status()
-
+    @override
     def _status(self) -> dict[str, Any]:
         args, model, session = self._scheduler.server_args, self._scheduler.model_config, self._session
         return {
@@ -155,26 +128,23 @@ class Plugin:
             "width": args.speculative_eagle_topk,
             "num_nodes": args.speculative_num_draft_tokens - 1,
             "slots": self._scheduler.max_running_requests,
+            "tp_size": args.tp_size,
+            "dp_size": args.dp_size,
+            "ranks": [] if self._swaps is None else self._swaps.reports,
             "attached": session is not None,
             "session": self._last_session,
             **({} if session is None else session.status()),
         }
 
-    def _attach(self, fields: dict[str, Any]) -> None:
-        if self._session is not None:
-            raise PluginError("a learner is attached already; detach first")
-        eager = self._device == "cpu" or bool(self._scheduler.server_args.disable_cuda_graph)
-        session = Session(fields, exact=eager, keys=self._keys)
-        try:
-            self._check_engine(session.handshake)
-        except PluginError:
-            session.close()
-            raise
-        self._session, self._last_session = session, session.id
+    @property
+    @override
+    def _exact(self) -> bool:
+        return self._device == "cpu" or bool(self._scheduler.server_args.disable_cuda_graph)
 
+    @override
     def _check_engine(self, handshake: Handshake) -> None:
-        """Raise PluginError where this engine is not what the handshake says or what the hooks were written for."""
         args, worker = self._scheduler.server_args, self._scheduler.draft_worker
+        assert self._swaps is not None
         if version("sglang") not in SUPPORTED:
             raise PluginError(f"SGLang {version('sglang')} is not supported; install sglang=={SUPPORTED[-1]}")
         if self._missing:
@@ -182,29 +152,30 @@ class Plugin:
                 f"hooks are not in force in SGLang {version('sglang')}: {', '.join(self._missing)}; its log says why "
                 f"(supported: {', '.join(SUPPORTED)})"
             )
-        if (args.tp_size, args.pp_size, args.dp_size) != (1, 1, 1):
-            raise PluginError(
-                f"a server of one GPU is needed, this has tp_size={args.tp_size}, pp_size={args.pp_size}, "
-                f"dp_size={args.dp_size}"
-            )
+        if reason := layout_fault(args.resolved_dict()) or self._swaps.ranks.unfit():
+            raise PluginError(reason)
         algorithm = str(args.speculative_algorithm).upper()
         if algorithm not in LEARNED or type(worker).__name__ != "EAGLEWorkerV2":
             raise PluginError(
                 f"speculative_algorithm is {args.speculative_algorithm!r} (worker {type(worker).__name__}); "
                 f"start the server with --speculative-algorithm {' or '.join(LEARNED)}"
             )
+        if reason := drafter_fault(self._draft_worker.draft_runner.model):
+            raise PluginError(reason)
         if args.speculative_use_rejection_sampling:
             raise PluginError("rejection sampling is not recorded; start without --speculative-use-rejection-sampling")
         for name in ("speculative_accept_threshold_single", "speculative_accept_threshold_acc"):
             if getattr(args, name) < 1:
                 raise PluginError(f"{name}={getattr(args, name)} changes the text (it is lossy); leave it at 1.0")
         target = self._target
+        if reason := target_fault(target, algorithm, hybrid=bool(self._scheduler.is_hybrid_ssm)):
+            raise PluginError(reason)
         # EAGLE reads what the target's head reads, which is no layer that SGLang captures.
         layers = tuple(target.model.layers_to_capture) if algorithm == "EAGLE3" else (target.config.num_hidden_layers,)
         if layers != handshake.feature_layers:
             learner = handshake.feature_layers
             raise PluginError(f"feature_layers is {learner} at the learner and {layers} at the engine")
-        head = target.lm_head.weight[: target.config.vocab_size]
+        head = self._swaps.head()[: target.config.vocab_size]
         # The learner found out which of them the model has; SGLang's own code computes it.
         heads = TargetHead.candidates(head, getattr(target.lm_head, "bias", None), target.config)
         if not any(checksum(each.tensors()) == handshake.head_checksum for each in heads):
@@ -212,7 +183,7 @@ class Plugin:
                 f"the target's output head differs from the learner's (the engine has it in {head.dtype}); "
                 "serve the same model in the same dtype"
             )
-        if checksum({"draft_vocab": self._draft_vocab}) != handshake.draft_map_checksum:
+        if checksum({"draft_vocab": draft_vocab(self._draft_worker)}) != handshake.draft_map_checksum:
             raise PluginError(
                 "the draft vocabulary (d2t) differs from the learner's; start both on one folder, EAGLE also with its "
                 "--speculative-token-map"
@@ -221,14 +192,6 @@ class Plugin:
     @property
     def _device(self) -> str:
         return str(self._draft_worker.draft_runner.device)
-
-    @property
-    def _draft_vocab(self) -> Tensor:
-        """The target's token of each row of the draft head, ``[Vd]`` int64."""
-        rows, config = self._draft_worker.hot_token_id, self._draft_worker.draft_runner.model.config
-        if rows is None:  # EAGLE's configuration has the target's vocabulary alone
-            return torch.arange(getattr(config, "draft_vocab_size", config.vocab_size))
-        return rows.cpu().to(torch.int64)
 
     @property
     def _target(self) -> Any:
@@ -243,52 +206,6 @@ class Plugin:
                 f"--speculative-algorithm {' or '.join(LEARNED)}"
             )
         return worker
-
-    # ---- swaps ----------------------------------------------------------------------------------------------------
-
-    def _swap(self, session: Session) -> None:
-        if self._watchdog is None or self._watchdog.session is not session:
-            self._watchdog = DrafterWatchdog(self._scheduler, session)
-        self._watchdog.check(self._seen["verify"], self._draft_logits)
-        if (received := session.receiver.latest()) is not None:
-            number, tree = received
-            weights = {".".join(k) if isinstance(k, tuple) else k: v for k, v in tree.items(True, True)}
-            if self._install(session, number, weights):
-                self._watchdog.loaded()
-        # Texts in the prefix cache hold keys of older drafters. The cache can be emptied only when nobody reads it.
-        if session.flush_due and self._scheduler.is_fully_idle():
-            session.flush_due = False
-            self._scheduler.flush_cache()
-
-    def _install(self, session: Session, number: int, weights: dict[str, Tensor]) -> bool:
-        """Load weights, and return whether they serve now."""
-        began = time.perf_counter()
-        draft_map = weights.get("d2t")
-        loadable = {name: tensor for name, tensor in weights.items() if name != "d2t"}
-        runner = self._draft_worker.draft_runner
-        try:
-            if (fault := not_finite(loadable)) is not None:
-                raise SwapError(fault)
-            vocab = None if draft_map is None else draft_map.cpu() + torch.arange(len(draft_map))
-            if vocab is not None and not torch.equal(vocab, self._draft_vocab):
-                raise SwapError(
-                    "the draft map 'd2t' differs from the one that the server was started with; restart SGLang with "
-                    "the learner's drafter"
-                )
-            if self._device != "cpu":
-                torch.get_device_module(runner.device).synchronize()  # the batch before may still be reading
-            load_drafter(self._scheduler.weight_updater, runner, loadable)
-        except SwapError as error:
-            session.receiver.reject(number, str(error))
-            logger.warning("version %d is not served: %s", number, error)
-            return False
-        milliseconds = (time.perf_counter() - began) * 1e3
-        self._scheduler.weight_updater.record_weight_version_after_update(str(number))
-        session.version, session.flush_due = number, True
-        session.swap_ms.append(milliseconds)
-        # What the engine holds was compared with these above; hashing them takes longer than the swap.
-        session.background.submit(session.acknowledge, number, weights, milliseconds)
-        return True
 
     # ---- drafting -------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from aurora_rl.envs.sglang.assembler import request_number
+from aurora_rl.envs.recording.assembler import captured
 from aurora_rl.sampling_params import SamplingParams
 
-# A digest's range, and SGLang's top-k where there is none.
-_ROTATION = 1 << 30
+_ALL_TOKENS = 1 << 30  # SGLang's top-k where there is none
 
 
 def unwanted(req: Any, *, capture_rate: float, greedy_only: bool) -> str | None:
@@ -29,10 +28,7 @@ def unwanted(req: Any, *, capture_rate: float, greedy_only: bool) -> str | None:
         return "temperature"
     if getattr(params, "min_p", 0.0):
         return "min_p"
-    # The same requests are chosen whenever the same ids come.
-    if request_number(req.rid) * 2654435761 % _ROTATION >= capture_rate * _ROTATION:
-        return "not_captured"
-    return None
+    return None if captured(req.rid, capture_rate) else "not_captured"
 
 
 def sampling_of(req: Any) -> SamplingParams:
@@ -41,7 +37,7 @@ def sampling_of(req: Any) -> SamplingParams:
     greedy = params.top_k == 1
     return SamplingParams(
         temperature=0.0 if greedy else params.temperature,
-        top_k=0 if greedy or params.top_k >= _ROTATION else params.top_k,
+        top_k=0 if greedy or params.top_k >= _ALL_TOKENS else params.top_k,
         top_p=1.0 if greedy else params.top_p,
         seed=(params.sampling_seed or 0) % 2**63,
     )

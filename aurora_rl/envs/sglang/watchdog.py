@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from aurora_rl.envs.sglang.session import Session
+from aurora_rl.envs.recording.session import Follower, Session
 from aurora_rl.policies.faults import EVERY, PORTIONS, Fault, Sample, difference, same, sample, unchanged
 
 logger = logging.getLogger(__name__)
@@ -39,10 +39,18 @@ class DrafterWatchdog:
     Args:
         scheduler: SGLang's scheduler.
         session: Session that gets the faults.
+        agree: Takes the fault that a check found here, None if it found none, and returns the one to mend. With several
+            ranks it is that of the first that found one, so that all mend the same.
+
     """
 
-    def __init__(self, scheduler: Any, session: Session) -> None:
-        self.session, self._scheduler = session, scheduler
+    def __init__(
+        self,
+        scheduler: Any,
+        session: Session | Follower,
+        agree: Callable[[Fault | None], Fault | None] = lambda fault: fault,
+    ) -> None:
+        self.session, self._scheduler, self._agree = session, scheduler, agree
         self._copies: dict[int, dict[str, Tensor]] = {}
         self._rows: dict[tuple[str, int], _Rows] = {}
         self._found: Counter[tuple[int, str]] = Counter()  # faults by version and cause
@@ -54,18 +62,18 @@ class DrafterWatchdog:
             self._constants = self._sampled()
             self._copy()
         except Exception:
-            self._give_up()
+            self.give_up()
 
     def loaded(self) -> None:
         """Copy what the drafter holds, as the version that the session serves now."""
         try:
             self._copy()
         except Exception:
-            self._give_up()
+            self.give_up()
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
         """Watch nothing, as where there is no memory for copies: recording and swaps go on."""
-        logger.exception("the drafter is not watched")
+        logger.warning("the drafter is not watched", exc_info=True)
         self._copies, self._checks = {}, []
 
     def _copy(self) -> None:
@@ -76,27 +84,41 @@ class DrafterWatchdog:
         self._copies[self.session.version] = {name: tensor.clone() for name, tensor in self._tensors()[0].items()}
         self._rows.clear()
 
+    @property
+    def watches(self) -> bool:
+        """Whether there is something to compare with."""
+        return bool(self._copies)
+
+    def forget(self) -> None:
+        """Drop the rows of requests, which were made of users' texts, once none runs."""
+        if not self._scheduler.running_batch.reqs:
+            self._rows.clear()
+
+    def due(self, rounds: int) -> bool:
+        """Return whether to check now, after so many rounds that SGLang has verified."""
+        return rounds - self._checked >= EVERY
+
     def check(self, rounds: int, logits: Sequence[Tensor]) -> None:
-        """Check what is due.
+        """Check, and mend what is wrong.
 
         Args:
             rounds: Rounds that SGLang has verified so far.
             logits: The drafter's logits of the last round, ``[n, Vd]`` each; empty if CUDA graphs hide them.
         """
-        if not self._scheduler.running_batch.reqs:
-            self._rows.clear()  # they were made of users' texts
-        if rounds - self._checked < EVERY:
-            return
         self._checked, self._turn = rounds, self._turn + 1
-        self._logits = logits
+        self._logits, found = logits, None
         for find in list(self._checks):
             try:
-                if (fault := find()) is not None:
-                    self._mend(fault)
-                    return
+                if (found := find()) is not None:
+                    break
             except Exception:  # a fault of ours must cost neither recording nor swaps
                 logger.exception("a check of the drafter failed and is left out from now on")
                 self._checks.remove(find)
+        if (fault := self._agree(found)) is not None:
+            try:
+                self._mend(fault)
+            except Exception:
+                logger.exception("what is wrong with the drafter could not be mended")
 
     # ---- what is compared -------------------------------------------------------------------------------------------
 

@@ -2,79 +2,157 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from aurora_rl.envs.recording.session import SwapError
 
 # SGLang fuses these projections; the parts follow each other along the rows.
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-class SwapError(ValueError):
-    """Weights that the engine did not take; the message says which and why."""
+class Shard(NamedTuple):
+    """What a rank holds of a published tensor.
+
+    Attributes:
+        held: View of the rank's parameter.
+        published: The same part of the published tensor, of the same shape.
+    """
+
+    held: Tensor
+    published: Tensor
 
 
-def load_drafter(updater: Any, runner: Any, weights: dict[str, Tensor]) -> None:
-    """Replace the drafter's weights between two batches, in a session of SGLang for the draft runner alone.
+@torch.no_grad()
+def load_drafter(
+    updater: Any, runner: Any, weights: Mapping[str, Tensor], agree: Callable[[str], str] = lambda fault: fault
+) -> None:
+    """Replace the drafter's weights between two batches, in the draft runner alone.
 
-    ``weights`` are tensors by checkpoint names, without the draft map, which must not change.
+    Every rank of a server calls it with the same weights, and SGLang loads the rank's shard of each. It is read back
+    and compared bit by bit. If any rank has a fault, the tensors of all are what they were before.
+
+    Args:
+        updater: SGLang's manager of weight updates, in which no session may be open.
+        runner: SGLang's runner of the draft model.
+        weights: Tensors by checkpoint names, without the draft map, which must not change.
+        agree: Takes this rank's fault, empty if there is none, and returns a fault of any rank. Called exactly once.
 
     Raises:
-        SwapError: A session is open already, or what the runner holds afterwards differs from ``weights``.
+        SwapError: A rank does not hold the weights. The message is what ``agree`` returned.
     """
-    from sglang.srt.managers.io_struct import BeginWeightUpdateReqInput, EndWeightUpdateReqInput
-
-    _check(read_back(runner.model, weights), weights)  # SGLang skips names that it does not know
-    opened = updater.begin_weight_update(BeginWeightUpdateReqInput(selector="draft"))
-    if not opened.success:
-        raise SwapError(f"SGLang opens no session: {opened.message}")
+    fault, opened = "", False
+    shards: dict[str, Shard] = {}
+    before: dict[str, Tensor] = {}
     try:
+        if getattr(updater, "_session", None) is not None:
+            raise SwapError("somebody else's weight update is under way in SGLang; end it")
+        if str(runner.device) != "cpu":
+            torch.get_device_module(runner.device).synchronize()  # the batch before may still be reading
+        shards_of(runner.model, weights)  # SGLang skips names that it does not know
+        # Not by SGLang's session, whose barriers a rank with a fault would not reach. It only marks what is open from
+        # one request to the next, and this begins and ends between two of them.
+        runner.weight_updater.begin_weight_update()
+        opened = True
+        shards = shards_of(runner.model, weights)
+        before = {name: shard.held.clone() for name, shard in shards.items()}
         loaded, message = runner.weight_updater.update_weights_from_tensor(named_tensors=list(weights.items()))
         if not loaded:
             raise SwapError(f"SGLang did not load the weights: {message}")
-        # Before the session ends: what follows may pack weights for the hardware.
-        held = _check(read_back(runner.model, weights), weights)
-        for name, tensor in weights.items():
-            if not torch.equal(held[name], tensor.to(held[name])):
+        # Before the update ends: what follows may pack weights for the hardware.
+        for name, (held, published) in shards.items():
+            if not torch.equal(held, published.to(held)):
                 raise SwapError(f"{name!r} in SGLang's drafter is not what was loaded")
+    except SwapError as error:
+        fault = str(error)
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+    try:
+        if reason := agree(fault):
+            for name, tensor in before.items():
+                shards[name].held.copy_(tensor)
+            raise SwapError(reason)
     finally:
-        closed = updater.end_weight_update(EndWeightUpdateReqInput())
-    if not closed.success:
-        raise SwapError(f"SGLang does not close its session: {closed.message}")
+        if opened:
+            runner.weight_updater.end_weight_update(run_post_load=False)
 
 
-def read_back(model: Any, names: Any) -> dict[str, Tensor]:
-    """Return views of a draft model's parameters under their checkpoint names, without names that it does not have."""
-    held = dict(model.named_parameters())
-    found: dict[str, Tensor] = {}
-    for name in names:
+def shards_of(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Shard]:
+    """Return what this rank's draft model holds of each of the published tensors.
+
+    Raises:
+        SwapError: The model has no parameter for a tensor, or one that it is not a part of.
+    """
+    held = {name: parameter.data for name, parameter in model.named_parameters()}
+    found = {}
+    for name, tensor in weights.items():
         inside = name.replace("midlayer.", "layers.0.")
-        for fused, parts in _FUSED.items():
-            for part in parts:
-                if f".{part}." in inside and (whole := _parameter(held, inside.replace(part, fused))) is not None:
-                    found[name] = whole.split(_part_sizes(model, inside, fused, len(whole)))[parts.index(part)]
-        if name not in found and (own := _parameter(held, inside)) is not None:
-            found[name] = own
+        place = next((place for place in _places(inside) if place.name in held), None)
+        if place is None:
+            raise SwapError(f"SGLang's drafter has no parameter for {name!r}")
+        whole, owner = held[place.name], model.get_submodule(place.name.rpartition(".")[0])
+        if place.fused:
+            whole = whole.split(_part_sizes(model, place.name, place.fused, len(whole)))[place.part]
+        if (shard := _shard(owner, whole, tensor)) is None:
+            size = getattr(owner, "tp_size", 1)
+            shared = f" on each of {size} ranks" if size > 1 else ""
+            raise SwapError(f"{name!r} has shape {tuple(tensor.shape)}, SGLang's drafter {tuple(whole.shape)}{shared}")
+        found[name] = shard
     return found
 
 
-def _check(held: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    for name, tensor in weights.items():
-        if name not in held:
-            raise SwapError(f"SGLang's drafter has no parameter for {name!r}")
-        if held[name].shape != tensor.shape:
-            raise SwapError(f"{name!r} has shape {tuple(tensor.shape)}, SGLang's drafter {tuple(held[name].shape)}")
-    return held
+class _Place(NamedTuple):
+    """A parameter that may hold a tensor: its name, and of a fused one the projection and the tensor's part of it."""
+
+    name: str
+    fused: str = ""
+    part: int = 0
 
 
-def _parameter(held: dict[str, Tensor], name: str) -> Tensor | None:
-    return next((held[known].data for known in (name, f"model.{name}") if known in held), None)
+def _places(name: str) -> list[_Place]:
+    fused = [
+        _Place(prefix + name.replace(part, whole), whole, number)
+        for whole, parts in _FUSED.items()
+        for number, part in enumerate(parts)
+        if f".{part}." in name
+        for prefix in ("", "model.")
+    ]
+    return [*fused, _Place(name), _Place(f"model.{name}")]
 
 
 def _part_sizes(model: Any, name: str, fused: str, rows: int) -> list[int]:
     """Return the number of rows of each part of a fused projection."""
     if fused == "gate_up_proj":
         return [rows // 2, rows // 2]
-    attention = model.get_submodule("model." + name.split(".self_attn.")[0] + ".self_attn")
+    attention = model.get_submodule(name.split(".self_attn.")[0] + ".self_attn")
     return [attention.q_size, attention.kv_size, attention.kv_size]
+
+
+def _shard(owner: Any, held: Tensor, published: Tensor) -> Shard | None:
+    """Return the rank's part of a tensor by the layout of the module that holds it; None if it does not fit."""
+    if (rows := getattr(owner, "shard_indices", None)) is not None:  # by vocabulary, with padding after its rows
+        if published.shape != (owner.org_vocab_size, *held.shape[1:]):
+            return None
+        published = published[rows.org_vocab_start_index : rows.org_vocab_end_index]
+        return Shard(held[: len(published)], published)
+    if held.shape == published.shape:
+        return Shard(held, published)
+    split = [dim for dim, sizes in enumerate(zip(held.shape, published.shape, strict=False)) if sizes[0] != sizes[1]]
+    if held.dim() != published.dim() or len(split) != 1:
+        return None
+    own, whole, size = held.shape[split[0]], published.shape[split[0]], getattr(owner, "tp_size", 1)
+    count = whole // own  # fewer than ranks where several hold the same key heads
+    if own * count != whole or count > size or size % count:
+        return None
+    return Shard(held, published.narrow(split[0], own * (owner.tp_rank * count // size), own))
+
+
+def draft_vocab(worker: Any) -> Tensor:
+    """Return the target's token of each row of the head of a draft worker of SGLang, ``[Vd]`` int64."""
+    rows, config = worker.hot_token_id, worker.draft_runner.model.config
+    if rows is None:  # EAGLE's configuration has the target's vocabulary alone
+        return torch.arange(getattr(config, "draft_vocab_size", config.vocab_size))
+    return rows.cpu().to(torch.int64)

@@ -9,16 +9,22 @@ from attach_fields import DRAFT_VOCAB, FIELDS, HANDSHAKE, HEAD
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.envs.recording.assembler import Served
+from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.sglang import plugin as plugin_module
-from aurora_rl.envs.sglang.assembler import Served
 from aurora_rl.envs.sglang.plugin import Plugin
-from aurora_rl.envs.sglang.plugin_server import PluginError
+from aurora_rl.envs.sglang.ranks import EngineRanks, Order
+from aurora_rl.envs.sglang.swaps import Swaps
 
 BETWEEN_BATCHES = "sglang.srt.managers.scheduler.Scheduler.process_input_requests"
 
 
 class EAGLEWorkerV2(SimpleNamespace):
     """By the name of the worker that the hooks know."""
+
+
+class LlamaForCausalLMEagle3(torch.nn.Module):
+    """By the name of a drafter that learns."""
 
 
 @pytest.fixture
@@ -36,26 +42,30 @@ def engine(monkeypatch):
         model_path="org/model",
         disable_cuda_graph=True,
         tp_size=1,
-        pp_size=1,
         dp_size=1,
     )
+    args.resolved_dict = lambda: {"tp_size": 1, "pp_size": 1, "enable_dp_attention": False, "attn_cp_size": 1}
     # The head has rows of padding after the vocabulary, as SGLang's has.
     head = SimpleNamespace(weight=torch.cat([HEAD, torch.zeros(2, 2)]))
     target = SimpleNamespace(
         model=SimpleNamespace(layers_to_capture=[2, 4]),
         lm_head=head,
+        logits_processor=object(),
         config=SimpleNamespace(vocab_size=6, num_hidden_layers=7),
     )
-    drafter = SimpleNamespace(config=SimpleNamespace(draft_vocab_size=3, vocab_size=6))
+    drafter = LlamaForCausalLMEagle3()
+    drafter.config = SimpleNamespace(draft_vocab_size=3, vocab_size=6)
     runner = SimpleNamespace(model=drafter, device="cpu")
     plugin = Plugin("tcp://127.0.0.1:*")
     plugin._scheduler = SimpleNamespace(
         server_args=args,
         max_running_requests=6,
+        is_hybrid_ssm=False,
         model_config=SimpleNamespace(context_len=512, dtype=torch.float32),
         draft_worker=EAGLEWorkerV2(draft_worker=SimpleNamespace(draft_runner=runner, hot_token_id=DRAFT_VOCAB)),
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=target)),
     )
+    plugin._swaps = Swaps(plugin._scheduler, EngineRanks())
     yield plugin
     plugin._answer("detach", {})
 
@@ -128,7 +138,7 @@ def test_eagle_reads_the_input_of_the_head_and_may_have_the_whole_vocabulary(eng
             {"speculative_algorithm": "NGRAM"},
             "speculative_algorithm is 'NGRAM'.*--speculative-algorithm EAGLE3 or EAGLE",
         ),
-        ({"tp_size": 2}, "a server of one GPU is needed, this has tp_size=2, pp_size=1, dp_size=1"),
+        ({"resolved_dict": lambda: {"tp_size": 2, "pp_size": 2}}, "pp_size=2 is not supported"),
         ({"speculative_use_rejection_sampling": True}, "without --speculative-use-rejection-sampling"),
         ({"speculative_accept_threshold_acc": 0.9}, "speculative_accept_threshold_acc=0.9 changes the text"),
         ({"speculative_accept_threshold_single": 0.5}, "speculative_accept_threshold_single=0.5 changes the text"),
@@ -140,6 +150,18 @@ def test_a_server_started_otherwise_is_refused(engine, change, message):
     with pytest.raises(PluginError, match=message):
         engine._answer("attach", FIELDS)
     assert not engine._answer("status", {})["attached"]
+
+
+def test_drafters_whose_weights_cannot_be_swapped_are_refused(engine):
+    model = engine._draft_worker.draft_runner.model
+    model.register_parameter("fc", torch.nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False))
+    with pytest.raises(
+        PluginError, match=r"quantized \('fc' is int8\).*--speculative-draft-model-quantization unquant"
+    ):
+        engine._answer("attach", FIELDS)
+    engine._draft_worker.draft_runner.model = torch.nn.Linear(1, 1)
+    with pytest.raises(PluginError, match="SGLang's drafter is a Linear; use one of LlamaForCausalLMEagle3, Llama"):
+        engine._answer("attach", FIELDS)
 
 
 def test_other_workers_other_versions_and_missing_hooks_are_refused(engine, monkeypatch):
@@ -206,6 +228,24 @@ def test_no_hook_lets_a_fault_through(engine, hook):
     assert not engine._answer("status", {})["recording"]
 
 
+def test_orders_travel_with_the_requests_and_sglang_does_not_see_them(engine):
+    engine._swaps = SimpleNamespace(
+        ranks=EngineRanks(),
+        reports=[],
+        due=lambda session, rounds: [Order("end")],
+        obey=lambda order, logits: obeyed.append(order),
+        forget=lambda: None,
+    )
+    obeyed, sent = [], ["request"]
+    received = engine._send_orders(lambda receiver, requests, local_reqs: requests, object(), sent, local_reqs=[])
+    assert received == ["request", Order("end")] and sent == ["request"]
+    assert engine._between_batches(lambda scheduler, requests: requests, engine._scheduler, received) == ["request"]
+    assert obeyed == [Order("end")]
+    # Another rank has no requests of its own, and decides nothing.
+    engine._swaps.ranks.rank = 1
+    assert engine._send_orders(lambda receiver, requests: requests, object(), None) is None
+
+
 def test_a_fault_of_the_engine_reaches_the_engine(engine):
     engine._answer("attach", FIELDS)
 
@@ -215,11 +255,3 @@ def test_a_fault_of_the_engine_reaches_the_engine(engine):
     with pytest.raises(ZeroDivisionError):
         engine._draft(fail, SimpleNamespace(topk=1), SimpleNamespace(spec_info=None))
     assert engine._answer("status", {})["recording"]
-
-
-def test_weights_that_are_not_finite_are_rejected(engine):
-    engine._answer("attach", FIELDS)
-    rejected = []
-    session = SimpleNamespace(receiver=SimpleNamespace(reject=lambda number, reason: rejected.append((number, reason))))
-    engine._install(session, 3, {"fc.weight": torch.tensor([1.0, float("inf")])})
-    assert [number for number, _ in rejected] == [3] and "tensor 'fc.weight' has 1 value that" in rejected[0][1]

@@ -2,20 +2,19 @@
 
 import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from same_rounds import ask_all, assert_same_rounds, recorded_here
 from sglang_requests import Learner, _numbers, other_weights, requests
 
-from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Request
+from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError
-from aurora_rl.envs.sglang.plugin_server import PluginError
 from aurora_rl.policies import EagleDrafter, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
-from aurora_rl.serving.recorded_requests import record
 from aurora_rl.training.served_weights import drafts_agreed
 from aurora_rl.trajectories import RULE_CODES
 
@@ -34,38 +33,6 @@ def attached(chain, learner, handshake):
     chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights)
     yield chain
     chain.detach()
-
-
-def ask_all(engine, asked):
-    with ThreadPoolExecutor(len(asked)) as pool:
-        return list(pool.map(engine.generate, asked))
-
-
-def recorded_here(model, drafter, asked, shape, tmp_path):
-    """The same requests on the embedded engine."""
-    dataset = TrajectoryDataset(tmp_path / "own")
-    record(model, drafter, asked, dataset, shape=shape, slots=1)
-    return {int(trajectory["request"]): trajectory for trajectory in dataset}
-
-
-def assert_same_rounds(sglang, embedded):
-    """Where both engines began a round at one place they drafted one tree and accepted one path of it."""
-    assert torch.equal(sglang["sequence", "tokens"], embedded["sequence", "tokens"])
-    for key in ("features", "hidden"):
-        torch.testing.assert_close(sglang["sequence", key], embedded["sequence", key], atol=2e-5, rtol=0)
-    at = {int(anchor): row for row, anchor in enumerate(embedded["rounds", "anchor"])}
-    compared = 0
-    for row, anchor in enumerate(sglang["rounds", "anchor"].tolist()):
-        if anchor not in at:  # SGLang makes the first token in prefill, so its rounds may stand otherwise for a while
-            continue
-        own = slice(*embedded["rounds", "offset"][at[anchor] : at[anchor] + 2].tolist())
-        nodes = slice(*sglang["rounds", "offset"][row : row + 2].tolist())
-        for key in ("tokens", "parents", "accepted"):
-            assert torch.equal(sglang["nodes", key][nodes], embedded["nodes", key][own]), (key, anchor)
-        for key, tolerance in (("log_probs", 1e-4), ("hidden", 2e-5)):
-            torch.testing.assert_close(sglang["nodes", key][nodes], embedded["nodes", key][own], atol=tolerance, rtol=0)
-        compared += 1
-    return compared
 
 
 @pytest.mark.parametrize("kind", ["chain", "tree"])
@@ -109,7 +76,11 @@ def test_both_engines_record_the_same(kind, request, model, drafter, handshake, 
 def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
     server, name, request, model, parts, sglang_models, tmp_path
 ):
-    """EAGLE's, and EAGLE-3's as its authors publish it: the same nodes are drafted and accepted in every round."""
+    """EAGLE's, and EAGLE-3's as its authors publish it: the same nodes are drafted and accepted in every round.
+
+    The first of three servers has two replicas, and the last two ranks: each replica records and loads for itself, and
+    each rank loads its shards.
+    """
     engine, shape = request.getfixturevalue(server), SHAPES[server.split("_")[1]]
     drafter = load_drafter(sglang_models / name, parts)
     learner = Learner(Handshake.of(parts, drafter, "eagle" if isinstance(drafter, EagleDrafter) else "eagle3"))
@@ -118,7 +89,8 @@ def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
         before, after = requests(5, 40, 300, seed=1), requests(20, seed=4)
         ask_all(engine, before)
         weights = other_weights(drafter, 1)
-        learner.publish(1, weights)
+        replicas = engine.status()["dp_size"]
+        learner.publish(1, weights, engines=replicas)
         ask_all(engine, after)
         new = load_drafter(sglang_models / name, parts)
         new.install(weights)
@@ -131,7 +103,16 @@ def test_other_folders_draft_the_same_in_both_engines_before_and_after_a_swap(
             drafted, agreed = drafts_agreed(served, recorded, version)
             assert drafted > 5 and agreed == drafted
         assert compared[0] > 10 and compared[1] > 5 and accepted > 10, (compared, accepted)
-        assert engine.status()["skipped"] == {}
+        status = engine.status()
+        assert status["skipped"] == {} and status["swaps"] == replicas == len(learner.publisher.engines)
+        assert status["recorded"] == len(before) + len(after)
+        if (ranks := status["tp_size"]) > 1:
+            assert [(rank["rank"], rank["version"]) for rank in status["ranks"]] == [(n, 1) for n in range(ranks)]
+            assert {rank["checksum"] for rank in status["ranks"]} == {checksum(weights)}
+            learner.publisher.publish(2, {**weights, "midlayer.unheard_of.weight": torch.zeros(4)})
+            assert not learner.publisher.wait_ack(2, 10.0)
+            reason = "rank 0 of 2: SGLang's drafter has no parameter for 'midlayer.unheard_of.weight'"
+            assert list(learner.publisher.rejected_by(2).values()) == [reason] and engine.status()["version"] == 1
     finally:
         engine.detach()
         learner.die()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aurora_rl.envs.sglang.session import Session
+from aurora_rl.envs.recording.session import Session
 from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
 from aurora_rl.policies.faults import EVERY, difference
 
@@ -90,7 +90,9 @@ class World:
         known = len(self.session.faults)
         for _ in range(rounds):
             self.rounds += 1
-            self.watchdog.check(self.rounds, logits)
+            self.watchdog.forget()
+            if self.watchdog.due(self.rounds):
+                self.watchdog.check(self.rounds, logits)
         return [(fault["cause"], fault["action"]) for fault in self.session.faults[known:]]
 
     def load(self, version: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The server of a run whose engine is SGLang: watches the plugin, keeps the statistics, and may send the requests."""
+"""The server of a run whose engine is another process: watches the plugin, keeps the statistics, may send requests."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any
 from typing_extensions import override
 
 from aurora_rl.envs import Completion, Request
-from aurora_rl.envs.sglang.assembler import Served
-from aurora_rl.envs.sglang.client import SGLangClient, SGLangCompletion, SGLangError
-from aurora_rl.envs.sglang.plugin_server import PluginError
+from aurora_rl.envs.recording.assembler import Served
+from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError
+from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.serving.server import note_request
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import Round
@@ -33,16 +33,16 @@ _SUMS = tuple(each.name for each in fields(Served) if each.name != "accepted")
 
 
 class AttachedServer:
-    """An SGLang that a learner is attached to. Its clients are others; what it served them, the plugin counts.
+    """An engine that a learner is attached to. Its clients are others; what it served them, the plugin counts.
 
     Args:
-        client: Client of SGLang.
+        client: Client of the engine.
         attach: Attaches the learner to the engine; called now, and again when the engine was restarted.
         log: Log of requests and swaps.
         published: Returns the folder of the drafter that the learner published last; None if that is not known.
 
     Attributes:
-        client: Client of SGLang.
+        client: Client of the engine.
         stats: Statistics of the run so far.
         status: Status of the plugin, as last heard.
         detached: Whether somebody else detached the learner, which is not attached again then.
@@ -50,7 +50,7 @@ class AttachedServer:
 
     def __init__(
         self,
-        client: SGLangClient,
+        client: EngineClient,
         attach: Callable[[], dict[str, Any]],
         *,
         log: MetricsLog,
@@ -68,7 +68,7 @@ class AttachedServer:
         last, self.status = self.status, self._attach()
         self._drops_before.update(last.get("drops", {}))
         self._sent_before += last.get("sent", 0)
-        self._told_swaps, self._told_faults = 0, 0
+        self._told_swaps, self._told_faults = 0, Counter[int]()  # faults by replica
         self._served, self._accepted = Counter[str](), Counter[int]()
         self._log.write("attached", status=self.status)
 
@@ -101,7 +101,7 @@ class AttachedServer:
     def refused(self) -> str | None:
         """Why the learner refuses this engine, or why nothing is learned from it now; None if neither."""
         if self.detached:
-            return "somebody else detached the learner from SGLang"
+            return f"somebody else detached the learner from {self.client.engine}"
         return self._unreachable or self.status.get("refused") or self.status.get("error") or None
 
     def step(self) -> bool:
@@ -119,7 +119,7 @@ class AttachedServer:
             if status["session"] == "":  # a new process
                 self._begin()
                 status = self.status
-        except (PluginError, SGLangError) as error:
+        except (PluginError, EngineError) as error:
             if not self._unreachable:
                 self._log.write("unreachable", reason=str(error))
             self._unreachable = str(error)
@@ -129,7 +129,7 @@ class AttachedServer:
             self._follow(status)
         elif not self.detached:
             self.detached = True
-            logger.warning("%s; SGLang serves on, and this run learns no more", self.refused)
+            logger.warning("%s; %s serves on, and this run learns no more", self.refused, self.client.engine)
 
     def _follow(self, status: dict[str, Any]) -> None:
         self.status = status
@@ -140,8 +140,8 @@ class AttachedServer:
         if status["version"] != self.stats.version:
             self.stats.versions.append(status["version"])
         for fault in status["faults"]:
-            if fault["number"] > self._told_faults:
-                self._told_faults = fault["number"]
+            if fault["number"] > self._told_faults[replica := fault.get("replica", 0)]:
+                self._told_faults[replica] = fault["number"]
                 told = {name: fault[name] for name in ("version", "cause", "detail", "action")}
                 self._log.write("watchdog", **told, requests=len(self.stats.finished))
         self._count(status["served"])
@@ -173,11 +173,11 @@ class AttachedServer:
         self.client.close()
 
 
-class SGLangServer(AttachedServer):
+class DrivenServer(AttachedServer):
     """The same, with requests of ours alone: keeps the engine's slots filled, and counts its own answers.
 
     Args:
-        client: Client of SGLang.
+        client: Client of the engine.
         attach: Attaches the learner to the engine; called now, and again when the engine was restarted.
         requests: Called for the next request; None if there is none now.
         slots: Requests in flight.
@@ -190,7 +190,7 @@ class SGLangServer(AttachedServer):
 
     def __init__(
         self,
-        client: SGLangClient,
+        client: EngineClient,
         attach: Callable[[], dict[str, Any]],
         requests: Callable[[], Request | None],
         *,
@@ -205,7 +205,7 @@ class SGLangServer(AttachedServer):
         self._requests, self._slots = requests, slots
         self._stop_tokens, self._note, self._on_refused = tuple(stop_tokens), note, on_refused
         self._pool = ThreadPoolExecutor(slots, thread_name_prefix="requests")
-        self._flying: dict[Future[SGLangCompletion], Request] = {}
+        self._flying: dict[Future[EngineCompletion], Request] = {}
         self._last_completion = time.perf_counter()
 
     @override
@@ -222,13 +222,13 @@ class SGLangServer(AttachedServer):
             request = self._flying.pop(each)
             try:
                 self._completed(each.result(), occupied)
-            except SGLangError as error:
+            except EngineError as error:
                 self._on_refused(request, str(error))
         if time.monotonic() >= self._next_watch:
             self.watch()
         return True
 
-    def _completed(self, completion: SGLangCompletion, occupied: int) -> None:
+    def _completed(self, completion: EngineCompletion, occupied: int) -> None:
         ended = Completion(completion.request, completion.tokens, completion.terminated)
         domain = self._note(ended)
         drafted = sum((count + 1) * rounds for count, rounds in completion.accepted.items())

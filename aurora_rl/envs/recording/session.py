@@ -1,11 +1,11 @@
-"""What a learner that attached has inside SGLang's scheduler: the ends of the wire, the records, the version."""
+"""What a learner that attached has inside an engine: the ends of the wire, the records, the version."""
 
 from __future__ import annotations
 
 import logging
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from aurora_rl.collectors.codec import Limits, checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
+from aurora_rl.collectors.sockets import engine_name
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs.sglang.assembler import TargetRows, TrajectoryAssembler
-from aurora_rl.envs.sglang.copies import to_host
-from aurora_rl.envs.sglang.plugin_server import PluginError
+from aurora_rl.envs.recording.assembler import TargetRows, TrajectoryAssembler
+from aurora_rl.envs.recording.copies import to_host
+from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.remote_engines import keys_variable
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +44,16 @@ ATTACH: dict[str, type | tuple[type, ...]] = {
 """Fields of an ``attach`` request and their types."""
 
 
+class SwapError(ValueError):
+    """Weights that an engine did not take; the message says which and why."""
+
+
 class Session:
     """From ``attach`` to ``detach``: the ends of the wire, the records, and the version that drafts.
 
     Args:
         fields: Fields of the request; see :data:`ATTACH`.
+        engine: Name of the engine, for messages.
         keys: Folder of this engine's keys; None if it has none.
         exact: Whether every round shows what the target's head reads, which captured graphs hide.
 
@@ -59,7 +66,7 @@ class Session:
         id: Name of the session, which no other has.
     """
 
-    def __init__(self, fields: dict[str, Any], *, exact: bool, keys: str | None = None) -> None:
+    def __init__(self, fields: dict[str, Any], *, engine: str, exact: bool, keys: str | None = None) -> None:
         for name, kind in ATTACH.items():
             if not isinstance(fields.get(name), kind):
                 raise PluginError(f"attach needs {name}, got {fields.get(name)!r}")
@@ -70,16 +77,18 @@ class Session:
         if fields["keys"] != (keys is not None):
             has, lacks = ("learner", "engine") if keys is None else ("engine", "learner")
             raise PluginError(
-                f"the {has} has keys and the {lacks} has none; set wire.keys there, and AURORA_RL_SGLANG_KEYS in the "
-                "environment of SGLang, or neither"
+                f"the {has} has keys and the {lacks} has none; set wire.keys there, and {keys_variable(engine)} in the "
+                f"environment of {engine}, or neither"
             )
         self.handshake = Handshake.from_meta(fields["handshake"])
         self.capture_rate, self.top_k = float(fields["capture_rate"]), fields["top_k"]
         self.id, self.recording, self.error = secrets.token_hex(8), True, ""
         self.exact, self.version = exact, fields["version"]
+        own = None if keys is None else engine_keys(keys)
         wire: dict[str, Any] = {
             "handshake": self.handshake,
-            "keys": None if keys is None else engine_keys(keys),
+            "keys": own,
+            "name": engine_name(own),
             "limits": Limits(max_bytes=fields["max_message"]),
         }
         queue = {"capacity": fields["queue"], "max_bytes": fields["queue_bytes"], "max_age": fields["max_age"] or None}
@@ -157,3 +166,23 @@ class Session:
         self.background.shutdown()
         self.sink.close(2.0)
         self.receiver.close()
+
+
+@dataclass(slots=True)
+class Follower:
+    """What another rank of a server than the first has in place of a session; its faults the first one tells.
+
+    Attributes:
+        version: Version of the weights that drafts.
+        flush_due: Whether the prefix cache has texts of older drafters; the first rank decides when it is emptied.
+    """
+
+    version: int
+    flush_due: bool = False
+
+    def roll_back(self, version: int, before: int, reason: str) -> None:
+        """Note that an earlier version serves again."""
+        self.version = before
+
+    def note_fault(self, **fault: Any) -> None:
+        """Say nothing of a fault."""

@@ -9,18 +9,20 @@ import torch
 from transformers import AutoTokenizer
 
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.sglang.assembler import Served
-from aurora_rl.envs.sglang.client import SGLangCompletion, SGLangError
-from aurora_rl.envs.sglang.plugin_server import PluginError
-from aurora_rl.serving import sglang
+from aurora_rl.envs.recording.assembler import Served
+from aurora_rl.envs.recording.client import EngineCompletion, EngineError
+from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.serving import attached as attached_module
+from aurora_rl.serving.attached import AttachedServer, DrivenServer
 from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.serving.sglang import AttachedServer, SGLangServer
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.workload.traffic import Prompt
 
 
 class Engine:
     """Answers every request with five tokens in three rounds; swaps, and serves others, when it is told to."""
+
+    engine = "SGLang"
 
     def __init__(self):
         self.flying = self.most = 0
@@ -60,8 +62,8 @@ class Engine:
         with self.lock:
             self.flying -= 1
         if request.id == 3:
-            raise SGLangError("gone")
-        return SGLangCompletion(request, torch.arange(5), True, 3, {0: 2, 1: 1}, [len(self.swaps)], 9)
+            raise EngineError("gone")
+        return EngineCompletion(request, torch.arange(5), True, 3, {0: 2, 1: 1}, [len(self.swaps)], 9)
 
     def detach(self):
         if not self.reachable:
@@ -95,7 +97,7 @@ class Engine:
 def run(tmp_path):
     engine, failed = Engine(), []
     queue = [Request(n, torch.tensor([1, 2]), SamplingParams(max_tokens=5)) for n in range(8)]
-    server = SGLangServer(
+    server = DrivenServer(
         engine,
         engine.attach,
         lambda: queue.pop(0) if queue else None,
@@ -142,7 +144,7 @@ def test_a_request_without_an_answer_ends_its_conversation_and_no_other(tiny_fol
         sampling_params=SamplingParams(max_tokens=10),
     )
     engine = Engine()
-    server = SGLangServer(
+    server = DrivenServer(
         engine,
         engine.attach,
         source,
@@ -211,7 +213,7 @@ def test_the_end_detaches_and_ends_the_engine(run, reachable):
 def test_the_drafter_that_the_learner_published_last_is_kept(run, tmp_path):
     engine, _, _, _ = run
     published = tmp_path / "learner" / "drafter"
-    server = SGLangServer(
+    server = DrivenServer(
         engine,
         engine.attach,
         lambda: None,
@@ -236,8 +238,8 @@ def test_the_drafter_that_the_learner_published_last_is_kept(run, tmp_path):
 
 @pytest.fixture
 def attached(tmp_path, monkeypatch):
-    monkeypatch.setattr(sglang, "_TURN_S", 0.0)
-    monkeypatch.setattr(sglang, "_WATCH_S", 0.0)
+    monkeypatch.setattr(attached_module, "_TURN_S", 0.0)
+    monkeypatch.setattr(attached_module, "_WATCH_S", 0.0)
     engine = Engine()
     server = AttachedServer(engine, engine.attach, log=MetricsLog(tmp_path / "metrics.jsonl", "server"))
     yield (

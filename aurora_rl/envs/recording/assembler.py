@@ -1,4 +1,4 @@
-"""Turn the rounds of a remote engine into packed trajectories. Nothing here knows SGLang."""
+"""Turn the rounds of a remote engine into packed trajectories. Nothing here knows one engine."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from aurora_rl.tenants import MOST_DELETIONS
 from aurora_rl.trajectories import acceptance_length, accepted_per_round, make_trajectory
 
 logger = logging.getLogger(__name__)
+
+_ROTATION = 1 << 30  # range of the hash by which a share of the requests is chosen
 
 TargetRows = dict[str, Tensor]
 """What is known of the target's distribution at some positions: "hidden", or "topk_ids", "topk_log_probs" and
@@ -70,6 +72,7 @@ class _Record:
     cached: int  # tokens of the prompt that the engine had in its prefix cache
     cache_version: int
     tenant: str | None
+    name: str  # the client's id
     began: float  # monotonic seconds, as are those of its end
     ended: float = math.inf
     features: list[Tensor] = field(default_factory=list)
@@ -187,7 +190,7 @@ class TrajectoryAssembler:
         self.served = Served()
         self._emitting = threading.Lock()
         self._deletions: dict[str, float] = {}  # by tenant, the monotonic time of the latest; the latest last
-        self._ended: queue.SimpleQueue[tuple[str, _Record, list[int], SamplingParams, bool] | str | None]
+        self._ended: queue.SimpleQueue[tuple[_Record, list[int], SamplingParams, bool] | str | None]
         self._ended = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trajectories", daemon=True)
         self._thread.start()
@@ -195,12 +198,23 @@ class TrajectoryAssembler:
     def __contains__(self, rid: str) -> bool:
         return rid in self._records
 
-    def begin(self, rid: str, prompt: Sequence[int], cached: int, version: int, tenant: str | None = None) -> bool:
-        """Take in a request, of whose prompt ``cached`` tokens will not be run; return False if there is no room."""
+    def begin(
+        self,
+        rid: str,
+        prompt: Sequence[int],
+        cached: int,
+        version: int,
+        tenant: str | None = None,
+        name: str | None = None,
+    ) -> bool:
+        """Take in a request, of whose prompt ``cached`` tokens will not be run; return False if there is no room.
+
+        ``name`` is its id as its client gave it, where the engine has another.
+        """
         if self._reserved - self._released > self._max_bytes:
             self.counts["memory"] += 1
             return False
-        self._records[rid] = _Record(torch.tensor(prompt), cached, version, tenant, time.monotonic())
+        self._records[rid] = _Record(torch.tensor(prompt), cached, version, tenant, name or rid, time.monotonic())
         return True
 
     def prompt(self, rid: str, features: Tensor, first: TargetRows | None) -> None:
@@ -232,7 +246,7 @@ class TrajectoryAssembler:
         """End a recorded request, which has these tokens and was ``terminated`` by itself or by its budget."""
         record = self._records.pop(rid)
         record.ended = time.monotonic()
-        self._ended.put((rid, record, list(completion), sampling_params, terminated))
+        self._ended.put((record, list(completion), sampling_params, terminated))
 
     def delete(self, tenant: str) -> None:
         """Drop what is kept of a tenant's texts, and make no trajectory of its requests that have begun until now."""
@@ -256,11 +270,9 @@ class TrajectoryAssembler:
             if isinstance(ended, str):
                 self._store.delete(ended)
                 continue
-            rid, record, completion, sampling_params, terminated = ended
+            record, completion, sampling_params, terminated = ended
             try:
-                trajectory = (
-                    "deleted" if self._deleted(record) else self._assemble(rid, record, completion, sampling_params)
-                )
+                trajectory = "deleted" if self._deleted(record) else self._assemble(record, completion, sampling_params)
                 if self._deleted(record):  # meanwhile
                     trajectory = "deleted"
             except Exception:
@@ -278,9 +290,7 @@ class TrajectoryAssembler:
             finally:
                 self._released += record.nbytes
 
-    def _assemble(
-        self, rid: str, record: _Record, completion: list[int], sampling_params: SamplingParams
-    ) -> TensorDict | str:
+    def _assemble(self, record: _Record, completion: list[int], sampling_params: SamplingParams) -> TensorDict | str:
         """Return the trajectory, or why there is none."""
         prompt, version = record.prompt, record.cache_version
         tokens = torch.cat([prompt, torch.tensor(completion, dtype=torch.int64)])
@@ -308,7 +318,7 @@ class TrajectoryAssembler:
         sequence_features = sequence_features[:last].clone()
         self._store.put(tokens[:last].clone(), sequence_features, version, record.tenant)
         return make_trajectory(
-            request=request_number(rid),
+            request=request_number(record.name),
             tokens=tokens,
             prompt_length=len(prompt),
             features=sequence_features,
@@ -319,7 +329,7 @@ class TrajectoryAssembler:
             policy_versions=[r.policy_version for r in rounds],
             cache_versions=[version] * len(rounds),
             sampling_params=sampling_params,
-            rule="sample_and_match",  # the law of SGLang's own rule, by other noise
+            rule="sample_and_match",  # the law of the engines' own rules, by other noise
         )
 
     def _prefix(self, tokens: Tensor) -> tuple[Tensor, int] | None:
@@ -343,6 +353,15 @@ def request_number(rid: str) -> int:
     if rid.isdecimal() and int(rid) < 2**62:
         return int(rid)
     return int.from_bytes(hashlib.blake2b(rid.encode(), digest_size=8).digest()) >> 2
+
+
+def captured(rid: str, share: float) -> bool:
+    """Return whether a request is among the ``share`` that is recorded: the same whenever the same id comes.
+
+    >>> captured("17", 1.0), captured("17", 0.0)
+    (True, False)
+    """
+    return request_number(rid) * 2654435761 % _ROTATION < share * _ROTATION
 
 
 def parents_of(first_child: Sequence[int], next_sibling: Sequence[int]) -> list[int]:

@@ -13,8 +13,8 @@ import torch
 from attach_fields import FIELDS
 from tensordict import TensorDict
 
-from aurora_rl.envs.sglang.assembler import FeatureStore, Served, TrajectoryAssembler
-from aurora_rl.envs.sglang.session import Session
+from aurora_rl.envs.recording.assembler import FeatureStore, Served, TrajectoryAssembler
+from aurora_rl.envs.recording.session import Session
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.tenants import joint_salt, tenant_of_salt
 
@@ -82,8 +82,8 @@ def test_the_stores_size_is_that_of_what_it_keeps() -> None:
 
 
 def test_a_session_deletes_from_its_queue_and_bounds_the_age_of_what_waits() -> None:
-    session = Session({**FIELDS, "max_age": 60}, exact=True)
-    forever = Session(FIELDS, exact=True)
+    session = Session({**FIELDS, "max_age": 60}, engine="SGLang", exact=True)
+    forever = Session(FIELDS, engine="SGLang", exact=True)
     try:
         assert (session.sink._max_age, forever.sink._max_age) == (60, float("inf"))
         session.flush_due = False
@@ -101,7 +101,7 @@ def test_a_session_deletes_from_its_queue_and_bounds_the_age_of_what_waits() -> 
 
 @pytest.fixture
 def session() -> Iterator[Session]:
-    session = Session(FIELDS, exact=True)
+    session = Session(FIELDS, engine="SGLang", exact=True)
     yield session
     session.sink.close(0.0)  # there is no learner to wait for
     session.close()

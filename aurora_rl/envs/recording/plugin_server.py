@@ -1,4 +1,4 @@
-"""Requests and replies between the plugin inside SGLang's scheduler and those who attach to it.
+"""Requests and replies between the plugin inside an engine and those who attach to it.
 
 The plugin binds one ROUTER socket, on this host only unless it has keys. Every message is JSON without tensors in the
 project's codec: ``status``, ``attach``, ``detach``, ``record`` and ``delete`` are answered by ``status``, what cannot
@@ -16,6 +16,7 @@ import zmq
 from aurora_rl.collectors.codec import CodecError, Limits, decode, encode
 from aurora_rl.collectors.keys import ClientKeys, ServerKeys
 from aurora_rl.collectors.sockets import SocketThread, bind, connect, open_socket
+from aurora_rl.remote_engines import address_variable, keys_variable
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class PluginServer:
         self._socket = open_socket(zmq.ROUTER)
         self._socket.maxmsgsize = _LIMITS.max_bytes
         self.address = bind(self._socket, address, limits=_LIMITS, keys=keys)
-        self._thread = SocketThread(self._socket, self._step, name="sglang-plugin")
+        self._thread = SocketThread(self._socket, self._step, name="engine-plugin")
         self._thread.start()
 
     def close(self) -> None:
@@ -67,6 +68,7 @@ def ask(
     kind: str,
     fields: dict[str, Any] | None = None,
     *,
+    engine: str,
     keys: ClientKeys | None = None,
     timeout: float = 10.0,
 ) -> dict[str, Any]:
@@ -81,9 +83,9 @@ def ask(
         socket.send_multipart(encode(kind, fields or {}))
         if not socket.poll(int(timeout * 1e3)):
             raise PluginError(
-                f"no answer at {address} within {timeout:.0f} s; does SGLang run with AURORA_RL_SGLANG={address} in its"
-                " environment and aurora-rl installed next to it? Both sides have keys or none: wire.keys here, "
-                "AURORA_RL_SGLANG_KEYS there"
+                f"no answer at {address} within {timeout:.0f} s; does {engine} run with "
+                f"{address_variable(engine)}={address} in its environment and aurora-rl installed next to it? Both "
+                f"sides have keys or none: wire.keys here, {keys_variable(engine)} there"
             )
         message = decode(socket.recv_multipart(), limits=_LIMITS)
     finally:
@@ -91,3 +93,20 @@ def ask(
     if message.kind == "refused":
         raise PluginError(str(message.meta.get("reason")))
     return message.meta
+
+
+def replica_address(address: str, number: int) -> str:
+    """Return where the plugin of a data-parallel replica answers, if that of the first answers at ``address``.
+
+    >>> replica_address("tcp://127.0.0.1:5560", 2), replica_address("ipc:///tmp/plugin", 0)
+    ('tcp://127.0.0.1:5562', 'ipc:///tmp/plugin')
+
+    Raises:
+        PluginError: The address has no port to count from.
+    """
+    host, _, port = address.rpartition(":")
+    if not number:
+        return address
+    if not (address.startswith("tcp://") and port.isdecimal()):
+        raise PluginError(f"{address}: data-parallel replicas answer at the ports after it; give one with a port")
+    return f"{host}:{int(port) + number}"

@@ -1,12 +1,16 @@
 """Questions to SGLang's plugin: answers, refusals, faults, and messages that are none."""
 
 import threading
+from functools import partial
 
 import pytest
 import zmq
 
 from aurora_rl.collectors.codec import encode
-from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer, ask
+from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer
+from aurora_rl.envs.recording.plugin_server import ask as ask_engine
+
+ask = partial(ask_engine, engine="SGLang")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`aurora-rl sglang`: one-shot commands on a plugin's socket, and what is missing. `attach` runs elsewhere."""
+"""`aurora-rl sglang` and `vllm`: one-shot commands on a plugin's socket; what is missing. `attach` runs elsewhere."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from aurora_rl.cli import main as cli
-from aurora_rl.envs.sglang import plugin_server
-from aurora_rl.envs.sglang.plugin_server import PluginError, PluginServer
+from aurora_rl.envs.recording import plugin_server
+from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer
 
 
 @pytest.fixture
@@ -35,13 +35,14 @@ def plugin(asked: list[str]) -> Iterator[str]:
     server.close()
 
 
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
 @pytest.mark.parametrize("kind", ["status", "detach"])
 def test_the_status_is_printed_as_json(
-    kind: str, plugin: str, asked: list[str], capsys: pytest.CaptureFixture[str]
+    engine: str, kind: str, plugin: str, asked: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["sglang", kind, f"engine.plugin_address={plugin}"]) == 0
+    assert cli.main([engine, kind, f"engine.plugin_address={plugin}"]) == 0
     assert json.loads(capsys.readouterr().out) == {"kind": kind, "served": {"acceptance_length": 2.5}}
-    assert cli.main(["sglang", kind, f"engine.plugin_address={plugin}"]) == 1
+    assert cli.main([engine, kind, f"engine.plugin_address={plugin}"]) == 1
     assert capsys.readouterr() == ("", "aurora-rl: not again\n")
     assert asked == [kind, kind]
 
@@ -103,3 +104,14 @@ def test_attach_opens_a_front_only_where_a_port_is_set(
     (tmp_path / "run.yaml").write_text("http: {port: 8124}")
     assert cli.main(["sglang", "attach", "--print-config", *words]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["http"]["port"] == port
+
+
+def test_what_vllm_lacks_is_named_by_its_own_name(capsys: pytest.CaptureFixture[str]) -> None:
+    address = "engine.plugin_address=tcp://127.0.0.1:9"
+    for words, message in (
+        (["status"], "set it to the value of AURORA_RL_VLLM in vLLM's environment"),
+        (["attach", address], "engine.url is missing: set it to vLLM's own"),
+        (["attach", address, "engine.url=http://127.0.0.1:9", "drafter.path=d", "http.port=0"], "no front before vLLM"),
+    ):
+        assert cli.main(["vllm", *words]) == 2
+        assert message in capsys.readouterr().err

@@ -9,7 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_rl.envs.sglang.assembler import EngineRound, FeatureStore, TrajectoryAssembler, parents_of, request_number
+from aurora_rl.envs.recording.assembler import (
+    EngineRound,
+    FeatureStore,
+    TrajectoryAssembler,
+    parents_of,
+    request_number,
+)
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.testing import tiny_target, tiny_trajectory

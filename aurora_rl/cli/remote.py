@@ -1,0 +1,187 @@
+"""The serving half of a run whose engine is another process, launched or attached to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aurora_rl.cli.assembly import Target, wire_keys
+from aurora_rl.cli.config import Config
+from aurora_rl.cli.errors import ConfigError, naming
+from aurora_rl.cli.spec import RunSpec
+from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.keys import plugin_client_keys
+from aurora_rl.envs.processors import text_settings
+from aurora_rl.envs.recording.client import EngineClient, EngineError
+from aurora_rl.envs.recording.plugin_server import PluginError, ask
+from aurora_rl.envs.sglang.client import SGLangClient, reserved_context
+from aurora_rl.envs.vllm.client import VLLMClient
+from aurora_rl.models.loading import DEFAULT_TARGET, embedded_model_path, stop_token_ids
+from aurora_rl.policies import Drafter
+from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.remote_engines import REMOTE_ENGINES
+from aurora_rl.serving.attached import AttachedServer, DrivenServer
+from aurora_rl.serving.requests import RequestSource
+from aurora_rl.telemetry.log import MetricsLog
+from aurora_rl.training.states import newest_valid
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """What one engine does in its own way.
+
+    Attributes:
+        client: Its client.
+        shape: Arguments of ``launch`` for the drafts of a round, from depth, width and number of nodes.
+        reserved: Places of a request's context that it keeps for drafts, from the same.
+        raw_logits: Its arguments that leave the model's generation config out.
+        argmax_on_cpu: Whether it verifies by argmax on a CPU, whatever the temperature.
+    """
+
+    client: type[Any]
+    shape: Callable[[int, int, int], dict[str, int]]
+    reserved: Callable[[int, int, int], int]
+    raw_logits: str
+    argmax_on_cpu: bool = False
+
+
+_ENGINES = {
+    "sglang": _Engine(
+        SGLangClient,
+        lambda depth, width, num_nodes: {"depth": depth, "width": width, "num_nodes": num_nodes},
+        reserved_context,
+        "--sampling-defaults openai",
+        argmax_on_cpu=True,
+    ),
+    # vLLM takes drafts beyond the context away by itself.
+    "vllm": _Engine(VLLMClient, lambda depth, *_: {"depth": depth}, lambda *_: 0, "--generation-config vllm"),
+}
+
+
+def remote_server(
+    spec: RunSpec, target: Target, requests: RequestSource | None, drafter: Drafter, log: MetricsLog, run_dir: Path
+) -> AttachedServer:
+    """Build a server on an engine of another process, which is launched here or attached to.
+
+    The drafter is in float32. ``requests`` is None if clients of the engine send them.
+    """
+    config, settings = spec.config, spec.config.engine
+    engine, name = _ENGINES[settings.name], REMOTE_ENGINES[settings.name]
+    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
+    if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
+        values = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        if requests is None:
+            logger.warning(
+                "the model's generation config sets %s; requests that %s serves with that are not recorded: start "
+                "it with %s",
+                *(values, name, engine.raw_logits),
+            )
+        else:
+            raise ConfigError(
+                f"model={config.model}: its generation config sets {values}, and {name} verifies drafts without that; "
+                "set generation_config=ignore to serve raw logits, or engine.name=transformers"
+            )
+    stop_tokens = stop_token_ids(target.model, target.tokenizer)
+    target.model.cpu()  # the server loads its own, on the device that this one leaves
+    if spec.device.type == "cuda":
+        torch.cuda.empty_cache()
+    with naming(f"engine.name={settings.name}", (EngineError, PluginError)):
+        if settings.url is None:
+            client: EngineClient = _launch(spec, drafter, target.parts.config.max_position_embeddings, run_dir)
+        else:
+            client = engine.client(settings.url, settings.plugin_address, keys=config.wire.keys)
+
+        def attach() -> dict[str, Any]:
+            return client.attach(
+                handshake=greeting,
+                trajectories=config.wire.trajectories,
+                weights=config.wire.weights,
+                capture_rate=settings.capture_rate,
+                queue=config.wire.queue,
+                queue_bytes=config.wire.queue_bytes,
+                max_age=config.privacy.max_age,
+                max_message=config.wire.max_message,
+            )
+
+        def published() -> Path | None:
+            state, _ = newest_valid(run_dir / "learner")
+            return None if state is None else state / "drafter"
+
+        try:
+            if requests is None:
+                return AttachedServer(client, attach, log=log, published=published)
+            sampled = spec.sampling_params.temperature > 0
+            if engine.argmax_on_cpu and sampled and client.status()["device"] == "cpu":
+                raise PluginError(
+                    f"temperature={spec.sampling_params.temperature:g}: on a CPU {name} verifies by argmax; set "
+                    "temperature=0, or engine.name=transformers"
+                )
+            return DrivenServer(
+                client,
+                attach,
+                requests,
+                slots=settings.slots,
+                stop_tokens=stop_tokens,
+                log=log,
+                note=requests.completed,
+                on_refused=requests.refused,
+                published=published,
+            )
+        except BaseException:
+            client.close()
+            raise
+
+
+def served_config(config: Config) -> Config:
+    """Return the configuration with what the server at ``engine.url`` decides: model, dtype, lengths and tree shape.
+
+    A model or a dtype that was configured stays, and is compared with the server's when the learner attaches.
+
+    Raises:
+        ConfigError: The plugin does not answer.
+    """
+    engine, name = _ENGINES[config.engine.name], REMOTE_ENGINES[config.engine.name]
+    with naming("engine.plugin_address", (PluginError, OSError)):
+        keys = wire_keys(config, plugin_client_keys)
+        status = ask(str(config.engine.plugin_address), "status", engine=name, keys=keys)
+    shape = {name: status[name] for name in ("depth", "width", "num_nodes")}
+    return replace(
+        config,
+        model=status["model"] if config.model == Config.model else config.model,
+        dtype=status["dtype"] if config.dtype == "auto" else config.dtype,
+        engine=replace(config.engine, max_length=status["context"] - engine.reserved(*shape.values())),
+        drafter=replace(config.drafter, **shape),
+    )
+
+
+def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> EngineClient:
+    """Launch the engine on the drafter; ``context`` is the model's."""
+    config, folder, tree = spec.config, run_dir / "drafter-served", spec.tree
+    engine, shape = _ENGINES[config.engine.name], (tree.depth, tree.width, tree.num_nodes)
+    room = context - engine.reserved(*shape)
+    if config.engine.max_length > room:
+        raise engine.client.error(
+            f"engine.max_length={config.engine.max_length} and the drafts exceed the model's context of {context}; "
+            f"set engine.max_length={room} or less"
+        )
+    save_drafter(drafter, folder, config.engine.name)
+    launched: EngineClient = engine.client.launch(
+        embedded_model_path() if config.model == DEFAULT_TARGET else config.model,
+        drafter=folder,
+        **engine.shape(*shape),
+        slots=config.engine.slots,
+        max_length=config.engine.max_length,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        device=spec.device.type,
+        log=run_dir / f"{config.engine.name}.log",
+        keys=config.wire.keys,
+        arguments=config.engine.arguments,
+    )
+    return launched

@@ -1,0 +1,106 @@
+"""The data-parallel replicas of a server from outside: each has a plugin that records and loads for itself.
+
+The plugin of the first answers at the server's plugin address, those of the others at the ports after it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+from typing import Any
+
+from aurora_rl.collectors.keys import ClientKeys
+from aurora_rl.envs.recording.plugin_server import PluginError, ask, replica_address
+
+_SUMS = ("slots", "recorded", "queued", "sent", "swaps")
+_ATTACH_S = 90.0
+_COUNTS = ("seen", "skipped", "drops")
+
+
+def ask_all(
+    address: str, kind: str, fields: dict[str, Any] | None = None, *, engine: str, keys: ClientKeys | None = None
+) -> dict[str, Any]:
+    """Send a request to the plugins of all replicas and return the status of the server.
+
+    Raises:
+        PluginError: A plugin refuses or does not answer. If one refuses to be attached, none is.
+    """
+    options: dict[str, Any] = {"engine": engine, "keys": keys}
+    if kind == "attach":  # the head of a target on several GPUs is brought together first
+        options["timeout"] = _ATTACH_S
+    first = ask(address, kind, fields, **options)
+    statuses = [first]
+    for number in range(1, first.get("dp_size", 1)):
+        try:
+            place = replica_address(address, number)
+            statuses.append(ask(place, kind, fields, **options))
+        except PluginError as error:
+            if kind == "attach":
+                for attached in range(number):
+                    ask(replica_address(address, attached), "detach", engine=engine, keys=keys)
+            raise PluginError(f"replica {number} of {first['dp_size']}: {error}") from error
+    return of_all(statuses)
+
+
+def of_all(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the status of a server by those of its replicas: sums, and for the version the oldest that serves.
+
+    A fault keeps the number that its replica gave it, and gets the number of the "replica".
+
+    Example:
+        >>> shared = {"attached": True, "seen": {"verify": 2}, "slots": 4}
+        >>> both = of_all([{**shared, "session": "a", "version": 3}, {**shared, "session": "b", "version": 2}])
+        >>> both["session"], both["version"], both["seen"], both["slots"]
+        ('a+b', 2, {'verify': 4}, 8)
+    """
+    if len(statuses) == 1:
+        return statuses[0]
+    whole = dict(statuses[0])
+    whole["attached"] = all(each["attached"] for each in statuses)
+    sessions = [each["session"] for each in statuses]
+    whole["session"] = "+".join(sessions) if all(sessions) else ""
+    for name in _SUMS:
+        if name in whole:
+            whole[name] = sum(each.get(name, 0) for each in statuses)
+    for name in _COUNTS:
+        if name in whole:
+            whole[name] = dict(sum((Counter(each.get(name, {})) for each in statuses), Counter()))
+    if "ranks" in whole:
+        whole["ranks"] = [{"replica": i, **rank} for i, each in enumerate(statuses) for rank in each["ranks"]]
+    if "version" in whole:
+        whole["version"] = min(each.get("version", whole["version"]) for each in statuses)
+    for name in ("error", "refused"):
+        told = [f"replica {i}: {each[name]}" for i, each in enumerate(statuses) if each.get(name)]
+        if name in whole:
+            whole[name] = "; ".join(told)
+    if "served" in whole:
+        whole["served"] = _served([each["served"] for each in statuses if "served" in each])
+    if "swap_ms" in whole:  # the latest last
+        turns = zip_longest(*(reversed(each.get("swap_ms", [])) for each in statuses))
+        whole["swap_ms"] = [ms for ms in chain(*turns) if ms is not None][::-1]
+    if "faults" in whole:
+        whole["faults"] = [
+            {**fault, "replica": i} for i, each in enumerate(statuses) for fault in each.get("faults", [])
+        ]
+    if "deleted" in whole:
+        deleted = [each["deleted"] for each in statuses]
+        told_all = all(each["learner"] == "told" for each in deleted)
+        whole["deleted"] = {
+            "trajectories": sum(each["trajectories"] for each in deleted),
+            "learner": "told" if told_all else "absent",
+        }
+    return whole
+
+
+def _served(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the sums over recorded requests of all replicas."""
+    accepted = sum((Counter(part["accepted"]) for part in parts), Counter[str]())
+    sums: dict[str, Any] = {
+        name: sum(part[name] for part in parts) for name in parts[0] if name not in ("accepted", "acceptance_length")
+    }
+    rounds = sums["speculative_rounds"]
+    return sums | {
+        "accepted": dict(accepted),
+        "acceptance_length": sums["speculative_tokens"] / rounds if rounds else None,
+    }

@@ -1,0 +1,144 @@
+"""Parts of vLLM's batches as prompts and rounds of the assembler. Pure bookkeeping: nothing here knows vLLM's classes.
+
+A batch mixes requests. Each has some consecutive positions of it: a chunk of its prompt, or its last token and the
+drafts after it. Recomputed requests have both at once, and are not recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aurora_rl.envs.recording.assembler import EngineRound, TargetRows, TrajectoryAssembler
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPart:
+    """What a batch has of one request.
+
+    Attributes:
+        rid: Id of the request.
+        start: Position of its first token in this batch.
+        count: Number of its tokens in this batch.
+        prompt_length: Number of tokens of its prompt.
+        root: Token at ``start``.
+        drafts: Drafted tokens after it.
+    """
+
+    rid: str
+    start: int
+    count: int
+    prompt_length: int
+    root: int
+    drafts: Sequence[int]
+
+    @property
+    def of_prompt(self) -> bool:
+        """Whether it is a chunk of the prompt."""
+        return self.start < self.prompt_length
+
+    @property
+    def logit_rows(self) -> int:
+        """Number of its positions at which the target's head is read: the last of a chunk, or root and drafts."""
+        return 1 + len(self.drafts)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """How the drafts that are verified next were made.
+
+    Attributes:
+        version: Version of the weights that drafted.
+        joint_log_probs: The drafter's log-probability of each drafted prefix, ``[K]``; None if it kept none.
+        filler: Whether no drafter made them. vLLM verifies tokens 0 where a text of the batch is about as long as it
+            may be.
+    """
+
+    version: int
+    joint_log_probs: Tensor | None = None
+    filler: bool = False
+
+
+def places(parts: Sequence[BatchPart]) -> list[tuple[slice, slice]]:
+    """Return where each part's rows are among the batch's positions, and among the rows that the head reads.
+
+    Example:
+        >>> chunk, round = BatchPart("a", 0, 5, 9, 1, ()), BatchPart("b", 9, 3, 4, 7, (8, 8))
+        >>> places([chunk, round])
+        [(slice(0, 5, None), slice(0, 1, None)), (slice(5, 8, None), slice(1, 4, None))]
+    """
+    found, position, row = [], 0, 0
+    for part in parts:
+        found.append((slice(position, position + part.count), slice(row, row + part.logit_rows)))
+        position, row = position + part.count, row + part.logit_rows
+    return found
+
+
+def record(
+    records: TrajectoryAssembler,
+    part: BatchPart,
+    features: Tensor,
+    target: TargetRows,
+    said: Sequence[int],
+    draft: Draft,
+    ready: Callable[[], None],
+) -> None:
+    """Take in a recorded request's part of a batch.
+
+    Args:
+        records: Assembler that has begun the request.
+        part: The part.
+        features: Features at its positions, ``[count, F]``.
+        target: The target's distribution at the rows that its head read, ``[logit_rows, ...]``.
+        said: Tokens that the batch delivered: the accepted drafts and one more; none within a prompt.
+        draft: How the part's drafts were made.
+        ready: Function to call before anything is read, which waits for copies that are still on their way.
+    """
+    end = part.start + part.count
+    if part.of_prompt:
+        if records.prefilled(part.rid) != part.start or end > part.prompt_length:  # put back, and run again
+            records.drop(part.rid, "retracted")
+        else:
+            records.prompt(part.rid, features, target if end == part.prompt_length else None)
+        return
+    if part.count != part.logit_rows:  # put back, and its text comes from the prefix cache but for its end
+        records.drop(part.rid, "retracted")
+        return
+    if draft.filler:  # what was said, a token a round
+        for step, token in enumerate([part.root, *said[:-1]]):
+            at, row = part.start + step, slice(step, step + 1)
+            rows = {name: values[row] for name, values in target.items()}
+            records.round(part.rid, _round(at, [token], 1, None, features[row], rows, draft.version, ready))
+        return
+    joint = None if draft.joint_log_probs is None else draft.joint_log_probs[: len(part.drafts)]
+    tokens = [part.root, *part.drafts]
+    records.round(part.rid, _round(part.start, tokens, len(said), joint, features, target, draft.version, ready))
+
+
+def _round(
+    anchor: int,
+    tokens: Sequence[int],
+    path_length: int,
+    joint_log_probs: Tensor | None,
+    features: Tensor,
+    target: TargetRows,
+    version: int,
+    ready: Callable[[], None],
+) -> EngineRound:
+    """Return a chain as a round."""
+    return EngineRound(
+        anchor=torch.tensor(anchor),
+        tokens=torch.tensor(tokens),
+        first_child=torch.tensor([*range(1, len(tokens)), -1]),
+        next_sibling=torch.full((len(tokens),), -1),
+        path=torch.arange(len(tokens)),
+        path_length=torch.tensor(path_length),
+        joint_log_probs=joint_log_probs if len(tokens) > 1 else torch.zeros(0),
+        features=features,
+        target=target,
+        policy_version=version,
+        ready=ready,
+    )

@@ -1,0 +1,102 @@
+"""What of a running vLLM is refused, by name, before anything is recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aurora_rl.collectors.codec import checksum
+from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.vllm import LEARNED
+from aurora_rl.envs.vllm.weights import draft_vocab
+from aurora_rl.models.target_head import TargetHead
+
+SUPPORTED = ("0.32.0",)
+"""Versions of vLLM whose functions the hooks were written for."""
+
+_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size")
+
+
+def check_engine(runner: Any, handshake: Handshake, *, missing: list[str], version: str) -> None:
+    """Refuse an engine that is not what the handshake says, or not what the hooks were written for.
+
+    Args:
+        runner: Model runner of the worker.
+        handshake: What the learner expects.
+        missing: Hooks that are not in force.
+        version: Version of vLLM.
+
+    Raises:
+        PluginError: Names what was found, and what to do.
+    """
+    check_server(runner.vllm_config, missing=missing, version=version)
+    check_models(runner, handshake)
+
+
+def check_server(config: Any, *, missing: list[str], version: str) -> None:
+    """Refuse a version, hooks that are missing, and ways to serve whose rounds are not recorded."""
+    if version not in SUPPORTED:
+        raise PluginError(f"vLLM {version} is not supported; install vllm=={SUPPORTED[-1]}")
+    if missing:
+        raise PluginError(
+            f"hooks are not in force in vLLM {version}: {', '.join(missing)}; another plugin removed them"
+        )
+    if config.use_v2_model_runner:
+        raise PluginError(
+            "this server runs vLLM's model runner V2, whose rounds are not recorded; set VLLM_USE_V2_MODEL_RUNNER=0 in "
+            "its environment"
+        )
+    if config.scheduler_config.async_scheduling:
+        raise PluginError("asynchronous scheduling is not recorded; start the server with --no-async-scheduling")
+    sizes = {name: getattr(config.parallel_config, name, 1) for name in _SIZES}
+    if set(sizes.values()) != {1}:
+        found = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+        raise PluginError(f"a server of one worker is needed, this has {found}")
+    drafting = config.speculative_config
+    if drafting is None or drafting.method not in LEARNED:
+        raise PluginError(
+            f"the speculative method is {None if drafting is None else drafting.method!r}; start the server with "
+            f'--speculative-config \'{{"method": "{LEARNED[0]}", "model": DRAFTER, "num_speculative_tokens": 3}}\''
+        )
+    if drafting.parallel_drafting:
+        raise PluginError("parallel drafting is not recorded; leave parallel_drafting out of --speculative-config")
+    if drafting.uses_dynamic_speculative_decoding():
+        raise PluginError(
+            "leave num_speculative_tokens_per_batch_size out of --speculative-config: one length is recorded"
+        )
+    if drafting.rejection_sample_method != "standard":
+        raise PluginError(
+            f"rejection_sample_method={drafting.rejection_sample_method!r} has another law of acceptance than is "
+            "recorded; leave it at 'standard'"
+        )
+    if drafting.draft_sample_method != "greedy":
+        raise PluginError(f"draft_sample_method={drafting.draft_sample_method!r} is not recorded; leave it at 'greedy'")
+    if config.model_config.logits_processors:
+        raise PluginError("--logits-processors change the distribution that is served; start the server without them")
+    if config.device_config.device_type == "cpu" and int(config.compilation_config.mode):
+        raise PluginError(
+            "on a CPU compiled code may keep the drafter's weights; start the server with --enforce-eager"
+        )
+
+
+def check_models(runner: Any, handshake: Handshake) -> None:
+    """Refuse another target, other captured layers or another draft vocabulary than the learner's."""
+    target, config = runner.get_model(), runner.model_config.hf_text_config
+    layers = tuple(getattr(getattr(target, "model", None), "aux_hidden_state_layers", ()))
+    if layers != handshake.feature_layers:
+        raise PluginError(
+            f"feature_layers is {handshake.feature_layers} at the learner and {layers} at the engine; give vLLM a "
+            "folder that was written for it (aurora-rl drafter export --to vllm)"
+        )
+    if getattr(target, "lm_head", None) is None:
+        raise PluginError(f"{type(target).__name__} has no output head of its own, which the learner needs")
+    head = target.lm_head.weight[: config.vocab_size]
+    # The learner found out which of them the model has; vLLM's own code computes it.
+    heads = TargetHead.candidates(head, getattr(target.lm_head, "bias", None), config)
+    if not any(checksum(each.tensors()) == handshake.head_checksum for each in heads):
+        raise PluginError(
+            f"the target's output head differs from the learner's (the engine has it in {head.dtype}); "
+            "serve the same model in the same dtype"
+        )
+    if checksum({"draft_vocab": draft_vocab(runner.drafter.model)}) != handshake.draft_map_checksum:
+        raise PluginError("the draft vocabulary (d2t) differs from the learner's; start both on one folder")

@@ -1,0 +1,77 @@
+"""A run on an engine of another process: what a server that runs already decides, and what is told of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from aurora_rl.cli import assembly, spec
+from aurora_rl.cli.config import load_config, to_yaml
+from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.remote import remote_server, served_config
+from aurora_rl.envs.recording import plugin_server
+from aurora_rl.envs.recording.plugin_server import PluginServer
+from aurora_rl.telemetry.log import MetricsLog
+
+SERVED = {
+    "seen": {},
+    "device": "cpu",
+    "model": "org/model",
+    "dtype": "float16",
+    "depth": 3,
+    "width": 2,
+    "num_nodes": 5,
+    "context": 4096,
+}
+
+
+@pytest.fixture
+def attaching() -> Iterator[list[str]]:
+    """Pairs of a run on an SGLang whose plugin answers with what it serves."""
+    plugin = PluginServer("tcp://127.0.0.1:*", lambda kind, fields: SERVED)
+    yield ["engine.name=sglang", "engine.url=http://127.0.0.1:9", f"engine.plugin_address={plugin.address}"]
+    plugin.close()
+
+
+def test_what_a_running_server_decides_is_taken_from_it(attaching: list[str]) -> None:
+    asked = load_config(overrides=[*attaching, "drafter.path=d", "drafter.name=eagle3", "drafter.depth=7"])
+    before = to_yaml(asked)
+    config = served_config(asked)
+    assert (config.model, config.dtype, config.engine.max_length) == ("org/model", "float16", 4096 - 12)
+    tree = config.drafter
+    assert (tree.depth, tree.width, tree.num_nodes, tree.name, tree.path) == (3, 2, 5, "eagle3", "d")
+    assert to_yaml(asked) == before  # the caller's stays as it is
+
+
+def test_a_model_and_a_dtype_that_are_named_stay(attaching: list[str]) -> None:
+    overrides = [*attaching, "drafter.path=d", "model=my/copy", "dtype=bfloat16"]
+    config = served_config(load_config(overrides=overrides))
+    assert (config.model, config.dtype) == ("my/copy", "bfloat16")
+
+
+def test_a_plugin_that_does_not_answer_is_named_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(plugin_server.ask.__kwdefaults__, "timeout", 0.1)
+    nowhere = ["engine.name=sglang", "engine.url=http://127.0.0.1:9", "engine.plugin_address=tcp://127.0.0.1:9"]
+    with pytest.raises(ConfigError, match="engine.plugin_address: no answer at tcp://127.0.0.1:9"):
+        served_config(load_config(overrides=[*nowhere, "drafter.path=d"]))
+
+
+def test_settings_that_keep_clients_requests_from_the_records_are_told(
+    tiny_folder: Path, tmp_path: Path, attaching: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.1}))
+    pairs = [f"model={tmp_path}/model", "dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3"]
+    run = spec.resolve(load_config(overrides=[*attaching, *pairs, "drafter.feature_layers=[1,2]", "drafter.path=d"]))
+    run = replace(run, config=replace(run.config, drafter=replace(run.config.drafter, path=None)))
+    target = assembly.load(run)
+    drafter, log = assembly.start_drafter(run, target, []), MetricsLog(tmp_path / "metrics.jsonl", "test")
+    with pytest.raises(ConfigError, match="engine.name=sglang: "):  # nobody is there to attach to
+        remote_server(run, target, None, drafter, log, tmp_path)
+    assert "sets repetition_penalty=1.1; requests that SGLang serves with that are not recorded" in caplog.text

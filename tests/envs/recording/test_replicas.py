@@ -1,0 +1,97 @@
+"""The plugins of data-parallel replicas, asked as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from aurora_rl.envs.recording.client import free_ports
+from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer, replica_address
+from aurora_rl.envs.recording.replicas import ask_all, of_all
+
+SERVED = {
+    "requests": 2, "terminated": 1, "prompt_tokens": 9, "tokens": 20, "speculative_tokens": 18, "speculative_rounds": 6,
+    "drafted_tokens": 18, "accepted": {"1": 2, "3": 4}, "acceptance_length": 3.0,
+}  # fmt: skip
+
+
+def status(number: int, **changed: Any) -> dict[str, Any]:
+    return {
+        "dp_size": 2, "attached": True, "session": f"s{number}", "slots": 4, "version": 3 - number, "recorded": 2,
+        "seen": {"verify": 5}, "skipped": {"prefix": number}, "drops": {}, "queued": 1, "sent": 2, "swaps": 2 - number,
+        "swap_ms": [10.0, 11.0][number:], "faults": [{"number": 1, "cause": "dead"}] * number, "error": "", "ranks": [],
+        "refused": "no key" if number else None, "served": SERVED, **changed,
+    }  # fmt: skip
+
+
+def test_the_status_of_a_server_adds_up_its_replicas() -> None:
+    whole = of_all([status(0), status(1)])
+    assert (whole["session"], whole["version"], whole["slots"], whole["swaps"]) == ("s0+s1", 2, 8, 3)
+    assert (whole["seen"], whole["skipped"], whole["recorded"]) == ({"verify": 10}, {"prefix": 1}, 4)
+    assert whole["swap_ms"] == [10.0, 11.0, 11.0] and whole["refused"] == "replica 1: no key" and whole["error"] == ""
+    assert whole["faults"] == [{"number": 1, "cause": "dead", "replica": 1}]
+    served = whole["served"]
+    assert (served["requests"], served["tokens"], served["acceptance_length"]) == (4, 40, 3.0)
+    assert served["accepted"] == {"1": 4, "3": 8}
+
+
+def test_a_replica_that_was_restarted_makes_another_session() -> None:
+    assert of_all([status(0), status(1, session="")])["session"] == ""
+    assert not of_all([status(0), status(1, attached=False)])["attached"]
+
+
+def test_what_was_deleted_is_told_if_every_replica_told_it() -> None:
+    parts = [status(n, deleted={"trajectories": 1 + n, "learner": told}) for n, told in enumerate(("told", "absent"))]
+    assert of_all(parts)["deleted"] == {"trajectories": 3, "learner": "absent"}
+
+
+class Replicas:
+    """Two plugins at ports one after the other, the second of which may refuse."""
+
+    def __init__(self) -> None:
+        (port,) = free_ports(1, following=1)
+        self.address, self.asked, self.refuse = f"tcp://127.0.0.1:{port}", list[tuple[int, str]](), ""
+        with ExitStack() as opened:
+            for number in (0, 1):
+                server = PluginServer(f"tcp://127.0.0.1:{port + number}", self._answer_of(number))
+                opened.callback(server.close)
+            self._opened = opened.pop_all()
+
+    def _answer_of(self, number: int) -> Any:
+        def answer(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
+            self.asked.append((number, kind))
+            if number and kind == "attach" and self.refuse:
+                raise PluginError(self.refuse)
+            return status(number)
+
+        return answer
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+@pytest.fixture
+def replicas() -> Iterator[Replicas]:
+    both = Replicas()
+    yield both
+    both.close()
+
+
+def test_all_replicas_are_asked(replicas: Replicas) -> None:
+    assert ask_all(replicas.address, "status", engine="SGLang")["session"] == "s0+s1"
+    assert replicas.asked == [(0, "status"), (1, "status")]
+
+
+def test_where_one_refuses_none_stays_attached(replicas: Replicas) -> None:
+    replicas.refuse = "another head"
+    with pytest.raises(PluginError, match="replica 1 of 2: another head"):
+        ask_all(replicas.address, "attach", {}, engine="SGLang")
+    assert replicas.asked == [(0, "attach"), (1, "attach"), (0, "detach")]
+
+
+def test_replicas_need_a_port_to_count_from() -> None:
+    with pytest.raises(PluginError, match="give one with a port"):
+        replica_address("ipc:///tmp/plugin", 1)
