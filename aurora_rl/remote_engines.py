@@ -4,6 +4,11 @@ from __future__ import annotations
 
 REMOTE_ENGINES = {"sglang": "SGLang", "vllm": "vLLM"}
 """How they are called in messages, by ``engine.name``."""
+EXAMPLES = {
+    "SGLang": ("http://127.0.0.1:30000", "tcp://127.0.0.1:5560"),
+    "vLLM": ("http://127.0.0.1:8000", "tcp://127.0.0.1:5561"),
+}
+"""URL of a server and address of its plugin, as in examples."""
 
 
 def address_variable(engine: str) -> str:

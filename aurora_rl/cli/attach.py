@@ -13,7 +13,7 @@ from aurora_rl.cli.config import Config
 from aurora_rl.cli.config_checks import check
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.signals import Stop
-from aurora_rl.remote_engines import REMOTE_ENGINES, address_variable
+from aurora_rl.remote_engines import EXAMPLES, REMOTE_ENGINES, address_variable
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def register(parser: argparse.ArgumentParser) -> None:
         ("status", "print the plugin's status as JSON"),
     ):
         command = commands.add_parser(name, help=text, description=f"{text}; exit status 1 if {engine} does not answer")
-        add_config_arguments(command, "engine.plugin_address=tcp://127.0.0.1:5560")
+        add_config_arguments(command, f"engine.plugin_address={EXAMPLES[engine][1]}")
 
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
@@ -46,7 +46,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     if arguments.what != "attach":
         return _ask(engine.plugin_address, arguments.what, config, name)
     if engine.url is None:
-        raise ConfigError(f"engine.url is missing: set it to {name}'s own, such as engine.url=http://127.0.0.1:30000")
+        raise ConfigError(f"engine.url is missing: set it to {name}'s own, such as engine.url={EXAMPLES[name][0]}")
     config = replace(config, engine=replace(engine, name=arguments.command))
     check(config)
     return serve.run(config, arguments, stop)

@@ -58,6 +58,12 @@ def check_privacy(config: Config) -> None:
     with naming("privacy.opt_out"):
         for name in config.privacy.opt_out:
             check_tenant(name)
+    if config.privacy.opt_out and config.engine.remote and config.http.port is None:
+        raise ConfigError(
+            f"privacy.opt_out={list(config.privacy.opt_out)} needs requests to come through our front, which knows "
+            f"their tenants: set http.port, or, as vLLM has none, have clients opt out "
+            f"(engine.name={config.engine.name})"
+        )
     if config.privacy.max_age is not None and not 0 < config.privacy.max_age < float("inf"):
         raise ConfigError(f"privacy.max_age={config.privacy.max_age} must be a number of seconds above 0, or null")
     if not config.privacy.zero_retention:

@@ -311,11 +311,17 @@ class WeightReceiver:
     def acknowledge(self, version: int, checksum: str, swap_ms: float) -> None:
         """Report weights from `latest` as serving, after a swap for which serving stood still ``swap_ms`` milliseconds.
 
-        ``checksum`` is that of what the model holds now, not of what was received: it finds a swap that did nothing.
+        ``checksum`` is that of what the model holds now. The embedded engine hashes that, which finds a swap that did
+        nothing; engines of other processes compare what they hold with what was received, and give the latter's.
         """
         with self._lock:
             self._version, self._checksum = version, checksum
             self._reply("ack", version=version, checksum=checksum, swap_ms=swap_ms)
+
+    def go_back(self, version: int) -> None:
+        """Say from now on that an earlier version serves, of which no checksum is known."""
+        with self._lock:
+            self._version, self._checksum, self._next_beat = version, None, 0.0
 
     def reject(self, version: int, reason: str) -> None:
         """Report that weights from `latest` were not installed and the old ones stay. They are not offered again."""

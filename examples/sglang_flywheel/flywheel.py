@@ -13,8 +13,9 @@ from pathlib import Path
 
 from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.engines import embedded_server, sglang_server
+from aurora_rl.cli.engines import embedded_server
 from aurora_rl.cli.learner import build_learner
+from aurora_rl.cli.remote import remote_server
 from aurora_rl.cli.spec import resolve
 from aurora_rl.telemetry.log import MetricsLog
 
@@ -41,8 +42,8 @@ def main() -> None:
     learning = threading.Thread(target=lambda: [learner.step() for _ in iter(done.is_set, True)])
     learning.start()
     try:
-        if config.engine.name == "sglang":
-            server = sglang_server(spec, target, requests, drafter, logs["server"], run_dir)
+        if config.engine.remote:
+            server = remote_server(spec, target, requests, drafter, logs["server"], run_dir)
         else:
             server = embedded_server(spec, target, requests, requests.first_prompts(1)[0], drafter, logs["server"])
         try:

@@ -55,6 +55,13 @@ def test_a_value_out_of_range_is_named(pair: str, message: str) -> None:
         load_config(overrides=[pair])
 
 
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_tenants_opt_out_only_where_a_front_knows_them(engine: str) -> None:
+    pairs = [f"engine.name={engine}", "drafter.name=eagle3", "privacy.opt_out=[a]"]
+    with pytest.raises(ConfigError, match=r"^privacy.opt_out=\['a'\] needs requests to come through our front"):
+        load_config(overrides=[*pairs, "http.port=null"])
+
+
 def test_a_command_that_records_is_refused_with_zero_retention() -> None:
     check_records(load_config())
     with pytest.raises(ConfigError, match="^privacy.zero_retention=true writes no text to disk, and this command"):

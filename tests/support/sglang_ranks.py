@@ -358,9 +358,15 @@ def run(name: str, folder: Path) -> None:
                 os._exit(0)  # the ranks are out of step
             server.ask("end")
 
-        threading.Thread(target=play, daemon=True).start()
+        player = threading.Thread(target=play, daemon=True)
+        player.start()
     while not server.ended:
-        server.turn()
+        try:
+            server.turn()
+        except RuntimeError:  # the engine's own broadcast, to a rank that has died
+            if name != "die" or server.ranks.rank:
+                raise
+            player.join()  # which ends this process
         time.sleep(0.001)
     sys.stdout.flush()
     os._exit(0)

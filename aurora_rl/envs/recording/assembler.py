@@ -11,6 +11,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from tensordict import TensorDict
@@ -311,7 +312,9 @@ class TrajectoryAssembler:
         paths = [each.path[: int(each.path_length)].long() for each in rounds]
         features += [each.features[path] for each, path in zip(rounds, paths, strict=True)]
         sequence_features = torch.cat(features)
-        if len(sequence_features) < last or any(int(r.anchor) < len(prompt) for r in rounds):
+        places = accumulate((len(path) for path in paths), initial=len(prompt))
+        follow = all(int(each.anchor) == place for each, place in zip(rounds, places, strict=False))
+        if len(sequence_features) < last or not follow or not all(map(len, paths)):
             return "incomplete"
         visited = [{k: v[path] for k, v in r.target.items()} for r, path in zip(rounds, paths, strict=True)]
         sequence = [record.first, *visited]

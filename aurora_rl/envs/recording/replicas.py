@@ -5,6 +5,7 @@ The plugin of the first answers at the server's plugin address, those of the oth
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain, zip_longest
@@ -30,16 +31,20 @@ def ask_all(
     if kind == "attach":  # the head of a target on several GPUs is brought together first
         options["timeout"] = _ATTACH_S
     first = ask(address, kind, fields, **options)
-    statuses = [first]
+    statuses, faults = [first], list[str]()
     for number in range(1, first.get("dp_size", 1)):
         try:
-            place = replica_address(address, number)
-            statuses.append(ask(place, kind, fields, **options))
-        except PluginError as error:
+            statuses.append(ask(replica_address(address, number), kind, fields, **options))
+        except PluginError as error:  # the others are asked all the same: one must not keep a deletion from them
+            faults.append(f"replica {number} of {first['dp_size']}: {error}")
             if kind == "attach":
-                for attached in range(number):
-                    ask(replica_address(address, attached), "detach", engine=engine, keys=keys)
-            raise PluginError(f"replica {number} of {first['dp_size']}: {error}") from error
+                break
+    if faults and kind == "attach":
+        for number in range(len(statuses)):
+            with contextlib.suppress(PluginError):
+                ask(replica_address(address, number), "detach", engine=engine, keys=keys)
+    if faults:
+        raise PluginError("; ".join(faults))
     return of_all(statuses)
 
 

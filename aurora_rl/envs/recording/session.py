@@ -136,8 +136,10 @@ class Session:
         """Tell the learner that a version serves no more, and which one does again."""
         self.version = before
         self.receiver.reject(version, reason)
-        if before in self._digests:  # not of what the server was started on
+        if before in self._digests:
             self.receiver.acknowledge(before, self._digests[before], 0.0)
+        else:  # what was served when the learner attached
+            self.receiver.go_back(before)
 
     def note_fault(self, **fault: Any) -> None:
         """Add a fault of the drafter to the status, with its number."""

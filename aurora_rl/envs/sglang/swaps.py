@@ -92,7 +92,7 @@ class Swaps:
 
     # ---- the first rank decides -------------------------------------------------------------------------------------
 
-    def due(self, session: Session | None, rounds: int) -> Iterator[Order]:
+    def due(self, session: Session | None, rounds: int, arrived: bool = False) -> Iterator[Order]:
         """Yield what all ranks are to do before the requests of this turn; the first rank calls this each turn.
 
         What was yielded before an error is to be done, too.
@@ -100,10 +100,11 @@ class Swaps:
         Args:
             session: Session of the learner that is attached now; None if none is.
             rounds: Rounds that SGLang has verified so far.
+            arrived: Whether requests come with this turn, which are not to wait for all of the weights.
         """
         if self._lost or (session is None and self._decided is None and self._head is None):
             return
-        idle = self._scheduler.is_fully_idle()
+        idle = self._scheduler.is_fully_idle() and not arrived
         if (head := self._head) is not None:
             yield from _in_parts("head", head, len(head.whole) // self.ranks.size, head.whole[:1].nbytes, idle)
         if session is not self._decided:
@@ -163,6 +164,8 @@ class Swaps:
         rows = getattr(layer, "weight", None)
         if rows is None:
             raise PluginError("the target's output head is quantized; serve a model whose head is not")
+        if self._lost:
+            raise PluginError(f"{self._lost}; restart SGLang")
         if self.ranks.size == 1 or getattr(layer, "tp_size", 1) == 1:
             return rows
         if getattr(layer, "bias", None) is not None:
@@ -206,6 +209,7 @@ class Swaps:
 
     def _begin(self, version: int) -> None:
         # On the first rank what it decided: the learner may have gone since.
+        self.reports = []
         self._session = session = self._decided or Follower(version)
         self._watchdog = DrafterWatchdog(self._scheduler, session, self._same_fault)
         self._watch_alike(self._watchdog)

@@ -70,12 +70,15 @@ def load_drafter(
         fault = str(error)
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"
+    agreed = False
     try:
         if reason := agree(fault):
+            raise SwapError(reason)
+        agreed = True
+    finally:
+        if not agreed:  # also where a rank did not answer
             for name, tensor in before.items():
                 shards[name].held.copy_(tensor)
-            raise SwapError(reason)
-    finally:
         if opened:
             runner.weight_updater.end_weight_update(run_post_load=False)
 

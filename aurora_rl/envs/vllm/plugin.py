@@ -86,10 +86,16 @@ class Plugin(RecorderPlugin):
         def tapped(*args: Any, **kwargs: Any) -> Any:
             logits = logits_of(*args, **kwargs)
             if self._scores is not None and logits is not None:
-                self._scores.append(logits.log_softmax(-1, dtype=torch.float32).amax(-1))
+                self._guarded(self._score, logits)
             return logits
 
         model.compute_logits = tapped
+
+    def _score(self, logits: Tensor) -> None:
+        scores, self._scores = self._scores, None  # of a fault, such as too little memory, none is left
+        assert scores is not None
+        scores.append(logits.log_softmax(-1, dtype=torch.float32).amax(-1))
+        self._scores = scores
 
     # ---- requests and replies ---------------------------------------------------------------------------------------
 
@@ -129,14 +135,14 @@ class Plugin(RecorderPlugin):
     def _check_engine(self, handshake: Handshake) -> None:
         check_engine(self._runner, handshake, missing=self._missing, version=vllm_version())
         if self._loader is None:
-            proposer = self._runner.drafter
-            self._loader = DraftLoader(proposer, self._runner.get_model(), self._runner.vllm_config)
-            self._tap_drafter(proposer)
+            model = self._runner.get_draft_model()
+            self._loader = DraftLoader(model, self._runner.get_model(), self._runner.vllm_config)
+            self._tap_drafter(self._runner.drafter)
 
     @override
     def _attach(self, fields: dict[str, Any]) -> None:
-        self._params, self._drafts = {}, {}  # of requests of another session
         super()._attach(fields)
+        self._params, self._drafts = {}, {}  # of requests of another session
 
     # ---- swaps ------------------------------------------------------------------------------------------------------
 
@@ -219,6 +225,9 @@ class Plugin(RecorderPlugin):
             if reason is not None:
                 records.counts[reason] += 1
                 continue
+            if new.req_id in records:  # the next part of an input that its client streams
+                records.drop(new.req_id, "aborted")
+                continue
             begun = new.prompt_token_ids, new.num_computed_tokens, session.version
             if records.begin(
                 new.req_id, *begun, tenant_of_salt(notes.salts.get(new.req_id)), name=client_id(new.req_id)
@@ -229,6 +238,8 @@ class Plugin(RecorderPlugin):
         with self._between:
             session, state = self._session, runner.execute_model_state
             self._kept, self._scores = [], None
+            if session is not None and not session.recording:
+                self._drafts.clear()  # the next chains are others
             if session is not None and state is not None:
                 self._guarded(self._keep, session, runner, state)
             out = original(runner, *args, **kwargs)

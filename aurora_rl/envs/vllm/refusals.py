@@ -73,6 +73,13 @@ def check_server(config: Any, *, missing: list[str], version: str) -> None:
         raise PluginError(f"draft_sample_method={drafting.draft_sample_method!r} is not recorded; leave it at 'greedy'")
     if config.model_config.logits_processors:
         raise PluginError("--logits-processors change the distribution that is served; start the server without them")
+    if config.weight_transfer_config is not None:
+        raise PluginError(
+            "weights that others transfer into the server change the target that the learner has; leave "
+            "--weight-transfer-config out"
+        )
+    if config.model_config.enable_sleep_mode:
+        raise PluginError("a server that may sleep unmaps what weights are loaded into; leave --enable-sleep-mode out")
     if config.device_config.device_type == "cpu" and int(config.compilation_config.mode):
         raise PluginError(
             "on a CPU compiled code may keep the drafter's weights; start the server with --enforce-eager"
@@ -98,5 +105,11 @@ def check_models(runner: Any, handshake: Handshake) -> None:
             f"the target's output head differs from the learner's (the engine has it in {head.dtype}); "
             "serve the same model in the same dtype"
         )
-    if checksum({"draft_vocab": draft_vocab(runner.drafter.model)}) != handshake.draft_map_checksum:
+    draft = runner.get_draft_model()
+    if getattr(getattr(draft, "model", None), "embed_tokens", None) is not getattr(target.model, "embed_tokens", None):
+        raise PluginError(
+            "the drafter has an embedding of its own, and the learner's reads the target's; give vLLM a folder without "
+            "one (aurora-rl drafter export --to vllm)"
+        )
+    if checksum({"draft_vocab": draft_vocab(draft)}) != handshake.draft_map_checksum:
         raise PluginError("the draft vocabulary (d2t) differs from the learner's; start both on one folder")

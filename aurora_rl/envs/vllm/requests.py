@@ -8,20 +8,21 @@ from typing import Any
 from aurora_rl.envs.recording.assembler import captured
 from aurora_rl.sampling_params import SamplingParams
 
-# What OpenAI's API puts before a client's id, and what vLLM adds: the number of the prompt and eight characters.
-_DECORATION = re.compile(r"^(?:cmpl|chatcmpl)-(.+?)(?:-\d+)?-[0-9a-f]{8}$")
+# What vLLM puts around a client's id: the number of a choice, what OpenAI's API begins with, the number of a
+# completion's prompt, which a chat has none of, and eight characters.
+_DECORATION = re.compile(r"^(?:\d+_)?(?:cmpl-(.+)-\d+|chatcmpl-(.+))-[0-9a-f]{8}$")
 _TERMINATED = ("FINISHED_STOPPED", "FINISHED_REPETITION")
 _COMPLETE = (*_TERMINATED, "FINISHED_LENGTH_CAPPED")
 
 
 def client_id(rid: str) -> str:
-    """Return the id that a client gave its request, from vLLM's own.
+    """Return the id that a client gave its request, from vLLM's own. All choices of a request have one.
 
-    >>> client_id("cmpl-17-0-90a1b2c3"), client_id("chatcmpl-x-90a1b2c3"), client_id("17")
-    ('17', 'x', '17')
+    >>> client_id("cmpl-17-0-90a1b2c3"), client_id("1_chatcmpl-user-42-90a1b2c3"), client_id("17")
+    ('17', 'user-42', '17')
     """
     found = _DECORATION.match(rid)
-    return found[1] if found else rid
+    return (found[1] or found[2]) if found else rid
 
 
 def unwanted(new: Any, *, capture_rate: float) -> str | None:
@@ -29,7 +30,8 @@ def unwanted(new: Any, *, capture_rate: float) -> str | None:
     params = new.sampling_params
     if params is None:
         return "pooling"
-    if (params.extra_args or {}).get("aurora_rl") in (False, 0, "false"):  # vllm_xargs know no booleans
+    # vllm_xargs know no booleans, and what is not plainly a yes is a no.
+    if str((params.extra_args or {}).get("aurora_rl", True)).lower() not in ("true", "1"):
         return "opt_out"
     if new.lora_request is not None:
         return "adapter"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from aurora_rl.envs.vllm.hooking import wrap
@@ -27,8 +28,11 @@ class Ended(NamedTuple):
     status: str
 
 
-class Notes(NamedTuple):
+@dataclass(frozen=True)
+class Notes:
     """What the worker is told with a batch.
+
+    vLLM logs a batch whose pass fails, part by part, and parts with users' data by their :meth:`anon_repr`.
 
     Attributes:
         ended: How requests ended that are finished, by id.
@@ -39,6 +43,10 @@ class Notes(NamedTuple):
     ended: dict[str, Ended]
     salts: dict[str, str | None]
     flushed: bool
+
+    def anon_repr(self) -> str:
+        """Return counts, without tokens and salts."""
+        return f"Notes(ended={len(self.ended)}, begun={len(self.salts)}, flushed={self.flushed})"
 
 
 class SchedulerNotes:

@@ -44,20 +44,15 @@ class DraftLoader:
     """Loads weights into the draft model of one worker, between two batches.
 
     Args:
-        proposer: vLLM's proposer, which has the draft model.
+        model: vLLM's draft model, without a wrapper: what is put in place of a module must not stay in that.
         target: The target, from which vLLM's draft model may borrow its embedding and its head.
         vllm_config: vLLM's configuration.
     """
 
-    def __init__(self, proposer: Any, target: nn.Module, vllm_config: Any) -> None:
-        self._proposer, self._target, self._config = proposer, target, vllm_config
+    def __init__(self, model: Any, target: nn.Module, vllm_config: Any) -> None:
+        self.model, self._target, self._config = model, target, vllm_config
         self._draft_config = vllm_config.speculative_config.draft_model_config
         self._serving: dict[str, Tensor] | None = None  # None are those of the folder that the server was started on
-
-    @property
-    def model(self) -> Any:
-        """The draft model."""
-        return self._proposer.model
 
     @property
     def vocab(self) -> Tensor:
@@ -80,8 +75,12 @@ class DraftLoader:
             self._reload(new.items())
             self._check(new)
         except Exception as error:
-            self._reload(self._before())
-            raise SwapError(f"vLLM did not load the weights: {error}") from error
+            reason = f"vLLM did not load the weights: {error}"
+            try:
+                self._reload(self._before())
+            except Exception as worse:
+                reason += f"; nor those before, so that its drafter is damaged until it is restarted: {worse}"
+            raise SwapError(reason) from error
         self._serving = new
 
     def _before(self) -> Iterable[tuple[str, Tensor]]:
@@ -90,7 +89,8 @@ class DraftLoader:
         from vllm.model_executor.model_loader import get_model_loader
 
         loader: Any = get_model_loader(self._config.load_config)
-        return loader.get_all_weights(self._draft_config, self.model)
+        found = loader.get_all_weights(self._draft_config, self.model)
+        return ((name, tensor) for name, tensor in found if not name.endswith("embed_tokens.weight"))
 
     @torch.no_grad()
     def _reload(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -286,6 +286,19 @@ def test_a_missing_round_is_noticed(drafter, out):
     assert out == [] and records.counts == {"incomplete": 1}
 
 
+def test_a_missing_round_is_noticed_where_the_last_one_runs_over_the_end(drafter, out):
+    trajectory = chain_start(drafter)
+    first, second, *rest = rounds_of(trajectory)
+    last = rest[-1]
+    over = replace(last, **{name: torch.cat([getattr(last, name)] * 20) for name in ("features",)})
+    over = replace(over, path=torch.arange(len(over.features)), path_length=torch.tensor(len(over.features)))
+    over = replace(over, target={name: torch.cat([rows] * 20) for name, rows in last.target.items()})
+    records = assembler(out)
+    play(records, trajectory, rounds=[first, *rest[:-1], over])
+    records.close()
+    assert out == [] and records.counts == {"incomplete": 1}
+
+
 def test_beyond_the_memory_requests_are_served_without_a_record(drafter, out):
     trajectory = chain_start(drafter)
     records = assembler(out, max_bytes=100)

@@ -49,13 +49,14 @@ def test_what_was_deleted_is_told_if_every_replica_told_it() -> None:
 
 
 class Replicas:
-    """Two plugins at ports one after the other, the second of which may refuse."""
+    """Plugins at ports one after the other, one of which may refuse."""
 
-    def __init__(self) -> None:
-        (port,) = free_ports(1, following=1)
+    def __init__(self, count: int) -> None:
+        (port,) = free_ports(1, following=2)
         self.address, self.asked, self.refuse = f"tcp://127.0.0.1:{port}", list[tuple[int, str]](), ""
+        self.refuses, self.count = 1, count
         with ExitStack() as opened:
-            for number in (0, 1):
+            for number in range(count):
                 server = PluginServer(f"tcp://127.0.0.1:{port + number}", self._answer_of(number))
                 opened.callback(server.close)
             self._opened = opened.pop_all()
@@ -63,9 +64,9 @@ class Replicas:
     def _answer_of(self, number: int) -> Any:
         def answer(kind: str, fields: dict[str, Any]) -> dict[str, Any]:
             self.asked.append((number, kind))
-            if number and kind == "attach" and self.refuse:
+            if number == self.refuses and kind in ("attach", "delete") and self.refuse:
                 raise PluginError(self.refuse)
-            return status(number)
+            return status(number, dp_size=self.count)
 
         return answer
 
@@ -75,7 +76,7 @@ class Replicas:
 
 @pytest.fixture
 def replicas() -> Iterator[Replicas]:
-    both = Replicas()
+    both = Replicas(2)
     yield both
     both.close()
 
@@ -90,6 +91,17 @@ def test_where_one_refuses_none_stays_attached(replicas: Replicas) -> None:
     with pytest.raises(PluginError, match="replica 1 of 2: another head"):
         ask_all(replicas.address, "attach", {}, engine="SGLang")
     assert replicas.asked == [(0, "attach"), (1, "attach"), (0, "detach")]
+
+
+def test_one_that_fails_keeps_a_deletion_from_no_other() -> None:
+    three = Replicas(3)
+    try:
+        three.refuse = "nothing is attached"
+        with pytest.raises(PluginError, match="replica 1 of 3: nothing is attached"):
+            ask_all(three.address, "delete", {"tenant": "a"}, engine="SGLang")
+        assert three.asked == [(0, "delete"), (1, "delete"), (2, "delete")]
+    finally:
+        three.close()
 
 
 def test_replicas_need_a_port_to_count_from() -> None:

@@ -43,6 +43,17 @@ def test_the_target_is_kept_by_its_head_or_by_its_likeliest_tokens(exact):
         session.close()
 
 
+def test_a_version_that_is_rolled_back_is_said_to_serve_no_more():
+    session = Session(FIELDS, engine="SGLang", exact=True)
+    try:
+        session.receiver.acknowledge(FIELDS["version"] + 3, "a checksum", 1.0)
+        session.roll_back(FIELDS["version"] + 3, FIELDS["version"], "stale")
+        assert session.version == session.receiver.version == FIELDS["version"]
+        assert session.receiver._checksum is None  # of what the server was started on none is known
+    finally:
+        session.close()
+
+
 def test_both_sides_have_keys_or_none(tmp_path):
     with pytest.raises(
         PluginError, match="the learner has keys and the engine has none; set wire.keys there, and AURORA"

@@ -186,6 +186,16 @@ def test_a_fault_of_another_rank_puts_the_old_weights_back():
     assert torch.equal(runner.model.lm_head.weight, runner.before) and runner.calls == ["begin", "load", "end"]
 
 
+def test_a_rank_that_does_not_answer_puts_the_old_weights_back():
+    def lost(fault):
+        raise TimeoutError("rank 1 did not answer")
+
+    runner = Runner()
+    with pytest.raises(TimeoutError):
+        load_drafter(None, runner, NEW, lost)
+    assert torch.equal(runner.model.lm_head.weight, runner.before) and runner.calls == ["begin", "load", "end"]
+
+
 @pytest.mark.parametrize(
     ("session", "weights", "message"),
     [

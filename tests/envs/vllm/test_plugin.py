@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.recording.session import SwapError
 from aurora_rl.envs.vllm import plugin as plugin_module
+from aurora_rl.envs.vllm.batches import Draft
 from aurora_rl.envs.vllm.plugin import Plugin
 from aurora_rl.envs.vllm.scheduler_notes import FLUSH, NOTES, Ended, Notes
 
@@ -100,7 +101,7 @@ def plugin(monkeypatch):
     monkeypatch.setattr(plugin_module, "vllm_version", lambda: "0.32.0")
 
     class Fresh(Runner):  # hooks stay on the class
-        get_model = lambda self: None  # noqa: E731
+        get_model = get_draft_model = lambda self: None  # noqa: E731
 
     plugin = Plugin("tcp://127.0.0.1:*")
     wrapper = SimpleNamespace(worker=SimpleNamespace(rank=0, model_runner=Fresh()))
@@ -277,6 +278,14 @@ def test_further_workers_do_not_answer():
     assert plugin._server is None
 
 
-def test_a_second_learner_is_refused(plugin):
+def test_a_second_learner_is_refused_and_changes_nothing_of_the_first_one_s_requests(plugin):
+    plugin._params["a"], plugin._drafts["a"] = object(), Draft(1)
     with pytest.raises(PluginError, match="attached already"):
         plugin._answer("attach", FIELDS)
+    assert list(plugin._params) == list(plugin._drafts) == ["a"]
+
+
+def test_a_fault_of_the_scores_stays_ours(plugin):
+    plugin._scores = []
+    plugin._guarded(plugin._score, None)  # as where a copy of the logits finds no memory
+    assert plugin._scores is None and not plugin._session.recording

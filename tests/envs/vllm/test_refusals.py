@@ -9,6 +9,8 @@ from attach_fields import DRAFT_VOCAB, HANDSHAKE, HEAD
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.vllm.refusals import SUPPORTED, check_engine
 
+EMBEDDING = object()
+
 
 @pytest.fixture
 def runner():
@@ -27,23 +29,26 @@ def runner():
         scheduler_config=SimpleNamespace(async_scheduling=False),
         parallel_config=SimpleNamespace(**dict.fromkeys(sizes, 1)),
         speculative_config=drafting,
-        model_config=SimpleNamespace(logits_processors=None),
+        model_config=SimpleNamespace(logits_processors=None, enable_sleep_mode=False),
+        weight_transfer_config=None,
         device_config=SimpleNamespace(device_type="cpu"),
         compilation_config=SimpleNamespace(mode=0),
     )
     # The head has rows of padding after the vocabulary, as vLLM's has.
     target = SimpleNamespace(
-        model=SimpleNamespace(aux_hidden_state_layers=(2, 4)),
+        model=SimpleNamespace(aux_hidden_state_layers=(2, 4), embed_tokens=EMBEDDING),
         lm_head=SimpleNamespace(weight=torch.cat([HEAD, torch.zeros(2, 2)])),
     )
     drafter = SimpleNamespace(
-        config=SimpleNamespace(draft_vocab_size=3), draft_id_to_target_id=DRAFT_VOCAB - torch.arange(3)
+        config=SimpleNamespace(draft_vocab_size=3),
+        draft_id_to_target_id=DRAFT_VOCAB - torch.arange(3),
+        model=SimpleNamespace(embed_tokens=EMBEDDING),
     )
     return SimpleNamespace(
         vllm_config=config,
         model_config=SimpleNamespace(hf_text_config=SimpleNamespace(vocab_size=6, num_hidden_layers=7)),
         get_model=lambda: target,
-        drafter=SimpleNamespace(model=drafter),
+        get_draft_model=lambda: drafter,
     )
 
 
@@ -86,6 +91,8 @@ def test_hooks_that_are_not_in_force_are_named(runner):
         ({"speculative_config.draft_sample_method": "probabilistic"}, "draft_sample_method='probabilistic' is not"),
         ({"model_config.logits_processors": ["mine:Processor"]}, "--logits-processors change the distribution"),
         ({"compilation_config.mode": 3}, "start the server with --enforce-eager"),
+        ({"model_config.enable_sleep_mode": True}, "leave --enable-sleep-mode out"),
+        ({"weight_transfer_config": object()}, "leave --weight-transfer-config out"),
     ],
 )
 def test_a_server_started_otherwise_is_refused(runner, change, message):
@@ -113,12 +120,16 @@ def test_another_target_or_drafter_is_refused(runner):
     target.model = None
     with pytest.raises(PluginError, match=r"\(2, 4\) at the learner and \(\) at the engine"):
         check(runner)
-    target.model = SimpleNamespace(aux_hidden_state_layers=(2, 4))
+    target.model = SimpleNamespace(aux_hidden_state_layers=(2, 4), embed_tokens=EMBEDDING)
     target.lm_head.weight = target.lm_head.weight + 1
     with pytest.raises(PluginError, match="output head differs from the learner's .*float32"):
         check(runner)
     target.lm_head.weight = target.lm_head.weight - 1
-    runner.drafter.model.draft_id_to_target_id += 1
+    runner.get_draft_model().model.embed_tokens = object()
+    with pytest.raises(PluginError, match="the drafter has an embedding of its own"):
+        check(runner)
+    runner.get_draft_model().model.embed_tokens = EMBEDDING
+    runner.get_draft_model().draft_id_to_target_id += 1
     with pytest.raises(PluginError, match=r"draft vocabulary \(d2t\) differs"):
         check(runner)
     target.lm_head = None

@@ -32,6 +32,10 @@ def new(rid: str = "cmpl-7-0-0a1b2c3d", **fields: Any) -> SimpleNamespace:
         (new(extra_args={"other": 0}), None),
         (new(extra_args={"aurora_rl": "false"}), "opt_out"),
         (new(extra_args={"aurora_rl": 0}), "opt_out"),
+        (new(extra_args={"aurora_rl": "False"}), "opt_out"),
+        (new(extra_args={"aurora_rl": "no"}), "opt_out"),
+        (new(extra_args={"aurora_rl": "True"}), None),
+        (new(extra_args={"aurora_rl": 1}), None),
         (new(sampling_params=None), "pooling"),
         (new(lora_request=object()), "adapter"),
         (new(mm_features=[object()]), "multimodal"),
@@ -65,6 +69,9 @@ def test_the_client_s_id_is_found() -> None:
     # Its own dashes, digits and eight characters stay.
     ids = ["cmpl-a-1-0-0a1b2c3d", "cmpl-req-12345678-0-0a1b2c3d", "chatcmpl-9-0a1b2c3d", "plain", "0-0a1b2c3d"]
     assert [client_id(rid) for rid in ids] == ["a-1", "req-12345678", "9", "plain", "0-0a1b2c3d"]
+    chats = ["chatcmpl-user-42-0a1b2c3d", "chatcmpl-user-43-0a1b2c3d"]  # without the number of a prompt
+    assert [client_id(rid) for rid in chats] == ["user-42", "user-43"]
+    assert {client_id(f"{choice}_cmpl-17-0-0a1b2c3d") for choice in range(3)} == {"17"}
 
 
 def test_the_sampling_is_recorded() -> None:

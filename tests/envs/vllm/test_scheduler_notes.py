@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aurora_rl.envs.vllm.scheduler_notes import FLUSH, NOTES, Ended, SchedulerNotes
+from aurora_rl.envs.vllm.scheduler_notes import FLUSH, NOTES, Ended, Notes, SchedulerNotes
 
 
 @dataclass
@@ -60,6 +60,12 @@ def test_ends_and_salts_travel_with_the_batch(scheduler: Any) -> None:
     assert notes.ended == {"1": Ended([4, 5], "FINISHED_STOPPED")} and notes.salts == {"2": "t@x"} and not notes.flushed
     scheduler.new, scheduler.done = [], set()
     assert getattr(scheduler.schedule(), NOTES).ended == {}  # told once
+
+
+def test_a_dump_of_a_batch_has_neither_tokens_nor_salts() -> None:
+    notes = Notes({"1": Ended([4711, 4712], "FINISHED_STOPPED")}, {"2": "t@secret"}, flushed=False)
+    assert not isinstance(notes, tuple)  # vLLM would print its parts before it looks for this method
+    assert notes.anon_repr() == "Notes(ended=1, begun=1, flushed=False)"
 
 
 def test_the_prefix_cache_is_emptied_when_nothing_runs_and_once(scheduler: Any) -> None:
