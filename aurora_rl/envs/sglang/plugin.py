@@ -85,7 +85,7 @@ class Plugin(RecorderPlugin):
         """Let the first rank's orders travel to all ranks with the requests that came."""
         orders: list[Order] = []
         if (swaps := self._swaps) is not None and swaps.ranks.rank == 0:
-            self._guarded(lambda: orders.extend(swaps.due(self._session, self._seen["verify"], bool(requests))))
+            self._guarded(lambda: orders.extend(swaps.due(self._session, self._seen["verify"])))
         return original(receiver, [*requests, *orders] if orders else requests, *args, **kwargs)
 
     def _between_batches(self, original: Callable, scheduler: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:

@@ -92,7 +92,7 @@ class Swaps:
 
     # ---- the first rank decides -------------------------------------------------------------------------------------
 
-    def due(self, session: Session | None, rounds: int, arrived: bool = False) -> Iterator[Order]:
+    def due(self, session: Session | None, rounds: int) -> Iterator[Order]:
         """Yield what all ranks are to do before the requests of this turn; the first rank calls this each turn.
 
         What was yielded before an error is to be done, too.
@@ -100,11 +100,10 @@ class Swaps:
         Args:
             session: Session of the learner that is attached now; None if none is.
             rounds: Rounds that SGLang has verified so far.
-            arrived: Whether requests come with this turn, which are not to wait for all of the weights.
         """
         if self._lost or (session is None and self._decided is None and self._head is None):
             return
-        idle = self._scheduler.is_fully_idle() and not arrived
+        idle = self._scheduler.is_fully_idle()  # an idle scheduler may make a turn only when a request comes
         if (head := self._head) is not None:
             yield from _in_parts("head", head, len(head.whole) // self.ranks.size, head.whole[:1].nbytes, idle)
         if session is not self._decided:

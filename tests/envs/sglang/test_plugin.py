@@ -232,7 +232,7 @@ def test_orders_travel_with_the_requests_and_sglang_does_not_see_them(engine):
     engine._swaps = SimpleNamespace(
         ranks=EngineRanks(),
         reports=[],
-        due=lambda session, rounds, arrived: [Order("end")] if arrived else [],
+        due=lambda session, rounds: [Order("end")],
         obey=lambda order, logits: obeyed.append(order),
         forget=lambda: None,
     )
