@@ -23,6 +23,8 @@ from aurora_rl.collectors.keys import plugin_client_keys
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.recording.replicas import ask_all
+from aurora_rl.policies.registry import recognized
+from aurora_rl.storage import CheckpointError
 
 _START_S = 300.0
 _TAIL = 2_000
@@ -297,6 +299,34 @@ class EngineClient:
     def __exit__(self, *_: object) -> None:
         """End as :meth:`close` does."""
         self.close()
+
+
+def learned_method(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], attribute: str, learned: Sequence[str], *, engine: str
+) -> str:
+    """Return an engine's name for the method of the drafter that a folder's configuration is of.
+
+    Args:
+        folder: The folder, for messages.
+        config: Entries of its ``config.json``.
+        attribute: Class attribute of drafters with that name, such as ``"vllm_method"``.
+        learned: Names of the methods that learn with the engine.
+        engine: Name of the engine, for messages.
+
+    Raises:
+        CheckpointError: No drafter is of this configuration, or its method does not learn with the engine.
+    """
+    try:
+        kind = recognized(config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    method: str | None = getattr(kind, attribute)
+    if method is None or method not in learned:
+        raise CheckpointError(
+            f"{folder}: config.json is of {kind.__name__}, which does not learn with {engine}; take a drafter of "
+            f"{' or '.join(learned)}, such as drafter.name=eagle3"
+        )
+    return method
 
 
 def free_ports(count: int, following: int = 0) -> list[int]:

@@ -13,11 +13,10 @@ import torch
 from typing_extensions import override
 
 from aurora_rl.envs import Request
-from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports
+from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
 from aurora_rl.envs.sglang import ENVIRONMENT, KEYS_ENVIRONMENT, LEARNED
 from aurora_rl.envs.sglang.layout import cores_of, parallelism
 from aurora_rl.policies.formats.vllm import LAYER_IDS
-from aurora_rl.policies.registry import recognized
 from aurora_rl.storage import CheckpointError, read_folder
 
 # The attention backend that knows trees; named for all uses at once, it is replaced on a CPU without AMX. Idle, a
@@ -181,15 +180,7 @@ def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathL
         CheckpointError: The folder is not a checkpoint of a drafter that learns with SGLang.
     """
     tensors, config = read_folder(drafter, "config.json")
-    try:
-        kind = recognized(config)
-    except ValueError as error:
-        raise CheckpointError(f"{drafter}: {error}") from error
-    if (algorithm := kind.sglang_algorithm) not in LEARNED:
-        raise CheckpointError(
-            f"{drafter}: config.json is of {kind.__name__}, which does not learn with SGLang; take a drafter of "
-            f"{' or '.join(LEARNED)}, such as drafter.name=eagle3"
-        )
+    algorithm = learned_method(drafter, config, "sglang_algorithm", LEARNED, engine="SGLang")
     if min((config.get("eagle_config") or {}).get(LAYER_IDS) or [0]) < 0:
         raise CheckpointError(
             f"{drafter}: the drafter reads what enters layer 0, which SGLang cannot capture; start a drafter of layers "

@@ -12,11 +12,10 @@ import torch
 from typing_extensions import override
 
 from aurora_rl.envs import Request
-from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports
+from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
 from aurora_rl.envs.vllm import ENGINE, LEARNED
-from aurora_rl.policies.registry import recognized
 from aurora_rl.remote_engines import address_variable, keys_variable
-from aurora_rl.storage import CheckpointError, read_folder
+from aurora_rl.storage import read_folder
 
 CPU_VARIABLES = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # otherwise threads are bound to all cores, the learner's too
@@ -160,13 +159,5 @@ def drafter_config(drafter: str | os.PathLike[str], depth: int) -> dict[str, Any
         CheckpointError: The folder is not a checkpoint of a drafter that learns with vLLM.
     """
     _, config = read_folder(drafter, "config.json")
-    try:
-        kind = recognized(config)
-    except ValueError as error:
-        raise CheckpointError(f"{drafter}: {error}") from error
-    if (method := kind.vllm_method) not in LEARNED:
-        raise CheckpointError(
-            f"{drafter}: config.json is of {kind.__name__}, which does not learn with vLLM; take a drafter of "
-            f"{' or '.join(LEARNED)}, such as drafter.name=eagle3"
-        )
+    method = learned_method(drafter, config, "vllm_method", LEARNED, engine="vLLM")
     return {"method": method, "model": str(drafter), "num_speculative_tokens": depth}
