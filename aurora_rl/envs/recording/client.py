@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.recording.replicas import ask_all
 from aurora_rl.policies.registry import recognized
+from aurora_rl.remote_engines import address_variable, keys_variable
 from aurora_rl.storage import CheckpointError
 
 _START_S = 300.0
@@ -76,6 +78,7 @@ class EngineClient:
     """What is raised of the server."""
     watched: ClassVar[tuple[str, ...]] = ("prefill", "verify")
     """Entries of "seen" in the plugin's status that one request must raise."""
+    _folder: str | None = None  # of the plugin's address, if the server was launched here
 
     def __init__(
         self,
@@ -100,31 +103,44 @@ class EngineClient:
         cls,
         command: Sequence[str],
         url: str,
-        plugin_address: str | None,
         *,
+        plugin: bool,
         environment: Mapping[str, str],
         log: str | os.PathLike[str] | None,
         keys: str | os.PathLike[str] | None,
     ) -> Self:
-        """Start a server by its command and wait until it answers.
+        """Start a server by its command, with our plugin or without, and wait until it and the plugin answer.
 
         Raises:
             EngineError: It ends or does not answer within five minutes; the message has the end of its log.
         """
         path = Path(log or tempfile.mkstemp(suffix=".log", prefix=f"{cls.engine.lower()}-")[1])
+        variables, address, folder = dict(environment), None, None
+        if plugin:
+            # A path, not a port: until the server binds it, half a minute from now, another process may take a port.
+            folder = tempfile.mkdtemp(prefix="aurora-rl-")
+            address = variables[address_variable(cls.engine)] = f"ipc://{folder}/plugin"
+            if keys is not None:
+                variables[keys_variable(cls.engine)] = os.path.abspath(keys)
         with open(path, "ab") as output:
             process = subprocess.Popen(
                 command,
                 # SAFEPATH: a stray http.py where the user stands must not take the standard library's place.
-                env={**os.environ, "PYTHONSAFEPATH": "1", **environment},
+                env={**os.environ, "PYTHONSAFEPATH": "1", **variables},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        engine = cls(url, plugin_address, keys=keys, process=process, log=path)
+        engine = cls(url, address, keys=keys, process=process, log=path)
+        engine._folder = folder
         try:
             engine.wait_ready(_START_S)
+            if plugin:
+                engine.status()
+        except PluginError as error:
+            engine.close()
+            raise cls.error(f"{error}: {engine._tail()}") from error
         except BaseException:
             engine.close()
             raise
@@ -291,6 +307,8 @@ class EngineClient:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> Self:
         """Return the client."""
@@ -329,19 +347,10 @@ def learned_method(
     return method
 
 
-def free_ports(count: int, following: int = 0) -> list[int]:
-    """Return ports of this host that nobody listens at now, nor at so many that follow the last one.
-
-    Raises:
-        OSError: There are none.
-    """
-    for _ in range(64):
-        with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
-            sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
-            for bound in sockets:
-                bound.bind(("127.0.0.1", 0))
-            ports = [bound.getsockname()[1] for bound in sockets]
-            for port in range(ports[-1] + 1, ports[-1] + 1 + following):
-                opened.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return ports
-    raise OSError(f"no {count + following} ports are free on this host")
+def free_ports(count: int) -> list[int]:
+    """Return ports of this host that nobody listens at now."""
+    with contextlib.ExitStack() as opened:
+        sockets = [opened.enter_context(socket.socket()) for _ in range(count)]
+        for bound in sockets:
+            bound.bind(("127.0.0.1", 0))
+        return [bound.getsockname()[1] for bound in sockets]

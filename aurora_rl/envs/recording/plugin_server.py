@@ -98,15 +98,17 @@ def ask(
 def replica_address(address: str, number: int) -> str:
     """Return where the plugin of a data-parallel replica answers, if that of the first answers at ``address``.
 
-    >>> replica_address("tcp://127.0.0.1:5560", 2), replica_address("ipc:///tmp/plugin", 0)
-    ('tcp://127.0.0.1:5562', 'ipc:///tmp/plugin')
+    >>> replica_address("tcp://127.0.0.1:5560", 2), replica_address("ipc:///tmp/plugin", 1)
+    ('tcp://127.0.0.1:5562', 'ipc:///tmp/plugin-1')
 
     Raises:
-        PluginError: The address has no port to count from.
+        PluginError: The address is of TCP and has no port to count from.
     """
-    host, _, port = address.rpartition(":")
     if not number:
         return address
-    if not (address.startswith("tcp://") and port.isdecimal()):
+    if address.startswith("ipc://"):
+        return f"{address}-{number}"
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
         raise PluginError(f"{address}: data-parallel replicas answer at the ports after it; give one with a port")
     return f"{host}:{int(port) + number}"

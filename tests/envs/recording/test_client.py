@@ -3,6 +3,7 @@
 import socket
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,8 +31,52 @@ def test_a_process_that_ends_is_told_with_the_end_of_its_log(tmp_path):
     code = "import sys; print('out of memory'); sys.exit(3)"
     with pytest.raises(EngineError, match="(?s)Bare ended with status 3: out of memory"):
         Silent.start(
-            [sys.executable, "-c", code], "http://127.0.0.1:9", None, environment={}, log=tmp_path / "log", keys=None
+            [sys.executable, "-c", code],
+            "http://127.0.0.1:9",
+            plugin=True,
+            environment={},
+            log=tmp_path / "log",
+            keys=None,
         )
+
+
+HEALTHY = """
+import http.server, sys
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+print("the hooks were not registered", flush=True)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
+"""
+
+
+class Mute(Silent):
+    """One whose plugin nobody reaches."""
+
+    def status(self) -> dict[str, Any]:
+        raise PluginError(f"no answer at {self.plugin_address}")
+
+
+@pytest.mark.parametrize("kind", [Silent, Mute])
+def test_a_server_is_started_with_its_plugin_or_not_at_all(kind, tmp_path):
+    (port,) = free_ports(1)
+
+    def start(**options: Any) -> EngineClient:
+        command = [sys.executable, "-c", HEALTHY, str(port)]
+        url, log = f"http://127.0.0.1:{port}", tmp_path / "log"
+        return kind.start(command, url, environment={}, log=log, keys=None, **options)
+
+    with start(plugin=False) as engine:
+        assert engine.plugin_address is None
+    if kind is Mute:
+        with pytest.raises(EngineError, match=r"no answer at ipc://\S+/plugin: the hooks were not registered"):
+            start(plugin=True)
+        return
+    with start(plugin=True) as engine:
+        folder = Path(str(engine.plugin_address).removeprefix("ipc://")).parent
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert not folder.exists()
 
 
 def test_a_server_that_does_not_answer_is_named():
@@ -52,8 +97,7 @@ def test_hooks_that_saw_nothing_are_named():
     client.probe({"seen": {}})
 
 
-def test_free_ports_are_free_and_so_are_those_that_follow() -> None:
-    first, last = free_ports(2, following=2)
+def test_free_ports_are_free() -> None:
     with ExitStack() as opened:
-        for port in (first, last, last + 1, last + 2):
+        for port in free_ports(3):
             opened.enter_context(socket.create_server(("127.0.0.1", port)))

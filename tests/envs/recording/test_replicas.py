@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aurora_rl.envs.recording.client import free_ports
 from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer, replica_address
 from aurora_rl.envs.recording.replicas import ask_all, of_all
 
@@ -49,15 +49,14 @@ def test_what_was_deleted_is_told_if_every_replica_told_it() -> None:
 
 
 class Replicas:
-    """Plugins at ports one after the other, one of which may refuse."""
+    """Plugins at paths that differ by a number, one of which may refuse."""
 
-    def __init__(self, count: int) -> None:
-        (port,) = free_ports(1, following=2)
-        self.address, self.asked, self.refuse = f"tcp://127.0.0.1:{port}", list[tuple[int, str]](), ""
+    def __init__(self, folder: Path, count: int) -> None:
+        self.address, self.asked, self.refuse = f"ipc://{folder}/plugin", list[tuple[int, str]](), ""
         self.refuses, self.count = 1, count
         with ExitStack() as opened:
             for number in range(count):
-                server = PluginServer(f"tcp://127.0.0.1:{port + number}", self._answer_of(number))
+                server = PluginServer(replica_address(self.address, number), self._answer_of(number))
                 opened.callback(server.close)
             self._opened = opened.pop_all()
 
@@ -75,8 +74,8 @@ class Replicas:
 
 
 @pytest.fixture
-def replicas() -> Iterator[Replicas]:
-    both = Replicas(2)
+def replicas(tmp_path: Path) -> Iterator[Replicas]:
+    both = Replicas(tmp_path, 2)
     yield both
     both.close()
 
@@ -93,8 +92,8 @@ def test_where_one_refuses_none_stays_attached(replicas: Replicas) -> None:
     assert replicas.asked == [(0, "attach"), (1, "attach"), (0, "detach")]
 
 
-def test_one_that_fails_keeps_a_deletion_from_no_other() -> None:
-    three = Replicas(3)
+def test_one_that_fails_keeps_a_deletion_from_no_other(tmp_path: Path) -> None:
+    three = Replicas(tmp_path, 3)
     try:
         three.refuse = "nothing is attached"
         with pytest.raises(PluginError, match="replica 1 of 3: nothing is attached"):
@@ -106,4 +105,4 @@ def test_one_that_fails_keeps_a_deletion_from_no_other() -> None:
 
 def test_replicas_need_a_port_to_count_from() -> None:
     with pytest.raises(PluginError, match="give one with a port"):
-        replica_address("ipc:///tmp/plugin", 1)
+        replica_address("tcp://127.0.0.1:*", 1)

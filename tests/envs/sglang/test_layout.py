@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aurora_rl.envs.sglang.layout import cores_of, layout_fault, parallelism
+from aurora_rl.envs.sglang.layout import cores_of, layout_fault, ranks_of
 
 ONE = {
     "tp_size": 1, "pp_size": 1, "enable_dp_attention": False, "attn_cp_size": 1, "moe_a2a_backend": "none",
@@ -42,8 +42,8 @@ def test_other_layouts_are_not(changed: dict[str, Any]) -> None:
     "names", [("--tp-size", "--dp-size"), ("--tp", "--dp"), ("--tensor-parallel-size", "--data-parallel-size")]
 )
 def test_ranks_and_replicas_are_read_from_sglangs_arguments(names: tuple[str, str]) -> None:
-    assert parallelism([names[0], "4", f"{names[1]}=2"]) == (8, 2)
-    assert parallelism(["--log-level", "info"]) == (1, 1)
+    assert ranks_of([names[0], "4", f"{names[1]}=2"]) == 8
+    assert ranks_of(["--log-level", "info"]) == 1
 
 
 def test_ranks_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
