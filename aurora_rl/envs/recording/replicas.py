@@ -62,7 +62,8 @@ def of_all(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     if len(statuses) == 1:
         return statuses[0]
-    whole = dict(statuses[0])
+    # One replica may be detached, whose status has less.
+    whole = {name: value for each in reversed(statuses) for name, value in each.items()}
     whole["attached"] = all(each["attached"] for each in statuses)
     sessions = [each["session"] for each in statuses]
     whole["session"] = "+".join(sessions) if all(sessions) else ""
@@ -73,7 +74,9 @@ def of_all(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if name in whole:
             whole[name] = dict(sum((Counter(each.get(name, {})) for each in statuses), Counter()))
     if "ranks" in whole:
-        whole["ranks"] = [{"replica": i, **rank} for i, each in enumerate(statuses) for rank in each["ranks"]]
+        whole["ranks"] = [
+            {"replica": i, **rank} for i, each in enumerate(statuses) for rank in each.get("ranks", [])
+        ]
     if "version" in whole:
         whole["version"] = min(each.get("version", whole["version"]) for each in statuses)
     for name in ("error", "refused"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-_LEARNED = ("LlamaForCausalLMEagle3", "LlamaForCausalLMEagle")
+_ARCHITECTURES = ("LlamaForCausalLMEagle3", "LlamaForCausalLMEagle")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD = ("lm_head", "logits_processor")
 _SIZES = ("vocab_size", "num_hidden_layers")
@@ -43,8 +43,8 @@ def drafter_fault(model: Any) -> str:
         >>> drafter_fault(DeepseekV3ForCausalLMNextN())
         "SGLang's drafter is a DeepseekV3ForCausalLMNextN; use one of LlamaForCausalLMEagle3, LlamaForCausalLMEagle"
     """
-    if (name := type(model).__name__) not in _LEARNED:
-        return f"SGLang's drafter is a {name}; use one of {', '.join(_LEARNED)}"
+    if (name := type(model).__name__) not in _ARCHITECTURES:
+        return f"SGLang's drafter is a {name}; use one of {', '.join(_ARCHITECTURES)}"
     for name, parameter in model.named_parameters():
         if parameter.dtype not in _DTYPES or name.endswith("_scale"):
             dtype = str(parameter.dtype).removeprefix("torch.")

@@ -22,7 +22,7 @@ _BALLOT = 2048  # bytes
 _MOST = 400  # characters of a text in a ballot, each of which may take four bytes
 
 
-class RanksLostError(ConnectionError):
+class EngineRanksLostError(ConnectionError):
     """Other ranks did not come to what an order says."""
 
 
@@ -114,7 +114,7 @@ class EngineRanks:
         try:
             work.wait(timedelta(seconds=TIMEOUT_S))
         except RuntimeError as error:
-            raise RanksLostError(
+            raise EngineRanksLostError(
                 f"rank {self.rank} of {self.size}: the others did not come within {TIMEOUT_S:.0f} s, or one has ended "
                 f"({str(error).splitlines()[0]}); restart SGLang"
             ) from error

@@ -21,7 +21,7 @@ from torch import Tensor
 from aurora_rl.collectors.codec import Limits, checksum, decode, encode
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.recording.session import Follower, Session, SwapError
-from aurora_rl.envs.sglang.ranks import EngineRanks, Order, RanksLostError
+from aurora_rl.envs.sglang.ranks import EngineRanks, Order, EngineRanksLostError
 from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
 from aurora_rl.envs.sglang.weights import draft_vocab, load_drafter
 from aurora_rl.policies.faults import Fault
@@ -195,7 +195,7 @@ class Swaps:
         self._logits = logits
         try:
             actions[order.kind](**order.fields)
-        except RanksLostError as error:
+        except EngineRanksLostError as error:
             self._lost = str(error)
             if isinstance(self._session, Session) and self._swap is not None:
                 self._session.receiver.reject(self._swap.number, self._lost)

@@ -43,6 +43,14 @@ def test_a_replica_that_was_restarted_makes_another_session() -> None:
     assert not of_all([status(0), status(1, attached=False)])["attached"]
 
 
+def test_a_replica_that_is_detached_hides_nothing_of_another() -> None:
+    detached = {name: status(0)[name] for name in ("dp_size", "session", "slots", "seen", "ranks")} | {"attached": False}
+    whole = of_all([detached, status(1)])
+    assert not whole["attached"] and whole["slots"] == 8
+    assert whole["faults"] == [{"number": 1, "cause": "dead", "replica": 1}] and whole["refused"] == "replica 1: no key"
+    assert (whole["version"], whole["swaps"], whole["recorded"], whole["served"]["requests"]) == (2, 1, 2, 2)
+
+
 def test_what_was_deleted_is_told_if_every_replica_told_it() -> None:
     parts = [status(n, deleted={"trajectories": 1 + n, "learner": told}) for n, told in enumerate(("told", "absent"))]
     assert of_all(parts)["deleted"] == {"trajectories": 3, "learner": "absent"}

@@ -105,7 +105,7 @@ def test_a_rank_that_does_not_come_is_an_error_and_no_deadlock(forks: Forks, tmp
     _, found = play(forks, tmp_path, kind)
     assert found["attach"] == found["first"] == ""
     assert found["rejected"].startswith("rank 0 of 2: the others did not come within 1 s, or one has ended (")
-    assert found["error"].startswith("RanksLostError: rank 0 of 2") and found["seconds"] < 15
+    assert found["error"].startswith("EngineRanksLostError: rank 0 of 2") and found["seconds"] < 15
 
 
 # ---- one rank -------------------------------------------------------------------------------------------------------
