@@ -6,8 +6,8 @@ A folder, as ``aurora-rl keys`` writes it::
     engines/NAME.key         engines/NAME.key_secret
 
 The learner listens for trajectories and weights with its own secret key, and admits the public keys in ``engines/``. An
-engine connects with its secret key, and only to the learner that has ``learner.key``. The socket of the plugin of an
-SGLang engine belongs to that engine: whoever holds its secret key may attach.
+engine connects with its secret key, and only to the learner that has ``learner.key``. The plugin of
+SGLang or vLLM has a socket that belongs to its engine: whoever holds that engine's secret key may attach.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def engine_keys(folder: str | os.PathLike[str]) -> ClientKeys:
 
 
 def plugin_server_keys(folder: str | os.PathLike[str]) -> ServerKeys:
-    """Read the keys with which the plugin of an SGLang engine listens: its own pair; errors as of `engine_keys`."""
+    """Read the keys with which the plugin of SGLang or vLLM listens: its own pair; errors as of `engine_keys`."""
     file, (_, secret) = _engine(folder)
     return ServerKeys(secret, file.with_suffix(".key"))
 

@@ -45,11 +45,12 @@ EVENTS: dict[str, Event] = {
             "accepted": "Rounds by number of accepted drafts.",
             "versions": "Versions of the weights that drafted it.",
             "depth": "Depth of the trees that were drafted when it ended.",
-            "coverage": "Share of its tokens in the draft vocabulary; null with SGLang.",
+            "coverage": "Share of its tokens in the draft vocabulary; null with SGLang and vLLM.",
         },
     ),
     "requests": Event(
-        "SGLang has answered requests of its own clients since the last such line; only what it recorded is counted.",
+        "SGLang or vLLM has answered requests of its own clients since the last such line; only what was recorded is "
+        "counted.",
         {
             "requests": "Requests.",
             "terminated": "Those that ended at a stop token, not at their token budget.",
@@ -169,8 +170,8 @@ EVENTS: dict[str, Event] = {
             "fault": "What the drafter did.",
         },
     ),
-    "attached": Event("The plugin of an SGLang server records for this run.", {"status": "Status of the plugin."}),
-    "unreachable": Event("The SGLang server or its plugin does not answer.", _REASON),
+    "attached": Event("The plugin of an SGLang or vLLM server records for this run.", {"status": "Status of the plugin."}),
+    "unreachable": Event("The server of SGLang or vLLM, or its plugin, does not answer.", _REASON),
     "learner_restarted": Event(
         "A learner that had ended was started again.",
         {
