@@ -219,9 +219,13 @@ class _Session:
                 if console.is_terminal:
                     live.update(view.table(), refresh=True)
 
+            def print_news() -> None:
+                if line := view.news():
+                    console.print(line, soft_wrap=True)
+
             ticks = [every(1.0, follow), every(5.0, view.log_status)]
             if not console.is_terminal:
-                ticks.append(every(15.0, lambda: console.print(view.line(), soft_wrap=True)))
+                ticks.append(every(15.0, print_news))
             try:
                 while not (stop.requested or (requests is not None and requests.done)):
                     if not self._step():

@@ -26,7 +26,7 @@ def serving() -> Any:
         swap_ms=[1.0, 2.0],
         rates=lambda share: Rates(10.0, 15.0, 96, 1.25),
         drafted=Counter(tree=3, baseline=1),
-        acceptance=lambda first, last: 2.0 if (first, last) == (12, 20) else None,
+        last_acceptance=2.0,
     )
     return SimpleNamespace(stats=stats, depth=2, queued=4, drops=Counter(no_learner=1), sent=9, refused=None)
 
@@ -64,6 +64,16 @@ def test_the_view_shows_the_run(run: SimpleNamespace) -> None:
     )
     text = shown(run)
     assert all(figure in text for figure in ("20/40", "10.0 · 15.0", "+0.071 published"))
+
+
+def test_the_line_of_a_server_that_idles_comes_once(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = run.view.news()
+    assert line == run.view.line()
+    now = view.time.monotonic()
+    monkeypatch.setattr(view.time, "monotonic", lambda: now + 3600)
+    assert run.view.line() != line and run.view.news() is None
+    run.traffic.answered = 21
+    assert run.view.news() == run.view.line()
 
 
 def test_a_trial_and_its_end_are_shown(run: SimpleNamespace) -> None:

@@ -179,7 +179,7 @@ def test_a_server_that_started_anew_has_no_old_curves(rig: Any, page: Page) -> N
     [
         (32, 15.0, "too short", "The baseline windows are too short: 32 of 96 plain rounds."),
         (120, None, "–", "No speculative rounds were measured."),
-        (0, 15.0, "–", "No plain rounds were measured: no baseline window yet, or baseline.share=0."),
+        (0, 15.0, "–", "No plain rounds were measured among the last requests: no baseline window there, or baseline.share=0."),
     ],
 )
 def test_the_page_says_why_there_is_no_speedup(
