@@ -66,7 +66,7 @@ EVENTS: dict[str, Event] = {
         {
             "requests": "Completed requests.",
             "version": "Version of the weights that draft.",
-            "acceptance_length": "Tokens per speculative round over the last tenth of the requests: eight at least, half at most.",
+            "acceptance_length": "Tokens per speculative round over the last tenth of requests: at least 8 or half.",
             "acceptance_by_position": "Share of the drafted rounds since then that accepted 1, 2, ... drafts.",
             "tokens_per_second": "Plain (baseline) and speculative throughput over the last quarter of the requests.",
             "speedup": "Speculative over plain; null if it was not measured, or over fewer than 96 plain rounds.",

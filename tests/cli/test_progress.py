@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -52,7 +53,7 @@ def test_a_terminal_shows_the_step_that_runs() -> None:
         assert out.getvalue().rstrip().endswith("model …")
         step("engine")
         assert out.getvalue().rstrip().endswith("model 0.0 s · engine …")
-    assert out.getvalue().endswith("model 0.0 s · engine 0.0 s\n")
+    assert re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", out.getvalue()).endswith("model 0.0 s · engine 0.0 s\n")
 
 
 def test_a_start_that_fails_tells_no_times() -> None:

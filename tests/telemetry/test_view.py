@@ -89,7 +89,7 @@ def test_a_trial_and_its_end_are_shown(run: SimpleNamespace) -> None:
 
 
 def test_a_run_that_has_nothing_to_show_yet(run: SimpleNamespace) -> None:
-    run.serving.stats.finished, run.traffic.answered = [], 0
+    run.serving.stats.finished, run.serving.stats.last_acceptance, run.traffic.answered = [], None, 0
     run.serving.stats.rates = lambda share: Rates(None, None)
     assert run.view.line().startswith(
         "requests 0/40 | elapsed · left 0:00:00 | acceptance length – at depth 2 | drafted – | tokens/s plain · "
