@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,12 +54,21 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             _refuse_lacking(cluster, members)
         stop.working = True
         fleet = _Fleet(config, members, cluster, folder.path)
+        failures = []
         try:
             fleet.serve(stop)
+        except GivenUpError as error:
+            failures.append(str(error))
         finally:
             stop.ignore()
-            failed = fleet.end()
-    return 1 if failed else 0
+            failures += fleet.end()
+    for failure in failures:
+        print(f"aurora-rl: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+class GivenUpError(Exception):
+    """A member has died too often."""
 
 
 def _refuse_lacking(cluster: Cluster, members: list[Member]) -> None:
@@ -121,7 +131,7 @@ class _Fleet:
 
         Raises:
             ConfigError: A member cannot be placed in time, or refuses its configuration.
-            RuntimeError: A member has died more often than ``fleet.max_restarts``.
+            GivenUpError: A member has died more often than ``fleet.max_restarts``.
         """
         self._say(f"a fleet of {len(self._engines)} engines and a learner · run folder {self._folder}")
         tell = every(15.0, lambda: self._say(self._line()))
@@ -213,7 +223,7 @@ class _Fleet:
             raise ConfigError(f"{member.name} did not start: {member.last_line}")
         most = self._config.fleet.max_restarts
         if most is not None and post.restarts >= most:
-            raise RuntimeError(f"{member.name} {reason}; it was started again fleet.max_restarts={most} times")
+            raise GivenUpError(f"{member.name} {reason}; it was started again fleet.max_restarts={most} times")
         post.failures = 0 if lived > _LONGEST_WAIT_S else post.failures + 1
         wait = min(2.0 ** max(post.failures - 1, 0), _LONGEST_WAIT_S)
         post.due = time.monotonic() + wait
@@ -246,9 +256,9 @@ class _Fleet:
             parts.append(f"{restarts} restarts")
         return " · ".join(parts)
 
-    def end(self) -> bool:
-        """End all members in good order, engines first. Return whether one of them failed to."""
-        failed = False
+    def end(self) -> list[str]:
+        """End all members in good order, engines first. Return what went wrong."""
+        failures = []
         for posts in (self._engines, [self._learner]):  # what engines still send is learned from
             running = [(post.member, post.seat) for post in posts if post.runs and post.seat is not None]
             for _, seat in running:
@@ -260,11 +270,10 @@ class _Fleet:
                 except (LostError, ConfigError) as error:
                     status, reason = -1, f"was lost: {error}"
                 if status not in _ORDERLY:
-                    failed = True
-                    self._say(f"{member.name} {reason}; see {member.log}")
+                    failures.append(f"{member.name} {reason}; see {member.log}")
                 self._log.write("member_ended", member=member.name, reason=reason)
         self._say(self._line().partition(" · ")[2] + f" · written to {self._folder}")
-        return failed
+        return failures
 
     def _say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)

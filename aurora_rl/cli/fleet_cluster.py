@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class Seat:
         self._actor = actor.options(
             **options, resources=dict(placement.resources), max_concurrency=2, max_restarts=0
         ).remote()
-        self._placed: Any = self._actor.host.remote()
+        self._node: Any = self._actor.node.remote()
         self._life: Any = None
 
     def placed(self) -> bool:
@@ -109,9 +110,10 @@ class Seat:
         Raises:
             LostError: The node has gone.
         """
-        if self.host is None and self._ray.wait([self._placed], timeout=0)[0]:
+        if self.host is None and self._ray.wait([self._node], timeout=0)[0]:
             with self._lost():
-                self.host = self._ray.get(self._placed)
+                node = self._ray.get(self._node)
+            self.host = next(each["NodeManagerAddress"] for each in self._ray.nodes() if each["NodeID"] == node)
         return self.host is not None
 
     def start(self, words: list[str], log: Path) -> None:
@@ -133,7 +135,7 @@ class Seat:
             return status
 
     @contextlib.contextmanager
-    def _lost(self) -> Any:
+    def _lost(self) -> Iterator[None]:
         try:
             yield
         except self._ray.exceptions.RayActorError as error:
@@ -161,12 +163,12 @@ class _Process:
     def __init__(self) -> None:
         self._child: subprocess.Popen | None = None
 
-    def host(self) -> str:
-        """Return the address of the node."""
+    def node(self) -> str:
+        """Return the id of the node."""
         import ray
 
-        address: str = ray.util.get_node_ip_address()
-        return address
+        node: str = ray.get_runtime_context().get_node_id()
+        return node
 
     def run(self, words: list[str], log: str, directory: str) -> int:
         """Run ``aurora-rl`` to its end, and return its exit status."""
