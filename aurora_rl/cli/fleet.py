@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import signal
 import sys
@@ -97,6 +98,8 @@ class _Post:
         failures: Those in a row that lived for less than a minute.
         due: When it is to be started.
         since: When it was started, or when it began to wait.
+        node: Address of the node that it was started on last.
+        port: Port at which an engine listens there; None if it has none, 0 for any.
         status: Last "status" that an engine logged.
     """
 
@@ -111,7 +114,18 @@ class _Post:
     due: float = 0.0
     since: float = field(default_factory=time.monotonic)
     told: bool = False
+    node: str | None = None
+    port: int | None = None
     status: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str | None:
+        """Where clients reach an engine that was started; None if no port is known."""
+        if not self.port:
+            return None
+        host = self.member.config.http.host
+        host = self.node or "" if host in ("0.0.0.0", "::") else host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 class _Fleet:
@@ -133,7 +147,7 @@ class _Fleet:
             ConfigError: A member cannot be placed in time, or refuses its configuration.
             GivenUpError: A member has died more often than ``fleet.max_restarts``.
         """
-        self._say(f"a fleet of {len(self._engines)} engines and a learner · run folder {self._folder}")
+        self._say(f"a learner and {len(self._engines)} engine(s) · run folder {self._folder}")
         tell = every(15.0, lambda: self._say(self._line()))
         while not stop.requested:
             for post in self._posts:
@@ -188,14 +202,23 @@ class _Fleet:
         """Start the process of a member."""
         assert post.seat is not None and post.seat.host is not None and self._wire is not None
         member = post.member
-        post.seat.start(member.words(self._wire), member.log)
+        if post is not self._learner and post.seat.host != post.node:
+            post.port = self._free_port(member.config.http.port, post.seat.host)
+        post.node = post.seat.host
+        post.seat.start(member.words(self._wire, post.port), member.log)
         post.runs, post.ready, post.recalled, post.since = True, False, False, time.monotonic()
         post.restarts += 1
-        url = member.url(post.seat.host)
-        self._log.write("member_started", member=member.name, node=post.seat.host, url=url, restarts=post.restarts)
+        self._log.write("member_started", member=member.name, node=post.node, url=post.url, restarts=post.restarts)
         again = f" again ({post.restarts})" if post.restarts else ""
-        self._say(f"{member.name} is started{again} on node {post.seat.host}")
+        self._say(f"{member.name} is started{again} on node {post.node}")
         self._write_targets()
+
+    def _free_port(self, first: int | None, node: str) -> int | None:
+        """Return the first port from ``first`` on that no other engine on a node has."""
+        if not first:
+            return first
+        taken = {engine.port for engine in self._engines if engine.node == node}
+        return next(port for port in itertools.count(first) if port not in taken)
 
     def _look(self, post: _Post) -> None:
         """See what a member logged, and whether it has ended."""
@@ -203,8 +226,8 @@ class _Fleet:
             if event["event"] == "status":
                 post.status = event
             if event["event"] in _WORKS and post.runs and not post.ready:
-                post.ready, url = True, post.seat and post.seat.host and post.member.url(post.seat.host)
-                self._say(f"{post.member.name} " + (f"answers at {url}" if url else "works"))
+                post.ready = True
+                self._say(f"{post.member.name} " + (f"answers at {post.url}" if post.url else "works"))
         if not post.runs or post.seat is None:
             return
         member, seat = post.member, post.seat
@@ -231,10 +254,11 @@ class _Fleet:
 
     def _write_targets(self) -> None:
         """Write where metrics are, for Prometheus's ``file_sd_configs``."""
-        targets: list[dict[str, Any]] = []
-        for engine in self._engines:
-            if engine.seat is not None and engine.seat.host and (url := engine.member.url(engine.seat.host)):
-                targets.append({"targets": [url.removeprefix("http://")], "labels": {"engine": engine.member.name}})
+        targets = [
+            {"targets": [engine.url.removeprefix("http://")], "labels": {"engine": engine.member.name}}
+            for engine in self._engines
+            if engine.url
+        ]
         path = self._folder / "prometheus.json"
         new = path.with_suffix(".new")
         new.write_text(json.dumps(targets, indent=2) + "\n", encoding="utf-8")

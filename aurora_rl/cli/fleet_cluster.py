@@ -17,6 +17,7 @@ from aurora_rl.cli.config_fleet import Placement
 from aurora_rl.cli.errors import ConfigError
 
 _END_S = 90.0  # an engine drains, a learner completes its step, and both write their reports
+_LOOK_S = 0.5  # between two looks whether Ray's process on the node is there
 _OBJECT_STORE = 80 << 20  # bytes, about the least that Ray takes: members exchange nothing by it
 
 
@@ -186,7 +187,14 @@ class _Process:
                 start_new_session=True,
                 cwd=directory if os.path.isdir(directory) else None,
             )
-        return self._child.wait()
+        ray_node = os.getppid()
+        while True:
+            try:
+                return self._child.wait(_LOOK_S)
+            except subprocess.TimeoutExpired:
+                if os.getppid() != ray_node:  # Ray waits for this method, and the member is to be started elsewhere
+                    self.stop()
+                    os._exit(1)
 
     def stop(self) -> None:
         """End the process."""

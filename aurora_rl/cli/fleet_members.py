@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -79,7 +78,7 @@ class Member:
     Attributes:
         name: Name of the member: ``learner``, or that of its group and a number, such as ``chat-0``.
         placement: What it gets of a node.
-        config: Configuration of its command, but for the wire.
+        config: Configuration of its command, but for the wire and the port of an engine.
         folder: Folder of the fleet's members. This one's run is in ``<name>`` there, its configuration in
             ``<name>.yaml``, and its output in ``<name>.log``.
     """
@@ -105,19 +104,17 @@ class Member:
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
         return lines[-1].removeprefix("aurora-rl: ") if lines else "it said nothing"
 
-    def url(self, host: str) -> str | None:
-        """Return where clients reach an engine on the node with the address ``host``; None if no port is known."""
-        http = self.config.http
-        if self.name == LEARNER or not http.port:
-            return None
-        at = host if http.host in ("0.0.0.0", "::") else http.host
-        return f"http://{f'[{at}]' if ':' in at else at}:{http.port}"
+    def words(self, wire: Wire, port: int | None = None) -> list[str]:
+        """Write its configuration, and return its command line after ``aurora-rl``. It goes on with an earlier run.
 
-    def words(self, wire: Wire) -> list[str]:
-        """Write its configuration, and return its command line after ``aurora-rl``. It goes on with an earlier run."""
+        Args:
+            wire: Where the learner listens.
+            port: Port of an engine's HTTP server.
+        """
         keys = wire.keys_of(self.name)
         config = replace(
             self.config,
+            http=replace(self.config.http, port=port),
             wire=replace(
                 self.config.wire,
                 trajectories=wire.trajectories,
@@ -148,7 +145,7 @@ def members_of(config: Config, path: str | None, overrides: Sequence[str], folde
     if not groups:
         raise ConfigError("fleet.engines is empty; name a group, such as fleet.engines.chat.replicas=2")
     refuse_parallel(config, "a fleet's learner")
-    folder, ports = folder / "members", Counter[int]()
+    folder = folder / "members"
 
     def own(section: str, placement: Placement, *pairs: str) -> Config:
         threads = f"{section}.threads={max(int(placement.num_cpus), 1)}"
@@ -161,13 +158,5 @@ def members_of(config: Config, path: str | None, overrides: Sequence[str], folde
     for group, placement in groups.items():
         with naming(f"fleet.engines.{group}.overrides"):
             shared = own("engine", placement, "learner.spawn=false")
-        for number in range(placement.replicas):
-            name, engine = f"{group}-{number}", shared
-            if first := shared.http.port:  # engines on one node need a port each, and a restart finds the same again
-                port = first + ports[first]
-                ports[first] += 1
-                if port > 65535:
-                    raise ConfigError(f"fleet.engines.{group}: {name} would listen at http.port={port}")
-                engine = replace(shared, http=replace(shared.http, port=port))
-            found.append(Member(name, placement, engine, folder))
+        found += [Member(f"{group}-{number}", placement, shared, folder) for number in range(placement.replicas)]
     return found

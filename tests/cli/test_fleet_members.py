@@ -30,18 +30,8 @@ def test_members_are_the_fleet_s_configuration_and_their_own_overrides(tmp_path:
     learner, *engines = configs
     assert learner.learner.batch_size == 8 and learner.learner.threads == 2
     assert not any(config.learner.spawn for config in engines)
-    assert [(c.engine.slots, c.engine.threads, c.http.port) for c in engines] == [
-        *((2, 4, 8000), (2, 4, 8001)),  # threads follow num_cpus, and each engine has a port of its own
-        (7, 3, 9000),
-    ]
-
-
-def test_urls(tmp_path: Path) -> None:
-    found = members(tmp_path)
-    assert found["learner"].url("10.0.0.5") is None
-    assert found["chat-1"].url("10.0.0.5") == "http://127.0.0.1:8001"
-    assert members(tmp_path, "http.host=0.0.0.0")["chat-1"].url("10.0.0.5") == "http://10.0.0.5:8001"
-    assert members(tmp_path, "http.port=0")["chat-0"].url("10.0.0.5") is None
+    # Threads follow num_cpus, unless an engine's own pairs say otherwise.
+    assert [(config.engine.slots, config.engine.threads) for config in engines] == [(2, 4), (2, 4), (7, 3)]
 
 
 def test_a_member_goes_on_with_its_run_and_has_the_newest_addresses(tmp_path: Path) -> None:
@@ -49,11 +39,12 @@ def test_a_member_goes_on_with_its_run_and_has_the_newest_addresses(tmp_path: Pa
     engine, learner = found["chat-0"], found["learner"]
     engine.folder.mkdir()
     yaml = tmp_path / "members" / "chat-0.yaml"
-    assert engine.words(WIRE) == ["serve", "--config", str(yaml), f"run_dir={engine.run}"]
+    assert engine.words(WIRE, 8001) == ["serve", "--config", str(yaml), f"run_dir={engine.run}"]
+    assert "port: 8001" in yaml.read_text()
     engine.run.mkdir()
     (engine.run / "config.yaml").touch()
     assert engine.words(WIRE) == ["serve", "--resume", str(engine.run), "--config", str(yaml)]
-    assert WIRE.weights in yaml.read_text()
+    assert WIRE.weights in yaml.read_text() and "port: null" in yaml.read_text()
     assert learner.words(WIRE)[0] == "learn"
 
 
@@ -87,7 +78,6 @@ def test_hosts_have_keys_that_are_made_and_each_engine_has_its_own_alone(tmp_pat
             "fleet.learner.overrides=[learner.nice=20]",
             "fleet.learner.overrides: learner.nice must lie in 0..19, got 20",
         ),
-        ("http.port=65535", "fleet.engines.chat: chat-1 would listen at http.port=65536"),
         ("learner.parallel=ddp", "a fleet's learner is one process"),
     ],
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import pytest
 import yaml
 from http_clients import ask
 from processes import alive, wait
+from ray import cluster_utils
 from run_events import events
 
 from aurora_rl.training.states import check_state, states
 
 pytestmark = pytest.mark.faults
 Start = Callable[..., Any]
+NODE = {"include_dashboard": False, "object_store_memory": 80 << 20}
 
 
 def free_ports() -> int:
@@ -84,10 +87,8 @@ def test_engines_and_learner_that_die_are_started_again(start: Start, tmp_path: 
         def newer() -> bool:
             assert fleet.process.poll() is None, fleet.text
             for engine in engines:
-                try:
+                with contextlib.suppress(openai.APIConnectionError):  # it does not listen yet
                     ask(clients[engine], "Number 1?", max_tokens=8)
-                except openai.APIConnectionError:  # it does not listen yet
-                    pass
             return all(len(swaps(engine)) > count for engine, count in zip(engines, before, strict=True))
 
         wait(newer, 120)
@@ -114,3 +115,49 @@ def test_engines_and_learner_that_die_are_started_again(start: Start, tmp_path: 
     assert [pid for pid in started if alive(pid)] == []
     check_state(states(members / "learner" / "learner")[0])
     assert all((members / f"chat-{number}" / "summary.json").is_file() for number in (0, 1))
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster to which nodes can be added, each with an address of its own on this machine."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **NODE})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.stress
+def test_a_learner_whose_node_dies_goes_on_at_another_address(start: Start, tmp_path: Path, nodes: Any) -> None:
+    first = nodes.add_node(num_cpus=0, resources={"learner": 1}, node_ip_address="127.0.0.2", **NODE)
+    file = tmp_path / "fleet.yaml"
+    engines = {"chat": {"num_cpus": 1, "overrides": [f"http.port={(port := free_ports())}"]}}
+    learner = {"num_cpus": 0, "resources": {"learner": 1}}
+    section = {"address": nodes.address, "engines": engines, "learner": learner}
+    file.write_text(yaml.safe_dump({"fleet": section}))
+    fleet = start(f"fleet --config {file}")
+    members = fleet.run / "members"
+    api = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+
+    def served(count: int) -> None:
+        """Ask until the engine has got weights so often."""
+
+        def newer() -> bool:
+            assert fleet.process.poll() is None, fleet.text
+            with contextlib.suppress(openai.APIConnectionError):  # it does not listen yet
+                ask(api, "Number 1?", max_tokens=8)
+            return len(events(members / "chat-0", "swap")) >= count
+
+        wait(newer, 120)
+
+    served(1)
+    wait(lambda: events(members / "learner", "checkpoint"))
+    assert "tcp://127.0.0.2:" in (members / "chat-0.yaml").read_text()
+    os.kill(first.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    nodes.add_node(num_cpus=0, resources={"learner": 1}, node_ip_address="127.0.0.3", **NODE)
+    wait(lambda: len(events(members / "learner", "resumed")), 120)
+    served(len(events(members / "chat-0", "swap")) + 1)
+    assert "the learner is on node 127.0.0.3 now; engines are started again with its addresses" in fleet.text
+    assert "tcp://127.0.0.3:" in (members / "chat-0.yaml").read_text()
+    fleet.interrupt()
+    assert fleet.ended(120) == 0, fleet.text
+    assert processes("aurora_rl", str(members)) == []
