@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from aurora_rl.cli.config_fleet import Placement
 from aurora_rl.cli.errors import ConfigError
 
 _END_S = 90.0  # an engine drains, a learner completes its step, and both write their reports
-_LOOK_S = 0.5  # between two looks whether Ray's process on the node is there
+_LOOK_S = 0.2  # between two looks at a process
 _OBJECT_STORE = 80 << 20  # bytes, about the least that Ray takes: members exchange nothing by it
 
 
@@ -162,7 +164,7 @@ class _Process:
     """The actor: one process of ``aurora-rl`` on the node that Ray has put it on."""
 
     def __init__(self) -> None:
-        self._child: subprocess.Popen | None = None
+        self._to_end = False
 
     def node(self) -> str:
         """Return the id of the node."""
@@ -173,39 +175,43 @@ class _Process:
 
     def run(self, words: list[str], log: str, directory: str) -> int:
         """Run ``aurora-rl`` to its end, and return its exit status."""
+        import ray
+
         if not os.path.isdir(os.path.dirname(log)):
             raise FileNotFoundError(
                 f"{os.path.dirname(log)} is not there; set run_dir to a folder on a file system that all nodes share"
             )
+        environment = dict(os.environ)
+        if not ray.get_gpu_ids():  # Ray hides GPUs of others from those that reserve some
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         # A session of its own: Ray kills the process group of an actor that dies, and the member is to end in order.
         with open(log, "ab") as output:
-            self._child = subprocess.Popen(
+            child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "aurora_rl.cli.main", *words, "--end-with", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 cwd=directory if os.path.isdir(directory) else None,
+                env=environment,
             )
-        ray_node = os.getppid()
-        while True:
-            try:
-                return self._child.wait(_LOOK_S)
-            except subprocess.TimeoutExpired:
-                if os.getppid() != ray_node:  # Ray waits for this method, and the member is to be started elsewhere
-                    self.stop()
-                    os._exit(1)
+        ray_node, cut_off, deadline = os.getppid(), False, math.inf
+        while child.poll() is None:
+            time.sleep(_LOOK_S)
+            cut_off = os.getppid() != ray_node  # Ray's process on the node has ended
+            if (self._to_end or cut_off) and deadline == math.inf:
+                child.send_signal(signal.SIGTERM)
+                deadline = time.monotonic() + _END_S
+            if time.monotonic() > deadline:
+                child.kill()
+        if cut_off:  # Ray waits for this method, and the member is to be started elsewhere
+            os._exit(1)
+        self._to_end = False
+        return child.returncode
 
     def stop(self) -> None:
-        """End the process."""
-        child = self._child
-        if child is None or child.poll() is not None:
-            return
-        child.send_signal(signal.SIGTERM)
-        try:
-            child.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
+        """Have the process end."""
+        self._to_end = True
 
 
 def _amounts(resources: dict[str, float]) -> str:

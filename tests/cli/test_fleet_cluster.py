@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 from processes import wait
 
+from aurora_rl.cli.config import load_config
 from aurora_rl.cli.config_fleet import Placement
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.fleet import _Fleet
 from aurora_rl.cli.fleet_cluster import Cluster, LostError, Seat
+from aurora_rl.cli.fleet_members import members_of
+from aurora_rl.cli.signals import Stop
 
 
 def parent(pid: int) -> int:
@@ -74,6 +78,28 @@ def test_an_actor_that_dies_is_lost(seat: Seat, tmp_path: Path) -> None:
     os.kill(actor, signal.SIGKILL)
     with pytest.raises(LostError, match="actor"):
         wait(lambda: seat.ended(1) is not None)
+
+
+def test_a_process_ends_in_order_even_if_it_has_only_begun(seat: Seat, tmp_path: Path) -> None:
+    seat.start(["learn", "--parent", "1"], tmp_path / "log")
+    seat.stop()
+    assert seat.ended(60) in (130, -signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_fleet_does_not_wait_for_ever(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cluster, "local", False)  # nodes may join
+    pairs = ["fleet.engines={chat: {num_cpus: 0.5}}", "fleet.learner={num_gpus: 64}", "fleet.timeout=0.5"]
+    config = load_config(overrides=pairs)
+    fleet = _Fleet(config, members_of(config, None, pairs, tmp_path), cluster, tmp_path)
+    with pytest.raises(ConfigError) as error:
+        fleet.serve(Stop())
+    assert str(error.value).startswith(
+        "learner has waited for fleet.timeout=0.5 s for a place: it asks for CPU 1, GPU 64, and no node has that: "
+    )
+    assert fleet.end() == []
 
 
 def test_ray_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
