@@ -52,10 +52,10 @@ class Cluster:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
-        except (ConnectionError, ValueError) as error:
+        except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
             raise ConfigError(
-                f"fleet.address={address}: no Ray cluster answers: {error}; start one by `ray start --head`, or leave "
-                "the key out for one on this host"
+                f"fleet.address={address}: no Ray cluster lets us in: {error}; start one by `ray start --head`, set "
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it asks for a token, or leave the key out for one on this host"
             ) from error
         finally:
             for number, handler in handlers.items():  # Ray takes SIGTERM for itself
