@@ -55,7 +55,7 @@ class Cluster:
         except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
             raise ConfigError(
                 f"fleet.address={address}: no Ray cluster lets us in: {error}; start one by `ray start --head`, set "
-                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it asks for a token, or leave the key out for one on this host"
+                "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN if it asks for a token, or leave the key out for one of our own"
             ) from error
         finally:
             for number, handler in handlers.items():  # Ray takes SIGTERM for itself
