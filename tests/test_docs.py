@@ -203,7 +203,7 @@ def check_aurora_rl(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     if words[0] == "history":  # it takes no configuration, and is run below
         return
     for place, word in enumerate(words):
-        if word.endswith("/config.yaml") or word == "run.yaml":
+        if word.endswith("/config.yaml") or word in ("run.yaml", "fleet.yaml"):
             words[place] = str(tmp_path / word)
             (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / word).touch()
@@ -278,7 +278,7 @@ def test_keys_in_the_text_exist(page: Path) -> None:
     assert {key for key in found if not key.endswith(FILES)} <= known | METHODS
 
 
-FILES = (".py", ".md", ".log", ".json", ".yaml", ".png", ".key", ".key_secret")
+FILES = (".py", ".sh", ".md", ".log", ".json", ".yaml", ".png", ".key", ".key_secret")
 METHODS = {"engine.set_recording", "engine.detach", "engine.generate"}  # of SGLangClient
 
 
@@ -305,6 +305,7 @@ RUN = {
     "progress.json",
     "train.json",
     "manifest.json",
+    "prometheus.json",
 }  # of models and of runs
 
 
@@ -372,6 +373,7 @@ def test_the_walks_name_at_most_six_files() -> None:
         "How do several processes take a step?",
         "What crosses the wire?",
         "How do new weights get in?",
+        "How does a fleet start?",
         "What does a key do?",
     ]
     for question, walk in walks:

@@ -20,6 +20,11 @@ def add_resume_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_end_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--end-with PID``, for commands that a fleet starts: they end when that process does."""
+    parser.add_argument("--end-with", metavar="PID", type=int, help=argparse.SUPPRESS)
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, example: str = "engine.slots=1") -> None:
     """Add ``--config``, ``--print-config`` and the ``key=value`` pairs, as the last arguments of a command.
 

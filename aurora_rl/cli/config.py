@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.cli.config_canary import CanaryConfig, without_trials
 from aurora_rl.cli.config_checks import check
+from aurora_rl.cli.config_fleet import FleetConfig
 from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
 from aurora_rl.cli.cpus import usable_cpus
 from aurora_rl.cli.errors import ConfigError
@@ -179,7 +180,6 @@ class LearnerConfig:
 
     spawn: bool = True
     """Whether the server starts a learner of its own; false leaves that to one at ``wire.*``, or to none."""
-
     threads: int = 1
     """CPU threads of the learner."""
     nice: int = 19
@@ -288,6 +288,7 @@ class Config:
     learns. Empty compares none."""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
     run_dir: str | None = None
     """New or empty folder of the run; null is ``runs/<time>``."""
 
@@ -296,11 +297,8 @@ class Config:
             object.__setattr__(self, name, frozen(value))
 
 
-_MOVED = {
-    "control": "baseline",
-    "drafter.made_for": "drafter.trained_for",
-    "engine.control": "engine.plugin_address",
-}
+_OWN_KEYS = ("drafter.options", "fleet.engines", "fleet.learner")  # theirs are known elsewhere
+_MOVED = {"control": "baseline", "drafter.made_for": "drafter.trained_for", "engine.control": "engine.plugin_address"}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), usual: Sequence[str] = ()) -> Config:
@@ -430,7 +428,7 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     for name in config:
         value = config._get_node(name)
         key = f"{prefix}{name!s}"
-        if isinstance(value, DictConfig) and len(value) and key != "drafter.options":  # the architecture knows those
+        if isinstance(value, DictConfig) and len(value) and key not in _OWN_KEYS:
             keys += _keys(value, key + ".")
         else:
             keys.append(key)

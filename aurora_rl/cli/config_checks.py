@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aurora_rl.addresses import is_local
 from aurora_rl.cli.config_canary import check_trials
+from aurora_rl.cli.config_fleet import check_fleet
 from aurora_rl.cli.config_privacy import check_privacy
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
@@ -95,6 +96,7 @@ def check(config: Config) -> None:
     check_trials(config)
     _check_wire(config)
     check_privacy(config)
+    check_fleet(config)
     if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < -1:
         raise ConfigError(
             "sampling needs temperature >= 0, top_k >= -1 and 0 < top_p <= 1, got "

@@ -338,5 +338,19 @@ EVENTS: dict[str, Event] = {
         },
     ),
     "learner_done": Event("The learner has ended in good order.", {**_SEEN, "version": "Last version published."}),
+    # Events of a fleet.
+    "member_started": Event(
+        "`aurora-rl fleet`: the process of a member was started.",
+        {
+            "member": "Name of the member, such as chat-0 or learner.",
+            "node": "Address of its node.",
+            "url": "Where an engine is to listen; null without a port.",
+            "restarts": "Times that it was started again.",
+        },
+    ),
+    "member_ended": Event(
+        "`aurora-rl fleet`: the process of a member has ended, or its node has gone.",
+        {"member": "Name of the member.", **_REASON},
+    ),
 }
 """Every event by name, in the order of a run."""

@@ -63,6 +63,7 @@ def test_the_keys_are_frozen() -> None:
         *("privacy.opt_out", "privacy.max_age", "privacy.zero_retention"),
         "telemetry.logger",
         "telemetry.max_log",
+        *("fleet.address", "fleet.engines", "fleet.learner", "fleet.max_restarts", "fleet.timeout"),
         "run_dir",
     ]
 
