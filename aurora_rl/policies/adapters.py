@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from aurora_rl.tenants import check_tenant
+from aurora_rl.tenants import check_adapters
 from aurora_rl.trajectories import adapter_code
 
 if TYPE_CHECKING:
@@ -52,11 +52,7 @@ class Adapters:
     rank: int
 
     def __post_init__(self) -> None:
-        for name in self.names:
-            if check_tenant(name) in (".", ".."):
-                raise ValueError(f"an adapter cannot be called {name!r}, as it is kept in a folder of its name")
-        if len(set(self.names)) < len(self.names):
-            raise ValueError(f"names of adapters must differ, got {', '.join(self.names)}")
+        check_adapters(self.names)
         if self.rank < 1:
             raise ValueError(f"the rank of an adapter must be at least 1, got {self.rank}")
 
