@@ -374,9 +374,9 @@ def unpack(batch: TensorDictBase) -> list[TensorDict]:
         True
     """
     layout = _LAYOUT | (_HIDDEN if batch.get(("sequence", "topk_ids"), None) is None else _TOPK)
-    for key in _OPTIONAL:
-        if batch.get(key, None) is None:
-            del layout[key]
+    for optional in _OPTIONAL:
+        if batch.get(optional, None) is None:
+            del layout[optional]
     sequence, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
     rounds, nodes = batch["rounds", "request_offset"], batch["nodes", "request_offset"]
     ends = {
