@@ -210,7 +210,7 @@ def add_adapters(drafter: Drafter, names: Sequence[str], rank: int) -> None:
         >>> drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
         >>> add_adapters(drafter, ["acme", "globex"], rank=4)
         >>> drafter.published()["fc.lora_A"].shape
-        torch.Size([2, 4, 48])
+        torch.Size([2, 4, 32])
     """
     kind = type(drafter)
     if not kind.takes_adapters:
@@ -234,7 +234,7 @@ DrafterKind = TypeVar("DrafterKind", bound="Drafter")
 
 
 def merged(drafter: DrafterKind, name: str | None = None) -> DrafterKind:
-    """Return the drafter without adapters, one of them merged into its weights. Other weights are shared with it.
+    """Return the drafter without adapters, one of them merged into its weights. Memory of other weights is shared.
 
     Args:
         drafter: Drafter, with adapters or without.
@@ -267,5 +267,11 @@ def _merged(module: Any, place: int | None) -> Any:
     if isinstance(module, AdaptedLinear):
         return module.merged(place)
     plain = copy.copy(module)
-    plain._modules = {name: None if each is None else _merged(each, place) for name, each in module._modules.items()}
+    plain._modules = {name: each and _merged(each, place) for name, each in module._modules.items()}
+    plain._buffers = dict(module._buffers)
+    # Parameters of its own on the same memory: casts and swaps of the one leave the other as it is.
+    plain._parameters = {
+        name: None if each is None else nn.Parameter(each.detach(), each.requires_grad)
+        for name, each in module._parameters.items()
+    }
     return plain

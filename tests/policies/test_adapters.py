@@ -360,6 +360,18 @@ def test_what_an_adapter_begins_with_follows_from_its_name() -> None:
     assert "lm_head" not in adapted_layers(first)
 
 
+def test_what_is_done_to_a_merged_drafter_leaves_the_one_with_adapters_as_it_is() -> None:
+    drafter = adapted(Eagle3Drafter)
+    before, plain = {name: value.clone() for name, value in drafter.published().items()}, merged(drafter, "acme")
+    plain.float().install(
+        {name: torch.zeros_like(tensor) for name, tensor in plain.published().items()}
+        | {"d2t": torch.zeros(16, dtype=torch.int64)}
+    )
+    assert plain.draft_vocab.tolist() == list(range(16)) and not torch.count_nonzero(plain.fc.weight)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in drafter.published().items())
+    assert drafter.draft_vocab.tolist() == list(range(0, 32, 2))
+
+
 @pytest.mark.parametrize(
     ("names", "rank", "message"),
     [
