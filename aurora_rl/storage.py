@@ -9,6 +9,7 @@ import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,10 +30,21 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.chmod(mode)
 
 
-def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], documents: Mapping[str, Any]) -> None:
+def write_folder(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    documents: Mapping[str, Any],
+    more: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
+) -> None:
     """Replace ``folder`` by one with ``model.safetensors`` and a JSON file for each document.
 
     A call that is killed at any point leaves the old folder or the new one to :func:`read_folder`. One process writes.
+
+    Args:
+        folder: Folder to replace, or to make.
+        tensors: What ``model.safetensors`` holds.
+        documents: JSON values by the paths of their files in the folder.
+        more: Tensors of further safetensors files, by their paths in the folder.
 
     Raises:
         OSError: It cannot be written, as on a full disk; names the folder, which is as it was.
@@ -42,8 +54,11 @@ def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], 
     shutil.rmtree(new, ignore_errors=True)  # left by a call that was killed
     try:
         new.mkdir(parents=True)
-        save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, new / "model.safetensors")
+        for name, held in {"model.safetensors": tensors, **more}.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            save_tensors({key: t.detach().cpu().contiguous() for key, t in held.items()}, new / name)
         for name, document in documents.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_text(json.dumps(document, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -58,16 +73,20 @@ def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], 
     shutil.rmtree(old, ignore_errors=True)
 
 
+def whole(folder: str | os.PathLike[str]) -> Path:
+    """Return the folder that :func:`write_folder` left: another one where it was killed between its two renames."""
+    folder = Path(folder)
+    old = folder.with_name(f".{folder.name}-old")
+    return old if old.exists() and not folder.exists() else folder
+
+
 def read_folder(folder: str | os.PathLike[str], document: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and one document of a folder from :func:`write_folder`, or from one with PyTorch's ``.bin``.
 
     Raises:
         CheckpointError: A file is missing or broken.
     """
-    folder = Path(folder)
-    old = folder.with_name(f".{folder.name}-old")
-    if old.exists() and not folder.exists():  # the writer was killed between its two renames
-        folder = old
+    folder = whole(folder)
     try:
         older = folder / "pytorch_model.bin"
         if older.exists() and not (folder / "model.safetensors").exists():

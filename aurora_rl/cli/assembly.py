@@ -22,7 +22,9 @@ from aurora_rl.envs import Engine
 from aurora_rl.models.loading import load_target
 from aurora_rl.models.target_head import context_length
 from aurora_rl.policies import Drafter, TargetParts, token_prior
-from aurora_rl.policies.formats.files import load_drafter, save_drafter, written
+from aurora_rl.policies.adapters import check_size
+from aurora_rl.policies.formats.files import load_drafter, local_folder, save_drafter, written
+from aurora_rl.policies.formats.peft import read_adapters
 from aurora_rl.policies.registry import start_untrained
 from aurora_rl.serving.requests import RequestQueue, prompt_tokens
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
@@ -115,7 +117,15 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]], seed:
         ConfigError: Settings that do not fit, such as trees deeper than the drafter drafts.
         ValueError: A checkpoint that does not fit the target.
     """
-    drafter = _new_or_loaded(spec, target, prompts, spec.config.seed if seed is None else seed)
+    drafter, settings = (
+        _new_or_loaded(spec, target, prompts, spec.config.seed if seed is None else seed),
+        spec.config.drafter,
+    )
+    if settings.adapters:
+        with naming(f"drafter.adapter_rank={settings.adapter_rank}"):
+            check_size(drafter, settings.adapter_rank, spec.dtype)
+        folder = None if settings.path is None else local_folder(settings.path)
+        read_adapters(drafter, folder, settings.adapters, settings.adapter_rank)
     if spec.tree.depth > drafter.max_depth:
         raise ConfigError(
             f"drafter.depth={spec.tree.depth} is more than the {drafter.max_depth} nodes that this drafter drafts "

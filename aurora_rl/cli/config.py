@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.cli.config_canary import CanaryConfig, without_trials
 from aurora_rl.cli.config_checks import check
+from aurora_rl.cli.config_drafter import DrafterConfig
 from aurora_rl.cli.config_fleet import FleetConfig
 from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
 from aurora_rl.cli.cpus import usable_cpus
@@ -82,42 +83,6 @@ class TrafficConfig:
     """Serve the file's requests in random order."""
     requests: int = 300
     """Requests that the built-in generator makes."""
-
-
-@dataclass(frozen=True)
-class DrafterConfig:
-    """The drafter and the trees that it proposes."""
-
-    name: str | None = None
-    """An architecture (one of ``list(aurora_rl.policies.DRAFTERS)``), or package.module:Class; null takes that of the
-    checkpoint in ``drafter.path``, or medusa."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Architecture-specific options, for example ``fc_norm: true``."""
-    path: str | None = None
-    """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
-    trained_for: str = "target"
-    """Weights that a checkpoint must be trained for: target takes those of the target alone, any takes all."""
-    vocab_size: int = 8192
-    """Rows of the draft head."""
-    feature_layers: tuple[int, ...] | None = None
-    """Target layers that make the features; null takes the architecture's default."""
-    depth: int = 4
-    """Longest path."""
-    width: int = 4
-    """Most children of a node: 1 drafts a chain, more a top-k tree. 1 with engine.name=vllm."""
-    num_nodes: int | None = 4
-    """Most nodes of a tree; null keeps all."""
-    lookup: int | None = None
-    """Most nodes that are looked up in the request's text and in earlier answers. They are merged into each tree or
-    verified in its place. 0 turns it off. null is 8, or 0 where lookup cannot be had: SGLang, vLLM, sampled trees,
-    drafter.name=ngram."""
-    history: int = 65536
-    """Tokens of earlier answers that lookup searches, for a request those of its own cache_salt; 0 searches the
-    request's own text alone. Requests with learn=false leave nothing in it."""
-    mode: str = "topk"
-    """Choice of nodes: topk takes the likeliest; sampled and sampled_without_replacement draw, for policy gradients."""
-    adaptive: bool = True
-    """Choose depth, chain or tree, or no speculation by measured acceptance and costs; false keeps one shape."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aurora_rl.addresses import is_local
 from aurora_rl.cli.config_canary import check_trials
+from aurora_rl.cli.config_drafter import check_drafter
 from aurora_rl.cli.config_fleet import check_fleet
 from aurora_rl.cli.config_privacy import check_privacy
 from aurora_rl.cli.errors import ConfigError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _POSITIVE = """
     engine.slots engine.max_length engine.threads http.max_body http.max_waiting drafter.vocab_size
-    drafter.depth drafter.width
+    drafter.depth drafter.width drafter.adapter_rank
     baseline.window wire.queue wire.queue_bytes learner.threads learner.batch_size learner.buffer learner.buffer_bytes
     learner.max_skipped learner.publish_every checkpoint.keep gate.requests canary.requests traffic.requests
 """
@@ -73,7 +74,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
 
 def check(config: Config) -> None:
     """Raise ConfigError if a value is out of range, or two do not go together."""
-    learner, drafter = config.learner, config.drafter
+    learner = config.learner
     for key, (duty, holds) in _RULES.items():
         value = attrgetter(key)(config)
         if not holds(value):
@@ -83,15 +84,7 @@ def check(config: Config) -> None:
             f"learner.buffer={learner.buffer} is less than learner.batch_size={learner.batch_size}, so that no step "
             f"would ever be taken; set learner.buffer={learner.batch_size} or more"
         )
-    options = drafter.options
-    old = [name for name in ("learned", "lookup", "learned_options", "min_depth") if name in options]
-    if drafter.name == "hybrid" or (drafter.name is None and old):
-        was = "drafter.name=hybrid" if drafter.name else f"drafter.options.{old[0]} of the drafter hybrid"
-        now = f"drafter.name={options.get('learned', 'medusa')} drafter.lookup={options.get('lookup', 2)}"
-        raise ConfigError(f"{was} is {now} now, and its learned_options are drafter.options")
-    layers = list(drafter.feature_layers or ())
-    if sorted(set(layers)) != layers:
-        raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
+    check_drafter(config)
     _check_engine(config)
     check_trials(config)
     _check_wire(config)

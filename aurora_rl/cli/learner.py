@@ -118,6 +118,8 @@ def steps_depend_on(spec: RunSpec) -> dict[str, Any]:
         "dtype": str(spec.dtype).removeprefix("torch."),
         "drafter.name": spec.drafter_name,
         "drafter.options": plain(config.drafter.options),
+        "drafter.adapters": list(config.drafter.adapters),
+        "drafter.adapter_rank": config.drafter.adapter_rank,
         **{f"learner.{key}": getattr(config.learner, key) for key in ("parallel", "muon_lr", "adam_lr")},
     }
 

@@ -119,6 +119,11 @@ def _drafter_class(config: Config, name: str) -> type[Drafter]:
             f"drafter.name={name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
             f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
         )
+    if settings.adapters and not kind.takes_adapters:
+        raise ConfigError(
+            f"drafter.adapters={list(settings.adapters)}: drafter.name={name} takes none; set drafter.name=eagle3, or "
+            "leave the key out"
+        )
     learned = {"sglang": (kind.sglang_algorithm, sglang.LEARNED), "vllm": (kind.vllm_method, vllm.LEARNED)}
     engine = config.engine.name
     if engine in learned and learned[engine][0] not in learned[engine][1]:

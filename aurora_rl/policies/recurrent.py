@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from typing_extensions import override
 
 from aurora_kernels.rows import log_softmax
+from aurora_rl.policies.adapters import by_request, by_slot
 from aurora_rl.policies.attention import KeysValues, TreeAttention
 from aurora_rl.policies.drafter import Drafter, Proposal, Unroll
 from aurora_rl.policies.head_logits import HeadLogits
@@ -75,6 +77,7 @@ class RecurrentDrafter(Drafter):
     config: LlamaConfig
     embedding: Tensor
     fc: nn.Linear
+    takes_adapters: ClassVar[bool] = True  # rows of every linear layer but the head are those of slots or requests
 
     @property
     @abstractmethod
@@ -116,9 +119,11 @@ class RecurrentDrafter(Drafter):
         self._cache = (weight.new_zeros(shape), weight.new_zeros(shape))
         self._state = weight.new_zeros(num_slots, self.config.hidden_size)
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
+        self.slot_adapters = torch.full((num_slots,), -1)
 
     @torch.inference_mode()
     @override
+    @by_slot
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
         tokens = tokens[:, 1:]
         device, rows = tokens.device, slots.to(tokens.device)
@@ -157,6 +162,7 @@ class RecurrentDrafter(Drafter):
 
     @torch.inference_mode()
     @override
+    @by_slot
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
         rows, end = slots.to(self._state.device), int(self.cached[slots].max())
         held, every = self.cached[slots].to(rows.device), torch.arange(len(rows), device=rows.device)[:, None]
@@ -182,6 +188,7 @@ class RecurrentDrafter(Drafter):
     # ---- training ---------------------------------------------------------------------------------------------------
 
     @override
+    @by_request
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
         # Only keys and values are computed at prompt positions. Query row c sits at pair t = P − 2 + c, which predicts
         # completion token c. At step j its anchor's pair is t − j, and it carries row c − 1 of step j − 1.
@@ -225,6 +232,7 @@ class RecurrentDrafter(Drafter):
         return tokens, x, residual, self._layer.self_attn.keys_values(x, positions)
 
     @override
+    @by_request
     def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
         # One pass for each depth, over all contexts of that depth in the batch. Keys are laid flat: the sequence, then
         # the request's trees sorted by anchor, each depth-first. A sequence key is seen by the contexts whose root is

@@ -40,6 +40,8 @@ def test_the_keys_are_frozen() -> None:
             "drafter.history",
             "drafter.mode",
             "drafter.adaptive",
+            "drafter.adapters",
+            "drafter.adapter_rank",
         ),
         *("baseline.share", "baseline.window"),
         *("wire.trajectories", "wire.weights", "wire.queue", "wire.queue_bytes", "wire.max_message", "wire.keys"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from aurora_rl.cli import assembly, spec
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import load_config
+from aurora_rl.policies.adapters import adapted_layers, merged
 from aurora_rl.policies.formats.files import save_drafter
 
 # ---- init -----------------------------------------------------------------------------------------------------------
@@ -304,3 +305,26 @@ def test_export_to_gguf_takes_the_vocabulary_of_the_target_s_file(
     assert export(tmp_path / "ours", out, "--overwrite", *named) == 0
     assert export(tmp_path / "ours", target, "--overwrite", *named) == 2
     assert "target.gguf is no GGUF file of an EAGLE-3 and would be lost" in capsys.readouterr().err
+
+
+def test_adapters_are_listed_and_merged_into_what_is_exported(
+    target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [*target, "drafter.name=eagle3", "drafter.feature_layers=[1,2]", "drafter.adapters=[acme,globex]"]
+    resolved = spec.resolve(load_config(overrides=[*pairs, "drafter.adapter_rank=2"]))
+    started = assembly.start_drafter(resolved, assembly.load(resolved), [])
+    for layer in adapted_layers(started).values():
+        torch.nn.init.normal_(layer.lora_B)
+    save_drafter(started, tmp_path / "learned")
+    assert cli.main(["drafter", "inspect", str(tmp_path / "learned")]) == 0
+    assert "\nadapters          acme (rank 2), globex (rank 2)\n" in capsys.readouterr().out
+    for name, more in ((None, []), ("globex", ["--adapter", "globex"])):
+        out = tmp_path / str(name)
+        assert export(tmp_path / "learned", out, "--to", "vllm", *more, *target[:3]) == 0
+        save_drafter(merged(started, name), tmp_path / "expected", "vllm")
+        held, expected = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "expected"))
+        assert held.keys() == expected.keys()
+        assert all(torch.equal(held[key].float(), expected[key].float()) for key in held)
+        assert not (out / "adapters").exists()
+    assert export(tmp_path / "learned", tmp_path / "no", "--to", "vllm", "--adapter", "initech", *target[:3]) == 2
+    assert f"--adapter initech: {tmp_path / 'learned'} holds acme, globex\n" in capsys.readouterr().err
