@@ -16,6 +16,7 @@ from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import plugin_client_keys
+from aurora_rl.envs import SamplingParams
 from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.recording.client import EngineClient, EngineError
 from aurora_rl.envs.recording.plugin_server import PluginError, ask
@@ -42,14 +43,26 @@ class _Engine:
         shape: Arguments of ``launch`` for the drafts of a round, from depth, width and number of nodes.
         reserved: Places of a request's context that it keeps for drafts, from the same.
         raw_logits: Its arguments that leave the model's generation config out.
-        argmax_on_cpu: Whether it verifies by argmax on a CPU, whatever the temperature.
+        cpu_fault: Returns why it cannot sample by some parameters on a CPU, with the fix; empty if it can.
     """
 
     client: type[Any]
     shape: Callable[[int, int, int], dict[str, int]]
     reserved: Callable[[int, int, int], int]
     raw_logits: str
-    argmax_on_cpu: bool = False
+    cpu_fault: Callable[[SamplingParams], str]
+
+
+def _sglang_cpu_fault(sampling: SamplingParams) -> str:
+    if not sampling.temperature:
+        return ""
+    return f"temperature={sampling.temperature:g}: on a CPU SGLang verifies by argmax; set temperature=0"
+
+
+def _vllm_cpu_fault(sampling: SamplingParams) -> str:
+    if not sampling.temperature or sampling.top_k <= 0:
+        return ""
+    return f"top_k={sampling.top_k}: on a CPU vLLM's sampler ends the server if top_k meets drafts; set top_k=0"
 
 
 _ENGINES = {
@@ -58,10 +71,15 @@ _ENGINES = {
         lambda depth, width, num_nodes: {"depth": depth, "width": width, "num_nodes": num_nodes},
         reserved_context,
         "--sampling-defaults openai",
-        argmax_on_cpu=True,
+        _sglang_cpu_fault,
     ),
-    # vLLM takes drafts beyond the context away by itself.
-    "vllm": _Engine(VLLMClient, lambda depth, *_: {"depth": depth}, lambda *_: 0, "--generation-config vllm"),
+    "vllm": _Engine(
+        VLLMClient,
+        lambda depth, *_: {"depth": depth},
+        lambda *_: 0,  # it takes drafts beyond the context away by itself
+        "--generation-config vllm",
+        _vllm_cpu_fault,
+    ),
 }
 
 
@@ -117,12 +135,9 @@ def remote_server(
         try:
             if requests is None:
                 return AttachedServer(client, attach, log=log, published=published)
-            sampled = spec.sampling_params.temperature > 0
-            if engine.argmax_on_cpu and sampled and client.status()["device"] == "cpu":
-                raise PluginError(
-                    f"temperature={spec.sampling_params.temperature:g}: on a CPU {name} verifies by argmax; set "
-                    "temperature=0, or engine.name=transformers"
-                )
+            fault = engine.cpu_fault(spec.sampling_params)
+            if fault and client.status()["device"] == "cpu":
+                raise PluginError(f"{fault}, or engine.name=transformers")
             return DrivenServer(
                 client,
                 attach,

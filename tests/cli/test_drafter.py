@@ -90,6 +90,23 @@ def test_a_drafter_is_replaced_only_if_that_is_said(
     assert "Medusa" in json.loads((out / "config.json").read_text())["architectures"][0]
 
 
+def test_the_working_directory_is_not_replaced_by_a_drafter(
+    target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refusal = "aurora-rl: --out {} is the working directory; name a folder in it\n"
+    for out, named in ((Path(), "."), (tmp_path, tmp_path)):
+        assert init(out, *target, "drafter.name=medusa") == 2 and capsys.readouterr().err == refusal.format(named)
+        assert export(tmp_path / "mine", out, "--to", "sglang") == 2 and capsys.readouterr().err == refusal.format(
+            named
+        )
+    assert init(Path("d0"), *target, "drafter.name=medusa") == 0
+    monkeypatch.chdir(tmp_path / "d0")
+    capsys.readouterr()
+    assert cli.main(["drafter", "inspect", "."]) == 0
+    assert "architecture      MedusaDrafter" in capsys.readouterr().out
+
+
 # ---- inspect --------------------------------------------------------------------------------------------------------
 
 
@@ -304,3 +321,10 @@ def test_export_to_gguf_takes_the_vocabulary_of_the_target_s_file(
     assert export(tmp_path / "ours", out, "--overwrite", *named) == 0
     assert export(tmp_path / "ours", target, "--overwrite", *named) == 2
     assert "target.gguf is no GGUF file of an EAGLE-3 and would be lost" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, missing in (["drafter", "inspect"], "drafter"), (["keys"], "folder"):
+        with pytest.raises(SystemExit):
+            cli.main(command)
+        assert capsys.readouterr().err.lower().endswith(f"the following arguments are required: {missing}\n")

@@ -74,9 +74,7 @@ def of_all(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if name in whole:
             whole[name] = dict(sum((Counter(each.get(name, {})) for each in statuses), Counter()))
     if "ranks" in whole:
-        whole["ranks"] = [
-            {"replica": i, **rank} for i, each in enumerate(statuses) for rank in each.get("ranks", [])
-        ]
+        whole["ranks"] = [{"replica": i, **rank} for i, each in enumerate(statuses) for rank in each.get("ranks", [])]
     if "version" in whole:
         whole["version"] = min(each.get("version", whole["version"]) for each in statuses)
     for name in ("error", "refused"):

@@ -69,7 +69,8 @@ class Session:
     def __init__(self, fields: dict[str, Any], *, engine: str, exact: bool, keys: str | None = None) -> None:
         for name, kind in ATTACH.items():
             if not isinstance(fields.get(name), kind):
-                raise PluginError(f"attach needs {name}, got {fields.get(name)!r}")
+                types = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+                raise PluginError(f"attach needs {name} of type {types}, got {fields.get(name)!r}")
         if unknown := set(fields) - set(ATTACH):
             raise PluginError(f"attach knows no {sorted(unknown)}; it knows {sorted(ATTACH)}")
         if not 0 <= fields["capture_rate"] <= 1:

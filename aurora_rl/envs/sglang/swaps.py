@@ -21,7 +21,7 @@ from torch import Tensor
 from aurora_rl.collectors.codec import Limits, checksum, decode, encode
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.recording.session import Follower, Session, SwapError
-from aurora_rl.envs.sglang.ranks import EngineRanks, Order, EngineRanksLostError
+from aurora_rl.envs.sglang.ranks import EngineRanks, EngineRanksLostError, Order
 from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
 from aurora_rl.envs.sglang.weights import draft_vocab, load_drafter
 from aurora_rl.policies.faults import Fault

@@ -35,6 +35,7 @@ class VLLMClient(EngineClient):
     engine, error = ENGINE, VLLMError
     watched = ("scheduler", "prefill", "verify")
     _model: str | None = None
+    _cpu = False  # as the plugin's status says
 
     @classmethod
     def launch(
@@ -101,6 +102,11 @@ class VLLMClient(EngineClient):
     ) -> EngineCompletion:
         self._check_request(request)
         sampling = request.sampling_params
+        if self._cpu and sampling.temperature > 0 and sampling.top_k > 0:
+            raise VLLMError(
+                f"request {request.id}: top_k={sampling.top_k} is not supported on a CPU, where vLLM's sampler ends "
+                "the server if top_k meets drafts; leave top_k out"
+            )
         body: dict[str, Any] = {
             "model": self._served(timeout),
             "prompt": request.prompt.tolist(),
@@ -138,6 +144,11 @@ class VLLMClient(EngineClient):
         if self._model is None:
             self._model = self.get("/v1/models", timeout)["data"][0]["id"]
         return self._model
+
+    @override
+    def probe(self, status: dict[str, Any]) -> None:
+        self._cpu = status["device"] == "cpu"
+        super().probe(status)
 
     @override
     def attach(self, **settings: Any) -> dict[str, Any]:

@@ -44,7 +44,9 @@ def test_a_replica_that_was_restarted_makes_another_session() -> None:
 
 
 def test_a_replica_that_is_detached_hides_nothing_of_another() -> None:
-    detached = {name: status(0)[name] for name in ("dp_size", "session", "slots", "seen", "ranks")} | {"attached": False}
+    detached = {name: status(0)[name] for name in ("dp_size", "session", "slots", "seen", "ranks")} | {
+        "attached": False
+    }
     whole = of_all([detached, status(1)])
     assert not whole["attached"] and whole["slots"] == 8
     assert whole["faults"] == [{"number": 1, "cause": "dead", "replica": 1}] and whole["refused"] == "replica 1: no key"
