@@ -139,6 +139,7 @@ ELSEWHERE = {
         "recorder": "aurora_rl.envs.recording.assembler",
         "server": "aurora_rl.serving.attached", "ControlError": "aurora_rl.envs.recording.plugin_server.PluginError",
         "ControlServer": "aurora_rl.envs.recording.plugin_server.PluginServer",
+        "ENVIRONMENT": "aurora_rl.remote_engines.address_variable",
         "SGLangEngine": "aurora_rl.envs.sglang.client.SGLangClient",
         "SGLangCompletion": "aurora_rl.envs.recording.client.EngineCompletion",
         "free_ports": "aurora_rl.envs.recording.client",
@@ -167,6 +168,8 @@ GONE = {
     "envs.verification.sampling.uniform": "aurora_kernels.noise.uniform has the numbers under it",
     "envs.verification.sampling.argmax": "aurora_kernels.noise.argmax takes the first of equals",
     "testing.drafter_serving.check_from_text": "testing.check_drafter checks whatever is drafted",
+    "envs.sglang.ENVIRONMENT": "remote_engines.address_variable has the name of an engine's variable",
+    "envs.sglang.KEYS_ENVIRONMENT": "remote_engines.keys_variable has the name of an engine's variable",
     "envs.sglang.weights.read_back": "envs.sglang.weights.shards_of has what a rank holds of each tensor",
     "testing.families.page": "docs/generate.py writes the page",
 }

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
 
 from aurora_rl.addresses import is_local
 from aurora_rl.cli.arguments import as_pair
@@ -69,6 +71,16 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "engine.plugin_address": ("be tcp://host:port, ipc://path or null", lambda value: value is None or _ADDRESS(value)),
 }
 """What the value of a key must do, and whether it does."""
+
+
+def without_extras(merged: DictConfig, named: Collection[str]) -> None:
+    """Turn off what vLLM does without, unless it was named: then it is refused."""
+    if merged.engine.name != "vllm":
+        return
+    if "drafter.width" not in named:  # it drafts chains
+        merged.drafter.width = 1
+    if "http.port" not in named:  # clients ask it themselves
+        merged.http.port = None
 
 
 def check(config: Config) -> None:

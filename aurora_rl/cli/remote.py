@@ -40,15 +40,15 @@ class _Engine:
 
     Attributes:
         client: Its client.
-        shape: Arguments of ``launch`` for the drafts of a round, from depth, width and number of nodes.
+        shape: Arguments of ``launch`` for the drafts of a round, from ``depth``, ``width`` and ``num_nodes``.
         reserved: Places of a request's context that it keeps for drafts, from the same.
         raw_logits: Its arguments that leave the model's generation config out.
         cpu_fault: Returns why it cannot sample by some parameters on a CPU, with the fix; empty if it can.
     """
 
     client: type[Any]
-    shape: Callable[[int, int, int], dict[str, int]]
-    reserved: Callable[[int, int, int], int]
+    shape: Callable[..., dict[str, int]]
+    reserved: Callable[..., int]
     raw_logits: str
     cpu_fault: Callable[[SamplingParams], str]
 
@@ -68,15 +68,15 @@ def _vllm_cpu_fault(sampling: SamplingParams) -> str:
 _ENGINES = {
     "sglang": _Engine(
         SGLangClient,
-        lambda depth, width, num_nodes: {"depth": depth, "width": width, "num_nodes": num_nodes},
+        dict,
         reserved_context,
         "--sampling-defaults openai",
         _sglang_cpu_fault,
     ),
     "vllm": _Engine(
         VLLMClient,
-        lambda depth, *_: {"depth": depth},
-        lambda *_: 0,  # it takes drafts beyond the context away by itself
+        lambda depth, **_: {"depth": depth},
+        lambda **_: 0,  # it takes drafts beyond the context away by itself
         "--generation-config vllm",
         _vllm_cpu_fault,
     ),
@@ -88,7 +88,16 @@ def remote_server(
 ) -> AttachedServer:
     """Build a server on an engine of another process, which is launched here or attached to.
 
-    The drafter is in float32. ``requests`` is None if clients of the engine send them.
+    Args:
+        spec: The configuration, resolved.
+        target: The target, whose model moves to the CPU.
+        requests: Requests to send; None if clients of the engine send theirs.
+        drafter: The drafter, in float32.
+        log: Log of the server's events.
+        run_dir: Folder of the run, which has the learner's states, and gets the engine's log and the drafter to serve.
+
+    Raises:
+        ConfigError: The engine does not start or answer, or cannot serve what is asked of it.
     """
     config, settings = spec.config, spec.config.engine
     engine, name = _ENGINES[settings.name], REMOTE_ENGINES[settings.name]
@@ -171,7 +180,7 @@ def served_config(config: Config) -> Config:
         config,
         model=status["model"] if config.model == Config.model else config.model,
         dtype=status["dtype"] if config.dtype == "auto" else config.dtype,
-        engine=replace(config.engine, max_length=status["context"] - engine.reserved(*shape.values())),
+        engine=replace(config.engine, max_length=status["context"] - engine.reserved(**shape)),
         drafter=replace(config.drafter, **shape),
     )
 
@@ -179,8 +188,9 @@ def served_config(config: Config) -> Config:
 def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> EngineClient:
     """Launch the engine on the drafter; ``context`` is the model's."""
     config, folder, tree = spec.config, run_dir / "drafter-served", spec.tree
-    engine, shape = _ENGINES[config.engine.name], (tree.depth, tree.width, tree.num_nodes)
-    room = context - engine.reserved(*shape)
+    engine = _ENGINES[config.engine.name]
+    shape = {"depth": tree.depth, "width": tree.width, "num_nodes": tree.num_nodes}
+    room = context - engine.reserved(**shape)
     if config.engine.max_length > room:
         raise engine.client.error(
             f"engine.max_length={config.engine.max_length} and the drafts exceed the model's context of {context}; "
@@ -190,7 +200,7 @@ def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> Eng
     launched: EngineClient = engine.client.launch(
         embedded_model_path() if config.model == DEFAULT_TARGET else config.model,
         drafter=folder,
-        **engine.shape(*shape),
+        **engine.shape(**shape),
         slots=config.engine.slots,
         max_length=config.engine.max_length,
         dtype=str(spec.dtype).removeprefix("torch."),

@@ -166,5 +166,5 @@ def drafter_config(drafter: str | os.PathLike[str], depth: int) -> dict[str, Any
         CheckpointError: The folder is not a checkpoint of a drafter that learns with vLLM.
     """
     _, config = read_folder(drafter, "config.json")
-    method = learned_method(drafter, config, "vllm_method", LEARNED, engine="vLLM")
+    method = learned_method(drafter, config, "vllm_method", LEARNED, engine=ENGINE)
     return {"method": method, "model": str(drafter), "num_speculative_tokens": depth}

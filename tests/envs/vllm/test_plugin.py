@@ -96,7 +96,8 @@ class Loader:
 @pytest.fixture
 def plugin(monkeypatch):
     """A plugin that a learner is attached to; its trajectories are kept."""
-    monkeypatch.setattr(plugin_module, "check_engine", lambda *args, **kwargs: None)
+    for check in ("check_server", "check_models"):
+        monkeypatch.setattr(plugin_module, check, lambda *args, **kwargs: None)
     monkeypatch.setattr(plugin_module, "DraftLoader", lambda *args: Loader())
     monkeypatch.setattr(plugin_module, "vllm_version", lambda: "0.32.0")
 
