@@ -247,8 +247,8 @@ def test_export_of_a_class_that_the_library_does_not_know(
     assert back.keys() == saved.keys() and all(torch.equal(back[name], tensor) for name, tensor in saved.items())
     assert "OtherHeads for" in capsys.readouterr().out
     (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert export(tmp_path / "saved", Path("."), "--to", "vllm", *named) == 0
+    monkeypatch.chdir(tmp_path)
+    assert export(tmp_path / "saved", Path("here"), "--to", "vllm", *named) == 0  # empty, and by a relative path
     assert (
         load_file(tmp_path / "here" / "model.safetensors").keys()
         == load_file(tmp_path / "vllm" / "model.safetensors").keys()

@@ -96,7 +96,8 @@ def test_settings_that_keep_clients_requests_from_the_records_are_told(
 def test_what_cannot_be_sampled_on_a_cpu_is_refused_before_anything_is_asked(
     engine: str, pairs: list[str], refusal: str, tiny_folder: Path, tmp_path: Path, attaching: list[str]
 ) -> None:
-    small = [f"model={tiny_folder}", "dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3"]
+    small = [f"model={tiny_folder}", "dtype=float32", "device=cpu", "engine.max_length=256"]
+    small += ["drafter.vocab_size=64", "drafter.name=eagle3"]
     run = attaching_run([*attaching, *small, *pairs, f"engine.name={engine}"])
     target = assembly.load(run)
     drafter, log = assembly.start_drafter(run, target, []), MetricsLog(tmp_path / "metrics.jsonl", "test")

@@ -147,9 +147,9 @@ def await_recorded(plugin, count=1):
     return plugin.out[-1]
 
 
-def publish(plugin, number, value=1.0):
+def publish(plugin, number):
     """As if weights had come."""
-    tree = TensorDict({"fc.weight": torch.tensor([value])}, batch_size=[])
+    tree = TensorDict({"fc.weight": torch.tensor([1.0])}, batch_size=[])
     plugin._session.receiver.latest = lambda once=[(number, tree)]: once.pop() if once else None
 
 
@@ -242,9 +242,6 @@ def test_weights_that_do_not_fit_are_rejected(plugin):
     publish(plugin, 2)
     run(plugin, {"1": prefill([4])})
     assert rejected == [(2, "they do not fit")] and session.version == 0
-    publish(plugin, 3, float("inf"))
-    run(plugin, {"1": prefill([4])})
-    assert rejected[-1][0] == 3 and "tensor 'fc.weight' has 1 value that" in rejected[-1][1]
 
 
 def test_the_prefix_cache_is_wished_empty_until_it_is(plugin):
