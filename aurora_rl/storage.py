@@ -47,10 +47,13 @@ def write_folder(
         more: Tensors of further safetensors files, by their paths in the folder.
 
     Raises:
-        OSError: It cannot be written, as on a full disk; names the folder, which is as it was.
+        OSError: It cannot be written, as on a full disk, or is the working directory, of which the process would be
+            left with the old one; names the folder, which is as it was.
     """
+    if is_working_directory(folder):
+        raise OSError(f"{folder} cannot be written: it is the working directory; name a folder in it")
     folder = Path(folder)
-    new, old = (folder.with_name(f".{folder.name}-{state}") for state in ("new", "old"))
+    new, old = _next_to(folder, "new"), _next_to(folder, "old")
     shutil.rmtree(new, ignore_errors=True)  # left by a call that was killed
     try:
         new.mkdir(parents=True)
@@ -76,7 +79,7 @@ def write_folder(
 def whole(folder: str | os.PathLike[str]) -> Path:
     """Return the folder that :func:`write_folder` left: another one where it was killed between its two renames."""
     folder = Path(folder)
-    old = folder.with_name(f".{folder.name}-old")
+    old = _next_to(folder, "old")
     return old if old.exists() and not folder.exists() else folder
 
 
@@ -99,3 +102,19 @@ def read_folder(folder: str | os.PathLike[str], document: str) -> tuple[dict[str
         raise CheckpointError(
             f"{folder} is not a checkpoint: {error}; give a folder with model.safetensors and {document}"
         ) from error
+
+
+def is_working_directory(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder is the working directory, under whatever path.
+
+    Example:
+        >>> is_working_directory("."), is_working_directory("not-there")
+        (True, False)
+    """
+    return os.path.exists(folder) and os.path.samefile(folder, os.curdir)
+
+
+def _next_to(folder: Path, state: str) -> Path:
+    """Return where the new or the old files of a folder are kept while it is replaced."""
+    whole = Path(os.path.abspath(folder))  # "." has no name of its own
+    return whole.parent / f".{whole.name}-{state}"

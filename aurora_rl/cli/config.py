@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.cli.config_canary import CanaryConfig, without_trials
-from aurora_rl.cli.config_checks import check
+from aurora_rl.cli.config_checks import check, without_extras
 from aurora_rl.cli.config_drafter import DrafterConfig
 from aurora_rl.cli.config_fleet import FleetConfig
 from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
@@ -321,8 +321,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     try:
         named = {key for _, values in sources for key in _keys(values)}
-        keep_nothing(merged, named)
-        without_trials(merged, named)
+        for settle in (keep_nothing, without_trials, without_extras):
+            settle(merged, named)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(str(error).replace("\n", " ")) from error

@@ -24,7 +24,7 @@ from aurora_rl.policies.formats.llama_cpp import holds_gguf, save_gguf
 from aurora_rl.policies.formats.peft import adapter_ranks, read_adapters
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.model_card import engine_commands
-from aurora_rl.storage import CheckpointError, read_folder
+from aurora_rl.storage import CheckpointError, is_working_directory, read_folder
 
 _FORMATS = "sglang, vllm, hf (its authors' own), or another of its formats"
 _GGUF = "gguf"
@@ -65,6 +65,8 @@ def _add_out(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Run one of the three. Returns the exit status."""
+    if arguments.what != "inspect" and is_working_directory(arguments.out):
+        raise ConfigError(f"--out {arguments.out} is the working directory; name a folder in it")
     taken = arguments.what != "inspect" and (holds_drafter(arguments.out) or holds_gguf(arguments.out))
     if taken and not arguments.overwrite:
         raise ConfigError(f"--out {arguments.out} holds a drafter already; name another folder, or add --overwrite")

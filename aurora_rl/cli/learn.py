@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aurora_rl.cli.arguments import add_config_arguments, add_end_argument, add_resume_argument
+from aurora_rl.cli.arguments import SAVED_LAST, add_config_arguments, add_end_argument, add_resume_argument
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.ranks import Place, own_device, place_of
 from aurora_rl.cli.run_dir import RunDir
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the server that the learner belongs to
-    add_resume_argument(parser)
+    add_resume_argument(parser, SAVED_LAST)
     add_end_argument(parser)
     add_config_arguments(parser)
 

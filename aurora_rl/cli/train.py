@@ -70,7 +70,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out", type=float, metavar="SHARE", help="last part of each recording, to evaluate on (0.1)"
     )
-    add_resume_argument(parser)
+    add_resume_argument(parser, "its options, at the step of the last training state; lines are appended")
     add_config_arguments(parser, "traffic.path=chats.jsonl")
 
 
@@ -307,8 +307,9 @@ class _Training:
         epoch = self.trainer.batches // self.trainer.batches_per_epoch
         self._log.write("evaluation", epoch=epoch, batches=self.trainer.batches, **found)
         by_group = ", ".join(f"{name or 'none'} {length:.2f}" for name, length in lengths.items())
+        count = self._recorded()[1]
         self.console.print(
-            f"epoch {epoch}: acceptance length {tokens / rounds:.3f} on {self._recorded()[1]} held-out requests"
+            f"epoch {epoch}: acceptance length {tokens / rounds:.3f} on {count} held-out request{'s' * (count != 1)}"
             + (f" ({by_group})" if len(lengths) > 1 else ""),
             soft_wrap=True,
         )

@@ -116,7 +116,7 @@ class DrafterPolicy(TensorDictModuleBase):
 
     @property
     def shape(self) -> TreeShape:
-        """The tree to propose."""
+        """The tree to propose. ValueError if one is set that has more nodes than the policy's ``num_nodes``."""
         return self._shape
 
     @shape.setter

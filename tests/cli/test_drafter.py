@@ -91,6 +91,23 @@ def test_a_drafter_is_replaced_only_if_that_is_said(
     assert "Medusa" in json.loads((out / "config.json").read_text())["architectures"][0]
 
 
+def test_the_working_directory_is_not_replaced_by_a_drafter(
+    target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refusal = "aurora-rl: --out {} is the working directory; name a folder in it\n"
+    for out, named in ((Path(), "."), (tmp_path, tmp_path)):
+        assert init(out, *target, "drafter.name=medusa") == 2 and capsys.readouterr().err == refusal.format(named)
+        assert export(tmp_path / "mine", out, "--to", "sglang") == 2 and capsys.readouterr().err == refusal.format(
+            named
+        )
+    assert init(Path("d0"), *target, "drafter.name=medusa") == 0
+    monkeypatch.chdir(tmp_path / "d0")
+    capsys.readouterr()
+    assert cli.main(["drafter", "inspect", "."]) == 0
+    assert "architecture      MedusaDrafter" in capsys.readouterr().out
+
+
 # ---- inspect --------------------------------------------------------------------------------------------------------
 
 
@@ -231,8 +248,8 @@ def test_export_of_a_class_that_the_library_does_not_know(
     assert back.keys() == saved.keys() and all(torch.equal(back[name], tensor) for name, tensor in saved.items())
     assert "OtherHeads for" in capsys.readouterr().out
     (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert export(tmp_path / "saved", Path("."), "--to", "vllm", *named) == 0
+    monkeypatch.chdir(tmp_path)
+    assert export(tmp_path / "saved", Path("here"), "--to", "vllm", *named) == 0  # empty, and by a relative path
     assert (
         load_file(tmp_path / "here" / "model.safetensors").keys()
         == load_file(tmp_path / "vllm" / "model.safetensors").keys()
@@ -328,3 +345,10 @@ def test_adapters_are_listed_and_merged_into_what_is_exported(
         assert not (out / "adapters").exists()
     assert export(tmp_path / "learned", tmp_path / "no", "--to", "vllm", "--adapter", "initech", *target[:3]) == 2
     assert f"--adapter initech: {tmp_path / 'learned'} holds acme, globex\n" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, missing in (["drafter", "inspect"], "drafter"), (["keys"], "folder"):
+        with pytest.raises(SystemExit):
+            cli.main(command)
+        assert capsys.readouterr().err.lower().endswith(f"the following arguments are required: {missing}\n")
