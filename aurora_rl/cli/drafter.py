@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from aurora_rl.cli.arguments import add_config_arguments, pair_of
-from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, encoded_prompts, load, start_drafter, traffic
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, encoded_prompts, load, load_alone, start_drafter, traffic
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.policies import Drafter, get_drafter
+from aurora_rl.policies import Drafter, TargetParts, get_drafter
 from aurora_rl.policies.adapters import merged
 from aurora_rl.policies.formats.files import TRAINED_FOR, drafter_class, holds_drafter, load_drafter, local_folder
 from aurora_rl.policies.formats.llama_cpp import holds_gguf, save_gguf
@@ -108,7 +108,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
         )
     # Sizes and positions are checked against the target, and written as the target has them.
     spec, kind = _resolve(config, arguments.drafter), _kind(config, arguments.drafter)
-    drafter = _load(spec, kind, load(spec), arguments.layout)
+    drafter = _load(spec, kind, load_alone(spec), arguments.layout)
     if (name := arguments.adapter) is not None:
         folder = local_folder(arguments.drafter)
         ranks = adapter_ranks(folder)
@@ -176,12 +176,12 @@ def _resolve(config: Config, source: str) -> RunSpec:
     return resolve(replace(config, drafter=replace(config.drafter, path=source)))
 
 
-def _load(spec: RunSpec, kind: type[Drafter], target: Target, layout: str | None = None) -> Drafter:
+def _load(spec: RunSpec, kind: type[Drafter], parts: TargetParts, layout: str | None = None) -> Drafter:
     settings = spec.config.drafter
     assert settings.path is not None
     return load_drafter(
         settings.path,
-        target.parts,
+        parts,
         kind,
         layout=layout,
         options=plain(settings.options),
@@ -192,9 +192,9 @@ def _load(spec: RunSpec, kind: type[Drafter], target: Target, layout: str | None
 def _misfit(config: Config, kind: type[Drafter], source: str) -> str | None:
     """Return why a drafter does not fit the target; None if it fits."""
     spec = _resolve(config, source)
-    target = load(spec)
+    parts = load_alone(spec)
     try:
-        _load(spec, kind, target)
+        _load(spec, kind, parts)
     except CheckpointError as error:
         return str(error)
     return None

@@ -34,7 +34,7 @@ _END_S = 100.0  # for a member's end; see fleet_cluster for when it is killed
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    add_resume_argument(parser)
+    add_resume_argument(parser, "the learner and drafter that its members saved last")
     add_config_arguments(parser, "fleet.engines.chat.replicas=2")
 
 

@@ -162,7 +162,7 @@ def _start(
             requests.first_prompts(VOCAB_PROMPTS) if requests is not None else recorded_prompts(folders, VOCAB_PROMPTS)
         )
         drafter = start_drafter(spec, target, first)
-        loss, optimizers = learning(spec, drafter, target)
+        loss, optimizers = learning(spec, drafter, target.parts.head)
         recordings = [open_recording(folder, target, drafter) for folder in folders]
         counts = [len(r) for r in recordings] if requests is None else [requests.total - len(requests.failed)]
         count, batch_size = sum(num_to_learn(n, arguments.held_out) for n in counts), spec.config.learner.batch_size
