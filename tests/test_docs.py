@@ -28,6 +28,7 @@ from aurora_rl.objectives.divergences import DIVERGENCES
 from aurora_rl.policies import MedusaDrafter, TargetParts
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.policies.registry import DRAFTERS
+from aurora_rl.remote_engines import REMOTE_ENGINES
 from aurora_rl.serving.http.schemas import ChatCompletion, parse
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.testing import tiny_target
@@ -211,7 +212,11 @@ def check_aurora_rl(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr()
     assert code == 0, f"{words}: {printed.err}"
     (tmp_path / "printed.yaml").write_text(printed.out)
-    check(load_config(tmp_path / "printed.yaml"))
+    config = load_config(tmp_path / "printed.yaml")
+    if words[0] in REMOTE_ENGINES:  # the command names the engine, and the drafter's folder its architecture
+        drafter = replace(config.drafter, name=config.drafter.name or "eagle3")
+        config = replace(config, engine=replace(config.engine, name=words[0]), drafter=drafter)
+    check(config)
 
 
 def check_script(words: list[str]) -> None:

@@ -106,7 +106,7 @@ def test_what_would_end_a_server_on_a_cpu_is_not_asked_of_it(device):
             http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server,
             VLLMClient(f"http://127.0.0.1:{server.server_port}", plugin.address) as client,
         ):
-            thread = threading.Thread(target=server.serve_forever)
+            thread = threading.Thread(target=server.serve_forever, args=(0.05,))
             thread.start()
             try:
                 client.probe(client.status())
