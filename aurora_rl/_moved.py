@@ -37,6 +37,9 @@ MOVED = {
     "cli.recording": "cli.training_data", "adaptation.recording": "adaptation.recorded_stream",
     "envs.sglang.control": "envs.recording.plugin_server",
     "envs.sglang.SGLangEngine": "envs.sglang.client.SGLangClient",
+    "envs.sglang.client.SGLangCompletion": "envs.recording.client.EngineCompletion",
+    "cli.sglang": "cli.attach", "cli.engines.sglang_server": "cli.remote.remote_server",
+    "cli.engines.served_config": "cli.remote.served_config",
     **{f"envs.sglang.{name}": f"envs.recording.{name}" for name in (
         "assembler", "copies", "plugin_server", "session")},
     "collectors.Hello": "collectors.handshake.Handshake",
@@ -136,6 +139,7 @@ ELSEWHERE = {
         "recorder": "aurora_rl.envs.recording.assembler",
         "server": "aurora_rl.serving.attached", "ControlError": "aurora_rl.envs.recording.plugin_server.PluginError",
         "ControlServer": "aurora_rl.envs.recording.plugin_server.PluginServer",
+        "ENVIRONMENT": "aurora_rl.remote_engines.address_variable",
         "SGLangEngine": "aurora_rl.envs.sglang.client.SGLangClient",
         "SGLangCompletion": "aurora_rl.envs.recording.client.EngineCompletion",
         "free_ports": "aurora_rl.envs.recording.client",
@@ -164,6 +168,9 @@ GONE = {
     "envs.verification.sampling.uniform": "aurora_kernels.noise.uniform has the numbers under it",
     "envs.verification.sampling.argmax": "aurora_kernels.noise.argmax takes the first of equals",
     "testing.drafter_serving.check_from_text": "testing.check_drafter checks whatever is drafted",
+    "envs.sglang.ENVIRONMENT": "remote_engines.address_variable has the name of an engine's variable",
+    "envs.sglang.KEYS_ENVIRONMENT": "remote_engines.keys_variable has the name of an engine's variable",
+    "envs.sglang.weights.read_back": "envs.sglang.weights.shards_of has what a rank holds of each tensor",
     "testing.families.page": "docs/generate.py writes the page",
 }
 # Modules whose names were functions', and what to call.

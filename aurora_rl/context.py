@@ -40,6 +40,8 @@ class ContextStore:
         cached_lengths: Number of tokens of the prompt whose rows a prefix cache had, ``[B]`` int64 on the CPU.
         cache_salts: Salt of each slot's request, None if it has none; set before its prompt is read. What is kept of a
             request is for requests of its salt.
+        adapters: Code of the drafter's adapter for each slot's request, 0 if it has none, ``[B]`` int64 on the CPU. The
+            policy sets it; see ``aurora_rl.trajectories.adapter_code``.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class ContextStore:
         self.prompt_lengths = torch.zeros(num_slots, dtype=torch.int64)
         self.cached_lengths = torch.zeros(num_slots, dtype=torch.int64)
         self.cache_salts: list[str | None] = [None] * num_slots
+        self.adapters = torch.zeros(num_slots, dtype=torch.int64)
 
     @property
     def occupied(self) -> Tensor:
@@ -91,7 +94,7 @@ class ContextStore:
 
     def release(self, slot: int) -> None:
         """Free the slot."""
-        self.lengths[slot] = self.prompt_lengths[slot] = 0
+        self.lengths[slot] = self.prompt_lengths[slot] = self.adapters[slot] = 0
         self.cache_salts[slot] = None
 
 
@@ -160,6 +163,7 @@ class TrajectoryRecorder:
             sampling_params=sampling_params,
             rule=rule,
             draft_mode=draft_mode,
+            adapter=int(store.adapters[slot]),
         )
 
 

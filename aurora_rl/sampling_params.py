@@ -61,7 +61,7 @@ class SamplingParams:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give a number with 0 < top_p <= 1 (1.0 turns it off)")
         if not 0 <= (self.seed or 0) < 2**63:
-            raise ValueError(f"seed is {self.seed}; give an integer with 0 <= seed < 2**63, or None")
+            raise ValueError(f"seed is {self.seed}; give an integer with 0 <= seed < 2**63, or leave it out")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; give an integer >= 1")
         if not 0 <= (self.logprobs or 0) <= 20:

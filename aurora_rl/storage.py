@@ -9,6 +9,7 @@ import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,21 +30,38 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.chmod(mode)
 
 
-def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], documents: Mapping[str, Any]) -> None:
+def write_folder(
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    documents: Mapping[str, Any],
+    more: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({}),
+) -> None:
     """Replace ``folder`` by one with ``model.safetensors`` and a JSON file for each document.
 
     A call that is killed at any point leaves the old folder or the new one to :func:`read_folder`. One process writes.
 
+    Args:
+        folder: Folder to replace, or to make.
+        tensors: What ``model.safetensors`` holds.
+        documents: JSON values by the paths of their files in the folder.
+        more: Tensors of further safetensors files, by their paths in the folder.
+
     Raises:
-        OSError: It cannot be written, as on a full disk; names the folder, which is as it was.
+        OSError: It cannot be written, as on a full disk, or is the working directory, of which the process would be
+            left with the old one; names the folder, which is as it was.
     """
+    if is_working_directory(folder):
+        raise OSError(f"{folder} cannot be written: it is the working directory; name a folder in it")
     folder = Path(folder)
-    new, old = (folder.with_name(f".{folder.name}-{state}") for state in ("new", "old"))
+    new, old = _next_to(folder, "new"), _next_to(folder, "old")
     shutil.rmtree(new, ignore_errors=True)  # left by a call that was killed
     try:
         new.mkdir(parents=True)
-        save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, new / "model.safetensors")
+        for name, held in {"model.safetensors": tensors, **more}.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            save_tensors({key: t.detach().cpu().contiguous() for key, t in held.items()}, new / name)
         for name, document in documents.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_text(json.dumps(document, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -58,16 +76,20 @@ def write_folder(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], 
     shutil.rmtree(old, ignore_errors=True)
 
 
+def whole(folder: str | os.PathLike[str]) -> Path:
+    """Return the folder that :func:`write_folder` left: another one where it was killed between its two renames."""
+    folder = Path(folder)
+    old = _next_to(folder, "old")
+    return old if old.exists() and not folder.exists() else folder
+
+
 def read_folder(folder: str | os.PathLike[str], document: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and one document of a folder from :func:`write_folder`, or from one with PyTorch's ``.bin``.
 
     Raises:
         CheckpointError: A file is missing or broken.
     """
-    folder = Path(folder)
-    old = folder.with_name(f".{folder.name}-old")
-    if old.exists() and not folder.exists():  # the writer was killed between its two renames
-        folder = old
+    folder = whole(folder)
     try:
         older = folder / "pytorch_model.bin"
         if older.exists() and not (folder / "model.safetensors").exists():
@@ -80,3 +102,19 @@ def read_folder(folder: str | os.PathLike[str], document: str) -> tuple[dict[str
         raise CheckpointError(
             f"{folder} is not a checkpoint: {error}; give a folder with model.safetensors and {document}"
         ) from error
+
+
+def is_working_directory(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder is the working directory, under whatever path.
+
+    Example:
+        >>> is_working_directory("."), is_working_directory("not-there")
+        (True, False)
+    """
+    return os.path.exists(folder) and os.path.samefile(folder, os.curdir)
+
+
+def _next_to(folder: Path, state: str) -> Path:
+    """Return where the new or the old files of a folder are kept while it is replaced."""
+    whole = Path(os.path.abspath(folder))  # "." has no name of its own
+    return whole.parent / f".{whole.name}-{state}"

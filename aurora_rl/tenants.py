@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 TENANT_HEADER = "X-Aurora-Tenant"
 """Header of an HTTP request that names its tenant."""
@@ -28,6 +29,19 @@ def check_tenant(name: object) -> str:
     raise ValueError(
         f"the tenant is {str(name)[:50]!r}; give 1 to 128 letters, digits and characters of ._:+=-, such as a digest"
     )
+
+
+def check_adapters(names: Sequence[str]) -> None:
+    """Raise ValueError unless these can be adapters of a drafter: names of tenants, and of folders, all different.
+
+    Example:
+        >>> check_adapters(["acme", "globex"])
+    """
+    for name in names:
+        if check_tenant(name) in (".", ".."):
+            raise ValueError(f"an adapter cannot be called {name!r}, as it is kept in a folder of its name")
+    if len(set(names)) < len(names):
+        raise ValueError(f"names of adapters must differ, got {', '.join(names)}")
 
 
 def joint_salt(tenant: str | None, salt: str | None) -> str | None:

@@ -38,6 +38,16 @@ def rule_code(name: str) -> int:
     return _OTHER_RULES + int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
 
 
+def adapter_code(name: str) -> int:
+    """Return what stands for a drafter's adapter in trajectories, a checksum of its name; 0 stands for none.
+
+    Example:
+        >>> adapter_code("acme") == adapter_code("acme"), adapter_code("acme") == adapter_code("globex")
+        (True, False)
+    """
+    return 1 + int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+
+
 def make_trajectory(
     *,
     request: int,
@@ -52,6 +62,7 @@ def make_trajectory(
     sampling_params: SamplingParams,
     rule: str = "sample_and_match",
     draft_mode: str = "topk",
+    adapter: int = 0,
 ) -> TensorDict:
     """Lay out a packed trajectory.
 
@@ -71,6 +82,7 @@ def make_trajectory(
         sampling_params: Parameters of the request. What ends it is not recorded: budget, stop strings, ``ignore_eos``.
         rule: Verification rule of sampled requests. A request at temperature 0 is recorded as "greedy".
         draft_mode: How the nodes were drawn, one of :data:`DRAFT_MODES`.
+        adapter: Code of the adapter that drafted, see :func:`adapter_code`; 0, for none, is left out.
 
     Returns:
         A TensorDict of batch size [] on the CPU, in the layout that :func:`validate` checks.
@@ -94,6 +106,7 @@ def make_trajectory(
                 "tokens": tokens,
                 "prompt_length": torch.tensor(prompt_length),
                 "features": features,
+                **({"adapter": torch.tensor(adapter)} if adapter else {}),
                 **target,
             },
             "rounds": {
@@ -126,6 +139,7 @@ _LAYOUT: _Layout = {
     ("sequence", "tokens"): ("S", "int64"),
     ("sequence", "prompt_length"): ("", "int64"),
     ("sequence", "features"): ("S-1,F", "float"),
+    ("sequence", "adapter"): ("", "int64"),
     ("rounds", "anchor"): ("R", "int64"),
     ("rounds", "offset"): ("R+1", "int64"),
     ("rounds", "policy_version"): ("R", "int64"),
@@ -142,6 +156,8 @@ _LAYOUT: _Layout = {
     ("sampling", "draft_mode"): ("", "int64"),
 }
 _LOG_PROBS = ("nodes", "log_probs")  # may be absent: an engine that drafts by argmax has no scores
+_ADAPTER = ("sequence", "adapter")  # is absent where the shared drafter drafted
+_OPTIONAL = {_LOG_PROBS, _ADAPTER}
 # The target's outputs, in one of two forms.
 _HIDDEN: _Layout = {("sequence", "hidden"): ("S-P,H", "float"), ("nodes", "hidden"): ("M,H", "float")}
 _TOPK: _Layout = {
@@ -164,8 +180,8 @@ def _layout_of(trajectory: TensorDictBase) -> _Layout:
             f"alike; got {states} and {likeliest}"
         )
     layout = _LAYOUT | (_TOPK if likeliest else _HIDDEN)
-    if keys - {_LOG_PROBS} != set(layout) - {_LOG_PROBS}:
-        missing, extra = sorted(set(layout) - keys - {_LOG_PROBS}), sorted(keys - set(layout))
+    if keys - _OPTIONAL != set(layout) - _OPTIONAL:
+        missing, extra = sorted(set(layout) - keys - _OPTIONAL), sorted(keys - set(layout))
         raise ValueError(f"a trajectory has exactly the entries of the layout; missing {missing}, unknown {extra}")
     return {key: what for key, what in layout.items() if key in keys}
 
@@ -317,7 +333,7 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
     Every ``[S, ...]``, ``[R, ...]`` and ``[M, ...]`` entry is concatenated. Three entries ``[n + 1]`` hold where each
     request starts: ``("sequence", "offset")``, ``("rounds", "request_offset")`` and ``("nodes", "request_offset")``.
     0-d entries become ``[n]``. ``("rounds", "offset")`` becomes relative to the batch. ``("nodes", "log_probs")`` is
-    present if all of the trajectories have it.
+    present if all of the trajectories have it, ``("sequence", "adapter")`` if one has it: it is 0 where it is absent.
 
     Raises:
         ValueError: There is no trajectory, or the target's outputs come in different forms.
@@ -327,9 +343,11 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
     layout = _LAYOUT | _one_form(trajectories)
     if any(t.get(_LOG_PROBS, None) is None for t in trajectories):
         del layout[_LOG_PROBS]
-    batch = TensorDict({}, batch_size=[])
+    if all(t.get(_ADAPTER, None) is None for t in trajectories):
+        del layout[_ADAPTER]
+    batch, none = TensorDict({}, batch_size=[]), torch.tensor(0)
     for key in layout:
-        values = [t.get(key) for t in trajectories]
+        values = [t.get(key, none) if key == _ADAPTER else t.get(key) for t in trajectories]
         if values[0].ndim == 0:
             batch[key] = torch.stack(values)
         elif key != ("rounds", "offset"):
@@ -356,8 +374,9 @@ def unpack(batch: TensorDictBase) -> list[TensorDict]:
         True
     """
     layout = _LAYOUT | (_HIDDEN if batch.get(("sequence", "topk_ids"), None) is None else _TOPK)
-    if batch.get(_LOG_PROBS, None) is None:
-        del layout[_LOG_PROBS]
+    for optional in _OPTIONAL:
+        if batch.get(optional, None) is None:
+            del layout[optional]
     sequence, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
     rounds, nodes = batch["rounds", "request_offset"], batch["nodes", "request_offset"]
     ends = {

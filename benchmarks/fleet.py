@@ -37,15 +37,15 @@ from common import RESULTS, write_result
 from fleet_simulation import costs_of, simulated
 from scaling import LAYERS, MODELS, recorded
 
-from aurora_rl import Request, SamplingParams, SpecDecodeEnv
+from aurora_rl import Request, SamplingParams
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
-from aurora_rl.envs import TransformersEngine
 from aurora_rl.objectives import ImitationLoss
-from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.outputs import Outputs
@@ -124,18 +124,16 @@ class DecodeEngine:
 
     def __init__(self, number: int, wire: dict[str, Any], folder: str) -> None:
         _, drafter = parts_and_drafter()
-        drafter = drafter.serving_copy(torch.float32)
         name, ends = f"engine-{number}", {"handshake": wire["handshake"]}
         self.sink = TrajectorySink(wire["trajectories"], name=name, **ends)
         receiver = WeightReceiver(wire["weights"], name=name, **ends)
-        engine = TransformersEngine(
-            tiny_target(dtype=torch.float32, seed=1), num_slots=4, max_length=64, feature_layers=drafter.feature_layers
-        )
-        self._policy = DrafterPolicy(drafter, engine.store, num_nodes=SHAPE.depth, shape=SHAPE)
-        env = SpecDecodeEnv(engine, self._next, num_nodes=SHAPE.depth)
+        target = tiny_target(dtype=torch.float32, seed=1)
+        decoder = SpeculativeDecoder(target, drafter, self._next, shape=SHAPE, max_length=64, num_slots=4)
+        assert decoder.policy is not None
+        self._policy = decoder.policy
         log = MetricsLog(f"{folder}/{name}.jsonl", "serve")
         self._server = InferenceServer(
-            env, self._policy, windows=BaselineWindows(0.0, 32), log=log, sink=self.sink, receiver=receiver
+            decoder.env, self._policy, windows=BaselineWindows(0.0, 32), log=log, sink=self.sink, receiver=receiver
         )
         self._prompts, self._asked, self._due = prompts(64, number), 0, 0
         self.swaps: list[tuple[int, float]] = []

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -28,11 +29,12 @@ from typing_extensions import override
 from aurora_kernels import gumbel_argmax, tree_training_attention
 from aurora_kernels.noise import uniform
 from aurora_kernels.trees import depths
-from aurora_rl import Request, SamplingParams, SpecDecodeEnv, TargetParts, TransformersEngine, TreeShape
+from aurora_rl import Request, SamplingParams, TargetParts, TransformersEngine, TreeShape
 from aurora_rl.models.loading import load_target
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import Windows, forward_kl, get_objective, overlap, register_objective
-from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, HeadLogits, Unroll
+from aurora_rl.policies import Eagle3Drafter, HeadLogits, Unroll
+from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.trajectories import make_trajectory, pack
 from aurora_rl.tree_index import TreeIndex, true_chains
 from kernels import CLEAR, forget_peak, memory
@@ -275,15 +277,14 @@ class Rounds:
         model, _ = load_target("smollm2", dtype=torch.bfloat16, device="cpu")
         torch.manual_seed(0)
         drafter = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(DRAFT_VOCAB))
-        drafter = drafter.serving_copy(model.dtype, model.device)
-        self.engine = TransformersEngine(
-            model, num_slots=2, max_length=1024, feature_layers=drafter.feature_layers, batch_invariant=batch_invariant
-        )
-        nodes = max(shape.num_nodes for shape in SHAPES.values())
-        self.policy = DrafterPolicy(
-            drafter, self.engine.store, num_nodes=nodes, shape=TreeShape(8), vocab_size=self.engine.vocab_size,
-            generator=torch.Generator().manual_seed(0),
+        longest = max(SHAPES.values(), key=lambda shape: shape.num_nodes)
+        decoder = SpeculativeDecoder(
+            model, drafter, lambda: self.waiting.pop() if self.waiting else None, shape=longest, max_length=1024,
+            num_slots=2, engine=partial(TransformersEngine, batch_invariant=batch_invariant),
         )  # fmt: skip
+        assert decoder.policy is not None
+        self.engine, self.env, self.policy = decoder.engine, decoder.env, decoder.policy
+        self.waiting: list[Request] = []
         self.prompts = [torch.randint(self.engine.vocab_size, (length,)) for length in PROMPTS]
 
     def prefill(self) -> float:
@@ -294,12 +295,7 @@ class Rounds:
 
     def start(self, slots: int) -> None:
         sampling = SamplingParams(max_tokens=800, ignore_eos=True)
-        waiting = [Request(i, self.prompts[0], sampling) for i in range(slots)]
-        for slot in self.engine.store.occupied.tolist():
-            self.engine.release(slot)
-        self.env = SpecDecodeEnv(
-            self.engine, lambda: waiting.pop() if waiting else None, num_nodes=self.policy.num_nodes
-        )
+        self.waiting = [Request(i, self.prompts[0], sampling) for i in range(slots)]
         self.td = self.env.reset()
         while len(self.engine.store.occupied) < slots:  # the second prompt is read between rounds
             self.round(SHAPES["plain"])

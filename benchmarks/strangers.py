@@ -23,6 +23,7 @@ _BAD: list[bytes] = [
             {"messages": [{"role": "wizard", "content": "Hello."}]},
             {"messages": [{"role": "user", "content": {"text": "Hello."}}]},
             {"messages": [{"role": "user", "content": "Hello. " * 4000}]},
+            {"messages": [{"role": "user", "content": ""}] * 1500},
             {"messages": _HELLO, "max_tokens": -1},
             {"messages": _HELLO, "temperature": float("nan")},
             {"messages": _HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]},

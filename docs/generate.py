@@ -85,7 +85,8 @@ def events() -> Iterator[str]:
     yield "# Events of `metrics.jsonl`\n"
     yield "Server and learner append one JSON object a line. Every line begins with these fields:\n"
     yield "| field | meaning |\n|---|---|"
-    yield "| `time` | Unix time, seconds. |\n| `source` | `server` or `learner`; `train` of `aurora-rl train`. |"
+    yield "| `time` | Unix time, seconds. |"
+    yield "| `source` | `server` or `learner`; `train` of `aurora-rl train`, `fleet` of `aurora-rl fleet`. |"
     yield "| `event` | Name of the event. |"
     for name, event in EVENTS.items():
         yield f"\n## `{name}`\n\n{event.when}\n\n| field | meaning |\n|---|---|"

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from aurora_rl.cli.config import load_config
+from aurora_rl.cli.config_fleet import engine_groups, learner_placement
 from aurora_rl.telemetry.prometheus import METRICS
 
 ROOT = Path(__file__).parents[1]
@@ -100,8 +101,8 @@ def called(tmp_path: Path) -> Any:
     program.chmod(0o755)
     path = f"{program.parent}:{os.environ['PATH']}"
 
-    def call(*arguments: str) -> list[str]:
-        command = [str(DEPLOY / "serve.sh"), *arguments]
+    def call(*arguments: str, script: str = "serve.sh") -> list[str]:
+        command = [str(DEPLOY / script), *arguments]
         done = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, timeout=30, check=True)
         return done.stdout.splitlines()
 
@@ -140,3 +141,66 @@ def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     verify = ["systemd-analyze", "verify", str(tmp_path / "aurora-rl.service")]
     done = subprocess.run(verify, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "aurora-rl" not in done.stderr, done.stderr
+
+
+def test_a_job_that_starts_again_goes_on_with_its_fleet(called: Any, tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    words = [str(run), "--config", "c.yaml"]
+    assert called(*words, script="kubernetes/fleet.sh") == ["fleet", f"run_dir={run}", "--config", "c.yaml"]
+    run.mkdir()
+    (run / "config.yaml").touch()
+    assert called(*words, script="kubernetes/fleet.sh") == ["fleet", "--resume", str(run), "--config", "c.yaml"]
+
+
+def test_the_manifests_of_kubernetes_fit_each_other(tmp_path: Path) -> None:
+    parts = {part["kind"]: part for part in yaml.safe_load_all((DEPLOY / "kubernetes" / "fleet.yaml").read_text())}
+    assert parts.keys() == {"ConfigMap", "PersistentVolumeClaim", "Service", "NetworkPolicy", "RayJob"}
+    job = parts["RayJob"]["spec"]
+    cluster, submitter = job["rayClusterSpec"], job["submitterPodTemplate"]
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    pods = [cluster["headGroupSpec"]["template"], *(group["template"] for group in groups.values())]
+
+    # What the image has: the same base, user's folder and version of Ray, and the script that the job runs.
+    image = (DEPLOY / "kubernetes" / "Dockerfile").read_text()
+    (name,) = re.findall(r"-t (\S+) \.", image)
+    (base,) = re.findall(r"^FROM (\S+)$", image, re.M)
+    assert f"-t {base} ." in (DEPLOY / "Dockerfile").read_text()
+    assert {container["image"] for pod in [*pods, submitter] for container in pod["spec"]["containers"]} == {name}
+    assert f"ray=={cluster['rayVersion']}" in (ROOT / "constraints.txt").read_text().splitlines()
+    script, run, *_, file = job["entrypoint"].split()
+    (source,) = re.findall(rf"^COPY (\S+/{script}) /usr/local/bin/$", image, re.M)
+    assert os.access(ROOT / source, os.X_OK)
+
+    # Every pod has the run's folder and the configuration.
+    for pod in pods:
+        (container,) = pod["spec"]["containers"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+        claim = volumes["run"]["persistentVolumeClaim"]["claimName"]
+        assert claim == parts["PersistentVolumeClaim"]["metadata"]["name"] and run.startswith(mounts["run"])
+        assert volumes["configuration"]["configMap"]["name"] == parts["ConfigMap"]["metadata"]["name"]
+        assert file.startswith(mounts["configuration"])
+
+    # Ray has a place for each member, and the service finds the engines.
+    (tmp_path / "fleet.yaml").write_text(parts["ConfigMap"]["data"][Path(file).name])
+    config = load_config(tmp_path / "fleet.yaml")
+    (engines,) = engine_groups(config).values()
+    for placement, group, members in (
+        (engines, "engines", engines.replicas),
+        (learner_placement(config), "learner", 1),
+    ):
+        pod, given = groups[group]["template"], json.loads(json.loads(groups[group]["rayStartParams"]["resources"]))
+        limits = pod["spec"]["containers"][0]["resources"]["limits"]
+        has = {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"]), **given}
+        assert groups[group]["replicas"] == members
+        assert all(amount <= has[name] for name, amount in placement.demand.items())
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    service = parts["Service"]["spec"]
+    labels = [pod["metadata"]["labels"] for pod in pods]
+    found = [service["selector"].items() <= each.items() for each in labels]
+    assert found == [False, True, False]
+    assert service["ports"][0]["targetPort"] == config.http.port and config.http.host == "0.0.0.0"
+    policy = parts["NetworkPolicy"]["spec"]
+    chosen = policy["podSelector"]["matchLabels"].items()
+    assert all(chosen <= each.items() for each in [*labels, submitter["metadata"]["labels"]])
+    assert policy["ingress"][-1] == {"ports": [{"port": config.http.port}]}

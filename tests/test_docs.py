@@ -28,6 +28,7 @@ from aurora_rl.objectives.divergences import DIVERGENCES
 from aurora_rl.policies import MedusaDrafter, TargetParts
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.policies.registry import DRAFTERS
+from aurora_rl.remote_engines import REMOTE_ENGINES
 from aurora_rl.serving.http.schemas import ChatCompletion, parse
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.testing import tiny_target
@@ -203,7 +204,7 @@ def check_aurora_rl(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     if words[0] == "history":  # it takes no configuration, and is run below
         return
     for place, word in enumerate(words):
-        if word.endswith("/config.yaml") or word == "run.yaml":
+        if word.endswith("/config.yaml") or word in ("run.yaml", "fleet.yaml"):
             words[place] = str(tmp_path / word)
             (tmp_path / word).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / word).touch()
@@ -211,7 +212,11 @@ def check_aurora_rl(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr()
     assert code == 0, f"{words}: {printed.err}"
     (tmp_path / "printed.yaml").write_text(printed.out)
-    check(load_config(tmp_path / "printed.yaml"))
+    config = load_config(tmp_path / "printed.yaml")
+    if words[0] in REMOTE_ENGINES:  # the command names the engine, and the drafter's folder its architecture
+        drafter = replace(config.drafter, name=config.drafter.name or "eagle3")
+        config = replace(config, engine=replace(config.engine, name=words[0]), drafter=drafter)
+    check(config)
 
 
 def check_script(words: list[str]) -> None:
@@ -278,7 +283,7 @@ def test_keys_in_the_text_exist(page: Path) -> None:
     assert {key for key in found if not key.endswith(FILES)} <= known | METHODS
 
 
-FILES = (".py", ".md", ".log", ".json", ".yaml", ".png", ".key", ".key_secret")
+FILES = (".py", ".sh", ".md", ".log", ".json", ".yaml", ".png", ".key", ".key_secret")
 METHODS = {"engine.set_recording", "engine.detach", "engine.generate"}  # of SGLangClient
 
 
@@ -305,6 +310,7 @@ RUN = {
     "progress.json",
     "train.json",
     "manifest.json",
+    "prometheus.json",
 }  # of models and of runs
 
 
@@ -372,6 +378,7 @@ def test_the_walks_name_at_most_six_files() -> None:
         "How do several processes take a step?",
         "What crosses the wire?",
         "How do new weights get in?",
+        "How does a fleet start?",
         "What does a key do?",
     ]
     for question, walk in walks:

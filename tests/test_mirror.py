@@ -20,6 +20,7 @@ FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_
 OF_THE_FRONT = {f"serving/http/{name}" for name in ("bodies", "errors", "generation", "prompts", "streams")}
 EXCEPTIONS = {
     "faults/test_attach.py": "processes of all rooms, by the commands of docs/production.md",
+    "faults/test_fleet.py": "`aurora-rl fleet` on a Ray cluster of this machine",
     "faults/test_flywheel.py": "processes that are killed and restarted, of all rooms",
     "faults/test_forks.py": "tests/support/forked_commands.py",
     "faults/test_ranks.py": "`aurora-rl learn` as the processes that torchrun starts",

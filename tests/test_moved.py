@@ -17,6 +17,7 @@ from aurora_rl._moved import ELSEWHERE, GONE, MOVED, MovedModules
 # Public names of the modules that still have a module or a package at their path.
 OLD_NAMES = {
     "cli": "main",
+    "cli.engines": "embedded_server served_config sglang_server",
     "collectors": """
         CodecError Hello Limits TrajectorySink WeightPublisher WeightReceiver ZMQCollector ZMQWeightSyncScheme checksum
         decode encode trajectory_buffer
@@ -30,6 +31,9 @@ OLD_NAMES = {
         SpecDecodeEnv TransformersEngine VerificationRule get_rule register_rule
     """,
     "envs.engine": "Engine",
+    "envs.sglang": "ENVIRONMENT KEYS_ENVIRONMENT LEARNED SGLangClient SGLangEngine SGLangError register",
+    "envs.sglang.client": "SGLangClient SGLangCompletion SGLangError drafter_arguments reserved_context",
+    "envs.sglang.weights": "draft_vocab load_drafter read_back",
     "envs.spec_decode": "Completion Request SpecDecodeEnv",
     "envs.transformers_engine": "TransformersEngine",
     "envs.verification": """
@@ -163,6 +167,7 @@ MOVED_NAMES = {
     "traffic_templates": "POOLS Pool TEMPLATES",
     "cli.export": "register run",
     "cli.flywheel": "register run",
+    "cli.sglang": "register run",
     "objectives.tree_index": "completion_requests completion_tokens path_products subtree_sums windows",
     "serving.answers": "Answers",
 }

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aurora_rl import storage
-from aurora_rl.storage import read_folder, write_folder
+from aurora_rl.storage import CheckpointError, read_folder, write_folder
 
 OLD, NEW = {"x": torch.zeros(2)}, {"x": torch.ones(3)}
 
@@ -101,3 +101,24 @@ def test_a_folder_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     assert read_folder(tmp_path / "state", "progress.json")[1] == {"steps": 1}
+
+
+def test_a_folder_without_a_name_of_its_own_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "state", OLD, {"d.json": {"n": 0}})
+    monkeypatch.chdir(tmp_path / "state")
+    assert read_folder(".", "d.json")[1] == {"n": 0}
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "/"):
+        with pytest.raises(CheckpointError, match=f"^{folder} is not a checkpoint: "):
+            read_folder(folder, "d.json")
+
+
+def test_the_working_directory_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "state", OLD, {"d.json": {"n": 0}})
+    monkeypatch.chdir(tmp_path / "state")
+    for folder in (".", tmp_path / "state", "../state"):
+        with pytest.raises(OSError, match="cannot be written: it is the working directory; name a folder in it"):
+            write_folder(folder, NEW, {"d.json": {"n": 1}})
+    assert sorted(os.listdir()) == ["d.json", "model.safetensors"]
+    write_folder("in it", NEW, {"d.json": {"n": 1}})
+    assert read_folder("in it", "d.json")[1] == {"n": 1} and "in it" in os.listdir()

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from aurora_rl.envs.sglang import ENVIRONMENT, register
+from aurora_rl.envs.sglang import ENGINE, register
+from aurora_rl.remote_engines import address_variable
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"aurora_rl": ROOT / "aurora_rl", "aurora_kernels": ROOT / "kernels" / "aurora_kernels"}
@@ -92,7 +93,7 @@ def test_sglang_finds_the_plugin_in_the_wheel(wheel: Path) -> None:
 
 
 def test_the_plugin_does_nothing_where_nobody_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(address_variable(ENGINE), raising=False)
     before = set(sys.modules)
     register()
     assert not {name for name in set(sys.modules) - before if name.startswith("sglang")}

@@ -9,15 +9,29 @@ from typing import Any
 
 from aurora_rl.cli.frozen import plain
 
+SAVED_LAST = (
+    "the learner and drafter saved last; lines are appended, and files that are written anew move to RUN_DIR/part-1"
+)
+"""What ``--resume`` goes on with in the folder of a server or a learner."""
 
-def add_resume_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--resume``, for commands that make the folder of a run."""
+
+def add_resume_argument(parser: argparse.ArgumentParser, effect: str) -> None:
+    """Add ``--resume``, for commands that make the folder of a run.
+
+    Args:
+        parser: Parser of the command.
+        effect: What the command goes on with, and what becomes of the files of the run.
+    """
     parser.add_argument(
         "--resume",
         metavar="RUN_DIR",
-        help="go on in the folder of an earlier run, with its configuration and the learner and drafter saved last; "
-        "lines are appended, files that are rewritten move to RUN_DIR/part-1, and a flywheel's traffic starts anew",
+        help=f"go on in the folder of an earlier run, with its configuration and {effect}",
     )
+
+
+def add_end_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--end-with PID``, for commands that a fleet starts: they end when that process does."""
+    parser.add_argument("--end-with", metavar="PID", type=int, help=argparse.SUPPRESS)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, example: str = "engine.slots=1") -> None:
@@ -29,7 +43,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, example: str = "engine
     """
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys")
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"for example {example}")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"for example {example}")
 
 
 def pair_of(key: str, overrides: Sequence[str]) -> str | None:

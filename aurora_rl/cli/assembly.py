@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aurora_rl.cli.config import Config
@@ -20,9 +21,12 @@ from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.keys import ClientKeys, ServerKeys
 from aurora_rl.envs import Engine
 from aurora_rl.models.loading import load_target
+from aurora_rl.models.loading_parts import load_parts
 from aurora_rl.models.target_head import context_length
 from aurora_rl.policies import Drafter, TargetParts, token_prior
-from aurora_rl.policies.formats.files import load_drafter, save_drafter, written
+from aurora_rl.policies.adapters import check_size
+from aurora_rl.policies.formats.files import load_drafter, local_folder, save_drafter, written
+from aurora_rl.policies.formats.peft import read_adapters
 from aurora_rl.policies.registry import start_untrained
 from aurora_rl.serving.requests import RequestQueue, prompt_tokens
 from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
@@ -44,6 +48,11 @@ def load(spec: RunSpec) -> Target:
     """Load the target."""
     model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
     return Target(model, tokenizer, TargetParts.of(model))
+
+
+def load_alone(spec: RunSpec) -> TargetParts:
+    """Load what drafters need of the target, for a process that does not run it."""
+    return load_parts(spec.config.model, dtype=spec.dtype, device=spec.device)
 
 
 def engine_maker(spec: RunSpec) -> Callable[..., Engine]:
@@ -115,7 +124,28 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]], seed:
         ConfigError: Settings that do not fit, such as trees deeper than the drafter drafts.
         ValueError: A checkpoint that does not fit the target.
     """
-    drafter = _new_or_loaded(spec, target, prompts, spec.config.seed if seed is None else seed)
+    prior = token_prior(target.model, prompts) if prompts and spec.config.drafter.path is None else None
+    return drafter_from_parts(spec, target.parts, prior, seed)
+
+
+def drafter_from_parts(
+    spec: RunSpec, parts: TargetParts, prior: Tensor | None = None, seed: int | None = None
+) -> Drafter:
+    """Return the drafter that a run starts with, as :func:`start_drafter` does, without running the target.
+
+    Args:
+        spec: Names a checkpoint, or the architecture of an untrained drafter.
+        parts: Parts of the target.
+        prior: Expected counts of the target's tokens, ``[V]``, for the draft vocabulary; None without prompts.
+        seed: Seed of an untrained drafter's weights; None takes the configuration's.
+    """
+    drafter = _new_or_loaded(spec, parts, prior, spec.config.seed if seed is None else seed)
+    settings = spec.config.drafter
+    if settings.adapters:
+        with naming(f"drafter.adapter_rank={settings.adapter_rank}"):
+            check_size(drafter, settings.adapter_rank, spec.dtype)
+        folder = None if settings.path is None else local_folder(settings.path)
+        read_adapters(drafter, folder, settings.adapters, settings.adapter_rank)
     if spec.tree.depth > drafter.max_depth:
         raise ConfigError(
             f"drafter.depth={spec.tree.depth} is more than the {drafter.max_depth} nodes that this drafter drafts "
@@ -127,16 +157,15 @@ def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]], seed:
     return drafter
 
 
-def _new_or_loaded(spec: RunSpec, target: Target, prompts: list[list[int]], seed: int) -> Drafter:
+def _new_or_loaded(spec: RunSpec, parts: TargetParts, prior: Tensor | None, seed: int) -> Drafter:
     settings, kind, options = spec.config.drafter, spec.drafter_class, plain(spec.config.drafter.options)
     if settings.path is not None:
-        return load_drafter(settings.path, target.parts, kind, options=options, trained_for=settings.trained_for)
+        return load_drafter(settings.path, parts, kind, options=options, trained_for=settings.trained_for)
     torch.manual_seed(seed)
-    prior = token_prior(target.model, prompts)
     with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
         return start_untrained(
             kind,
-            target.parts,
+            parts,
             prior,
             vocab_size=settings.vocab_size,
             feature_layers=settings.feature_layers or None,

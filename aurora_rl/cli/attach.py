@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 
 from aurora_rl.cli import serve
-from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+from aurora_rl.cli.arguments import SAVED_LAST, add_config_arguments, add_resume_argument
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.config_checks import check
 from aurora_rl.cli.errors import ConfigError
@@ -23,7 +23,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 
     text = f"learn from what a running {engine} answers its clients, and swap its drafter, until stopped"
     attach = commands.add_parser("attach", help=text, description=text)
-    add_resume_argument(attach)
+    add_resume_argument(attach, SAVED_LAST)
     add_config_arguments(attach, f"drafter.path=DRAFTER, the folder that {engine} was started with")
     # Clients talk to the engine itself, unless a front is asked for; and it takes new weights at once.
     attach.set_defaults(usual=["http.port=null", "canary.share=0"])

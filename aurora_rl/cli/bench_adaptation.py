@@ -246,7 +246,7 @@ class _Bench:
         serving = drafter.serving_copy(spec.dtype)
         if arm.learns:
             learning_spec = resolve(replace(spec.config, seed=spec.config.seed + seed))
-            loss, optimizers = learning(spec, drafter, target)
+            loss, optimizers = learning(spec, drafter, target.parts.head)
             flops = step_flops(loss, stream, spec.config.learner.batch_size)
             log = MetricsLog(folder / "metrics.jsonl", "learner")
             learner = assembled(
@@ -309,7 +309,7 @@ class _Bench:
         if folder.exists():
             return load_drafter(folder, target.parts, spec.drafter_class, options=plain(spec.config.drafter.options))
         stream = self._stream("training", drafter)
-        loss, optimizers = learning(spec, drafter, target)
+        loss, optimizers = learning(spec, drafter, target.parts.head)
         with watch(self._console, "training", len(stream), 0) as shown:
             steps = train_on(
                 [stream[index] for index in range(len(stream))], loss, optimizers, batch_size=settings.batch_size,
@@ -423,7 +423,7 @@ def busy_learner(path: str | None, pairs: Sequence[str], folder: Path, layers: S
     torch.set_num_threads(spec.config.learner.threads)
     target = load(spec)
     drafter = start_drafter(spec, target, [])
-    loss, optimizers = learning(spec, drafter, target)
+    loss, optimizers = learning(spec, drafter, target.parts.head)
     stream, batch_size = RecordedPhase(folder, layers, drafter.feature_layers), spec.config.learner.batch_size
     batch = pack([stream[index % len(stream)] for index in range(batch_size)])
     return lambda: train_step(loss, optimizers, batch, autocast=spec.dtype == torch.bfloat16)

@@ -153,7 +153,8 @@ def learning_curve(
     drafter = start_drafter(spec, target, prompts, seed=seed).to(spec.device)
     config, settings = spec.config, spec.config.learner
     shapes = {mode: replace(spec.tree, mode=mode) for mode in dict.fromkeys(("topk", spec.tree.mode))}
-    loss, optimizers = learning(replace(spec, config=replace(config, objectives=tuple(objectives))), drafter, target)
+    arm = replace(spec, config=replace(config, objectives=tuple(objectives)))
+    loss, optimizers = learning(arm, drafter, target.parts.head)
     served = drafter.serving_copy(spec.dtype)
     curves: dict[str, list[tuple[int, float]]] = {mode: [] for mode in shapes}
 

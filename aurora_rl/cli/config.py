@@ -16,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.cli.config_canary import CanaryConfig, without_trials
-from aurora_rl.cli.config_checks import check
+from aurora_rl.cli.config_checks import check, without_extras
+from aurora_rl.cli.config_drafter import DrafterConfig
+from aurora_rl.cli.config_fleet import FleetConfig
 from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
 from aurora_rl.cli.cpus import usable_cpus
 from aurora_rl.cli.errors import ConfigError
@@ -84,42 +86,6 @@ class TrafficConfig:
 
 
 @dataclass(frozen=True)
-class DrafterConfig:
-    """The drafter and the trees that it proposes."""
-
-    name: str | None = None
-    """An architecture (one of ``list(aurora_rl.policies.DRAFTERS)``), or package.module:Class; null takes that of the
-    checkpoint in ``drafter.path``, or medusa."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Architecture-specific options, for example ``fc_norm: true``."""
-    path: str | None = None
-    """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
-    trained_for: str = "target"
-    """Weights that a checkpoint must be trained for: target takes those of the target alone, any takes all."""
-    vocab_size: int = 8192
-    """Rows of the draft head."""
-    feature_layers: tuple[int, ...] | None = None
-    """Target layers that make the features; null takes the architecture's default."""
-    depth: int = 4
-    """Longest path."""
-    width: int = 4
-    """Most children of a node: 1 drafts a chain, more a top-k tree. 1 with engine.name=vllm."""
-    num_nodes: int | None = 4
-    """Most nodes of a tree; null keeps all."""
-    lookup: int | None = None
-    """Most nodes that are looked up in the request's text and in earlier answers. They are merged into each tree or
-    verified in its place. 0 turns it off. null is 8, or 0 where lookup cannot be had: SGLang, vLLM, sampled trees,
-    drafter.name=ngram."""
-    history: int = 65536
-    """Tokens of earlier answers that lookup searches, for a request those of its own cache_salt; 0 searches the
-    request's own text alone. Requests with learn=false leave nothing in it."""
-    mode: str = "topk"
-    """Choice of nodes: topk takes the likeliest; sampled and sampled_without_replacement draw, for policy gradients."""
-    adaptive: bool = True
-    """Choose depth, chain or tree, or no speculation by measured acceptance and costs; false keeps one shape."""
-
-
-@dataclass(frozen=True)
 class BaselineConfig:
     """Windows of plain decoding that speculation is compared with."""
 
@@ -179,7 +145,6 @@ class LearnerConfig:
 
     spawn: bool = True
     """Whether the server starts a learner of its own; false leaves that to one at ``wire.*``, or to none."""
-
     threads: int = 1
     """CPU threads of the learner."""
     nice: int = 19
@@ -288,6 +253,7 @@ class Config:
     learns. Empty compares none."""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
     run_dir: str | None = None
     """New or empty folder of the run; null is ``runs/<time>``."""
 
@@ -296,11 +262,8 @@ class Config:
             object.__setattr__(self, name, frozen(value))
 
 
-_MOVED = {
-    "control": "baseline",
-    "drafter.made_for": "drafter.trained_for",
-    "engine.control": "engine.plugin_address",
-}
+_OWN_KEYS = ("drafter.options", "fleet.engines", "fleet.learner")  # theirs are known elsewhere
+_MOVED = {"control": "baseline", "drafter.made_for": "drafter.trained_for", "engine.control": "engine.plugin_address"}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), usual: Sequence[str] = ()) -> Config:
@@ -358,8 +321,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     try:
         named = {key for _, values in sources for key in _keys(values)}
-        keep_nothing(merged, named)
-        without_trials(merged, named)
+        for settle in (keep_nothing, without_trials, without_extras):
+            settle(merged, named)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(str(error).replace("\n", " ")) from error
@@ -430,7 +393,7 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     for name in config:
         value = config._get_node(name)
         key = f"{prefix}{name!s}"
-        if isinstance(value, DictConfig) and len(value) and key != "drafter.options":  # the architecture knows those
+        if isinstance(value, DictConfig) and len(value) and key not in _OWN_KEYS:
             keys += _keys(value, key + ".")
         else:
             keys.append(key)

@@ -50,11 +50,6 @@ def without_trials(merged: DictConfig, named: Collection[str]) -> None:
     """Turn off what an engine or ``compare`` does without, unless it was named: then it is refused."""
     if merged.engine.name in REMOTE_ENGINES and "canary.share" not in named:
         merged.canary.share = 0.0
-    if merged.engine.name == "vllm":  # it drafts chains, and clients ask it themselves
-        if "drafter.width" not in named:
-            merged.drafter.width = 1
-        if "http.port" not in named:
-            merged.http.port = None
     if merged.compare and "learner.spawn" not in named:
         merged.learner.spawn = False
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import DictConfig
+
 from aurora_rl.addresses import is_local
+from aurora_rl.cli.arguments import as_pair
 from aurora_rl.cli.config_canary import check_trials
+from aurora_rl.cli.config_drafter import check_drafter
+from aurora_rl.cli.config_fleet import check_fleet
 from aurora_rl.cli.config_privacy import check_privacy
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
@@ -20,10 +25,12 @@ if TYPE_CHECKING:
 
 _POSITIVE = """
     engine.slots engine.max_length engine.threads http.max_body http.max_waiting drafter.vocab_size
-    drafter.depth drafter.width
+    drafter.depth drafter.width drafter.adapter_rank
     baseline.window wire.queue wire.queue_bytes learner.threads learner.batch_size learner.buffer learner.buffer_bytes
     learner.max_skipped learner.publish_every checkpoint.keep gate.requests canary.requests traffic.requests
 """
+
+_ADDRESS = re.compile(r"tcp://[^\s/]+:\d+|ipc://.+").fullmatch
 
 _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     **dict.fromkeys(_POSITIVE.split(), ("be at least 1", lambda value: value >= 1)),
@@ -62,17 +69,25 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "generation_config": ("be auto or ignore", ("auto", "ignore").__contains__),
     "learner.parallel": ("be ddp, fsdp or null", (None, "ddp", "fsdp").__contains__),
     "telemetry.logger": (f"be {', '.join(LOGGERS)} or null", (None, *LOGGERS).__contains__),
-    **dict.fromkeys(
-        ("wire.trajectories", "wire.weights"),
-        ("be tcp://host:port or ipc://path", re.compile(r"tcp://[^\s/]+:\d+|ipc://.+").fullmatch),
-    ),
+    **dict.fromkeys(("wire.trajectories", "wire.weights"), ("be tcp://host:port or ipc://path", _ADDRESS)),
+    "engine.plugin_address": ("be tcp://host:port, ipc://path or null", lambda value: value is None or _ADDRESS(value)),
 }
 """What the value of a key must do, and whether it does."""
 
 
+def without_extras(merged: DictConfig, named: Collection[str]) -> None:
+    """Turn off what vLLM does without, unless it was named: then it is refused."""
+    if merged.engine.name != "vllm":
+        return
+    if "drafter.width" not in named:  # it drafts chains
+        merged.drafter.width = 1
+    if "http.port" not in named:  # clients ask it themselves
+        merged.http.port = None
+
+
 def check(config: Config) -> None:
     """Raise ConfigError if a value is out of range, or two do not go together."""
-    learner, drafter = config.learner, config.drafter
+    learner = config.learner
     for key, (duty, holds) in _RULES.items():
         value = attrgetter(key)(config)
         if not holds(value):
@@ -82,19 +97,12 @@ def check(config: Config) -> None:
             f"learner.buffer={learner.buffer} is less than learner.batch_size={learner.batch_size}, so that no step "
             f"would ever be taken; set learner.buffer={learner.batch_size} or more"
         )
-    options = drafter.options
-    old = [name for name in ("learned", "lookup", "learned_options", "min_depth") if name in options]
-    if drafter.name == "hybrid" or (drafter.name is None and old):
-        was = "drafter.name=hybrid" if drafter.name else f"drafter.options.{old[0]} of the drafter hybrid"
-        now = f"drafter.name={options.get('learned', 'medusa')} drafter.lookup={options.get('lookup', 2)}"
-        raise ConfigError(f"{was} is {now} now, and its learned_options are drafter.options")
-    layers = list(drafter.feature_layers or ())
-    if sorted(set(layers)) != layers:
-        raise ConfigError(f"drafter.feature_layers must rise, as engines join states in that order, got {layers}")
+    check_drafter(config)
     _check_engine(config)
     check_trials(config)
     _check_wire(config)
     check_privacy(config)
+    check_fleet(config)
     if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < -1:
         raise ConfigError(
             "sampling needs temperature >= 0, top_k >= -1 and 0 < top_p <= 1, got "
@@ -105,13 +113,13 @@ def check(config: Config) -> None:
 def _check_wire(config: Config) -> None:
     wire = config.wire
     addresses = {"wire.trajectories": wire.trajectories, "wire.weights": wire.weights}
+    if config.engine.plugin_address is not None:
+        addresses["engine.plugin_address"] = config.engine.plugin_address
     for key, address in addresses.items():
         if address.startswith("tcp://") and int(address.rpartition(":")[2]) > 65535:
             raise ConfigError(f"{key}={address}: a port lies in 1..65535")
     if wire.trajectories == wire.weights:
         raise ConfigError(f"wire.trajectories and wire.weights must differ, both are {wire.weights!r}")
-    if config.engine.plugin_address is not None:
-        addresses["engine.plugin_address"] = config.engine.plugin_address
     for key, address in addresses.items():
         if wire.keys is None and address.startswith("tcp://") and not is_local(address):
             raise ConfigError(
@@ -124,26 +132,31 @@ def _check_engine(config: Config) -> None:
     engine = config.engine
     if engine.batch_invariant and engine.name != "transformers":
         raise ConfigError(
-            f"engine.batch_invariant=true needs engine.name=transformers, got {engine.name!r}; SGLang has "
-            "engine.arguments=[--enable-deterministic-inference]"
+            f"engine.batch_invariant=true needs engine.name=transformers, got {engine.name!r}; leave it out"
+            + (", and set engine.arguments=[--enable-deterministic-inference]" if engine.name == "sglang" else "")
         )
     if not engine.remote:
         return
     if config.rule is not None:
-        raise ConfigError(f"engine.name={engine.name} verifies by a rule of its own: rule=null, got {config.rule!r}")
-    if (engine.url is None) != (engine.plugin_address is None):
         raise ConfigError(
-            f"engine.url={engine.url} and engine.plugin_address={engine.plugin_address} go together: set both, to a "
-            "running server and the address of its plugin"
+            f"engine.name={engine.name} verifies by a rule of its own, got rule={config.rule}; set rule=null"
+        )
+    if (engine.url is None) != (engine.plugin_address is None):
+        pairs = [as_pair(f"engine.{key}", getattr(engine, key)) for key in ("url", "plugin_address")]
+        raise ConfigError(
+            f"{' and '.join(pairs)} go together; set both, to a running server and the address of its plugin"
         )
     if engine.url is not None and config.drafter.path is None:
         raise ConfigError("engine.url attaches to a running server; set drafter.path to the drafter that it serves")
     if config.drafter.mode != "topk":
         raise ConfigError(
-            f"engine.name={engine.name} drafts likeliest tokens: drafter.mode=topk, got {config.drafter.mode!r}"
+            f"engine.name={engine.name} drafts likeliest tokens, got drafter.mode={config.drafter.mode}; set "
+            "drafter.mode=topk"
         )
     if engine.name == "vllm" and engine.url is None and config.drafter.width != 1:
-        raise ConfigError(f"engine.name=vllm drafts chains: drafter.width=1, got {config.drafter.width}")
+        raise ConfigError(
+            f"engine.name=vllm drafts chains, got drafter.width={config.drafter.width}; set drafter.width=1"
+        )
     if engine.name == "vllm" and config.http.port is not None:
         raise ConfigError(
             f"http.port={config.http.port}: there is no front before vLLM, whose own port clients ask; leave it out"

@@ -11,18 +11,20 @@ from typing import Any
 from torch import Tensor
 
 from aurora_rl.cli.arguments import add_config_arguments, pair_of
-from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, encoded_prompts, load, start_drafter, traffic
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, encoded_prompts, load, load_alone, start_drafter, traffic
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.policies import Drafter, get_drafter
+from aurora_rl.policies import Drafter, TargetParts, get_drafter
+from aurora_rl.policies.adapters import merged
 from aurora_rl.policies.formats.files import TRAINED_FOR, drafter_class, holds_drafter, load_drafter, local_folder
 from aurora_rl.policies.formats.llama_cpp import holds_gguf, save_gguf
+from aurora_rl.policies.formats.peft import adapter_ranks, read_adapters
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.model_card import engine_commands
-from aurora_rl.storage import CheckpointError, read_folder
+from aurora_rl.storage import CheckpointError, is_working_directory, read_folder
 
 _FORMATS = "sglang, vllm, hf (its authors' own), or another of its formats"
 _GGUF = "gguf"
@@ -46,6 +48,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     export.add_argument(
         "--target-gguf", type=Path, help=f"with --to {_GGUF}, the target's own file, whose vocabulary the drafter's has"
     )
+    export.add_argument("--adapter", help="adapter to merge into the drafter; without it the shared drafter is written")
     export.add_argument("--from", dest="layout", help="layout of what is read; the one of run folders by default")
     add_config_arguments(export, "model=..., the target")
 
@@ -62,6 +65,8 @@ def _add_out(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Run one of the three. Returns the exit status."""
+    if arguments.what != "inspect" and is_working_directory(arguments.out):
+        raise ConfigError(f"--out {arguments.out} is the working directory; name a folder in it")
     taken = arguments.what != "inspect" and (holds_drafter(arguments.out) or holds_gguf(arguments.out))
     if taken and not arguments.overwrite:
         raise ConfigError(f"--out {arguments.out} holds a drafter already; name another folder, or add --overwrite")
@@ -103,8 +108,14 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
         )
     # Sizes and positions are checked against the target, and written as the target has them.
     spec, kind = _resolve(config, arguments.drafter), _kind(config, arguments.drafter)
-    drafter = _load(spec, kind, load(spec), arguments.layout)
-    drafter.to(spec.dtype)
+    drafter = _load(spec, kind, load_alone(spec), arguments.layout)
+    if (name := arguments.adapter) is not None:
+        folder = local_folder(arguments.drafter)
+        ranks = adapter_ranks(folder)
+        if name not in ranks:
+            raise ConfigError(f"--adapter {name}: {arguments.drafter} holds {', '.join(ranks) or 'no adapters'}")
+        read_adapters(drafter, folder, [name], ranks[name])
+    drafter = merged(drafter, name).to(spec.dtype)
     if arguments.to == _GGUF:
         save_gguf(drafter, arguments.out.resolve(), arguments.target_gguf)
     else:
@@ -123,6 +134,7 @@ def _inspect(config: Config, source: str, check: bool) -> int:
         )
     commands = engine_commands(kind, entries, source, config.model if check else "TARGET")
     trained_for = entries.get(TRAINED_FOR)
+    ranks = adapter_ranks(folder)
     weights = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights}))
     lines = {
@@ -132,7 +144,8 @@ def _inspect(config: Config, source: str, check: bool) -> int:
         "vocabulary": f"{_rows(tensors, entries):,} of {entries['vocab_size']:,} tokens",
         "feature layers": _feature_layers(entries),
         "parameters": f"{sum(tensor.numel() for tensor in weights):,} in {dtypes}",
-        "size": f"{sum(file.stat().st_size for file in folder.iterdir()) / 2**20:.1f} MiB",
+        "size": f"{sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 2**20:.1f} MiB",
+        **({"adapters": ", ".join(f"{name} (rank {rank})" for name, rank in ranks.items())} if ranks else {}),
         **{f"engine {name}": command for name, command in commands.items()},
     }
     reason = _misfit(config, kind, source) if check else None
@@ -163,12 +176,12 @@ def _resolve(config: Config, source: str) -> RunSpec:
     return resolve(replace(config, drafter=replace(config.drafter, path=source)))
 
 
-def _load(spec: RunSpec, kind: type[Drafter], target: Target, layout: str | None = None) -> Drafter:
+def _load(spec: RunSpec, kind: type[Drafter], parts: TargetParts, layout: str | None = None) -> Drafter:
     settings = spec.config.drafter
     assert settings.path is not None
     return load_drafter(
         settings.path,
-        target.parts,
+        parts,
         kind,
         layout=layout,
         options=plain(settings.options),
@@ -179,9 +192,9 @@ def _load(spec: RunSpec, kind: type[Drafter], target: Target, layout: str | None
 def _misfit(config: Config, kind: type[Drafter], source: str) -> str | None:
     """Return why a drafter does not fit the target; None if it fits."""
     spec = _resolve(config, source)
-    target = load(spec)
+    parts = load_alone(spec)
     try:
-        _load(spec, kind, target)
+        _load(spec, kind, parts)
     except CheckpointError as error:
         return str(error)
     return None

@@ -43,8 +43,14 @@ def embedded_server(
 ) -> InferenceServer:
     """Build a server on an engine in this process, which puts the target's model into inference form.
 
-    The drafter is in float32. Rounds are timed with ``usual``, the tokens of a usual prompt. With a ``rival``, whose
-    spec differs by its drafter alone, the two are compared and nobody learns.
+    Args:
+        spec: The configuration, resolved.
+        target: The target.
+        requests: Requests to serve.
+        usual: Token ids of a usual prompt, with which rounds are timed.
+        drafter: The drafter, in float32.
+        log: Log of the server's events.
+        rival: Spec and drafter to compare with; the specs differ by the drafter alone. Nobody learns then. None learns.
     """
     config, tree = spec.config, spec.tree
     drafters = [(spec, drafter)] if rival is None else [(spec, drafter), rival]
@@ -174,5 +180,10 @@ def _canary(config: Config) -> Canary | None:
     if not settings.share:
         return None
     return Canary(
-        settings.share, settings.window, settings.false_alarm_rate, settings.margin, settings.most_rounds, config.seed
+        share=settings.share,
+        window=settings.window,
+        false_alarm_rate=settings.false_alarm_rate,
+        margin=settings.margin,
+        most_rounds=settings.most_rounds,
+        seed=config.seed,
     )

@@ -5,19 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import signal
 import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+from aurora_rl.cli.arguments import SAVED_LAST, add_config_arguments, add_end_argument, add_resume_argument
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.ranks import Place, own_device, place_of
 from aurora_rl.cli.run_dir import RunDir
-from aurora_rl.cli.signals import Stop
+from aurora_rl.cli.signals import Stop, end_with
 from aurora_rl.memory import importing
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.loggers import check_installed, logged
@@ -30,7 +27,8 @@ if TYPE_CHECKING:
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the server that the learner belongs to
-    add_resume_argument(parser)
+    add_resume_argument(parser, SAVED_LAST)
+    add_end_argument(parser)
     add_config_arguments(parser)
 
 
@@ -42,7 +40,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     check_installed(logger)
     os.nice(config.learner.nice)  # before the model is loaded: the server times its rounds meanwhile
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        end_with(parent)
     # A server's own learner shares its folder, where its configuration is already.
     resume = arguments.resume is not None
     if parent is not None:
@@ -135,10 +133,3 @@ def _learn(
     for failure in learner.outputs.failures.values():
         print(f"aurora-rl: {failure}", file=sys.stderr)
     return 1 if learner.outputs.failures else 0
-
-
-def _end_with(parent: int) -> None:
-    """End this process in good order once the server that started it is gone, however it went."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)

@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.objectives import LossModule
 
-from aurora_rl.cli.assembly import Target, load, opening, start_drafter, wire_keys
+from aurora_rl.cli.assembly import drafter_from_parts, load_alone, opening, wire_keys
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import naming
 from aurora_rl.cli.frozen import plain
@@ -24,6 +24,7 @@ from aurora_rl.collectors.keys import learner_keys
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.memory import return_freed_memory
+from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter
 from aurora_rl.telemetry.log import MetricsLog
@@ -45,14 +46,13 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path, ranks: Ranks | 
     """
     config, settings = spec.config, spec.config.learner
     keys = wire_keys(config, learner_keys)  # what is wrong with them is told before a model is loaded
-    target = load(spec)
-    parts = target.parts
-    drafter = start_drafter(spec, target, [])
+    parts = load_alone(spec)
+    drafter = drafter_from_parts(spec, parts)
     handshake = Handshake.of(parts, drafter, spec.drafter_name)
-    loss, optimizers = learning(spec, drafter.to(spec.device), target)
+    loss, optimizers = learning(spec, drafter.to(spec.device), parts.head)
     shared = loss if ranks is None else ParallelLoss(loss, ranks, optimizers)
     vocab_size, width = parts.head.weight.shape
-    del target, parts
+    del parts
     return_freed_memory(collect=True)
     feature_size = width * len(drafter.feature_layers)
 
@@ -99,10 +99,10 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path, ranks: Ranks | 
 
 def build_follower(spec: RunSpec, ranks: Ranks) -> tuple[ParallelLoss, list[torch.optim.Optimizer]]:
     """Return loss and optimizers of a rank that is not rank 0, which start with the weights and states of rank 0."""
-    target = load(spec)
-    drafter = start_drafter(spec, target, [])
-    loss, optimizers = learning(spec, drafter.to(spec.device), target)
-    del target
+    parts = load_alone(spec)
+    drafter = drafter_from_parts(spec, parts)
+    loss, optimizers = learning(spec, drafter.to(spec.device), parts.head)
+    del parts
     return_freed_memory(collect=True)
     shared = ParallelLoss(loss, ranks, optimizers)
     _begin_together(spec, shared, drafter, optimizers)
@@ -118,6 +118,8 @@ def steps_depend_on(spec: RunSpec) -> dict[str, Any]:
         "dtype": str(spec.dtype).removeprefix("torch."),
         "drafter.name": spec.drafter_name,
         "drafter.options": plain(config.drafter.options),
+        "drafter.adapters": list(config.drafter.adapters),
+        "drafter.adapter_rank": config.drafter.adapter_rank,
         **{f"learner.{key}": getattr(config.learner, key) for key in ("parallel", "muon_lr", "adam_lr")},
     }
 
@@ -145,11 +147,11 @@ def _canary(config: Config, publisher: WeightPublisher, log: MetricsLog) -> Engi
     return EngineCanary(publisher, rules, log)
 
 
-def learning(spec: RunSpec, drafter: Drafter, target: Target) -> tuple[SumLoss, list[torch.optim.Optimizer]]:
+def learning(spec: RunSpec, drafter: Drafter, head: TargetHead) -> tuple[SumLoss, list[torch.optim.Optimizer]]:
     """Return the loss of the configured objectives, and the optimizers of the drafter's parameters."""
     # A copy: an engine changes the form of the target's weights in place, and a view would keep the whole file of
     # weights in memory. Autocast multiplies the head in bfloat16, whatever it is kept in.
-    head, settings = copy.deepcopy(target.parts.head), spec.config.learner
+    head, settings = copy.deepcopy(head), spec.config.learner
     if spec.dtype != torch.bfloat16:
         head = head.float()
     with naming("objectives"):

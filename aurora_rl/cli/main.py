@@ -18,7 +18,7 @@ from aurora_rl.cli.config import Config, load_config, nearest_key, to_yaml
 from aurora_rl.cli.errors import TEMPORARY, ConfigError, may_pass
 from aurora_rl.cli.output import SafeStream
 from aurora_rl.cli.run_dir import make_absolute, resumed_config, write_traceback
-from aurora_rl.cli.signals import Stop
+from aurora_rl.cli.signals import Stop, end_with
 from aurora_rl.memory import importing
 from aurora_rl.telemetry.outputs import one_line
 
@@ -44,6 +44,7 @@ COMMANDS = {
     "serve": Command("serve OpenAI's API, learn from its traffic in a second process, and swap the drafter", "serve"),
     "flywheel": Command("the same server, driven by a file of prompts or by built-in traffic to its end", "serve"),
     "learn": Command("the training half: waits for a server's trajectories until interrupted", "learn", learns=True),
+    "fleet": Command("run engines and their learner on a Ray cluster, and start again what dies", "fleet"),
     "train": Command("learn a drafter offline, from recordings or from a JSONL of chats", "train", learns=True),
     "check": Command("whether the model is served exactly, which drafters start, memory and round times", "check"),
     "bench": Command("how fast drafters learn, on a scenario or by several objectives", "bench", learns=True),
@@ -122,6 +123,8 @@ def _main(words: list[str]) -> int:
         with importing():
             module = None if command is None else importlib.import_module(f"aurora_rl.cli.{command.module}")
         arguments = _parse(words, name, module)
+        if (starter := getattr(arguments, "end_with", None)) is not None:
+            end_with(starter)
         usual = getattr(arguments, "usual", ())
         if (folder := getattr(arguments, "resume", None)) is None:
             config = load_config(arguments.config, arguments.overrides, usual)

@@ -46,7 +46,7 @@ def watch(console: Console, what: str, total: int, done: int) -> Iterator[Watch]
 
 @contextlib.contextmanager
 def timed_steps(console: Console) -> Iterator[Callable[[str], None]]:
-    """Show the steps of a start, and at the end what each of them took.
+    """Show the steps of a start and what each of them took: a terminal has one line of all, others a line of each.
 
     Yields:
         A function to call with the name of each step as it begins.
@@ -55,7 +55,8 @@ def timed_steps(console: Console) -> Iterator[Callable[[str], None]]:
         >>> with timed_steps(Console()) as step:
         ...     step("model")
         ...     step("engine")
-        model 0.0 s · engine 0.0 s
+        model 0.0 s
+        engine 0.0 s
     """
     done: list[str] = []
     name, began = "", time.monotonic()
@@ -63,6 +64,8 @@ def timed_steps(console: Console) -> Iterator[Callable[[str], None]]:
     def end() -> None:
         if name:
             done.append(f"{name} {time.monotonic() - began:.1f} s")
+            if not console.is_terminal:
+                console.print(done[-1], soft_wrap=True)
 
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
@@ -75,4 +78,5 @@ def timed_steps(console: Console) -> Iterator[Callable[[str], None]]:
 
         yield step
     end()
-    console.print(" · ".join(done), soft_wrap=True)
+    if console.is_terminal:
+        console.print(" · ".join(done), soft_wrap=True)

@@ -16,6 +16,7 @@ from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import plugin_client_keys
+from aurora_rl.envs import SamplingParams
 from aurora_rl.envs.processors import text_settings
 from aurora_rl.envs.recording.client import EngineClient, EngineError
 from aurora_rl.envs.recording.plugin_server import PluginError, ask
@@ -39,29 +40,46 @@ class _Engine:
 
     Attributes:
         client: Its client.
-        shape: Arguments of ``launch`` for the drafts of a round, from depth, width and number of nodes.
+        shape: Arguments of ``launch`` for the drafts of a round, from ``depth``, ``width`` and ``num_nodes``.
         reserved: Places of a request's context that it keeps for drafts, from the same.
         raw_logits: Its arguments that leave the model's generation config out.
-        argmax_on_cpu: Whether it verifies by argmax on a CPU, whatever the temperature.
+        cpu_fault: Returns why it cannot sample by some parameters on a CPU, with the fix; empty if it can.
     """
 
     client: type[Any]
-    shape: Callable[[int, int, int], dict[str, int]]
-    reserved: Callable[[int, int, int], int]
+    shape: Callable[..., dict[str, int]]
+    reserved: Callable[..., int]
     raw_logits: str
-    argmax_on_cpu: bool = False
+    cpu_fault: Callable[[SamplingParams], str]
+
+
+def _sglang_cpu_fault(sampling: SamplingParams) -> str:
+    if not sampling.temperature:
+        return ""
+    return f"temperature={sampling.temperature:g}: on a CPU SGLang verifies by argmax; set temperature=0"
+
+
+def _vllm_cpu_fault(sampling: SamplingParams) -> str:
+    if not sampling.temperature or sampling.top_k <= 0:
+        return ""
+    return f"top_k={sampling.top_k}: on a CPU vLLM's sampler ends the server if top_k meets drafts; set top_k=0"
 
 
 _ENGINES = {
     "sglang": _Engine(
         SGLangClient,
-        lambda depth, width, num_nodes: {"depth": depth, "width": width, "num_nodes": num_nodes},
+        dict,
         reserved_context,
         "--sampling-defaults openai",
-        argmax_on_cpu=True,
+        _sglang_cpu_fault,
     ),
-    # vLLM takes drafts beyond the context away by itself.
-    "vllm": _Engine(VLLMClient, lambda depth, *_: {"depth": depth}, lambda *_: 0, "--generation-config vllm"),
+    "vllm": _Engine(
+        VLLMClient,
+        lambda depth, **_: {"depth": depth},
+        lambda **_: 0,  # it takes drafts beyond the context away by itself
+        "--generation-config vllm",
+        _vllm_cpu_fault,
+    ),
 }
 
 
@@ -70,7 +88,16 @@ def remote_server(
 ) -> AttachedServer:
     """Build a server on an engine of another process, which is launched here or attached to.
 
-    The drafter is in float32. ``requests`` is None if clients of the engine send them.
+    Args:
+        spec: The configuration, resolved.
+        target: The target, whose model moves to the CPU.
+        requests: Requests to send; None if clients of the engine send theirs.
+        drafter: The drafter, in float32.
+        log: Log of the server's events.
+        run_dir: Folder of the run, which has the learner's states, and gets the engine's log and the drafter to serve.
+
+    Raises:
+        ConfigError: The engine does not start or answer, or cannot serve what is asked of it.
     """
     config, settings = spec.config, spec.config.engine
     engine, name = _ENGINES[settings.name], REMOTE_ENGINES[settings.name]
@@ -117,12 +144,9 @@ def remote_server(
         try:
             if requests is None:
                 return AttachedServer(client, attach, log=log, published=published)
-            sampled = spec.sampling_params.temperature > 0
-            if engine.argmax_on_cpu and sampled and client.status()["device"] == "cpu":
-                raise PluginError(
-                    f"temperature={spec.sampling_params.temperature:g}: on a CPU {name} verifies by argmax; set "
-                    "temperature=0, or engine.name=transformers"
-                )
+            fault = engine.cpu_fault(spec.sampling_params)
+            if fault and client.status()["device"] == "cpu":
+                raise PluginError(f"{fault}, or engine.name=transformers")
             return DrivenServer(
                 client,
                 attach,
@@ -156,7 +180,7 @@ def served_config(config: Config) -> Config:
         config,
         model=status["model"] if config.model == Config.model else config.model,
         dtype=status["dtype"] if config.dtype == "auto" else config.dtype,
-        engine=replace(config.engine, max_length=status["context"] - engine.reserved(*shape.values())),
+        engine=replace(config.engine, max_length=status["context"] - engine.reserved(**shape)),
         drafter=replace(config.drafter, **shape),
     )
 
@@ -164,8 +188,9 @@ def served_config(config: Config) -> Config:
 def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> EngineClient:
     """Launch the engine on the drafter; ``context`` is the model's."""
     config, folder, tree = spec.config, run_dir / "drafter-served", spec.tree
-    engine, shape = _ENGINES[config.engine.name], (tree.depth, tree.width, tree.num_nodes)
-    room = context - engine.reserved(*shape)
+    engine = _ENGINES[config.engine.name]
+    shape = {"depth": tree.depth, "width": tree.width, "num_nodes": tree.num_nodes}
+    room = context - engine.reserved(**shape)
     if config.engine.max_length > room:
         raise engine.client.error(
             f"engine.max_length={config.engine.max_length} and the drafts exceed the model's context of {context}; "
@@ -175,7 +200,7 @@ def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> Eng
     launched: EngineClient = engine.client.launch(
         embedded_model_path() if config.model == DEFAULT_TARGET else config.model,
         drafter=folder,
-        **engine.shape(*shape),
+        **engine.shape(**shape),
         slots=config.engine.slots,
         max_length=config.engine.max_length,
         dtype=str(spec.dtype).removeprefix("torch."),

@@ -17,6 +17,7 @@ from pathlib import Path
 from aurora_rl.cli.arguments import as_pair, pair_of
 from aurora_rl.cli.config import Config, load_config, to_yaml
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.states import newest_valid
 
 TRAINING = "train.json"
@@ -136,6 +137,7 @@ def make_absolute(config: Config) -> Config:
         model=config.model if config.model == Config.model else found(config.model),
         traffic=replace(config.traffic, path=path(config.traffic.path)),
         drafter=drafter if drafter.path is None else replace(drafter, path=found(drafter.path)),
+        http=replace(config.http, api_keys=path(config.http.api_keys)),
         wire=replace(config.wire, keys=path(config.wire.keys)),
         learner=replace(learner, record=path(learner.record), resume=path(learner.resume)),
         compare=tuple(map(compared, config.compare)),
@@ -230,12 +232,17 @@ def go_on(config: Config, run: Path) -> tuple[Config, list[str]]:
 
     Returns:
         The configuration, and what is wrong with each training state, if there are some and none can be used: the
-        learner then starts anew, from the drafter that was published last.
+        learner then starts anew, from the drafter that was served last.
     """
     run = run.absolute()
     state, broken = newest_valid(run / "learner")
+    # Rather what was served last than what was published last, which may not have passed its trial.
+    events = [each for each in MetricsReader(run / "metrics.jsonl") if each["event"] in ("swap", "trial")]
+    swaps = [run / "versions" / str(each["version"]) for each in events if each["event"] == "swap"]
+    served = swaps[-1:] or ([run / "drafter-day0"] if events else [])
     published = sorted((run / "versions").glob("[0-9]*"), key=lambda folder: int(folder.name), reverse=True)
-    drafters = [*([] if state is None else [state / "drafter"]), *published, run / "drafter", run / "drafter-day0"]
+    states = [] if state is None else [state / "drafter"]
+    drafters = [*served, *states, *published, run / "drafter", run / "drafter-day0"]
     if found := [drafter for drafter in drafters if (drafter / "config.json").is_file()]:
         config = replace(config, drafter=replace(config.drafter, path=str(found[0])))
     if state is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
 
-from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+from aurora_rl.cli.arguments import SAVED_LAST, add_config_arguments, add_end_argument, add_resume_argument
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.cli.output import plain_console
@@ -44,9 +44,11 @@ _DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # th
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the commands' arguments."""
-    add_resume_argument(parser)
+    flywheel = parser.prog.endswith(" flywheel")
+    add_resume_argument(parser, f"{SAVED_LAST}; its traffic starts anew" if flywheel else SAVED_LAST)
+    add_end_argument(parser)
     add_config_arguments(parser)
-    if parser.prog.endswith(" flywheel"):  # its traffic is nobody's, and it shows how fast weights are learned
+    if flywheel:  # its traffic is nobody's, and it shows how fast weights are learned
         parser.set_defaults(usual=["canary.share=0"])
 
 
@@ -219,9 +221,13 @@ class _Session:
                 if console.is_terminal:
                     live.update(view.table(), refresh=True)
 
+            def print_news() -> None:
+                if line := view.news():
+                    console.print(line, soft_wrap=True)
+
             ticks = [every(1.0, follow), every(5.0, view.log_status)]
             if not console.is_terminal:
-                ticks.append(every(15.0, lambda: console.print(view.line(), soft_wrap=True)))
+                ticks.append(every(15.0, print_news))
             try:
                 while not (stop.requested or (requests is not None and requests.done)):
                     if not self._step():

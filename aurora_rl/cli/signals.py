@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -53,3 +56,14 @@ class Stop:
             self._held = False
         if self.requested:
             self._raise()
+
+
+def end_with(parent: int) -> None:
+    """Have this process get SIGTERM once the one that started it is gone, however that went."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

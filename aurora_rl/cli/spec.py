@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from aurora_rl.cli.arguments import as_pair
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
@@ -67,8 +68,7 @@ def resolve(config: Config) -> RunSpec:
         device = usable_device(config.device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with naming("engine.name"):
-        engine_class = None if config.engine.remote else get_engine(config.engine.name)
+    engine_class = _engine_class(config)
     name, rule = config.drafter.name or "medusa", _rule(config)
     if config.drafter.name is None and config.drafter.path is not None:
         name = DRAFTERS.name_of(drafter_class(config.drafter.path))
@@ -91,6 +91,21 @@ def resolve(config: Config) -> RunSpec:
             config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens or _MAX_NEW_TOKENS
         ),
     )
+
+
+def _engine_class(config: Config) -> type[Engine] | None:
+    """Return the class of the engine in this process; None if another process serves."""
+    settings = config.engine
+    if settings.remote:
+        return None
+    for key in ("url", "plugin_address", "arguments"):
+        if value := getattr(settings, key):
+            raise ConfigError(
+                f"{as_pair(f'engine.{key}', value)} has no effect with engine.name={settings.name}, which serves in "
+                "this process; set engine.name=sglang or engine.name=vllm, or leave the key out"
+            )
+    with naming("engine.name"):
+        return get_engine(settings.name)
 
 
 def _rule(config: Config) -> str:
@@ -118,6 +133,11 @@ def _drafter_class(config: Config, name: str) -> type[Drafter]:
         raise ConfigError(
             f"drafter.name={name} drafts in mode {' or '.join(kind.draft_modes)}, not drafter.mode="
             f"{settings.mode}; set drafter.name=eagle3 to draw its nodes"
+        )
+    if settings.adapters and not kind.takes_adapters:
+        raise ConfigError(
+            f"drafter.adapters={list(settings.adapters)}: drafter.name={name} takes none; set drafter.name=eagle3, or "
+            "leave the key out"
         )
     learned = {"sglang": (kind.sglang_algorithm, sglang.LEARNED), "vllm": (kind.vllm_method, vllm.LEARNED)}
     engine = config.engine.name

@@ -70,7 +70,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out", type=float, metavar="SHARE", help="last part of each recording, to evaluate on (0.1)"
     )
-    add_resume_argument(parser)
+    add_resume_argument(parser, "its options, at the step of the last training state; lines are appended")
     add_config_arguments(parser, "traffic.path=chats.jsonl")
 
 
@@ -162,7 +162,7 @@ def _start(
             requests.first_prompts(VOCAB_PROMPTS) if requests is not None else recorded_prompts(folders, VOCAB_PROMPTS)
         )
         drafter = start_drafter(spec, target, first)
-        loss, optimizers = learning(spec, drafter, target)
+        loss, optimizers = learning(spec, drafter, target.parts.head)
         recordings = [open_recording(folder, target, drafter) for folder in folders]
         counts = [len(r) for r in recordings] if requests is None else [requests.total - len(requests.failed)]
         count, batch_size = sum(num_to_learn(n, arguments.held_out) for n in counts), spec.config.learner.batch_size
@@ -307,8 +307,9 @@ class _Training:
         epoch = self.trainer.batches // self.trainer.batches_per_epoch
         self._log.write("evaluation", epoch=epoch, batches=self.trainer.batches, **found)
         by_group = ", ".join(f"{name or 'none'} {length:.2f}" for name, length in lengths.items())
+        count = self._recorded()[1]
         self.console.print(
-            f"epoch {epoch}: acceptance length {tokens / rounds:.3f} on {self._recorded()[1]} held-out requests"
+            f"epoch {epoch}: acceptance length {tokens / rounds:.3f} on {count} held-out request{'s' * (count != 1)}"
             + (f" ({by_group})" if len(lengths) > 1 else ""),
             soft_wrap=True,
         )

@@ -65,6 +65,8 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+OWN_LIMITS = Limits(max_bytes=1 << 62, max_leaves=1 << 20, max_header_bytes=1 << 30)
+"""Limits of messages between processes of one run or of one server, which trust each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,22 @@ def leaves(tensors: TensorDictBase | Mapping[str | Key, Tensor]) -> list[tuple[K
         if value.dtype not in _NAMES:
             raise CodecError(f"the dtype {value.dtype} of leaf {key} cannot be sent; use one of {', '.join(_DTYPES)}")
     return named
+
+
+def as_tensors(frames: Sequence[Buffer]) -> list[Tensor]:
+    """Return frames of `encode` as tensors ``[n]`` uint8, for transports of tensors; those of leaves alias them.
+
+    Example:
+        >>> header, leaf = as_tensors(encode("weights", tensors={"head": torch.tensor([1, 2], dtype=torch.uint8)}))
+        >>> leaf
+        tensor([1, 2], dtype=torch.uint8)
+    """
+    header, *rest = frames
+    # The header is bytes, which PyTorch would not take: they cannot be written to.
+    return [
+        torch.frombuffer(frame, dtype=torch.uint8) if len(frame) else torch.empty(0, dtype=torch.uint8)
+        for frame in (bytearray(header), *rest)
+    ]
 
 
 def _raw(tensor: Tensor) -> Buffer:

@@ -122,7 +122,9 @@ class EngineBook:
         """
         with self._changed:
             if version <= self._published:
-                raise ValueError(f"version {version} is not newer than the published {self._published}")
+                raise ValueError(
+                    f"version {version} is not newer than the published {self._published}; publish a larger one"
+                )
             self._published = version
             if engines is None:
                 self._for_all = version

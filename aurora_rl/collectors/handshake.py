@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from aurora_rl.collectors.codec import SCHEMA, CodecError, checksum, short
@@ -18,9 +18,14 @@ _CURES = {
     "feature_layers": _SAME_DRAFTER,
     "draft_map_checksum": f"their draft vocabularies differ; {_SAME_DRAFTER}, or the same drafter.vocab_size",
     "drafter": "set the same drafter.name on both sides",
+    "adapters": "set the same drafter.adapters, in one order, and drafter.adapter_rank on both sides",
 }
 _MAX_TEXT = 256
 _MAX_LAYERS = 256
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Handshake:
         feature_layers: Layers whose residual stream is recorded, in order of concatenation.
         draft_map_checksum: `codec.checksum` of the reduced draft vocabulary; empty if the drafter uses all of it.
         drafter: Registered name of the drafter's architecture.
+        adapters: Digest of the names of its adapters and of their rank; empty if it has none.
 
     >>> learner = Handshake(1, "llama-3.1-8b", "ab12", (2, 16, 29), "", "eagle3")
     >>> engine = Handshake.from_meta({**learner.to_meta(), "feature_layers": [2, 16, 30]})
@@ -47,6 +53,7 @@ class Handshake:
     feature_layers: tuple[int, ...]
     draft_map_checksum: str
     drafter: str
+    adapters: str = ""
 
     @classmethod
     def of(cls, parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
@@ -58,16 +65,20 @@ class Handshake:
             feature_layers=tuple(drafter.feature_layers),
             draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),
             drafter=name,
+            adapters="" if drafter.adapters is None else _digest(asdict(drafter.adapters)),
         )
 
     @property
     def identity(self) -> str:
         """Digest of the fields, the same on both sides; weights carry it, so that no other deployment's are loaded."""
-        return hashlib.blake2b(json.dumps(self.to_meta(), sort_keys=True).encode(), digest_size=16).hexdigest()
+        return _digest(self.to_meta())
 
     def to_meta(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return {**self.__dict__, "feature_layers": list(self.feature_layers)}
+        """Return the fields as JSON values, without that of adapters where there are none."""
+        meta = {**self.__dict__, "feature_layers": list(self.feature_layers)}
+        if not self.adapters:  # an earlier release does not know it
+            del meta["adapters"]
+        return meta
 
     @classmethod
     def from_meta(cls, meta: object) -> Handshake:
@@ -81,11 +92,12 @@ class Handshake:
                 f"a handshake must be a JSON object, got a {type(meta).__name__}; use one release on both sides"
             )
         names = [field.name for field in fields(cls)]
-        if set(meta) != set(names):
+        if set(meta) | {"adapters"} != set(names):
             raise CodecError(
                 f"a handshake has the fields {short(list(meta))}, this side reads exactly {', '.join(names)}; use one "
                 "release on both"
             )
+        meta = {"adapters": "", **meta}
         layers = meta["feature_layers"]
         if type(meta["schema"]) is not int:
             raise CodecError(f"schema in a handshake must be an integer, got {short(meta['schema'])}")
@@ -93,7 +105,7 @@ class Handshake:
             raise CodecError(
                 f"feature_layers in a handshake must be a list of at most {_MAX_LAYERS} integers, got {short(layers)}"
             )
-        for name in ("target", "head_checksum", "draft_map_checksum", "drafter"):
+        for name in ("target", "head_checksum", "draft_map_checksum", "drafter", "adapters"):
             if not isinstance(meta[name], str) or len(meta[name]) > _MAX_TEXT:
                 raise CodecError(
                     f"{name} in a handshake must be a string of at most {_MAX_TEXT} characters, got {short(meta[name])}"

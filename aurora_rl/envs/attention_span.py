@@ -8,13 +8,15 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from aurora_rl.envs.exactness import ELSEWHERE, UnsupportedModelError
+from aurora_rl.envs.exactness import ELSEWHERE, NOT_LEARNED, UnsupportedModelError
 from aurora_rl.models.kv_cache import sliding_window
 from aurora_rl.models.target_head import decoder_of
 
 # Lengths from which on GPT-Neo's local layers and Doge drop keys by their place in the pass.
 _LENGTHS = ("window_size", "keep_window_size")
-# Kinds of layers, in a configuration's `layer_types`, that attend to keys and values or keep nothing.
+# Kinds of layers, in a configuration's `layer_types`: that have a state, and that attend to keys and values or keep
+# nothing. Others, such as DeepSeek's sparse attention, choose the keys that they read.
+_STATE_TYPES = ("linear_attention", "conv", "mamba", "hybrid")
 _ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "mlp", "moe")
 
 First = Callable[[Tensor], Tensor]
@@ -31,10 +33,12 @@ def mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str
     """
     types = getattr(config, "layer_types", None)
     if types is not None and (unknown := sorted(set(types) - set(_ATTENTION_TYPES))):
-        raise UnsupportedModelError(
-            f"{name} has layers of the kind {', '.join(unknown)}, which keep a state that cannot be rolled back to the "
-            f"accepted node of a tree, or choose their keys themselves; {ELSEWHERE}"
-        )
+        layers = f"{name} has layers of the kind {', '.join(unknown)}"
+        if not set(unknown).isdisjoint(_STATE_TYPES):
+            raise UnsupportedModelError(
+                f"{layers}, which keep a state that cannot be rolled back to the accepted node of a tree; {NOT_LEARNED}"
+            )
+        raise UnsupportedModelError(f"{layers}, which choose the keys that they read; {ELSEWHERE}")
     window, chunk = sliding_window(config), getattr(config, "attention_chunk_size", None)
     kinds: dict[str | None, First | None] = {}
     if window is not None and window < max_length:

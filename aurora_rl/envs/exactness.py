@@ -34,8 +34,9 @@ _WINDOW = 6
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
-# What to do with a model that is refused, and with one whose state cannot be rolled back.
-ELSEWHERE, SGLANG = "engine.name=sglang may serve it", "serve it with engine.name=sglang"
+# What to do with a model that is refused, and with one that keeps a state in place of keys and values.
+ELSEWHERE = "engine.name=sglang may serve it"
+NOT_LEARNED = "serve it by another server without drafts; nothing here learns from such models yet"
 
 
 def reason_of(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from aurora_rl.envs.exactness import ELSEWHERE, SGLANG, UnsupportedModelError, reason_of
+from aurora_rl.envs.exactness import ELSEWHERE, NOT_LEARNED, UnsupportedModelError, reason_of
 from aurora_rl.models.kv_cache import KVShape, RecurrentStateError, ShapeRecorder
 from aurora_rl.models.target_head import decoder_of
 
@@ -20,7 +20,7 @@ def kv_shapes(model: PreTrainedModel) -> dict[int, tuple[KVShape, KVShape]]:
         if not recorder.shapes:
             raise RecurrentStateError("it keeps no keys and values of earlier tokens that slots could hold")
     except RecurrentStateError as error:
-        raise UnsupportedModelError(f"{name} cannot verify trees: {error}; {SGLANG}") from error
+        raise UnsupportedModelError(f"{name} cannot verify trees: {error}; {NOT_LEARNED}") from error
     except Exception as error:  # whatever a forward raises that takes another cache
         raise UnsupportedModelError(
             f"{name} does not run with a cache of keys and values ({reason_of(error)}); {ELSEWHERE}"

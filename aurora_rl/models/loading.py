@@ -77,7 +77,7 @@ def load_target(
             it is no causal language model.
     """
     model = os.fspath(model)
-    source, tried, cure = _resolve(model)
+    source, tried, cure = source_of(model)
     with quiet_transformers() if os.path.isdir(source) else contextlib.nullcontext():
         try:
             # The config first: it is small, so a wrong name fails before gigabytes are fetched.
@@ -93,12 +93,17 @@ def load_target(
             f"cannot load model {model!r} from {tried}: {len(missing)} weights are missing, "
             f"{missing[0]!r} the first\n{cure}"
         )
-    target = target.to(device).eval().requires_grad_(False)
+    return frozen(target, device), tokenizer
+
+
+def frozen(model: Any, device: str | torch.device) -> PreTrainedModel:
+    """Put a model that was loaded on a device, in evaluation mode and without gradients."""
+    target: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     if target.device.type == "cpu":
         # Weights are views of the mapped file: a single one that is kept would keep the whole file in memory.
         for weight in target.parameters():
             weight.data = weight.data.clone()
-    return target, tokenizer
+    return target
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -168,8 +173,16 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
 # ---- where a name leads -----------------------------------------------------------------------------------------
 
 
-def _resolve(model: str) -> tuple[str, str, str]:
-    """Return what transformers loads, what an error message calls it, and the cure; refuse early what cannot work."""
+def source_of(model: str) -> tuple[str, str, str]:
+    """Return what transformers loads, what an error message calls it, and the cure.
+
+    Raises:
+        ModelError: There is nothing of that name.
+
+    Example:
+        >>> source_of("owner/name")[:2]
+        ('owner/name', 'the model hub')
+    """
     if model == DEFAULT_TARGET:
         folder = embedded_model_path()
         return str(folder), str(folder), "Delete that folder: it is converted again."

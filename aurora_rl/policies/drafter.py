@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from aurora_kernels.rows import log_softmax
 from aurora_rl.models.inference_modules import stage
 from aurora_rl.models.parts import TargetParts
+from aurora_rl.policies.adapters import Adapters
 from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.hub import HubMixin
 from aurora_rl.policies.tree_shape import TreeShape
@@ -120,6 +121,10 @@ class Drafter(HubMixin, nn.Module, ABC):
         serves_other_targets: Whether an untrained drafter fits any target with the same tokenizer. :meth:`from_target`
             then leaves :attr:`trained_for` None, as it does without :attr:`formats`.
         trained_for: ``TargetParts.fingerprint`` of its target, kept in the folder; None if unknown or any.
+        takes_adapters: Whether ``adapters.add_adapters`` can give it adapters. Its :meth:`extend` and :meth:`propose`
+            then follow :attr:`slot_adapters`, and what learns follows ``("sequence", "adapter")`` of the batch.
+        adapters: Its adapters; None if it has none.
+        slot_adapters: Place of each slot's adapter, −1 for none, ``[B]`` int64 on the CPU; the policy sets it.
 
     Example:
         >>> from aurora_rl.policies import Drafter, MedusaDrafter
@@ -137,10 +142,13 @@ class Drafter(HubMixin, nn.Module, ABC):
     sglang_algorithm: ClassVar[str | None] = None
     vllm_method: ClassVar[str | None] = None
     serves_other_targets: ClassVar[bool] = False
+    takes_adapters: ClassVar[bool] = False
     feature_layers: tuple[int, ...]
     draft_vocab: Tensor
     vocab_size: int
     cached: Tensor
+    adapters: Adapters | None = None
+    slot_adapters: Tensor
     options: Mapping[str, Any] = MappingProxyType({})
     trained_for: str | None = None
 

@@ -19,7 +19,7 @@ from aurora_rl.policies.lookup import EarlierAnswers, Tree, merged, ngram_tree, 
 from aurora_rl.policies.row_budget import RowBudget
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.prefix_cache import PrefixCache
-from aurora_rl.tenants import is_salt_of
+from aurora_rl.tenants import is_salt_of, tenant_of_salt
 from aurora_rl.trajectories import DRAFT_MODES
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
@@ -116,7 +116,7 @@ class DrafterPolicy(TensorDictModuleBase):
 
     @property
     def shape(self) -> TreeShape:
-        """The tree to propose."""
+        """The tree to propose. ValueError if one is set that has more nodes than the policy's ``num_nodes``."""
         return self._shape
 
     @shape.setter
@@ -200,6 +200,8 @@ class DrafterPolicy(TensorDictModuleBase):
         waits = not bool(fresh[store.occupied].all())  # where every request is new, none has had tokens yet
         rows = self._budget.begin(waits=waits)
         self.renew(fresh)
+        if self.drafter.adapters is not None:
+            self.drafter.slot_adapters = self.drafter.adapters.places(store.adapters)
         # An empty cache has no older rows: all rows that it gets now are of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
         shape = (store.num_slots, self.num_nodes)
@@ -231,7 +233,11 @@ class DrafterPolicy(TensorDictModuleBase):
             self._save_rows(self.prefix_cache, self._unsaved & (fresh | (self._store.lengths == 0)))
         if bool(fresh.any()):
             self._failed_slots &= ~fresh
-            self._forget(fresh.nonzero().flatten())
+            slots, adapters = fresh.nonzero().flatten(), self.drafter.adapters
+            self._forget(slots)
+            if adapters is not None:
+                salts = [self._store.cache_salts[slot] for slot in slots.tolist()]
+                self._store.adapters[slots] = adapters.codes([tenant_of_salt(salt) for salt in salts])
 
     def reset(self) -> None:
         """Drop every row of the drafter's cache, kept ones too, and ask it again for requests that it failed."""

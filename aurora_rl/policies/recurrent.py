@@ -6,7 +6,9 @@ Legend: ``b`` rows, ``T`` positions, ``H`` hidden size, ``F`` features, ``Vd`` d
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +19,18 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from typing_extensions import override
 
 from aurora_kernels.rows import log_softmax
+from aurora_rl.policies.adapters import by_request, by_slot
 from aurora_rl.policies.attention import KeysValues, TreeAttention
+from aurora_rl.policies.by_rows import by_rows
 from aurora_rl.policies.drafter import Drafter, Proposal, Unroll
 from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.tree_search import grow
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.trajectories import pad_rows
 from aurora_rl.tree_index import TreeIndex
+
+# Attention scores of a training pass that may be kept for the backward pass; more are computed again, by rows.
+_SCORES = {"cpu": 2**25, "cuda": 2**27}
 
 
 class DraftLayer(nn.Module):
@@ -75,6 +82,7 @@ class RecurrentDrafter(Drafter):
     config: LlamaConfig
     embedding: Tensor
     fc: nn.Linear
+    takes_adapters: ClassVar[bool] = True  # rows of every linear layer but the head are those of slots or requests
 
     @property
     @abstractmethod
@@ -116,9 +124,11 @@ class RecurrentDrafter(Drafter):
         self._cache = (weight.new_zeros(shape), weight.new_zeros(shape))
         self._state = weight.new_zeros(num_slots, self.config.hidden_size)
         self.cached = torch.zeros(num_slots, dtype=torch.int64)
+        self.slot_adapters = torch.full((num_slots,), -1)
 
     @torch.inference_mode()
     @override
+    @by_slot
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
         tokens = tokens[:, 1:]
         device, rows = tokens.device, slots.to(tokens.device)
@@ -157,6 +167,7 @@ class RecurrentDrafter(Drafter):
 
     @torch.inference_mode()
     @override
+    @by_slot
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
         rows, end = slots.to(self._state.device), int(self.cached[slots].max())
         held, every = self.cached[slots].to(rows.device), torch.arange(len(rows), device=rows.device)[:, None]
@@ -182,6 +193,7 @@ class RecurrentDrafter(Drafter):
     # ---- training ---------------------------------------------------------------------------------------------------
 
     @override
+    @by_request
     def unroll(self, batch: TensorDictBase, steps: int) -> Unroll:
         # Only keys and values are computed at prompt positions. Query row c sits at pair t = P − 2 + c, which predicts
         # completion token c. At step j its anchor's pair is t − j, and it carries row c − 1 of step j − 1.
@@ -207,12 +219,39 @@ class RecurrentDrafter(Drafter):
                 if branch is not None:
                     own = tuple(torch.cat([_next_row(b), o], dim=2) for b, o in zip(branch, own, strict=True))
                 branch = own
-            mask = torch.arange(pairs, device=tokens.device) <= (inside - step)[:, :, None]
-            carried = self._carried(self._layer(x, residual, inside, sequence, mask, branch))
+            seen = partial(_text, inside - step, pairs)
+            carried = self._carried(self._learn(x, residual, inside, sequence, seen, branch))
             states.append(self._read_by_head(carried[keep]))
             logits.append(HeadLogits(states[-1], self._head_weight))
             valid.append(((column >= step) & (pair >= step))[keep])
         return Unroll(logits, torch.stack(valid), states)
+
+    def _learn(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        positions: Tensor,
+        sequence: KeysValues,
+        seen: Callable[[slice], Tensor],
+        branch: tuple[Tensor, ...] | None,
+    ) -> Tensor:
+        """Call the layer; where it would keep many scores, for some rows at a time, and again in the backward pass.
+
+        Arguments are the layer's, but for ``seen``: it returns the mask of some rows, which may leave out last keys
+        that none of them sees.
+        """
+        keep = 2 if branch is not None else 0
+
+        def some(rows: slice, x: Tensor, residual: Tensor, positions: Tensor, *more: Tensor) -> Tensor:
+            own, mask = more[:keep], seen(rows)
+            keys, values = (part[:, : mask.shape[2]] for part in more[keep:])
+            return self._layer(x, residual, positions, (keys, values), mask, (own[0], own[1]) if own else None)
+
+        per_row = len(x) * self._layer.self_attn.num_heads * sequence[0].shape[1]
+        most, rows = _SCORES.get(x.device.type, _SCORES["cuda"]), (x, residual, positions, *(branch or ()))
+        if per_row * x.shape[1] <= most:
+            return some(slice(x.shape[1]), *rows, *sequence)
+        return by_rows(some, max(most // 8 // per_row, 1), rows, sequence, list(self._layer.parameters()))
 
     def _read_sequence(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor, KeysValues]:
         """Return padded pairs of requests: tokens ``[n, T]``, attention's input, residual stream, keys and values."""
@@ -225,20 +264,19 @@ class RecurrentDrafter(Drafter):
         return tokens, x, residual, self._layer.self_attn.keys_values(x, positions)
 
     @override
+    @by_request
     def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
         # One pass for each depth, over all contexts of that depth in the batch. Keys are laid flat: the sequence, then
         # the request's trees sorted by anchor, each depth-first. A sequence key is seen by the contexts whose root is
         # not before it, a node's key by the nodes from itself to the end of its subtree.
         requests = len(batch["sequence", "offset"]) - 1
         _, x, residual, sequence = self._read_sequence(batch)
-        every = torch.arange(x.shape[1], device=x.device)
         place = torch.zeros_like(trees.depth)  # place of a context among those of its depth
         of_request = batch["rounds", "offset"][batch["rounds", "request_offset"]]
         first = of_request[trees.request[trees.num_rounds :]]
         column = torch.arange(len(first), device=x.device) - first  # place of a node among those of its request
-        end = pad_rows(trees.ends - first, of_request)[:, None]
-        columns = torch.arange(end.shape[2], device=x.device)
-        keys = tuple(torch.cat([s, s.new_zeros(requests, len(columns), *s.shape[2:])], dim=1) for s in sequence)
+        end = pad_rows(trees.ends - first, of_request)
+        keys = tuple(torch.cat([s, s.new_zeros(requests, end.shape[1], *s.shape[2:])], dim=1) for s in sequence)
         carried, states, order = residual, [], []
         for level in range(int(trees.depth[wanted].max()) + 1 if bool(wanted.any()) else 0):
             here = (trees.depth == level).nonzero().flatten()
@@ -249,7 +287,8 @@ class RecurrentDrafter(Drafter):
             offset = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
             real = torch.arange(int(counts.max()), device=here.device) < counts[:, None]
             position = pad_rows(root + level, offset)
-            seen, mask = sequence, every <= pad_rows(root, offset)[:, :, None]
+            read_keys, last = sequence, pad_rows(root, offset)
+            seen: Callable[[slice], Tensor] = partial(_text, last, x.shape[1])
             if level == 0:
                 read, stream = (pad_rows(part[request, root], offset) for part in (x, residual))
             else:
@@ -259,17 +298,42 @@ class RecurrentDrafter(Drafter):
                 read, stream = self._enter(self._embed(tokens), pad_rows(carried[above], offset))
                 own = self._layer.self_attn.keys_values(read, position)
                 # Out of place: the depths before need their keys for their gradients.
-                at = request, len(every) + column[nodes]
+                at = request, x.shape[1] + column[nodes]
                 keys = tuple(k.index_put(at, o[real]) for k, o in zip(keys, own, strict=True))
-                itself = pad_rows(column[nodes], offset)[:, :, None]
-                seen, mask = (keys[0], keys[1]), torch.cat([mask, (columns <= itself) & (itself < end)], dim=2)
-            carried = self._carried(self._layer(read, stream, position, seen, mask, None)[real])
+                read_keys = keys[0], keys[1]
+                seen = partial(_text_and_path, last, x.shape[1], pad_rows(column[nodes], offset), end)
+            carried = self._carried(self._learn(read, stream, position, read_keys, seen, None)[real])
             asked = wanted[here]
             states.append(self._read_by_head(carried[asked]))
             order.append(here[asked])
         if not states:
             return x.new_zeros(0, len(self.draft_vocab))
         return HeadLogits(torch.cat(states)[torch.cat(order).argsort()], self._head_weight)
+
+
+def _text(last: Tensor, size: int, rows: slice) -> Tensor:
+    """Return the mask ``[b, t, S']`` of some queries, each of which sees the text up to its ``last``, ``[b, T]``.
+
+    The text has ``size`` tokens. ``S'`` is one of four sizes: freed memory of ever other ones would seldom fit again.
+    """
+    last, step = last[:, rows, None], -(-size // 4)
+    count = (int(last.max().clamp(min=0)) // step + 1) * step
+    return torch.arange(min(count, size), device=last.device) <= last
+
+
+def _text_and_path(last: Tensor, size: int, itself: Tensor, end: Tensor, rows: slice) -> Tensor:
+    """Return the mask ``[b, t, S + N]`` of some nodes, which see the text up to ``last`` and their path.
+
+    Args:
+        last: Last token of the text that a node sees, ``[b, T]``.
+        size: Tokens of the text, ``S``.
+        itself: Number of a node among those of its text, ``[b, T]``.
+        end: One past the last node of the subtree of each node, ``[b, N]``.
+        rows: Nodes of the mask.
+    """
+    text, node = (torch.arange(count, device=end.device) for count in (size, end.shape[1]))
+    itself, end = itself[:, rows, None], end[:, None]
+    return torch.cat([text <= last[:, rows, None], (node <= itself) & (itself < end)], dim=2)
 
 
 def _next_row(x: Tensor) -> Tensor:

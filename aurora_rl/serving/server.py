@@ -338,7 +338,21 @@ def note_request(
     depth: int,
     coverage: float | None,
 ) -> None:
-    """Count a request that ended, and write its event "request", whose fields the arguments are."""
+    """Count a request that ended, and write its event "request".
+
+    Args:
+        completion: Text of the request, and how it ended.
+        domain: Domain of the request, empty if it has none.
+        stats: Statistics of the run, which are changed.
+        log: Log of the event.
+        speculative_tokens: Number of tokens that speculative rounds delivered.
+        speculative_rounds: Number of speculative rounds.
+        drafted_tokens: Number of drafted tokens.
+        accepted: Number of rounds by the number of drafts that they accepted.
+        versions: Versions of the drafter's weights that drafted, oldest first.
+        depth: Depth of the trees that were drafted when it ended.
+        coverage: Share of the completion's tokens that the draft vocabulary has; None if that is not known.
+    """
     stats.finish(domain, len(completion.tokens), speculative_tokens, speculative_rounds)
     log.write(
         "request",

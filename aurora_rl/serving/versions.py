@@ -106,7 +106,7 @@ class Versions:
         self._rolled_back: dict[str, str] = {}  # reasons by checksum: a learner that reconnects offers its newest again
         # Weights are staged and hashed while rounds go on: one thread, so that acknowledgements keep their order.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
-        self._staged: tuple[int, Future[tuple[_Kept, Callable[[], None]]]] | None = None
+        self._staged: tuple[int, Future[tuple[_Seat, _Kept, Callable[[], None]]]] | None = None
         self._compares = self._second is not None and self._second.policy.version != policy.version
         if self._second is not None and self._compares:
             rival = self._second.policy
@@ -231,17 +231,16 @@ class Versions:
         """Swap in the newest weights, or begin their trial, once they are ready."""
         if self._receiver is None or self._trial is not None:
             return
-        seat = self._second or self._seat
         if self._staged is None and (received := self._receiver.latest()) is not None:
             version, weights = received
             named = dict(weights.flatten_keys(".").items())
-            self._staged = version, self._background.submit(self._stage, seat.policy, named, version)
+            self._staged = version, self._background.submit(self._stage, named, version)
         if self._staged is None or not self._staged[1].done():
             return
         (version, staged), self._staged = self._staged, None
         began = time.perf_counter()
         try:
-            kept, put = staged.result()
+            seat, kept, put = staged.result()
             put()
         except Exception as error:  # whatever a drafter does, the requests are served
             reason = str(error) if isinstance(error, ValueError) else repr(error)
@@ -261,14 +260,15 @@ class Versions:
             seat.controller.swapped()
         self._served(version, began)
 
-    def _stage(
-        self, policy: DrafterPolicy, weights: dict[str, Tensor], version: int
-    ) -> tuple[_Kept, Callable[[], None]]:
+    def _stage(self, weights: dict[str, Tensor], version: int) -> tuple[_Seat, _Kept, Callable[[], None]]:
         digest = checksum(weights)
         if digest in self._rolled_back:
             raise ValueError(self._rolled_back[digest])
-        put = policy.stage(weights, version)
-        return _Kept(_as_served(policy, weights), digest), put
+        # Weights that are served already, as a learner that resumes publishes them, need no trial but their number.
+        served = self._kept[self._stats.version].digest or checksum(dict(self._seat.policy.drafter.published()))
+        seat = self._seat if self._second is None or digest == served else self._second
+        put = seat.policy.stage(weights, version)
+        return seat, _Kept(_as_served(seat.policy, weights), digest), put
 
     def _try(self, seat: _Seat, version: int) -> None:
         """Begin the trial of the weights that were put into the policy of a seat."""

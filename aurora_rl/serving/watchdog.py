@@ -121,10 +121,12 @@ class Watchdog:
 
     # ---- answers and cache ------------------------------------------------------------------------------------------
 
-    def _probe(self, tokens: Tensor, features: Tensor) -> Drafter:
-        """Return the drafter with a cache of its own, of one slot that holds these pairs."""
+    def _probe(self, tokens: Tensor, features: Tensor, slot: int | None = None) -> Drafter:
+        """Return the drafter with a cache of its own, of one slot that holds these pairs, with a slot's adapter."""
         probe = copy.copy(self._policy.drafter)  # of the same weights
         probe.allocate(1, len(tokens) + _ASKED.depth + 1)
+        if slot is not None and probe.adapters is not None:
+            probe.slot_adapters = self._policy.drafter.slot_adapters[slot : slot + 1]
         probe.extend(torch.tensor([0]), tokens[None], features[None], torch.tensor([len(features)]))
         return probe
 
@@ -164,7 +166,7 @@ class Watchdog:
         held = int(self._policy.drafter.cached[slot])
         count = held if suspicious else min(held, _PAIRS)
         tokens, features = self._store.tokens[slot, : count + 1], self._policy.features(slot, slice(count))
-        replayed = self._probe(tokens, features).cache_rows(0)
+        replayed = self._probe(tokens, features, slot).cache_rows(0)
         assert replayed is not None
         for row, again in zip(rows, replayed, strict=True):
             first, second = (part[:count].reshape(count, -1).float() for part in (row, again))

@@ -67,7 +67,7 @@ EVENTS: dict[str, Event] = {
         {
             "requests": "Completed requests.",
             "version": "Version of the weights that draft.",
-            "acceptance_length": "Tokens per speculative round over the last tenth of the requests, at least eight.",
+            "acceptance_length": "Tokens per speculative round over the last tenth of requests: at least 8 or half.",
             "acceptance_by_position": "Share of the drafted rounds since then that accepted 1, 2, ... drafts.",
             "tokens_per_second": "Plain (baseline) and speculative throughput over the last quarter of the requests.",
             "speedup": "Speculative over plain; null if it was not measured, or over fewer than 96 plain rounds.",
@@ -339,5 +339,19 @@ EVENTS: dict[str, Event] = {
         },
     ),
     "learner_done": Event("The learner has ended in good order.", {**_SEEN, "version": "Last version published."}),
+    # Events of a fleet.
+    "member_started": Event(
+        "`aurora-rl fleet`: the process of a member was started.",
+        {
+            "member": "Name of the member, such as chat-0 or learner.",
+            "node": "Address of its node.",
+            "url": "Where an engine is to listen; null without a port.",
+            "restarts": "Times that it was started again.",
+        },
+    ),
+    "member_ended": Event(
+        "`aurora-rl fleet`: the process of a member has ended, or its node has gone.",
+        {"member": "Name of the member.", **_REASON},
+    ),
 }
 """Every event by name, in the order of a run."""

@@ -86,7 +86,7 @@ METRICS: dict[str, Metric] = {
         "counter", "Rounds by what they drafted.", "drafted", ("tree", "chain", "ngrams", "plain", "baseline")
     ),
     "acceptance_length": Metric(
-        "gauge", "Tokens per speculative round over the last tenth of the requests, at least eight."
+        "gauge", "Tokens per speculative round over the last tenth of the requests: eight at least, half at most."
     ),
     "speedup": Metric("gauge", "Speculative over plain throughput; absent if it was not measured or too shortly."),
     "tokens_per_second": Metric(

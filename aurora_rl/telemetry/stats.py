@@ -105,6 +105,17 @@ class Stats:
         """
         return self.finished.acceptance(first, last)
 
+    @property
+    def last_acceptance(self) -> float | None:
+        """The acceptance length of the last tenth of the requests: of eight at least, but of no more than half."""
+        count = len(self.finished)
+        return self.acceptance(count - self._tenth, count)
+
+    @property
+    def _tenth(self) -> int:
+        count = len(self.finished)
+        return max(count // 10, min(8, -(-count // 2)))
+
     def finish(
         self, domain: str, tokens: int, speculative_tokens: int, speculative_rounds: int, requests: int = 1
     ) -> None:
@@ -136,7 +147,6 @@ class Stats:
         that were lost, by reason.
         """
         count, drops = len(self.finished), drops or Counter()
-        tenth = max(count // 10, 1)
         last = self.rates(0.25)
         domains = {
             name: {
@@ -156,8 +166,8 @@ class Stats:
                 "max": max(self.swap_ms, default=None),
             },
             "acceptance_length": {
-                "first": self.acceptance(0, tenth),
-                "last": self.acceptance(max(count - tenth, 0), count),
+                "first": self.acceptance(0, self._tenth),
+                "last": self.last_acceptance,
             },
             "domains": domains if any(domains) else {},  # the only name may be the empty one
             "tokens_per_second": {"baseline": last.baseline, "speculative": last.speculative},

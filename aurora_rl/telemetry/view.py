@@ -103,6 +103,7 @@ class LiveView:
         self._died = False
         self._told: deque[str] = deque(maxlen=100)  # a peer may send ever new messages
         self._skipped = False
+        self._printed: list[tuple[str, str]] = []
         self._unwritten: set[str] = set()  # told already
         self.unsaved: str | None = None
         # Rounds by accepted drafts, and shares of known tokens, of the requests completed since the last status.
@@ -162,7 +163,7 @@ class LiveView:
             "status",
             requests=len(stats.finished),
             version=stats.version,
-            acceptance_length=self._recent(),
+            acceptance_length=stats.last_acceptance,
             acceptance_by_position=[round(count / rounds, 4) for count in reached],
             tokens_per_second={"baseline": speed.baseline, "speculative": speed.speculative},
             speedup=speed.speedup,
@@ -184,12 +185,6 @@ class LiveView:
         """Trajectories that were lost so far, by reason: before they were sent, and after that."""
         return self._server.drops + self._history.drops
 
-    def _recent(self) -> float | None:
-        """Return the acceptance length of the last tenth of the requests, at least eight."""
-        stats = self._server.stats
-        count = len(stats.finished)
-        return stats.acceptance(max(count - max(count // 10, 8), 0), count)
-
     def _progress(self) -> list[tuple[str, str]]:
         """Return how many requests are done and for how long the run goes; of traffic also how long it still takes."""
         traffic, done, elapsed = self._traffic, len(self._server.stats.finished), time.monotonic() - self._began
@@ -210,7 +205,7 @@ class LiveView:
         drafted = " · ".join(f"{DRAFTED[name]} {share:.0%}" for name, share in shares(history.drafted).items())
         return [
             *self._progress(),
-            ("acceptance length", f"{show(self._recent())} at depth {server.depth}"),
+            ("acceptance length", f"{show(stats.last_acceptance)} at depth {server.depth}"),
             ("drafted", drafted or "–"),
             ("tokens/s plain · speculative", f"{show(speed.baseline, 1)} · {show(speed.speculative, 1)}"),
             ("speedup", show_speedup(speed)),
@@ -242,6 +237,14 @@ class LiveView:
     def line(self) -> str:
         """Format the view for output that is not a terminal."""
         return " | ".join(f"{name} {value}" for name, value in self._rows())
+
+    def news(self) -> str | None:
+        """Return the line if more than the time has changed since this was asked: a server that idles logs nothing."""
+        told = [(name, value) for name, value in self._rows() if not name.startswith("elapsed")]
+        if told == self._printed:
+            return None
+        self._printed = told
+        return self.line()
 
 
 def _trial(history: RunHistory) -> str:

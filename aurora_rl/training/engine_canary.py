@@ -235,8 +235,8 @@ class EngineCanary:
         """Begin the trial of weights against those that are served.
 
         Args:
-            new: Weights that passed the gate.
-            old: Weights that are served.
+            new: Weights that passed the gate: tensors by name, as the drafter publishes them.
+            old: Weights that are served, of the same names, shapes and dtypes.
             against: Version of the latter, 0 if none was published.
 
         Returns:
@@ -256,7 +256,7 @@ class EngineCanary:
         """Take in trajectories that arrived, and do what the trial has come to.
 
         Args:
-            arrivals: Trajectories, with their collector's notes.
+            arrivals: Trajectories, batch size ``[]``, with their collector's notes.
             publish: Publishes weights to all engines; returns their version.
         """
         if (trial := self._trial) is None:

@@ -87,6 +87,7 @@ def replay(
         store.start(slot, trajectory["sequence", "tokens"].to(device))
         store.features[slot, : ends[slot] - 1] = trajectory["sequence", "features"].to(device)
         store.lengths[slot] = trajectory["sequence", "prompt_length"]
+        store.adapters[slot] = trajectory.get(("sequence", "adapter"), torch.tensor(0))
     # The same draws for every drafter that is replayed, where the shape's mode samples.
     generator = torch.Generator(device).manual_seed(0)
     policy = DrafterPolicy(drafter, store, num_nodes=shape.num_nodes, shape=shape, generator=generator)

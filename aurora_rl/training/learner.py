@@ -148,6 +148,11 @@ class Learner:
         """
         state, skipped = newest_training_state(folder)
         progress, serving = state.progress, state.weights("serving")
+        if (names := progress.get("adapters", [])) != self._adapters():
+            raise CheckpointError(
+                f"{folder} was trained with drafter.adapters={names}, and this run has {self._adapters()}; set the "
+                "same, or start from the drafter of that run (drafter.path) to have others"
+            )
         put = state.stage(self._drafter, self._optimizers)
         if progress.get("draft_vocab") != self._draft_vocab():
             raise CheckpointError(
@@ -380,7 +385,7 @@ class Learner:
 
     def _write_state(self, folder: Path) -> None:
         counts = {"seen": self.seen, "steps": self.steps, "decided_steps": self._decided_steps, "version": self.version}
-        progress = {**counts, "draft_vocab": self._draft_vocab()}
+        progress = {**counts, "draft_vocab": self._draft_vocab(), "adapters": self._adapters()}
         weights = {"serving": self._serving, **({} if self._replaced is None else {"replaced": self._replaced})}
         save_training_state(folder, self._drafter, self._optimizers, progress, weights)
         self._save_drafter(folder / "drafter")
@@ -434,6 +439,9 @@ class Learner:
 
     def _draft_vocab(self) -> str:
         return checksum({"draft_vocab": self._drafter.draft_vocab})
+
+    def _adapters(self) -> list[str]:
+        return [] if self._drafter.adapters is None else list(self._drafter.adapters.names)
 
     def close(self) -> None:
         """Close the wire."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 from typing_extensions import override
 
-from aurora_rl.collectors.codec import Limits, checksum, decode, encode
+from aurora_rl.collectors.codec import OWN_LIMITS, as_tensors, checksum, decode, encode
 from aurora_rl.objectives import Objective
 from aurora_rl.training.checkpoint import TrainingState, training_tensors
 from aurora_rl.training.steps import SharedLoss, forget_gradient, gradient
@@ -32,7 +32,6 @@ from aurora_rl.trajectories import pack, unpack
 
 _SIGN_S = 5.0  # between signs of life of rank 0 that has nothing to learn from
 _BUCKET = 1 << 24  # numbers of gradients that are added at once
-_LIMITS = Limits(max_bytes=1 << 62, max_leaves=1 << 20, max_header_bytes=1 << 30)  # of a process of the same run
 
 
 class RanksLostError(ConnectionError):
@@ -87,10 +86,8 @@ class Ranks:
         parts = []  # they must live until they were sent
         with self._reached():
             for rank, tensors in enumerate(messages, start=1):
-                # The header is bytes, which PyTorch would not take: they cannot be written to.
-                header, *frames = encode("tensors", tensors=tensors)
-                found = [torch.frombuffer(frame, dtype=torch.uint8) for frame in (bytearray(header), *frames) if frame]
-                sizes = torch.tensor([len(header), *map(len, frames)])
+                frames = as_tensors(encode("tensors", tensors=tensors))
+                sizes, found = torch.tensor([len(frame) for frame in frames]), [frame for frame in frames if len(frame)]
                 parts += [(dist.isend(part, rank), part) for part in (torch.tensor(len(sizes)), sizes, *found)]
             for work, _ in parts:
                 assert work is not None, "this process is of the group"
@@ -107,7 +104,7 @@ class Ranks:
             for frame in frames:
                 if len(frame):
                     dist.recv(frame, 0)
-        return decode([frame.numpy() for frame in frames], limits=_LIMITS).tensors
+        return decode([frame.numpy() for frame in frames], limits=OWN_LIMITS).tensors
 
     def gather(self, figure: Tensor) -> Tensor:
         """Return a figure of every rank, ``[P, ...]``; of each it is a tensor of the same shape and dtype."""

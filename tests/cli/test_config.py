@@ -40,6 +40,8 @@ def test_the_keys_are_frozen() -> None:
             "drafter.history",
             "drafter.mode",
             "drafter.adaptive",
+            "drafter.adapters",
+            "drafter.adapter_rank",
         ),
         *("baseline.share", "baseline.window"),
         *("wire.trajectories", "wire.weights", "wire.queue", "wire.queue_bytes", "wire.max_message", "wire.keys"),
@@ -63,6 +65,7 @@ def test_the_keys_are_frozen() -> None:
         *("privacy.opt_out", "privacy.max_age", "privacy.zero_retention"),
         "telemetry.logger",
         "telemetry.max_log",
+        *("fleet.address", "fleet.engines", "fleet.learner", "fleet.max_restarts", "fleet.timeout"),
         "run_dir",
     ]
 
@@ -192,21 +195,26 @@ def test_one_clear_error(pair: str, wrong: str) -> None:
 
 
 def test_batch_invariance_is_of_the_embedded_engine() -> None:
-    with pytest.raises(ConfigError, match="needs engine.name=transformers, got 'sglang'; SGLang has engine.arguments="):
-        load_config(overrides=["engine.batch_invariant=true", "engine.name=sglang"])
+    needs = "engine.batch_invariant=true needs engine.name=transformers, got"
+    for engine, fix in (("sglang", r", and set engine.arguments=\[--enable-deterministic-inference\]"), ("vllm", "")):
+        with pytest.raises(ConfigError, match=f"^{needs} '{engine}'; leave it out{fix}$"):
+            load_config(overrides=["engine.batch_invariant=true", f"engine.name={engine}"])
 
 
 @pytest.mark.parametrize(
     ("pairs", "wrong"),
     [
-        (["engine.url=http://host:30000"], "engine.url=.* and engine.plugin_address=.* go together: set both"),
-        (["engine.plugin_address=tcp://host:1"], "engine.url=.* and engine.plugin_address=.* go together: set both"),
+        (["engine.url=http://host:30000"], "http://host:30000 and engine.plugin_address=null go together; set both"),
         (
-            ["engine.url=http://host:30000", "engine.plugin_address=tcp://host:1"],
+            ["engine.plugin_address=tcp://127.0.0.1:1"],
+            "^engine.url=null and engine.plugin_address=tcp://127.0.0.1:1 go together; set both",
+        ),
+        (
+            ["engine.url=http://host:30000", "engine.plugin_address=tcp://127.0.0.1:1"],
             "attaches to a running.*set drafter.path",
         ),
-        (["drafter.mode=sampled", "drafter.name=eagle3"], "drafter.mode=topk, got 'sampled'"),
-        (["rule=greedy"], "engine.name=sglang verifies by a rule of its own: rule=null, got .greedy."),
+        (["drafter.mode=sampled", "drafter.name=eagle3"], "got drafter.mode=sampled; set drafter.mode=topk"),
+        (["rule=greedy"], "verifies by a rule of its own, got rule=greedy; set rule=null"),
     ],
 )
 def test_what_sglang_cannot_do(pairs: list[str], wrong: str) -> None:

@@ -21,6 +21,10 @@ from aurora_rl.cli.errors import ConfigError
         ("http.timeout=.inf", "http.timeout must be a number of seconds above 0, got inf"),
         ("http.cors_origins=[chat.example/]", r"http.cors_origins must be like https://.*, got \['chat.example/'\]"),
         ("telemetry.logger=comet", "telemetry.logger must be csv, tensorboard, wandb, mlflow or null, got 'comet'"),
+        (
+            "engine.plugin_address=there",
+            "engine.plugin_address must be tcp://host:port, ipc://path or null, got 'there'",
+        ),
         ("engine.prefix_cache_tokens=-1", "engine.prefix_cache_tokens must not be negative, got -1"),
     ],
 )
@@ -57,7 +61,7 @@ def test_vllm_drafts_chains_and_its_clients_ask_it_themselves() -> None:
     config = load_config(overrides=["engine.name=vllm"])
     assert (config.drafter.width, config.http.port, config.canary.share) == (1, None, 0)
     for pair, message in (
-        ("drafter.width=2", "engine.name=vllm drafts chains: drafter.width=1, got 2"),
+        ("drafter.width=2", "engine.name=vllm drafts chains, got drafter.width=2; set drafter.width=1"),
         ("http.port=8000", "http.port=8000: there is no front before vLLM"),
         ("canary.share=0.5", "canary.share=0.5: vLLM keeps one drafter"),
         ("rule=greedy", "engine.name=vllm verifies by a rule of its own"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from aurora_rl.cli import assembly, spec
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import load_config
+from aurora_rl.policies.adapters import adapted_layers, merged
 from aurora_rl.policies.formats.files import save_drafter
 
 # ---- init -----------------------------------------------------------------------------------------------------------
@@ -88,6 +89,23 @@ def test_a_drafter_is_replaced_only_if_that_is_said(
     assert (out / "model.safetensors").read_bytes() == trained
     assert init(out, "--overwrite", *target, "drafter.name=medusa") == 0
     assert "Medusa" in json.loads((out / "config.json").read_text())["architectures"][0]
+
+
+def test_the_working_directory_is_not_replaced_by_a_drafter(
+    target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refusal = "aurora-rl: --out {} is the working directory; name a folder in it\n"
+    for out, named in ((Path(), "."), (tmp_path, tmp_path)):
+        assert init(out, *target, "drafter.name=medusa") == 2 and capsys.readouterr().err == refusal.format(named)
+        assert export(tmp_path / "mine", out, "--to", "sglang") == 2 and capsys.readouterr().err == refusal.format(
+            named
+        )
+    assert init(Path("d0"), *target, "drafter.name=medusa") == 0
+    monkeypatch.chdir(tmp_path / "d0")
+    capsys.readouterr()
+    assert cli.main(["drafter", "inspect", "."]) == 0
+    assert "architecture      MedusaDrafter" in capsys.readouterr().out
 
 
 # ---- inspect --------------------------------------------------------------------------------------------------------
@@ -230,8 +248,8 @@ def test_export_of_a_class_that_the_library_does_not_know(
     assert back.keys() == saved.keys() and all(torch.equal(back[name], tensor) for name, tensor in saved.items())
     assert "OtherHeads for" in capsys.readouterr().out
     (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert export(tmp_path / "saved", Path("."), "--to", "vllm", *named) == 0
+    monkeypatch.chdir(tmp_path)
+    assert export(tmp_path / "saved", Path("here"), "--to", "vllm", *named) == 0  # empty, and by a relative path
     assert (
         load_file(tmp_path / "here" / "model.safetensors").keys()
         == load_file(tmp_path / "vllm" / "model.safetensors").keys()
@@ -304,3 +322,33 @@ def test_export_to_gguf_takes_the_vocabulary_of_the_target_s_file(
     assert export(tmp_path / "ours", out, "--overwrite", *named) == 0
     assert export(tmp_path / "ours", target, "--overwrite", *named) == 2
     assert "target.gguf is no GGUF file of an EAGLE-3 and would be lost" in capsys.readouterr().err
+
+
+def test_adapters_are_listed_and_merged_into_what_is_exported(
+    target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [*target, "drafter.name=eagle3", "drafter.feature_layers=[1,2]", "drafter.adapters=[acme,globex]"]
+    resolved = spec.resolve(load_config(overrides=[*pairs, "drafter.adapter_rank=2"]))
+    started = assembly.start_drafter(resolved, assembly.load(resolved), [])
+    for layer in adapted_layers(started).values():
+        torch.nn.init.normal_(layer.lora_B)
+    save_drafter(started, tmp_path / "learned")
+    assert cli.main(["drafter", "inspect", str(tmp_path / "learned")]) == 0
+    assert "\nadapters          acme (rank 2), globex (rank 2)\n" in capsys.readouterr().out
+    for name, more in ((None, []), ("globex", ["--adapter", "globex"])):
+        out = tmp_path / str(name)
+        assert export(tmp_path / "learned", out, "--to", "vllm", *more, *target[:3]) == 0
+        save_drafter(merged(started, name), tmp_path / "expected", "vllm")
+        held, expected = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "expected"))
+        assert held.keys() == expected.keys()
+        assert all(torch.equal(held[key].float(), expected[key].float()) for key in held)
+        assert not (out / "adapters").exists()
+    assert export(tmp_path / "learned", tmp_path / "no", "--to", "vllm", "--adapter", "initech", *target[:3]) == 2
+    assert f"--adapter initech: {tmp_path / 'learned'} holds acme, globex\n" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, missing in (["drafter", "inspect"], "drafter"), (["keys"], "folder"):
+        with pytest.raises(SystemExit):
+            cli.main(command)
+        assert capsys.readouterr().err.lower().endswith(f"the following arguments are required: {missing}\n")

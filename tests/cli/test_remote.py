@@ -38,6 +38,12 @@ def attaching() -> Iterator[list[str]]:
     plugin.close()
 
 
+def attaching_run(pairs: list[str]) -> spec.RunSpec:
+    """A run on a server that is there, whose drafter is started here."""
+    run = spec.resolve(load_config(overrides=[*pairs, "drafter.feature_layers=[1,2]", "drafter.path=d"]))
+    return replace(run, config=replace(run.config, drafter=replace(run.config.drafter, path=None)))
+
+
 def test_what_a_running_server_decides_is_taken_from_it(attaching: list[str]) -> None:
     asked = load_config(overrides=[*attaching, "drafter.path=d", "drafter.name=eagle3", "drafter.depth=7"])
     before = to_yaml(asked)
@@ -68,10 +74,33 @@ def test_settings_that_keep_clients_requests_from_the_records_are_told(
     path = tmp_path / "model" / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.1}))
     pairs = [f"model={tmp_path}/model", "dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3"]
-    run = spec.resolve(load_config(overrides=[*attaching, *pairs, "drafter.feature_layers=[1,2]", "drafter.path=d"]))
-    run = replace(run, config=replace(run.config, drafter=replace(run.config.drafter, path=None)))
+    run = attaching_run([*attaching, *pairs])
     target = assembly.load(run)
     drafter, log = assembly.start_drafter(run, target, []), MetricsLog(tmp_path / "metrics.jsonl", "test")
     with pytest.raises(ConfigError, match="engine.name=sglang: "):  # nobody is there to attach to
         remote_server(run, target, None, drafter, log, tmp_path)
     assert "sets repetition_penalty=1.1; requests that SGLang serves with that are not recorded" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("engine", "pairs", "refusal"),
+    [
+        ("sglang", ["temperature=0.7"], "temperature=0.7: on a CPU SGLang verifies by argmax; set temperature=0, or"),
+        (
+            "vllm",
+            ["temperature=0.7", "top_k=5"],
+            "top_k=5: on a CPU vLLM's sampler ends the server .*; set top_k=0, or",
+        ),
+    ],
+)
+def test_what_cannot_be_sampled_on_a_cpu_is_refused_before_anything_is_asked(
+    engine: str, pairs: list[str], refusal: str, tiny_folder: Path, tmp_path: Path, attaching: list[str]
+) -> None:
+    small = [f"model={tiny_folder}", "dtype=float32", "device=cpu", "engine.max_length=256"]
+    small += ["drafter.vocab_size=64", "drafter.name=eagle3"]
+    run = attaching_run([*attaching, *small, *pairs, f"engine.name={engine}"])
+    target = assembly.load(run)
+    drafter, log = assembly.start_drafter(run, target, []), MetricsLog(tmp_path / "metrics.jsonl", "test")
+    requests = assembly.request_queue(run, target, [])
+    with pytest.raises(ConfigError, match=f"^engine.name={engine}: {refusal} engine.name=transformers$"):
+        remote_server(run, target, requests, drafter, log, tmp_path)

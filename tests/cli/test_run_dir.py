@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from aurora_rl.cli import run_dir
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.main import main
-from aurora_rl.cli.run_dir import RunDir, go_on, resumed_config
+from aurora_rl.cli.run_dir import RunDir, go_on, make_absolute, resumed_config
+from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.training.states import add_state, states
 
 
@@ -108,6 +110,26 @@ def test_a_broken_training_state_is_passed_over_and_of_all_of_them_one_error_tel
     assert (earlier / "config.yaml").exists() and not list(earlier.glob("part-*"))  # nothing was moved
 
 
+def test_a_server_goes_on_with_what_it_served_and_not_with_what_was_on_trial(earlier: Path) -> None:
+    log = MetricsLog(earlier / "metrics.jsonl", "server")
+
+    def served() -> str | None:
+        config, _ = go_on(load_config(), earlier)
+        assert config.learner.resume == str(earlier / "learner")
+        return config.drafter.path
+
+    log.write("trial", version=1, against=0, requests=3)
+    assert served() == str(earlier / "drafter-day0")
+    log.write("swap", version=1, ms=1.0, requests=8)
+    log.write("trial", version=2, against=1, requests=9)
+    assert served() == str(earlier / "versions" / "1")
+    log.write("swap", version=2, ms=1.0, requests=9)
+    log.write("swap", version=1, ms=1.0, requests=9)  # the watchdog went back
+    assert served() == str(earlier / "versions" / "1")
+    shutil.rmtree(earlier / "versions" / "1")  # it is no longer kept
+    assert served() == str(earlier / "learner" / "000002" / "drafter")
+
+
 @pytest.mark.parametrize("command", ["serve", "flywheel", "learn"])
 def test_a_run_that_goes_on_is_not_joined(earlier: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     (earlier / "learner.yaml").write_text("learner: {nice: 0}")
@@ -132,6 +154,13 @@ def test_each_part_keeps_its_documents(earlier: Path) -> None:
         raise ConfigError("refused")
     assert load_config(earlier / "config.yaml").seed == 1 and not (earlier / "part-2").exists()
     assert (earlier / "summary.json").read_text() == "of part 2" and (earlier / "part-1").exists()
+
+
+def test_paths_mean_the_same_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_absolute(load_config(overrides=["http.api_keys=keys", "wire.keys=wire", "traffic.path=a.jsonl"]))
+    found = (config.http.api_keys, config.wire.keys, config.traffic.path)
+    assert found == (str(tmp_path / "keys"), str(tmp_path / "wire"), str(tmp_path / "a.jsonl"))
 
 
 def test_what_cannot_go_on_says_so(earlier: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from typing import Any
@@ -202,7 +203,7 @@ def values(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
 
 
 def test_nothing_of_a_resolved_configuration_can_be_changed() -> None:
-    pairs = ["drafter.options={num_heads: 2}", "drafter.feature_layers=[1,2]", "engine.arguments=[--a]"]
+    pairs = ["drafter.options={num_heads: 2}", "drafter.feature_layers=[1,2]"]
     given = load_config(
         overrides=[
             *pairs,
@@ -237,3 +238,12 @@ def test_lists_and_mappings_of_the_caller_stay_the_callers_own() -> None:
     config = spec.resolve(Config(device="cpu", drafter=drafter)).config
     options["num_heads"], layers[0] = 5, 0
     assert (config.drafter.options, config.drafter.feature_layers) == ({"num_heads": 3}, (1, 2))
+
+
+@pytest.mark.parametrize("pair", ["engine.url=http://h:1", "engine.plugin_address=ipc://p", 'engine.arguments=["--a"]'])
+def test_a_key_of_an_engine_that_is_a_server_is_refused_by_one_that_is_not(pair: str) -> None:
+    told = (
+        rf"^{re.escape(pair)} has no effect with engine.name=transformers, .*; set engine.name=sglang or engine.name="
+    )
+    with pytest.raises(ConfigError, match=told):
+        spec.resolve(load_config(overrides=[pair]))

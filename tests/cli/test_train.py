@@ -157,6 +157,14 @@ def recordings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     return folders
 
 
+def test_one_held_out_request_is_one(
+    pairs: list[str], recordings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--recording", str(recordings[0]), "--held-out", "0.25", "--epochs", "1"]
+    assert train(*words, *pairs, f"run_dir={tmp_path / 'run'}") == 0
+    assert " on 1 held-out request\n" in capsys.readouterr().out
+
+
 def test_recordings_are_learned_together_and_each_is_held_out_in_part(
     pairs: list[str], recordings: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

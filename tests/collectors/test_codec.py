@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import NonTensorData, TensorDict
 
-from aurora_rl.collectors.codec import CodecError, Limits, checksum, decode, encode
+from aurora_rl.collectors.codec import OWN_LIMITS, CodecError, Limits, as_tensors, checksum, decode, encode
 
 DTYPES = [
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64),
@@ -97,6 +97,15 @@ def test_contiguous_leaves_are_not_copied_and_decoded_ones_own_their_memory() ->
     assert read[0] == 1.0  # the frame aliases the source
     read[0] = 2.0
     assert source[0] == 1.0  # the decoded tensor does not alias the frame
+
+
+def test_frames_travel_as_tensors_too() -> None:
+    tensors = {"a": torch.arange(5.0), "none": torch.empty(0, 3), "b": torch.tensor(True)}
+    frames = as_tensors(encode("weights", {"n": 1}, tensors))
+    assert all(frame.dtype == torch.uint8 and frame.dim() == 1 for frame in frames) and len(frames) == 4
+    assert frames[1].data_ptr() == tensors["a"].data_ptr()
+    message = decode([frame.numpy() for frame in frames], limits=OWN_LIMITS)
+    assert message.meta == {"n": 1} and all(torch.equal(message.tensors[name], tensors[name]) for name in tensors)
 
 
 def test_message_without_tensors_and_with_empty_frames() -> None:

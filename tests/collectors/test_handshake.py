@@ -11,7 +11,8 @@ import torch
 from aurora_rl.collectors.codec import CodecError
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.models.target_head import decoder_layers
-from aurora_rl.policies import MedusaDrafter, TargetParts
+from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
+from aurora_rl.policies.adapters import add_adapters
 from aurora_rl.testing import tiny_target
 
 HANDSHAKE = Handshake(1, "config", "head", (2, 5), "map", "eagle3")
@@ -39,11 +40,31 @@ def test_round_trip_through_json() -> None:
             "; their draft vocabularies differ; start both from one drafter: .* drafter.path, or",
         ),
         ({"drafter": "medusa"}, "; set the same drafter.name on both sides"),
+        (
+            {"adapters": "a"},
+            "adapters is '' at the learner and 'a' at the engine; set the same drafter.adapters, in one",
+        ),
     ],
 )
 def test_mismatch_names_the_first_field_and_both_values(changes: dict, says: str) -> None:
     with pytest.raises(AssertionError, match=says):
         raise AssertionError(HANDSHAKE.mismatch(replace(HANDSHAKE, **changes)))
+
+
+def test_adapters_are_a_field_where_there_are_some() -> None:
+    """A learner or an engine of an earlier release has none, and meets one that has none."""
+    assert "adapters" not in HANDSHAKE.to_meta()
+    adapted = replace(HANDSHAKE, adapters="digest")
+    assert Handshake.from_meta(adapted.to_meta()) == adapted and adapted.identity != HANDSHAKE.identity
+
+    def digest(*names: str, rank: int = 2) -> str:
+        parts = TargetParts.of(tiny_target(dtype=torch.float32))
+        drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8))
+        add_adapters(drafter, names, rank)
+        return Handshake.of(parts, drafter, "eagle3").adapters
+
+    assert digest("a", "b") == digest("a", "b")
+    assert len({digest("a", "b"), digest("b", "a"), digest("a"), digest("a", "b", rank=3)}) == 4
 
 
 def test_fine_tunes_with_one_head_are_told_apart_in_any_dtype() -> None:

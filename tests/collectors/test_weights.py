@@ -370,7 +370,7 @@ def test_errors_of_the_caller() -> None:
     with pytest.raises(OSError, match=f"{publisher.address} is in use; stop the process"):
         WeightPublisher(publisher.address, handshake=HANDSHAKE)
     publisher.publish(2, weights(1.0))
-    with pytest.raises(ValueError, match="version 2 is not newer than the published 2"):
+    with pytest.raises(ValueError, match="version 2 is not newer than the published 2; publish a larger one"):
         publisher.publish(2, weights(1.0))
     with pytest.raises(ValueError, match="exceed the 1000 bytes"):
         publisher.publish(3, {"a": torch.zeros(1000)})

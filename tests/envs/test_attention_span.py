@@ -116,11 +116,11 @@ REFUSED: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
     ),
     "convolutions": (
         lambda: hf.Lfm2Config(**SIZES, layer_types=["conv", "full_attention", "conv"]),
-        "Lfm2ForCausalLM has layers of the kind conv, .*engine.name=sglang may serve it",
+        "Lfm2ForCausalLM has layers of the kind conv, which keep a state .*; serve it by another",
     ),
     "recurrent": (
         lambda: hf.MambaConfig(vocab_size=48, hidden_size=32, num_hidden_layers=3, state_size=4),
-        "MambaForCausalLM has layers of the kind mamba, .*engine.name=sglang may serve it",
+        "MambaForCausalLM has layers of the kind mamba, which keep a state .*; serve it by another",
     ),
     "linear attention": (
         lambda: hf.Qwen3NextConfig(
@@ -128,7 +128,11 @@ REFUSED: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
             num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
             linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
         ),  # fmt: skip
-        "Qwen3NextForCausalLM has layers of the kind linear_attention, .*engine.name=sglang may serve it",
+        "Qwen3NextForCausalLM has layers of the kind linear_attention, which keep a state .*; serve it by another",
+    ),
+    "chosen keys": (
+        lambda: hf.LlamaConfig(**HEADS, layer_types=["deepseek_sparse_attention", *["full_attention"] * 2]),
+        "layers of the kind deepseek_sparse_attention, which choose the keys that they read; engine.name=sglang may",
     ),
     "temperature": (
         lambda: hf.Llama4TextConfig(**HEADS, **LLAMA4, attention_chunk_size=8, floor_scale=16),

@@ -8,12 +8,15 @@ from functools import partial
 import pytest
 import torch
 from drafters import perturbed
+from peak_memory import peak_memory
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.policies import Eagle3Drafter, EagleDrafter, TargetParts, TreeShape
+from aurora_rl.envs import SamplingParams
+from aurora_rl.objectives import ExpectedLengthLoss, ImitationLoss, SumLoss
+from aurora_rl.policies import Eagle3Drafter, EagleDrafter, TargetParts, TreeShape, recurrent
 from aurora_rl.testing import tiny_target, tiny_trajectory
-from aurora_rl.trajectories import pack
+from aurora_rl.trajectories import make_trajectory, pack
 from aurora_rl.tree_index import TreeIndex
 
 VOCAB = torch.arange(0, 32, 2)  # half of the tokens are outside
@@ -227,3 +230,47 @@ def test_what_is_unrolled_is_the_feature_that_the_head_reads() -> None:
             torch.testing.assert_close(
                 states[row], path_states(drafter, tokens, features, root, path), rtol=1e-9, atol=1e-8
             )
+
+
+@pytest.mark.parametrize("make", [eagle, eagle3])
+@pytest.mark.parametrize("scores", [1, 700])
+def test_a_pass_by_rows_is_the_whole_pass(
+    make: Callable[[], Eagle3Drafter | EagleDrafter], scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter, parts = make(), TargetParts.of(tiny_target())
+    sizes = [(5, 12), (1, 3), (9, 7)]
+    batch = pack([
+        tiny_trajectory(drafter, prompt_length=p, max_new_tokens=n, request=i, shape=TreeShape(3, 2, 5))
+        for i, (p, n) in enumerate(sizes)
+    ])  # fmt: skip
+    loss = SumLoss([ImitationLoss(drafter, parts.head, steps=3), ExpectedLengthLoss(drafter, parts.head)])
+    found = []
+    for most in (2**25, scores):
+        monkeypatch.setitem(recurrent._SCORES, "cpu", most)
+        out = loss(batch)
+        total = sum(value for name, value in out.items() if name.startswith("loss_"))
+        grads = torch.autograd.grad(total, list(drafter.parameters()), allow_unused=True)
+        found.append([total.detach(), *(grad for grad in grads if grad is not None)])
+    assert len(found[0]) == len(found[1]) > 5
+    for whole, by_rows in zip(*found, strict=True):
+        torch.testing.assert_close(by_rows, whole, rtol=1e-9, atol=1e-12)  # float64, added up in another order
+
+
+def test_memory_of_a_step_is_linear_in_the_length_of_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recurrent._SCORES, "cpu", 2**21)  # so that a text of a few thousand tokens is a long one
+    target = TargetParts.of(tiny_target(dtype=torch.float32))
+    drafter = Eagle3Drafter.from_target(target, draft_vocab=VOCAB)
+    loss = ImitationLoss(drafter, target.head, steps=2)
+
+    def peak(length: int) -> float:
+        trajectory = make_trajectory(
+            request=0, tokens=torch.randint(32, (length,)), prompt_length=4, features=torch.randn(length - 1, 32),
+            target={"hidden": torch.randn(length - 4, 16)}, anchors=[], trees=[], policy_versions=[],
+            cache_versions=[], sampling_params=SamplingParams(),
+        )  # fmt: skip
+        batch = pack([trajectory])
+        return peak_memory(lambda: loss(batch)["loss_imitation"].backward())
+
+    peak(1024)
+    # MB. Scores of all pairs would be 268 for 4 heads in float32, in each step, and a mask of them 17.
+    assert peak(4096) < 100

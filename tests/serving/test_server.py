@@ -189,7 +189,7 @@ def test_summary(tmp_path: Path) -> None:
         "dropped_trajectories": 0, "dropped_by_reason": {}, "drafter_faults": 0,
         "duration_s": 0.0, "versions_served": [0],
     }  # fmt: skip
-    # Twenty requests: a tenth is two of them, and the last quarter begins after fifteen.
+    # Twenty requests: a tenth is eight of them, and the last quarter begins after fifteen.
     for tokens, rounds in [(3, 2), (6, 4), *[(100, 1)] * 16, (8, 3), (7, 2)]:
         server.stats.finished.append(tokens, rounds)
     server.stats.rounds = Rounds()
@@ -201,7 +201,7 @@ def test_summary(tmp_path: Path) -> None:
     server.stats.swap_ms, server.stats.versions = [4.0, 2.0, 9.0], [0, 1, 2, 5]
     assert server.stats.summary(failed=3, duration_s=7.5) == {
         "requests": 20, "client_requests": 0, "failed": 3, "swaps": 3, "swap_ms": {"p50": 4.0, "max": 9.0},
-        "acceptance_length": {"first": 9 / 6, "last": 15 / 5}, "domains": {},
+        "acceptance_length": {"first": 609 / 12, "last": 615 / 11}, "domains": {},
         "tokens_per_second": {"baseline": 2.0, "speculative": 3.0}, "speedup": 1.5, "baseline_rounds": 96,
         "dropped_trajectories": 0, "dropped_by_reason": {}, "drafter_faults": 0,
         "duration_s": 7.5, "versions_served": [0, 1, 2, 5],

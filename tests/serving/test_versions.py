@@ -22,8 +22,14 @@ from aurora_rl.training.served_weights import drafts_agreed
 RULES = Canary(window=4, margin=0.05)
 
 
+OWN = {"own": torch.zeros(1)}
+
+
 class Loads:
     """Takes any weights, and is what it was."""
+
+    def published(self) -> dict[str, Tensor]:
+        return OWN
 
     def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
         return lambda: None
@@ -73,9 +79,9 @@ def test_good_weights_are_promoted_and_acknowledged_and_the_next_are_tried_again
     serving.run_until(lambda: bool(inbox.acknowledged), known)
     (verdict,), (swap,) = serving.events("verdict"), serving.events("swap")
     assert verdict["promote"] and swap["version"] == 1 and serving.server.stats.versions == [0, 1]
-    assert inbox.acknowledged == [(1, checksum({}))] and inbox.rejected == []
+    assert inbox.acknowledged == [(1, checksum(OWN))] and inbox.rejected == []
     assert serving.server.policy.drafter is second
-    inbox.waiting.append((2, {}))  # by the drafter of nothing, which is free now
+    inbox.waiting.append((2, {"own": torch.ones(1)}))  # by the drafter of nothing, which is free now
     serving.run_until(lambda: bool(inbox.rejected), known)
     assert serving.server.stats.versions == [0, 1] and serving.server.policy.drafter is second
     serving.queue.clear()
@@ -93,6 +99,22 @@ def test_what_was_rolled_back_is_refused_when_it_comes_again(tmp_path: Path) -> 
     assert inbox.rejected[1] == (2, inbox.rejected[0][1]) and len(serving.events("trial")) == 1
     (event,) = serving.events("swap_failed")
     assert event["version"] == 2 and event["reason"].startswith("rolled back after")
+
+
+@pytest.mark.parametrize("earlier", [[], [(1, {})]])
+def test_weights_that_are_served_get_their_number_without_a_trial(tmp_path: Path, earlier: list) -> None:
+    known, inbox = requests(5), Inbox(*earlier)
+    serving = tried(tmp_path, Constant(known), Right(known), inbox, slots=2)
+    serving.run_until(lambda: len(inbox.acknowledged) == len(earlier), known)
+    again = {} if earlier else OWN
+    inbox.waiting.append((7, again))  # as of a learner that goes on from its training state
+    serving.run_until(lambda: len(inbox.acknowledged) > len(earlier), known)
+    assert inbox.acknowledged[-1] == (7, checksum(OWN)) and inbox.rejected == []
+    assert serving.server.stats.version == serving.server.policy.version == 7
+    assert len(serving.events("trial")) == len(earlier)
+    serving.queue.clear()
+    serving.run()
+    serving.check_texts()
 
 
 def test_each_version_drafts_with_its_own_weights_and_its_own_cache(tmp_path: Path) -> None:

@@ -24,13 +24,14 @@ from torch.distributed.tensor import DTensor
 from aurora_rl import SamplingParams
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.policies.adapters import add_adapters
 from aurora_rl.testing import serve, tiny_target
 from aurora_rl.training.checkpoint import load_training_state, save_training_state, training_tensors
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.parallel import Command, ParallelLoss, Ranks, RanksLostError, follow, join, start_alike
 from aurora_rl.training.sharding import shard
 from aurora_rl.training.steps import forget_gradient, gradient, has_finite_step, train_step
-from aurora_rl.trajectories import pack
+from aurora_rl.trajectories import adapter_code, pack
 
 # Small weights: the gradient's norm is below 1, so that it is not clipped and its size is compared, too.
 SMALL = 1e-3
@@ -45,6 +46,7 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "function": [{"name": "shared_steps:forward_kl_function"}],
     "sum": [{"name": "imitation"}, {"name": "discard"}, {"name": "imitation", "divergence": "total_variation"}],
 }
+TENANTS = ("acme", "globex")  # of the first requests; the others have no adapter
 LENGTHS, VERSIONS = (3, 19, 1, 9, 5), (0, 2, 5, 4, 3)  # of prompts: shares are uneven; and of drafters
 
 
@@ -56,9 +58,11 @@ TARGET = tiny_target()
 PARTS = TargetParts.of(TARGET)
 
 
-def drafter_of(seed: int) -> Drafter:
+def drafter_of(seed: int, adapters: bool = False) -> Drafter:
     torch.manual_seed(seed)
     drafter = Eagle3Drafter.from_target(PARTS, draft_vocab=torch.arange(16)).double()
+    if adapters:
+        add_adapters(drafter, TENANTS, rank=2)
     with torch.no_grad():  # parts that start at zero would hide what they do
         for parameter in drafter.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -81,11 +85,13 @@ def stream(depth: int = 3) -> list[TensorDict]:
     found = sorted((each.clone() for each in _served(depth)), key=lambda each: int(each["request"]))
     for trajectory, version in zip(found, VERSIONS, strict=True):
         trajectory["rounds", "policy_version"].fill_(version)
+    for trajectory, tenant in zip(found, TENANTS, strict=False):
+        trajectory["sequence", "adapter"] = torch.tensor(adapter_code(tenant))
     return found
 
 
-def losses_of(settings: list[dict[str, Any]], seed: int = 1) -> tuple[Drafter, SumLoss]:
-    drafter = drafter_of(seed)
+def losses_of(settings: list[dict[str, Any]], seed: int = 1, adapters: bool = False) -> tuple[Drafter, SumLoss]:
+    drafter = drafter_of(seed, adapters)
     weighted = [{**each, "weight": SMALL} for each in settings]
     return drafter, SumLoss(make_objectives(weighted, drafter, PARTS.head))
 
@@ -108,10 +114,14 @@ def apart(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -
 
 
 def compared(
-    ranks: Ranks, settings: list[dict[str, Any]], batches: list[TensorDict], optimizers_of: Callable[[Drafter], Any]
+    ranks: Ranks,
+    settings: list[dict[str, Any]],
+    batches: list[TensorDict],
+    optimizers_of: Callable[[Drafter], Any],
+    adapters: bool = False,
 ) -> dict[str, Any] | None:
     """Take steps together, and on rank 0 by itself, and compare."""
-    drafter, loss = losses_of(settings)
+    drafter, loss = losses_of(settings, adapters=adapters)
     optimizers = optimizers_of(drafter)
     shared = ParallelLoss(loss, ranks, optimizers)
     start_alike(shared, optimizers)
@@ -120,7 +130,7 @@ def compared(
         weights = torch.cat([p.detach().flatten() for p in drafter.parameters()])
         ranks.gather(weights)
         return None
-    own, own_loss = losses_of(settings)
+    own, own_loss = losses_of(settings, adapters=adapters)
     own_optimizers = optimizers_of(own)
     found: dict[str, Any] = {"norm": 0.0}
     value, out = gradient(shared, optimizers, batches[0], autocast=False)
@@ -154,6 +164,8 @@ def batches() -> list[TensorDict]:
 def every_objective(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
     five, three, two, plain = batches()
     found = {name: compared(ranks, settings, [five, two], adam) for name, settings in OBJECTIVES.items()}
+    # The two of the second batch are one tenant's each: no rank has rows of both adapters.
+    found["adapters"] = compared(ranks, OBJECTIVES["imitation"], [five, pack(stream()[:2])], adam, adapters=True)
     found["muon"] = compared(ranks, OBJECTIVES["sum"], [five, three, plain], drafter_optimizers)
     return found
 
@@ -166,10 +178,11 @@ def sharded(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
     """Steps on shards from a state of one process, and a state of them that one process goes on with."""
     steps, found = batches()[1:3], dict[str, Any]()
     for name, optimizers_of in (("adam", adam), ("muon", drafter_optimizers)):
-        own, own_loss = losses_of(OBJECTIVES["sum"])
+        adapters = name == "adam"
+        own, own_loss = losses_of(OBJECTIVES["sum"], adapters=adapters)
         own_optimizers = optimizers_of(own)
         train_step(own_loss, own_optimizers, steps[0], autocast=False)
-        drafter, loss = losses_of(OBJECTIVES["sum"], seed=1 + ranks.rank)
+        drafter, loss = losses_of(OBJECTIVES["sum"], 1 + ranks.rank, adapters)
         optimizers = optimizers_of(drafter)
         if ranks.rank == 0:
             save_training_state(folder / f"{name}-one", own, own_optimizers, {})
@@ -193,7 +206,7 @@ def sharded(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
         save_training_state(folder / f"{name}-two", drafter, optimizers, {})
         kept = whole(drafter)
         ranks.tell(Command.END)
-        again, _ = losses_of(OBJECTIVES["sum"], seed=7)
+        again, _ = losses_of(OBJECTIVES["sum"], 7, adapters)
         again_optimizers = optimizers_of(again)
         load_training_state(folder / f"{name}-two", again, again_optimizers)
         found[name] = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+
 from aurora_rl.telemetry.rates import Round
 from aurora_rl.telemetry.stats import Finished, Stats
 
@@ -27,7 +29,7 @@ def test_a_summary_of_twenty_requests() -> None:
         "failed": 1,
         "swaps": 4,
         "swap_ms": {"p50": 4.0, "max": 9.0},
-        "acceptance_length": {"first": 1.5, "last": 19.5},  # a tenth is two requests
+        "acceptance_length": {"first": 4.5, "last": 16.5},  # a tenth is two requests
         "domains": {
             "chat": {"requests": 10, "tokens": 110, "acceptance_length": 10.0},
             "code": {"requests": 10, "tokens": 120, "acceptance_length": 11.0},
@@ -55,6 +57,15 @@ def test_acceptance_is_of_tokens_over_rounds_and_not_of_ratios() -> None:
         "": {"requests": 3, "tokens": 11, "acceptance_length": 11 / 3},
         "chat": {"requests": 1, "tokens": 4, "acceptance_length": None},
     }
+
+
+@pytest.mark.parametrize(("count", "tenth"), [(1, 1), (3, 2), (10, 5), (16, 8), (80, 8), (200, 20)])
+def test_a_tenth_of_few_requests_is_eight_of_them_or_half(count: int, tenth: int) -> None:
+    stats = Stats()
+    for number in range(count):
+        stats.finish("", 1 + (number >= count - tenth), 1 + (number >= count - tenth), 1)
+    assert stats.last_acceptance == 2.0 == stats.summary()["acceptance_length"]["last"]
+    assert stats.summary()["acceptance_length"]["first"] == (1.0 if 2 * tenth <= count else pytest.approx(2.0, abs=0.5))
 
 
 def test_what_was_not_measured_is_none() -> None:

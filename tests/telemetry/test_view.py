@@ -26,7 +26,7 @@ def serving() -> Any:
         swap_ms=[1.0, 2.0],
         rates=lambda share: Rates(10.0, 15.0, 96, 1.25),
         drafted=Counter(tree=3, baseline=1),
-        acceptance=lambda first, last: 2.0 if (first, last) == (12, 20) else None,
+        last_acceptance=2.0,
     )
     return SimpleNamespace(stats=stats, depth=2, queued=4, drops=Counter(no_learner=1), sent=9, refused=None)
 
@@ -66,6 +66,16 @@ def test_the_view_shows_the_run(run: SimpleNamespace) -> None:
     assert all(figure in text for figure in ("20/40", "10.0 · 15.0", "+0.071 published"))
 
 
+def test_the_line_of_a_server_that_idles_comes_once(run: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = run.view.news()
+    assert line == run.view.line()
+    now = view.time.monotonic()
+    monkeypatch.setattr(view.time, "monotonic", lambda: now + 3600)
+    assert run.view.line() != line and run.view.news() is None
+    run.traffic.answered = 21
+    assert run.view.news() == run.view.line()
+
+
 def test_a_trial_and_its_end_are_shown(run: SimpleNamespace) -> None:
     write(run.log, {"event": "trial", "version": 4, "against": 3, "requests": 20})
     run.view.follow()
@@ -79,7 +89,7 @@ def test_a_trial_and_its_end_are_shown(run: SimpleNamespace) -> None:
 
 
 def test_a_run_that_has_nothing_to_show_yet(run: SimpleNamespace) -> None:
-    run.serving.stats.finished, run.traffic.answered = [], 0
+    run.serving.stats.finished, run.serving.stats.last_acceptance, run.traffic.answered = [], None, 0
     run.serving.stats.rates = lambda share: Rates(None, None)
     assert run.view.line().startswith(
         "requests 0/40 | elapsed · left 0:00:00 | acceptance length – at depth 2 | drafted – | tokens/s plain · "

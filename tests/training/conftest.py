@@ -21,6 +21,7 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Eagle3Drafter, TreeShape
+from aurora_rl.policies.adapters import add_adapters
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.testing import serve
@@ -84,8 +85,11 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
             max_age: float | None = None,
             once: bool = False,
             canary: EngineRules | None = None,
+            adapters: tuple[str, ...] = (),
         ) -> SimpleNamespace:
             drafter, log = day0(vocab), MetricsLog(tmp_path / "metrics.jsonl", "learner")
+            if adapters:
+                add_adapters(drafter, adapters, rank=2)
             collector = ZMQCollector("tcp://127.0.0.1:*", handshake=HANDSHAKE)
             publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=HANDSHAKE)
             sink = TrajectorySink(collector.address, handshake=engine)

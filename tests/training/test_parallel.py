@@ -30,7 +30,7 @@ def ran(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     return lambda name: json.loads((folder / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, "muon"])
+@pytest.mark.parametrize("objective", [*OBJECTIVES, "adapters", "muon"])
 def test_value_gradient_and_steps_are_those_of_one_process(ran: Callable[..., dict[str, Any]], objective: str) -> None:
     found = ran("every_objective")[objective]
     assert 0 < found["norm"] < 1, "the gradient is clipped, or nothing is learned"

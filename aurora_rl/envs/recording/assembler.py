@@ -208,9 +208,15 @@ class TrajectoryAssembler:
         tenant: str | None = None,
         name: str | None = None,
     ) -> bool:
-        """Take in a request, of whose prompt ``cached`` tokens will not be run; return False if there is no room.
+        """Take in a request; return False if there is no room.
 
-        ``name`` is its id as its client gave it, where the engine has another.
+        Args:
+            rid: Id of the request in the engine.
+            prompt: Token ids of its prompt.
+            cached: Number of tokens of the prompt that the engine has in its prefix cache and will not run.
+            version: Version of the weights that draft.
+            tenant: Tenant of the request; None if it has none.
+            name: Id of the request as its client gave it; None if the engine has no other.
         """
         if self._reserved - self._released > self._max_bytes:
             self.counts["memory"] += 1
@@ -244,7 +250,14 @@ class TrajectoryAssembler:
         self.counts[reason] += 1
 
     def finish(self, rid: str, completion: Sequence[int], sampling_params: SamplingParams, *, terminated: bool) -> None:
-        """End a recorded request, which has these tokens and was ``terminated`` by itself or by its budget."""
+        """End a recorded request.
+
+        Args:
+            rid: Id of the request in the engine.
+            completion: Token ids of the completion, a stop token included.
+            sampling_params: Parameters by which it was sampled.
+            terminated: Whether the text ended by itself, not by its budget.
+        """
         record = self._records.pop(rid)
         record.ended = time.monotonic()
         self._ended.put((record, list(completion), sampling_params, terminated))

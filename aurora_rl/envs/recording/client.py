@@ -109,12 +109,20 @@ class EngineClient:
         log: str | os.PathLike[str] | None,
         keys: str | os.PathLike[str] | None,
     ) -> Self:
-        """Start a server by its command, with our plugin or without, and wait until it and the plugin answer.
+        """Start a server by its command, and wait until it and the plugin answer.
+
+        Args:
+            command: Program and arguments.
+            url: URL at which it will answer.
+            plugin: Whether it is started with our plugin, and is to draft.
+            environment: Environment variables, next to those of this process.
+            log: File for what it prints; None takes a temporary one.
+            keys: Folder of the engine's keys; None if it has none.
 
         Raises:
             EngineError: It ends or does not answer within five minutes; the message has the end of its log.
         """
-        path = Path(log or tempfile.mkstemp(suffix=".log", prefix=f"{cls.engine.lower()}-")[1])
+        path = cls.log_file(log)
         variables, address, folder = dict(environment), None, None
         if plugin:
             # A path, not a port: until the server binds it, half a minute from now, another process may take a port.
@@ -145,6 +153,15 @@ class EngineClient:
             engine.close()
             raise
         return engine
+
+    @classmethod
+    def log_file(cls, log: str | os.PathLike[str] | None) -> Path:
+        """Return the file for what a server prints: ``log``, or a temporary one if that is None."""
+        if log is not None:
+            return Path(log)
+        descriptor, name = tempfile.mkstemp(suffix=".log", prefix=f"{cls.engine.lower()}-")
+        os.close(descriptor)
+        return Path(name)
 
     def wait_ready(self, timeout: float) -> None:
         """Wait until the server answers, or raise EngineError if it does not in time or its process ends."""
@@ -238,7 +255,7 @@ class EngineClient:
             trajectories: Address of the learner's collector.
             weights: Address of its publisher.
             version: Version of the weights that the server has now.
-            capture_rate: Share of the requests to record.
+            capture_rate: Share of the requests to capture.
             queue: Trajectories that wait for an absent learner before the oldest is dropped.
             queue_bytes: Most bytes of them.
             max_age: Seconds that a trajectory may wait; None knows no limit.

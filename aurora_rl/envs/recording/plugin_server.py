@@ -72,7 +72,18 @@ def ask(
     keys: ClientKeys | None = None,
     timeout: float = 10.0,
 ) -> dict[str, Any]:
-    """Send a request (``status``, ``attach``, ``detach``, ``record``, ``delete``) to a plugin and wait for its status.
+    """Send a request to a plugin and wait for its status.
+
+    Args:
+        address: Address of the plugin.
+        kind: "status", "attach", "detach", "record" or "delete".
+        fields: Fields of the request, plain JSON; None has none.
+        engine: Name of the engine, for messages.
+        keys: Keys of this client; None if the plugin has none.
+        timeout: Seconds to wait.
+
+    Returns:
+        The plugin's status.
 
     Raises:
         PluginError: The plugin at ``address`` refuses, or does not answer within ``timeout`` seconds.

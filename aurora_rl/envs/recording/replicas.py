@@ -25,6 +25,13 @@ def ask_all(
 ) -> dict[str, Any]:
     """Send a request to the plugins of all replicas and return the status of the server.
 
+    Args:
+        address: Address of the first replica's plugin.
+        kind: Kind of the request, see :func:`~aurora_rl.envs.recording.plugin_server.ask`.
+        fields: Fields of the request; None has none.
+        engine: Name of the engine, for messages.
+        keys: Keys of this client; None if the plugins have none.
+
     Raises:
         PluginError: A plugin refuses or does not answer. If one refuses to be attached, none is.
     """
@@ -46,17 +53,17 @@ def ask_all(
                 ask(replica_address(address, number), "detach", engine=engine, keys=keys)
     if faults:
         raise PluginError("; ".join(faults))
-    return of_all(statuses)
+    return status_of_all(statuses)
 
 
-def of_all(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def status_of_all(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the status of a server by those of its replicas: sums, and for the version the oldest that serves.
 
     A fault keeps the number that its replica gave it, and gets the number of the "replica".
 
     Example:
         >>> shared = {"attached": True, "seen": {"verify": 2}, "slots": 4}
-        >>> both = of_all([{**shared, "session": "a", "version": 3}, {**shared, "session": "b", "version": 2}])
+        >>> both = status_of_all([{**shared, "session": "a", "version": 3}, {**shared, "session": "b", "version": 2}])
         >>> both["session"], both["version"], both["seen"], both["slots"]
         ('a+b', 2, {'verify': 4}, 8)
     """
@@ -74,9 +81,7 @@ def of_all(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if name in whole:
             whole[name] = dict(sum((Counter(each.get(name, {})) for each in statuses), Counter()))
     if "ranks" in whole:
-        whole["ranks"] = [
-            {"replica": i, **rank} for i, each in enumerate(statuses) for rank in each.get("ranks", [])
-        ]
+        whole["ranks"] = [{"replica": i, **rank} for i, each in enumerate(statuses) for rank in each.get("ranks", [])]
     if "version" in whole:
         whole["version"] = min(each.get("version", whole["version"]) for each in statuses)
     for name in ("error", "refused"):

@@ -32,7 +32,7 @@ ATTACH: dict[str, type | tuple[type, ...]] = {
     "keys": bool,  # whether they have keys
     "handshake": dict,
     "version": int,  # of the weights that the server was started with
-    "capture_rate": (int, float),  # share of requests to record
+    "capture_rate": (int, float),  # share of requests to capture
     "queue": int,  # trajectories that wait for an absent learner
     "queue_bytes": int,  # of them, at most
     "max_age": (int, float),  # seconds that they may wait; 0 knows no limit
@@ -69,7 +69,8 @@ class Session:
     def __init__(self, fields: dict[str, Any], *, engine: str, exact: bool, keys: str | None = None) -> None:
         for name, kind in ATTACH.items():
             if not isinstance(fields.get(name), kind):
-                raise PluginError(f"attach needs {name}, got {fields.get(name)!r}")
+                types = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+                raise PluginError(f"attach needs {name} of type {types}, got {fields.get(name)!r}")
         if unknown := set(fields) - set(ATTACH):
             raise PluginError(f"attach knows no {sorted(unknown)}; it knows {sorted(ATTACH)}")
         if not 0 <= fields["capture_rate"] <= 1:
@@ -128,7 +129,13 @@ class Session:
         return {"trajectories": dropped, "learner": "told" if self.sink.connected else "absent"}
 
     def acknowledge(self, version: int, weights: dict[str, Tensor], milliseconds: float) -> None:
-        """Tell the learner that a version serves now."""
+        """Tell the learner that a version serves now.
+
+        Args:
+            version: The version.
+            weights: Its tensors as they came, by checkpoint names, of which the learner gets the checksum.
+            milliseconds: Time that the swap took.
+        """
         digest = self._digests[version] = checksum(weights)
         self.receiver.acknowledge(version, digest, milliseconds)
 
@@ -154,7 +161,17 @@ class Session:
         self.recording, self.error = False, reason
 
     def target_rows(self, hidden: Tensor | None, logits: Tensor) -> TargetRows | None:
-        """Return the target's distribution at some positions, in the form that this session can always have."""
+        """Return the target's distribution at some positions, in the form that this session can always have.
+
+        Args:
+            hidden: What the target's head reads there, ``[n, H]``; None if it cannot be reached.
+            logits: What the head gives there, ``[n, V]``.
+
+        Returns:
+            Of an exact session ``hidden`` ``[n, H]``, or None if it was not reached. Of others the ``k`` likeliest
+            tokens, ``topk_ids`` ``[n, k]`` int64 and ``topk_log_probs`` ``[n, k]`` float32 (nats), and
+            ``tail_log_prob`` ``[n]`` float32 of all other tokens together. All are on the CPU.
+        """
         if self.exact:
             return None if hidden is None else {"hidden": to_host(hidden)}
         log_probs = logits.log_softmax(-1, dtype=torch.float32)

@@ -10,28 +10,28 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from aurora_rl.remote_engines import REMOTE_ENGINES, address_variable, keys_variable
+
 if TYPE_CHECKING:
     from aurora_rl.envs.sglang.client import SGLangClient, SGLangError
 
-__all__ = ["ENVIRONMENT", "KEYS_ENVIRONMENT", "LEARNED", "SGLangClient", "SGLangError", "register"]
+__all__ = ["ENGINE", "LEARNED", "SGLangClient", "SGLangError", "register"]
 
-ENVIRONMENT = "AURORA_RL_SGLANG"
-"""Environment variable of SGLang's processes: the address at which the plugin answers requests."""
-KEYS_ENVIRONMENT = "AURORA_RL_SGLANG_KEYS"
-"""And the folder with the keys of this engine, as ``aurora-rl keys`` makes it; without, all is on this host."""
+ENGINE = REMOTE_ENGINES["sglang"]
+"""Name of the engine; the environment variables of its processes are AURORA_RL_SGLANG and AURORA_RL_SGLANG_KEYS."""
 LEARNED = ("EAGLE3", "EAGLE")
 """SGLang's algorithms whose drafters learn while it serves: the plugin records their rounds and swaps their weights."""
 
 
 def register() -> None:
     """Register the hooks if the environment asks for them. SGLang calls this in each process, as its plugin."""
-    if not (address := os.environ.get(ENVIRONMENT)):
+    if not (address := os.environ.get(address_variable(ENGINE))):
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from aurora_rl.envs.sglang.plugin import Plugin
 
-    for target, hook in Plugin(address, os.environ.get(KEYS_ENVIRONMENT)).hooks().items():
+    for target, hook in Plugin(address, os.environ.get(keys_variable(ENGINE))).hooks().items():
         HookRegistry.register(target, hook, HookType.AROUND)
 
 

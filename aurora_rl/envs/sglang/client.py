@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from typing_extensions import override
 
 from aurora_rl.envs import Request
 from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
-from aurora_rl.envs.sglang import LEARNED
+from aurora_rl.envs.sglang import ENGINE, LEARNED
 from aurora_rl.envs.sglang.layout import cores_of, ranks_of
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.storage import CheckpointError, read_folder
@@ -37,7 +35,7 @@ class SGLangError(EngineError):
 class SGLangClient(EngineClient):
     """A client of a running SGLang; arguments as of :class:`EngineClient`."""
 
-    engine, error = "SGLang", SGLangError
+    engine, error = ENGINE, SGLangError
     _argmax = False  # whether it verifies by argmax, whatever the temperature
 
     @classmethod
@@ -80,7 +78,7 @@ class SGLangClient(EngineClient):
             SGLangError: It ends or does not answer within five minutes; the message has the end of its log.
             CheckpointError: The drafter's folder is not one.
         """
-        path = Path(log or tempfile.mkstemp(suffix=".log", prefix="sglang-")[1])
+        path = cls.log_file(log)
         variables = dict(environment or {})
         ranks, (port,) = ranks_of(arguments), free_ports(1)
         context, drafting = max_length + _OWN_PLACES, list[str]()
@@ -176,7 +174,7 @@ def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathL
         CheckpointError: The folder is not a checkpoint of a drafter that learns with SGLang.
     """
     tensors, config = read_folder(drafter, "config.json")
-    algorithm = learned_method(drafter, config, "sglang_algorithm", LEARNED, engine="SGLang")
+    algorithm = learned_method(drafter, config, "sglang_algorithm", LEARNED, engine=ENGINE)
     if min((config.get("eagle_config") or {}).get(LAYER_IDS) or [0]) < 0:
         raise CheckpointError(
             f"{drafter}: the drafter reads what enters layer 0, which SGLang cannot capture; start a drafter of layers "

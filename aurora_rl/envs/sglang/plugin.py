@@ -18,21 +18,20 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs.recording.assembler import EngineRound, TargetRows
+from aurora_rl.envs.recording.checks import check_target
 from aurora_rl.envs.recording.copies import copies_done, to_host
 from aurora_rl.envs.recording.plugin import RecorderPlugin
 from aurora_rl.envs.recording.plugin_server import PluginError, replica_address
 from aurora_rl.envs.recording.session import Session
-from aurora_rl.envs.sglang import LEARNED
+from aurora_rl.envs.sglang import ENGINE, LEARNED
 from aurora_rl.envs.sglang.layout import layout_fault
 from aurora_rl.envs.sglang.models import drafter_fault, target_fault
 from aurora_rl.envs.sglang.ranks import EngineRanks, Order
 from aurora_rl.envs.sglang.requests import sampling_of, unwanted
 from aurora_rl.envs.sglang.swaps import Swaps
 from aurora_rl.envs.sglang.weights import draft_vocab
-from aurora_rl.models.target_head import TargetHead
 from aurora_rl.tenants import tenant_of_salt
 
 logger = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ _LEFT_OUT = "_aurora_rl_left_out"  # attribute of SGLang's request objects
 class Plugin(RecorderPlugin):
     """State of one scheduler process, which answers requests at ``address``, with the keys in a folder if there are."""
 
-    engine = "SGLang"
+    engine = ENGINE
 
     def __init__(self, address: str, keys: str | None = None) -> None:
         super().__init__(address, keys)
@@ -175,19 +174,14 @@ class Plugin(RecorderPlugin):
         if layers != handshake.feature_layers:
             learner = handshake.feature_layers
             raise PluginError(f"feature_layers is {learner} at the learner and {layers} at the engine")
-        head = self._swaps.head()[: target.config.vocab_size]
-        # The learner found out which of them the model has; SGLang's own code computes it.
-        heads = TargetHead.candidates(head, getattr(target.lm_head, "bias", None), target.config)
-        if not any(checksum(each.tensors()) == handshake.head_checksum for each in heads):
-            raise PluginError(
-                f"the target's output head differs from the learner's (the engine has it in {head.dtype}); "
-                "serve the same model in the same dtype"
-            )
-        if checksum({"draft_vocab": draft_vocab(self._draft_worker)}) != handshake.draft_map_checksum:
-            raise PluginError(
-                "the draft vocabulary (d2t) differs from the learner's; start both on one folder, EAGLE also with its "
-                "--speculative-token-map"
-            )
+        check_target(
+            handshake,
+            head=self._swaps.head(),
+            bias=getattr(target.lm_head, "bias", None),
+            config=target.config,
+            vocab=draft_vocab(self._draft_worker),
+            folder="one folder, EAGLE also with its --speculative-token-map",
+        )
 
     @property
     def _device(self) -> str:

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from aurora_rl.envs.sglang import ENGINE
+from aurora_rl.remote_engines import address_variable
+
 TIMEOUT_S = 120.0
 """Seconds within which every rank comes to what an order says."""
 _BALLOT = 2048  # bytes
@@ -59,7 +62,11 @@ class EngineRanks:
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Put the first rank's values into the tensor of each, which has the same shape and dtype."""
+        """Put the first rank's values into the tensor of each.
+
+        Args:
+            tensor: Tensor on the CPU, of any shape and dtype that are the same on all ranks; written in place.
+        """
         if self._group is not None:
             source = dist.get_global_rank(self._group, 0)
             self._wait(dist.broadcast(tensor, source, self._group, async_op=True))
@@ -77,7 +84,14 @@ class EngineRanks:
         return [json.loads(bytes(each.numpy())) for each in found]
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return the tensors of all ranks, which are of one shape and dtype, on the first rank; nothing on others."""
+        """Return the tensors of all ranks on the first rank, in their order; nothing on others.
+
+        Args:
+            tensor: Tensor of any shape and dtype that are the same on all ranks.
+
+        Returns:
+            Tensors of this shape and dtype on the CPU; with one rank ``tensor`` itself.
+        """
         if self._group is None:
             return [tensor]
         own, target = tensor.detach().cpu().contiguous(), dist.get_global_rank(self._group, 0)
@@ -102,8 +116,8 @@ class EngineRanks:
         for rank in range(self.size if self.size > 1 else 0):
             if not _store().check([f"aurora_rl/{rank}"]):
                 return (
-                    f"the plugin does not run on rank {rank} of {self.size}; start SGLang with AURORA_RL_SGLANG in its "
-                    "environment, and aurora-rl installed, on every host"
+                    f"the plugin does not run on rank {rank} of {self.size}; start {ENGINE} with "
+                    f"{address_variable(ENGINE)} in its environment, and aurora-rl installed, on every host"
                 )
             if missing := json.loads(_store().get(f"aurora_rl/{rank}")):
                 return f"hooks are not in force on rank {rank} of {self.size}: {', '.join(missing)}; its log says why"

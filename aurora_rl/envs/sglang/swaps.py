@@ -18,21 +18,21 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from aurora_rl.collectors.codec import Limits, checksum, decode, encode
+from aurora_rl.collectors.codec import OWN_LIMITS, as_tensors, checksum, decode, encode
+from aurora_rl.envs.recording.checks import weights_fault
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.recording.session import Follower, Session, SwapError
-from aurora_rl.envs.sglang.ranks import EngineRanks, Order, EngineRanksLostError
+from aurora_rl.envs.sglang import ENGINE
+from aurora_rl.envs.sglang.ranks import EngineRanks, EngineRanksLostError, Order
 from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
 from aurora_rl.envs.sglang.weights import draft_vocab, load_drafter
 from aurora_rl.policies.faults import Fault
-from aurora_rl.policies.policy import not_finite
 
 logger = logging.getLogger(__name__)
 
 PART = 1 << 24
 """Bytes of weights that go to the other ranks between two batches while requests run."""
 _WAIT_S = 60.0
-_LIMITS = Limits(max_bytes=1 << 62, max_leaves=1 << 20, max_header_bytes=1 << 30)  # of a process of the same server
 
 
 @dataclass(slots=True)
@@ -126,10 +126,10 @@ class Swaps:
             yield Order("flush")
 
     def _received(self, number: int, tree: TensorDict) -> _Swap:
-        weights = {".".join(k) if isinstance(k, tuple) else k: v for k, v in tree.items(True, True)}
+        weights = dict(tree.flatten_keys(".").items())
         swap, vocab = _Swap(number), draft_vocab(self._scheduler.draft_worker.draft_worker)
         if self.ranks.size == 1:
-            swap.weights.set_result(_Weights(weights, _fault_of(weights, vocab)))
+            swap.weights.set_result(_Weights(weights, weights_fault(weights, vocab, engine=ENGINE)))
         else:
             swap.weights = self._background.submit(_pack, swap, weights, vocab)
         return swap
@@ -152,7 +152,7 @@ class Swaps:
             yield Order("load", {"version": swap.number})
 
     def head(self) -> Tensor:
-        """Return the rows of the target's output head that all ranks hold together, padding after them.
+        """Return the rows of the target's output head that all ranks hold together, ``[>= V, H]``, padding after them.
 
         Another thread than the scheduler's calls this. With several ranks their rows go to the first between batches.
 
@@ -333,26 +333,13 @@ def _in_parts(kind: str, carried: _Swap | _Head, total: int, nbytes: int, idle: 
             return
 
 
-def _fault_of(weights: dict[str, Tensor], vocab: Tensor) -> str:
-    """Return what is wrong with weights for a drafter of this vocabulary, empty if nothing is."""
-    if (fault := not_finite({name: tensor for name, tensor in weights.items() if name != "d2t"})) is not None:
-        return fault
-    if (shift := weights.get("d2t")) is not None and not torch.equal(shift.cpu() + torch.arange(len(shift)), vocab):
-        return (
-            "the draft map 'd2t' differs from the one that the server was started with; restart SGLang with the "
-            "learner's drafter"
-        )
-    return ""
-
-
 def _pack(swap: _Swap, weights: dict[str, Tensor], vocab: Tensor) -> _Weights:
     """Check weights, and write them as the bytes that the other ranks get."""
-    if fault := _fault_of(weights, vocab):
+    if fault := weights_fault(weights, vocab, engine=ENGINE):
         return _Weights(weights, fault)
     digest = checksum(weights)
-    header, *frames = encode("weights", {"checksum": digest}, weights)
-    parts = [torch.frombuffer(frame, dtype=torch.uint8) for frame in (bytearray(header), *frames) if len(frame)]
-    sizes = torch.tensor([1 + len(frames), len(header), *map(len, frames)])
+    parts = as_tensors(encode("weights", {"checksum": digest}, weights))
+    sizes = torch.tensor([len(parts), *map(len, parts)])
     swap.payload = torch.cat([sizes.view(torch.uint8), *parts])
     return _Weights(weights, "", digest)
 
@@ -362,8 +349,8 @@ def _unpack(payload: Tensor) -> _Weights:
     count = int(payload[:8].view(torch.int64))
     sizes = payload[8 : 8 * (count + 1)].view(torch.int64).tolist()
     frames = payload[8 * (count + 1) :].split(sizes)
-    message = decode([frame.numpy() for frame in frames], limits=_LIMITS)
-    weights = {".".join(k) if isinstance(k, tuple) else k: v for k, v in message.tensors.items(True, True)}
+    message = decode([frame.numpy() for frame in frames], limits=OWN_LIMITS)
+    weights = dict(message.tensors.flatten_keys(".").items())
     if (found := checksum(weights)) != message.meta["checksum"]:
         raise SwapError(f"received checksum {found}, sent {message.meta['checksum']}")
     return _Weights(weights, "", found)

@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from aurora_rl.envs.recording.checks import FUSED
 from aurora_rl.envs.recording.session import SwapError
-
-# SGLang fuses these projections; the parts follow each other along the rows.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Shard(NamedTuple):
@@ -38,7 +36,8 @@ def load_drafter(
     Args:
         updater: SGLang's manager of weight updates, in which no session may be open.
         runner: SGLang's runner of the draft model.
-        weights: Tensors by checkpoint names, without the draft map, which must not change.
+        weights: Tensors by checkpoint names, each of the shape that the drafter publishes and of any floating dtype,
+            without the draft map, which must not change.
         agree: Takes this rank's fault, empty if there is none, and returns a fault of any rank. Called exactly once.
 
     Raises:
@@ -86,6 +85,13 @@ def load_drafter(
 def shards_of(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Shard]:
     """Return what this rank's draft model holds of each of the published tensors.
 
+    Args:
+        model: SGLang's draft model.
+        weights: Published tensors by checkpoint names, each whole: a matrix is ``[rows, columns]``, a norm ``[size]``.
+
+    Returns:
+        The rank's part by the same names. Of a matrix that is split among ranks it has fewer rows, or fewer columns.
+
     Raises:
         SwapError: The model has no parameter for a tensor, or one that it is not a part of.
     """
@@ -118,7 +124,7 @@ class _Place(NamedTuple):
 def _places(name: str) -> list[_Place]:
     fused = [
         _Place(prefix + name.replace(part, whole), whole, number)
-        for whole, parts in _FUSED.items()
+        for whole, parts in FUSED.items()
         for number, part in enumerate(parts)
         if f".{part}." in name
         for prefix in ("", "model.")

@@ -11,14 +11,14 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from aurora_rl.remote_engines import address_variable, keys_variable
+from aurora_rl.remote_engines import REMOTE_ENGINES, address_variable, keys_variable
 
 if TYPE_CHECKING:
     from aurora_rl.envs.vllm.client import VLLMClient, VLLMError
 
 __all__ = ["ENGINE", "LEARNED", "VLLMClient", "VLLMError", "register"]
 
-ENGINE = "vLLM"
+ENGINE = REMOTE_ENGINES["vllm"]
 """Name of the engine; the environment variables of its processes are AURORA_RL_VLLM and AURORA_RL_VLLM_KEYS."""
 LEARNED = ("eagle3",)
 """vLLM's methods whose drafters learn while it serves: the plugin records their rounds and swaps their weights."""

@@ -35,6 +35,7 @@ class VLLMClient(EngineClient):
     engine, error = ENGINE, VLLMError
     watched = ("scheduler", "prefill", "verify")
     _model: str | None = None
+    _cpu = False  # as the plugin's status says
 
     @classmethod
     def launch(
@@ -101,6 +102,11 @@ class VLLMClient(EngineClient):
     ) -> EngineCompletion:
         self._check_request(request)
         sampling = request.sampling_params
+        if self._cpu and sampling.temperature > 0 and sampling.top_k > 0:
+            raise VLLMError(
+                f"request {request.id}: top_k={sampling.top_k} is not supported on a CPU, where vLLM's sampler ends "
+                "the server if top_k meets drafts; leave top_k out"
+            )
         body: dict[str, Any] = {
             "model": self._served(timeout),
             "prompt": request.prompt.tolist(),
@@ -140,6 +146,11 @@ class VLLMClient(EngineClient):
         return self._model
 
     @override
+    def probe(self, status: dict[str, Any]) -> None:
+        self._cpu = status["device"] == "cpu"
+        super().probe(status)
+
+    @override
     def attach(self, **settings: Any) -> dict[str, Any]:
         super().attach(**settings)
         # The prefix cache has texts that nobody saw. It is emptied after a batch of the session, when nothing runs.
@@ -155,5 +166,5 @@ def drafter_config(drafter: str | os.PathLike[str], depth: int) -> dict[str, Any
         CheckpointError: The folder is not a checkpoint of a drafter that learns with vLLM.
     """
     _, config = read_folder(drafter, "config.json")
-    method = learned_method(drafter, config, "vllm_method", LEARNED, engine="vLLM")
+    method = learned_method(drafter, config, "vllm_method", LEARNED, engine=ENGINE)
     return {"method": method, "model": str(drafter), "num_speculative_tokens": depth}

@@ -25,11 +25,10 @@ from aurora_rl.envs.recording.session import Session, SwapError
 from aurora_rl.envs.vllm import ENGINE
 from aurora_rl.envs.vllm.batches import BatchPart, Draft, places, record
 from aurora_rl.envs.vllm.hooking import is_wrapped, wrap
-from aurora_rl.envs.vllm.refusals import check_engine
+from aurora_rl.envs.vllm.refusals import check_models, check_server
 from aurora_rl.envs.vllm.requests import client_id, how_it_ended, sampling_of, unwanted
 from aurora_rl.envs.vllm.scheduler_notes import FLUSH, NOTES, Notes
 from aurora_rl.envs.vllm.weights import DraftLoader
-from aurora_rl.policies.policy import not_finite
 from aurora_rl.tenants import tenant_of_salt
 
 logger = logging.getLogger(__name__)
@@ -133,7 +132,8 @@ class Plugin(RecorderPlugin):
 
     @override
     def _check_engine(self, handshake: Handshake) -> None:
-        check_engine(self._runner, handshake, missing=self._missing, version=vllm_version())
+        check_server(self._runner.vllm_config, missing=self._missing, version=vllm_version())
+        check_models(self._runner, handshake)
         if self._loader is None:
             model = self._runner.get_draft_model()
             self._loader = DraftLoader(model, self._runner.get_model(), self._runner.vllm_config)
@@ -161,12 +161,10 @@ class Plugin(RecorderPlugin):
         if (received := session.receiver.latest()) is None:
             return
         number, tree = received
-        weights = {".".join(k) if isinstance(k, tuple) else k: v for k, v in tree.items(True, True)}
+        weights = dict(tree.flatten_keys(".").items())
         began = time.perf_counter()
         assert self._loader is not None, "a session begins with the check of the engine"
         try:
-            if (fault := not_finite(weights)) is not None:
-                raise SwapError(fault)
             self._synchronize()
             self._loader.load(weights)
             self._synchronize()

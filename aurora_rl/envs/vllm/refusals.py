@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.envs.recording.checks import check_target
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.vllm import LEARNED
 from aurora_rl.envs.vllm.weights import draft_vocab
-from aurora_rl.models.target_head import TargetHead
 
 SUPPORTED = ("0.32.0",)
 """Versions of vLLM whose functions the hooks were written for."""
@@ -17,24 +16,17 @@ SUPPORTED = ("0.32.0",)
 _SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "decode_context_parallel_size")
 
 
-def check_engine(runner: Any, handshake: Handshake, *, missing: list[str], version: str) -> None:
-    """Refuse an engine that is not what the handshake says, or not what the hooks were written for.
+def check_server(config: Any, *, missing: list[str], version: str) -> None:
+    """Refuse a version, hooks that are missing, and ways to serve whose rounds are not recorded.
 
     Args:
-        runner: Model runner of the worker.
-        handshake: What the learner expects.
+        config: vLLM's configuration.
         missing: Hooks that are not in force.
         version: Version of vLLM.
 
     Raises:
         PluginError: Names what was found, and what to do.
     """
-    check_server(runner.vllm_config, missing=missing, version=version)
-    check_models(runner, handshake)
-
-
-def check_server(config: Any, *, missing: list[str], version: str) -> None:
-    """Refuse a version, hooks that are missing, and ways to serve whose rounds are not recorded."""
     if version not in SUPPORTED:
         raise PluginError(f"vLLM {version} is not supported; install vllm=={SUPPORTED[-1]}")
     if missing:
@@ -87,7 +79,15 @@ def check_server(config: Any, *, missing: list[str], version: str) -> None:
 
 
 def check_models(runner: Any, handshake: Handshake) -> None:
-    """Refuse another target, other captured layers or another draft vocabulary than the learner's."""
+    """Refuse another target, other captured layers or another draft vocabulary than the learner's.
+
+    Args:
+        runner: Model runner of the worker.
+        handshake: What the learner expects.
+
+    Raises:
+        PluginError: Names what differs, and what to do.
+    """
     target, config = runner.get_model(), runner.model_config.hf_text_config
     layers = tuple(getattr(getattr(target, "model", None), "aux_hidden_state_layers", ()))
     if layers != handshake.feature_layers:
@@ -97,19 +97,17 @@ def check_models(runner: Any, handshake: Handshake) -> None:
         )
     if getattr(target, "lm_head", None) is None:
         raise PluginError(f"{type(target).__name__} has no output head of its own, which the learner needs")
-    head = target.lm_head.weight[: config.vocab_size]
-    # The learner found out which of them the model has; vLLM's own code computes it.
-    heads = TargetHead.candidates(head, getattr(target.lm_head, "bias", None), config)
-    if not any(checksum(each.tensors()) == handshake.head_checksum for each in heads):
-        raise PluginError(
-            f"the target's output head differs from the learner's (the engine has it in {head.dtype}); "
-            "serve the same model in the same dtype"
-        )
     draft = runner.get_draft_model()
     if getattr(getattr(draft, "model", None), "embed_tokens", None) is not getattr(target.model, "embed_tokens", None):
         raise PluginError(
             "the drafter has an embedding of its own, and the learner's reads the target's; give vLLM a folder without "
             "one (aurora-rl drafter export --to vllm)"
         )
-    if checksum({"draft_vocab": draft_vocab(draft)}) != handshake.draft_map_checksum:
-        raise PluginError("the draft vocabulary (d2t) differs from the learner's; start both on one folder")
+    check_target(
+        handshake,
+        head=target.lm_head.weight,
+        bias=getattr(target.lm_head, "bias", None),
+        config=config,
+        vocab=draft_vocab(draft),
+        folder="one folder",
+    )

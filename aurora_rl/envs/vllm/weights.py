@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aurora_rl.envs.recording.checks import FUSED, weights_fault
 from aurora_rl.envs.recording.session import SwapError
+from aurora_rl.envs.vllm import ENGINE
 from aurora_rl.policies.formats.vllm import to_vllm
 
 logger = logging.getLogger(__name__)
-
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def draft_vocab(model: Any) -> Tensor:
@@ -28,7 +28,8 @@ def loadable(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[s
     """Return published weights as vLLM's loader takes them, checked by the names and shapes that it wants.
 
     Args:
-        weights: Tensors by checkpoint names, ``d2t`` among them.
+        weights: Tensors by checkpoint names, each of the shape that the drafter publishes, ``d2t`` ``[Vd]`` int64 among
+            them.
         config: Entries of the draft model's configuration.
 
     Raises:
@@ -54,22 +55,18 @@ class DraftLoader:
         self._draft_config = vllm_config.speculative_config.draft_model_config
         self._serving: dict[str, Tensor] | None = None  # None are those of the folder that the server was started on
 
-    @property
-    def vocab(self) -> Tensor:
-        """The target's token of each row of the draft head, ``[Vd]`` int64."""
-        return draft_vocab(self.model)
-
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace the drafter's weights; ``weights`` are tensors by checkpoint names.
+        """Replace the drafter's weights.
+
+        Args:
+            weights: Tensors by checkpoint names, of the shapes and any floating dtype that the drafter publishes; the
+                draft map ``d2t``, ``[Vd]`` int64, must not change.
 
         Raises:
             SwapError: They do not fit, or vLLM did not load them. The weights before serve on then.
         """
-        if "d2t" in weights and not torch.equal(weights["d2t"].cpu() + torch.arange(len(weights["d2t"])), self.vocab):
-            raise SwapError(
-                "the draft map 'd2t' differs from the one that the server was started with; restart vLLM with the "
-                "learner's drafter"
-            )
+        if fault := weights_fault(weights, draft_vocab(self.model), engine=ENGINE):
+            raise SwapError(fault)
         new = loadable(weights, self._draft_config.hf_config.to_dict())
         try:
             self._reload(new.items())
@@ -147,7 +144,7 @@ def as_fused(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in weights.items()
         if name not in ("d2t", "t2d")
     }
-    for fused, parts in _FUSED.items():
+    for fused, parts in FUSED.items():
         for first in [name for name in named if f".{parts[0]}." in name]:
             names = [first.replace(parts[0], part) for part in parts]
             if all(name in named for name in names):

@@ -14,8 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from aurora_rl.models.parts import TargetParts
+from aurora_rl.policies.adapters import merged
 from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab, modules_in_float32
 from aurora_rl.policies.formats.checks import check_target_depth
+from aurora_rl.policies.formats.peft import ADAPTERS, adapter_files
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.policies.registry import recognized
 from aurora_rl.storage import CheckpointError, read_folder, write_folder
@@ -29,7 +31,7 @@ _ID_LISTS = (LAYER_IDS, "target_layer_ids", "feature_layers")
 
 
 def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str | None = None) -> None:
-    """Write a drafter to a folder.
+    """Write a drafter to a folder, and its adapters, as PEFT has them, to folders of their names in ``adapters``.
 
     Args:
         drafter: Drafter to write.
@@ -63,17 +65,18 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
         raise CheckpointError(f"{folder}: {error}") from error
     if drafter.trained_for is not None:
         config = {**config, TRAINED_FOR: drafter.trained_for}
-    write_folder(folder, tensors, {"config.json": config})
+    adapters, documents = adapter_files(drafter)
+    write_folder(folder, tensors, {"config.json": config, **documents}, adapters)
 
 
 def holds_drafter(folder: str | os.PathLike[str]) -> bool:
     """Return whether a folder holds what :func:`save_drafter` writes, and nothing else."""
     folder = Path(folder)
-    return folder.is_dir() and {path.name for path in folder.iterdir()} == set(_FILES)
+    return folder.is_dir() and {path.name for path in folder.iterdir()} - {ADAPTERS} == set(_FILES)
 
 
 def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
-    """Return what :func:`save_drafter` would write.
+    """Return what :func:`save_drafter` would write, but for adapters.
 
     Raises:
         ValueError: The drafter has no such format, the layout cannot describe it, or the engine of a layout that is
@@ -86,7 +89,7 @@ def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
         raise ValueError(f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats)}")
     # Files name the tokens that have a row, in places without their order.
     check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
-    checkpoint = drafter.write(layout)
+    checkpoint = merged(drafter).write(layout)
     # Where no layout is asked for, a run keeps what it serves here, whether or not another engine could serve it.
     if asked == "sglang" and 0 in drafter.feature_layers:
         raise ValueError(
@@ -108,6 +111,8 @@ def load_drafter(
     token: str | bool | None = None,
 ) -> Drafter:
     """Read a drafter for a target, in float32. From then on it is this target's, see ``Drafter.trained_for``.
+
+    Its adapters stay in the folder, for ``peft.read_adapters``.
 
     Args:
         source: Folder, or id of a repository on the Hugging Face hub.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -97,13 +97,23 @@ class Encoder:
             message = f"the model {model[:200]!r} does not exist; this server serves {self._model!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _prompts(self, body: ChatCompletion | Completion) -> list[list[int]]:
+    def _prompts(self, body: ChatCompletion | Completion) -> Iterator[list[int]]:
+        """Yield the prompts one by one: the caller may refuse one before work goes into the next."""
         if isinstance(body, ChatCompletion):
+            if len(body.messages) > self._max_length:  # empty ones have tokens too, of the template
+                raise FieldError(
+                    f"the context holds {self._max_length} tokens, fewer than there are messages "
+                    f"({len(body.messages)}); send fewer",
+                    "messages",
+                    "context_length_exceeded",
+                )
             self._check_length(
                 sum(len(each["content"]) + len(each.get("name", "")) for each in body.messages), "messages"
             )
-            return [self._checked(self._chat(body.messages), "messages")]
-        return [self._checked(self._text(each) if isinstance(each, str) else each, "prompt") for each in body.prompts]
+            yield self._checked(self._chat(body.messages), "messages")
+            return
+        for each in body.prompts:
+            yield self._checked(self._text(each) if isinstance(each, str) else each, "prompt")
 
     def _text(self, text: str) -> list[int]:
         self._check_length(len(text), "prompt")

@@ -26,11 +26,13 @@ from aurora_rl.serving.http.prompts import switch, tenant_of, tenant_to_delete
 from aurora_rl.serving.http.schemas import json_object
 from aurora_rl.serving.http.sglang_answer import SGLangAnswer
 from aurora_rl.serving.http.streams import EventStream, event
+from aurora_rl.telemetry.throttle import Throttle
 from aurora_rl.tenants import joint_salt
 from aurora_rl.workload.request_fields import FieldError
 from aurora_rl.workload.request_values import boolean_field, wrong
 
 logger = logging.getLogger(__name__)
+_throttle = Throttle(logger)
 
 _CONNECT_S = 10.0
 _HEALTH_S = 30.0  # SGLang itself gives up after 20
@@ -234,7 +236,7 @@ class Proxy(Application):
     def _failure(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):
             return timed_out()
-        logger.warning("SGLang at %s does not answer: %s", self._url, str(error) or repr(error))
+        _throttle.warning("no answer", "SGLang at %s does not answer: %s", self._url, str(error) or repr(error))
         return ApiError(502, "SGLang does not answer; try again later")
 
 

@@ -18,8 +18,10 @@ from typing_extensions import override
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from aurora_rl.serving.http.errors import ApiError
+from aurora_rl.telemetry.throttle import Throttle
 
 logger = logging.getLogger(__name__)
+_throttle = Throttle(logger)
 
 _HEAD_S = 20  # for the head of a request, from its first byte, or from the opening of its connection
 _MOST_HEAD = 1 << 16  # bytes of a head
@@ -103,7 +105,7 @@ class _Connection(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer without the application, and close the connection."""
-        logger.warning("a connection was refused: %s", error.message)
+        _throttle.warning("refused", "a connection was refused: %s", error.message)
         self._refused = True
         if self.cycle is not None and not (self.cycle.response_complete or self.cycle.more_body):
             self.cycle.keep_alive = False  # its answer is the last: nothing is written into it

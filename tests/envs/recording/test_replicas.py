@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer, replica_address
-from aurora_rl.envs.recording.replicas import ask_all, of_all
+from aurora_rl.envs.recording.replicas import ask_all, status_of_all
 
 SERVED = {
     "requests": 2, "terminated": 1, "prompt_tokens": 9, "tokens": 20, "speculative_tokens": 18, "speculative_rounds": 6,
@@ -28,7 +28,7 @@ def status(number: int, **changed: Any) -> dict[str, Any]:
 
 
 def test_the_status_of_a_server_adds_up_its_replicas() -> None:
-    whole = of_all([status(0), status(1)])
+    whole = status_of_all([status(0), status(1)])
     assert (whole["session"], whole["version"], whole["slots"], whole["swaps"]) == ("s0+s1", 2, 8, 3)
     assert (whole["seen"], whole["skipped"], whole["recorded"]) == ({"verify": 10}, {"prefix": 1}, 4)
     assert whole["swap_ms"] == [10.0, 11.0, 11.0] and whole["refused"] == "replica 1: no key" and whole["error"] == ""
@@ -39,13 +39,14 @@ def test_the_status_of_a_server_adds_up_its_replicas() -> None:
 
 
 def test_a_replica_that_was_restarted_makes_another_session() -> None:
-    assert of_all([status(0), status(1, session="")])["session"] == ""
-    assert not of_all([status(0), status(1, attached=False)])["attached"]
+    assert status_of_all([status(0), status(1, session="")])["session"] == ""
+    assert not status_of_all([status(0), status(1, attached=False)])["attached"]
 
 
 def test_a_replica_that_is_detached_hides_nothing_of_another() -> None:
-    detached = {name: status(0)[name] for name in ("dp_size", "session", "slots", "seen", "ranks")} | {"attached": False}
-    whole = of_all([detached, status(1)])
+    kept = ("dp_size", "session", "slots", "seen", "ranks")
+    detached = {name: status(0)[name] for name in kept} | {"attached": False}
+    whole = status_of_all([detached, status(1)])
     assert not whole["attached"] and whole["slots"] == 8
     assert whole["faults"] == [{"number": 1, "cause": "dead", "replica": 1}] and whole["refused"] == "replica 1: no key"
     assert (whole["version"], whole["swaps"], whole["recorded"], whole["served"]["requests"]) == (2, 1, 2, 2)
@@ -53,7 +54,7 @@ def test_a_replica_that_is_detached_hides_nothing_of_another() -> None:
 
 def test_what_was_deleted_is_told_if_every_replica_told_it() -> None:
     parts = [status(n, deleted={"trajectories": 1 + n, "learner": told}) for n, told in enumerate(("told", "absent"))]
-    assert of_all(parts)["deleted"] == {"trajectories": 3, "learner": "absent"}
+    assert status_of_all(parts)["deleted"] == {"trajectories": 3, "learner": "absent"}
 
 
 class Replicas:

@@ -1,6 +1,7 @@
 """vLLM's speculative configuration for a drafter's folder, what is asked of its API, and what its answers mean."""
 
 import http.server
+import itertools
 import json
 import threading
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from aurora_rl.envs import Request, SamplingParams
+from aurora_rl.envs.recording.plugin_server import PluginServer
 from aurora_rl.envs.vllm.client import VLLMClient, VLLMError, drafter_config
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
 from aurora_rl.policies.formats.files import save_drafter
@@ -89,3 +91,37 @@ def test_requests_and_answers():
     assert first.tokens.tolist() == [3, 4] and first.terminated and not second.terminated
     assert (first.rounds, first.drafted, first.accepted) == (3, 9, {0: 1, 2: 2})
     assert (second.rounds, second.drafted, second.accepted, second.versions) == (0, 0, {}, [])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_what_would_end_a_server_on_a_cpu_is_not_asked_of_it(device):
+    looks = itertools.count()
+
+    def answer(kind, fields):
+        return {"device": device, "seen": dict.fromkeys(VLLMClient.watched, next(looks))}
+
+    plugin = PluginServer("tcp://127.0.0.1:*", answer)
+    try:
+        with (
+            http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server,
+            VLLMClient(f"http://127.0.0.1:{server.server_port}", plugin.address) as client,
+        ):
+            thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+            thread.start()
+            try:
+                client.probe(client.status())
+                asked = Request(3, torch.tensor([5]), SamplingParams(temperature=0.5, top_k=4))
+                if device == "cpu":
+                    with pytest.raises(
+                        VLLMError, match="^request 3: top_k=4 is not supported on a CPU, .*; leave top_k"
+                    ):
+                        client.generate(asked)
+                else:
+                    client.generate(asked)
+                client.generate(Request(4, torch.tensor([5]), SamplingParams(top_k=4)))  # greedy: top_k is not read
+                client.generate(Request(5, torch.tensor([5]), SamplingParams(temperature=0.5, top_k=-1)))
+            finally:
+                server.shutdown()
+                thread.join()
+    finally:
+        plugin.close()

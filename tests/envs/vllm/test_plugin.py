@@ -96,7 +96,8 @@ class Loader:
 @pytest.fixture
 def plugin(monkeypatch):
     """A plugin that a learner is attached to; its trajectories are kept."""
-    monkeypatch.setattr(plugin_module, "check_engine", lambda *args, **kwargs: None)
+    for check in ("check_server", "check_models"):
+        monkeypatch.setattr(plugin_module, check, lambda *args, **kwargs: None)
     monkeypatch.setattr(plugin_module, "DraftLoader", lambda *args: Loader())
     monkeypatch.setattr(plugin_module, "vllm_version", lambda: "0.32.0")
 
@@ -146,9 +147,9 @@ def await_recorded(plugin, count=1):
     return plugin.out[-1]
 
 
-def publish(plugin, number, value=1.0):
+def publish(plugin, number):
     """As if weights had come."""
-    tree = TensorDict({"fc.weight": torch.tensor([value])}, batch_size=[])
+    tree = TensorDict({"fc.weight": torch.tensor([1.0])}, batch_size=[])
     plugin._session.receiver.latest = lambda once=[(number, tree)]: once.pop() if once else None
 
 
@@ -241,9 +242,6 @@ def test_weights_that_do_not_fit_are_rejected(plugin):
     publish(plugin, 2)
     run(plugin, {"1": prefill([4])})
     assert rejected == [(2, "they do not fit")] and session.version == 0
-    publish(plugin, 3, float("inf"))
-    run(plugin, {"1": prefill([4])})
-    assert rejected[-1][0] == 3 and "tensor 'fc.weight' has 1 value that" in rejected[-1][1]
 
 
 def test_the_prefix_cache_is_wished_empty_until_it_is(plugin):

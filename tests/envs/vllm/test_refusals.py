@@ -7,7 +7,7 @@ import torch
 from attach_fields import DRAFT_VOCAB, HANDSHAKE, HEAD
 
 from aurora_rl.envs.recording.plugin_server import PluginError
-from aurora_rl.envs.vllm.refusals import SUPPORTED, check_engine
+from aurora_rl.envs.vllm.refusals import SUPPORTED, check_models, check_server
 
 EMBEDDING = object()
 
@@ -53,7 +53,8 @@ def runner():
 
 
 def check(runner, missing=(), version=SUPPORTED[-1]):
-    check_engine(runner, HANDSHAKE, missing=list(missing), version=version)
+    check_server(runner.vllm_config, missing=list(missing), version=version)
+    check_models(runner, HANDSHAKE)
 
 
 def test_a_fitting_engine_is_taken(runner):

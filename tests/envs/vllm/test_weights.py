@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aurora_rl.envs.recording.session import SwapError
-from aurora_rl.envs.vllm.weights import as_fused, draft_vocab, loadable
+from aurora_rl.envs.vllm.weights import DraftLoader, as_fused, draft_vocab, loadable
 from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.storage import read_folder
@@ -55,6 +55,24 @@ def test_what_does_not_fit_is_named(folder, change, message):
     change(weights)
     with pytest.raises(SwapError, match=f"vLLM's drafter does not take the weights: .*{message}"):
         loadable(weights, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights["fc.weight"].fill_(torch.inf), "tensor 'fc.weight' has .* infinite or not a number"),
+        (lambda weights: weights["d2t"].add_(1), "the draft map 'd2t' differs .*; restart vLLM with the learner's"),
+    ],
+)
+def test_weights_that_no_drafter_may_have_reach_no_model(folder, change, message):
+    _, config = folder(PART)
+    model = SimpleNamespace(config=SimpleNamespace(draft_vocab_size=4), draft_id_to_target_id=PART - torch.arange(4))
+    drafting = SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: config))
+    settings = SimpleNamespace(speculative_config=SimpleNamespace(draft_model_config=drafting))
+    weights = {name: tensor.clone() for name, tensor in drafter_of(PART).published().items()}
+    change(weights)
+    with pytest.raises(SwapError, match=f"^{message}"):  # and no fault of a model that is none of vLLM's
+        DraftLoader(model, torch.nn.Identity(), settings).load(weights)
 
 
 def test_fused_projections_hold_their_parts_in_order(folder):

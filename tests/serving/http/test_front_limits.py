@@ -157,6 +157,29 @@ def test_a_stream_that_runs_out_of_time_says_so(slow: Any) -> None:
     assert slow.idle(2.0)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": ""}] * 29_000}),
+        ("completions", {"prompt": ["a long one " * 150, "the next"]}),
+    ],
+)
+def test_what_has_no_room_is_refused_before_work_goes_into_it(
+    rig: Any, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    asked: list[object] = []
+
+    def counted(self: Any, given: Any) -> list[int]:
+        asked.append(given)
+        return [1] * 100_000
+
+    monkeypatch.setattr(Encoder, "_chat", counted)
+    monkeypatch.setattr(Encoder, "_text", counted)
+    answer = httpx.post(f"{rig.url}/v1/{path}", json={"max_tokens": 1, **body}, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert asked == body.get("prompt", [])[:1]
+
+
 def test_a_long_text_that_is_counted_makes_no_other_request_wait(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     began, go_on, tokenize = threading.Event(), threading.Event(), Encoder.tokenize
 

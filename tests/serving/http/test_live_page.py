@@ -90,7 +90,7 @@ def test_the_page_shows_live_values_and_fetches_nothing_from_elsewhere(
     page.open(f"{rig.url}/")
     page.wait_for("document.getElementById('connection').innerText === 'live'")
     assert page.text("model") == "tiny/model"
-    assert "No plain rounds were measured" in page.text("speedup-text")
+    assert "No plain rounds in the last quarter" in page.text("speedup-text")
     assert "No candidate was judged yet." in page.text("run") and "No weights were swapped yet." in page.text("run")
     before = int(page.text("requests"))
 
@@ -179,7 +179,7 @@ def test_a_server_that_started_anew_has_no_old_curves(rig: Any, page: Page) -> N
     [
         (32, 15.0, "too short", "The baseline windows are too short: 32 of 96 plain rounds."),
         (120, None, "–", "No speculative rounds were measured."),
-        (0, 15.0, "–", "No plain rounds were measured: no baseline window yet, or baseline.share=0."),
+        (0, 15.0, "–", "No plain rounds in the last quarter: no baseline window there, or baseline.share=0."),
     ],
 )
 def test_the_page_says_why_there_is_no_speedup(

@@ -165,7 +165,7 @@ function tooShort() {
 
 function noSpeedup() {
   const rounds = last(run.points.baseline_rounds);
-  if (!rounds) return "No plain rounds were measured: no baseline window yet, or baseline.share=0.";
+  if (!rounds) return "No plain rounds in the last quarter: no baseline window there, or baseline.share=0.";
   if (!tooShort()) return "No speculative rounds were measured.";
   return `The baseline windows are too short: ${rounds} of ${run.min_baseline_rounds} plain rounds.`;
 }
