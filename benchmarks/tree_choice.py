@@ -150,7 +150,7 @@ def measure(
     clock = Clock()
     engine = RecordedEngine(recorded, slots, drafter.vocab_size, clock)
     served, fixed = drafter.serving_copy(torch.float32, torch.device("cpu")), isinstance(way, TreeShape)
-    # Not a SpeculativeDecoder, which builds a TransformersEngine: this one plays a recording back.
+    # Not a SpeculativeDecoder, which needs a target model: this engine plays a recording back.
     policy = engine.policy = DrafterPolicy(
         served, engine.store, num_nodes=MOST.max_nodes, shape=way if isinstance(way, TreeShape) else MOST
     )

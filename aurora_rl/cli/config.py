@@ -121,8 +121,9 @@ class HttpConfig:
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 is every address of this machine."""
     port: int | None = 8000
-    """Port to listen at; 0 takes a free one. With engine.name=sglang requests go on to SGLang. null opens none, which
-    leaves clients to the engine's own port, or the flywheel to its traffic; `sglang attach` listens if it is set."""
+    """Port to listen at; 0 takes a free one. With engine.name=sglang requests go on to SGLang; vLLM refuses it.
+    null opens none, which leaves clients to the engine's own port, or the flywheel to its traffic; `sglang attach`
+    listens if it is set."""
     api_keys: str | None = None
     """File with the keys that open the server, one a line; null takes the environment variable AURORA_RL_API_KEYS, and
     without that everyone is let in."""

@@ -25,7 +25,7 @@ class CanaryConfig:
 
     share: float = 0.5
     """Share of the rounds that new weights draft during their trial; 0 swaps them in at once, which is the default of
-    `aurora-rl flywheel`."""
+    `aurora-rl flywheel`, and all that SGLang and vLLM do."""
     window: int = 8
     """Rounds of a window. A window of the new weights is compared with one of the old weights next to it."""
     false_alarm_rate: float = 0.01

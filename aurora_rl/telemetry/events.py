@@ -170,7 +170,9 @@ EVENTS: dict[str, Event] = {
             "fault": "What the drafter did.",
         },
     ),
-    "attached": Event("The plugin of an SGLang or vLLM server records for this run.", {"status": "Status of the plugin."}),
+    "attached": Event(
+        "The plugin of an SGLang or vLLM server records for this run.", {"status": "Status of the plugin."}
+    ),
     "unreachable": Event("The server of SGLang or vLLM, or its plugin, does not answer.", _REASON),
     "learner_restarted": Event(
         "A learner that had ended was started again.",

@@ -1,5 +1,7 @@
 """What engines in processes of their own share, whose rounds reach us as recorded: SGLang and vLLM.
 
-Inside the engine: :mod:`assembler` (rounds to trajectories), :mod:`session` (what an attached learner has there) and
-:mod:`plugin_server` (how it is attached). What knows an engine's own functions is in ``envs/sglang`` and ``envs/vllm``.
+Inside the engine: :mod:`plugin` (what every plugin answers), :mod:`plugin_server` (by which socket), :mod:`session`
+(what an attached learner has there), :mod:`checks` (whether target and weights fit), :mod:`assembler` (rounds to
+trajectories) and :mod:`copies` (tensors to the host). Outside: :mod:`client` (a server) and :mod:`replicas` (several
+of one). What knows an engine's own functions is in ``envs/sglang`` and ``envs/vllm``.
 """
