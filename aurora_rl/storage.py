@@ -116,5 +116,5 @@ def is_working_directory(folder: str | os.PathLike[str]) -> bool:
 
 def _next_to(folder: Path, state: str) -> Path:
     """Return where the new or the old files of a folder are kept while it is replaced."""
-    whole = Path(os.path.abspath(folder))  # "." has no name of its own
-    return whole.parent / f".{whole.name}-{state}"
+    folder = Path(os.path.abspath(folder))  # "." has no name of its own
+    return folder.parent / f".{folder.name}-{state}"

@@ -94,28 +94,29 @@ def test_promtool_accepts_the_configuration() -> None:
 
 @pytest.fixture
 def called(tmp_path: Path) -> Any:
-    """Runs serve.sh with an `aurora-rl` that says its arguments."""
+    """Runs run.sh with an `aurora-rl` that says its arguments."""
     program = tmp_path / "bin" / "aurora-rl"
     program.parent.mkdir()
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     program.chmod(0o755)
     path = f"{program.parent}:{os.environ['PATH']}"
 
-    def call(*arguments: str, script: str = "serve.sh") -> list[str]:
-        command = [str(DEPLOY / script), *arguments]
+    def call(*arguments: str) -> list[str]:
+        command = [str(DEPLOY / "run.sh"), *arguments]
         done = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, timeout=30, check=True)
         return done.stdout.splitlines()
 
     return call
 
 
-def test_a_service_that_starts_again_goes_on_with_its_run(called: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["serve", "fleet"])
+def test_what_starts_again_goes_on_with_its_run(called: Any, tmp_path: Path, command: str) -> None:
     run = tmp_path / "a run"
-    assert called(str(run), "--config", "c.yaml") == ["serve", f"run_dir={run}", "--config", "c.yaml"]
+    assert called(command, str(run), "--config", "c.yaml") == [command, f"run_dir={run}", "--config", "c.yaml"]
     run.mkdir()
-    assert called(str(run), "engine.slots=4") == ["serve", f"run_dir={run}", "engine.slots=4"]
+    assert called(command, str(run), "engine.slots=4") == [command, f"run_dir={run}", "engine.slots=4"]
     (run / "config.yaml").touch()
-    assert called(str(run), "--config", "c.yaml") == ["serve", "--resume", str(run), "--config", "c.yaml"]
+    assert called(command, str(run), "--config", "c.yaml") == [command, "--resume", str(run), "--config", "c.yaml"]
 
 
 def test_the_container_starts_what_exists() -> None:
@@ -125,7 +126,7 @@ def test_the_container_starts_what_exists() -> None:
         (line,) = re.findall(rf"^{instruction} (\[.*\])$", text, re.M)
         words += json.loads(line)
     assert (DEPLOY / words[0]).is_file() and os.access(DEPLOY / words[0], os.X_OK)
-    config = load_config(overrides=words[2:])
+    config = load_config(overrides=words[3:])
     assert f"127.0.0.1:{config.http.port}/health" in text and f"EXPOSE {config.http.port}" in text
     assert re.search(r"^USER (?!root)", text, re.M)
     for line in re.findall(r"^COPY (.+)$", text, re.M):
@@ -136,20 +137,11 @@ def test_the_container_starts_what_exists() -> None:
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     unit = (DEPLOY / "aurora-rl.service").read_text()
     (command,) = re.findall(r"^ExecStart=(\S+)", unit, re.M)
-    assert Path(command).name == "serve.sh"
+    assert Path(command).name == "run.sh"
     (tmp_path / "aurora-rl.service").write_text(unit.replace(command, "/bin/true"))  # it is not installed here
     verify = ["systemd-analyze", "verify", str(tmp_path / "aurora-rl.service")]
     done = subprocess.run(verify, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "aurora-rl" not in done.stderr, done.stderr
-
-
-def test_a_job_that_starts_again_goes_on_with_its_fleet(called: Any, tmp_path: Path) -> None:
-    run = tmp_path / "a run"
-    words = [str(run), "--config", "c.yaml"]
-    assert called(*words, script="kubernetes/fleet.sh") == ["fleet", f"run_dir={run}", "--config", "c.yaml"]
-    run.mkdir()
-    (run / "config.yaml").touch()
-    assert called(*words, script="kubernetes/fleet.sh") == ["fleet", "--resume", str(run), "--config", "c.yaml"]
 
 
 def test_the_manifests_of_kubernetes_fit_each_other(tmp_path: Path) -> None:
@@ -167,9 +159,9 @@ def test_the_manifests_of_kubernetes_fit_each_other(tmp_path: Path) -> None:
     assert f"-t {base} ." in (DEPLOY / "Dockerfile").read_text()
     assert {container["image"] for pod in [*pods, submitter] for container in pod["spec"]["containers"]} == {name}
     assert f"ray=={cluster['rayVersion']}" in (ROOT / "constraints.txt").read_text().splitlines()
-    script, run, *_, file = job["entrypoint"].split()
-    (source,) = re.findall(rf"^COPY (\S+/{script}) /usr/local/bin/$", image, re.M)
-    assert os.access(ROOT / source, os.X_OK)
+    script, command, run, *_, file = job["entrypoint"].split()
+    (source,) = re.findall(rf"^COPY (\S+/{script}) /usr/local/bin/$", (DEPLOY / "Dockerfile").read_text(), re.M)
+    assert os.access(ROOT / source, os.X_OK) and command == "fleet"
 
     # Every pod has the run's folder and the configuration.
     for pod in pods:

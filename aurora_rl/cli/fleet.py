@@ -94,11 +94,12 @@ class _Post:
         runs: Whether its process was started and has not ended.
         ready: Whether that process has begun to work.
         recalled: Whether it was asked to end, to be started with other addresses.
-        restarts: Times that it was started again.
+        restarts: Times that it was started again after it had died.
         failures: Those in a row that lived for less than a minute.
         due: When it is to be started.
         since: When it was started, or when it began to wait.
-        node: Address of the node that it was started on last.
+        told: Whether the user was told that it waits for a place.
+        node: Address of the node that it was started on last; None before its first start.
         port: Port at which an engine listens there; None if it has none, 0 for any.
         status: Last "status" that an engine logged.
     """
@@ -109,7 +110,7 @@ class _Post:
     runs: bool = False
     ready: bool = False
     recalled: bool = False
-    restarts: int = -1  # the first start is none
+    restarts: int = 0
     failures: int = 0
     due: float = 0.0
     since: float = field(default_factory=time.monotonic)
@@ -171,7 +172,7 @@ class _Fleet:
             return False
         waited, name = time.monotonic() - post.since, post.member.name
         lacking = self._cluster.lacks(post.member.placement) or "resources that others hold"
-        if post.restarts < 0 and waited > self._config.fleet.timeout:
+        if post.node is None and waited > self._config.fleet.timeout:
             raise ConfigError(
                 f"{name} has waited for fleet.timeout={self._config.fleet.timeout:g} s for a place: it asks for "
                 f"{lacking}"
@@ -207,7 +208,6 @@ class _Fleet:
         post.node = post.seat.host
         post.seat.start(member.words(self._wire, post.port), member.log)
         post.runs, post.ready, post.recalled, post.since = True, False, False, time.monotonic()
-        post.restarts += 1
         self._log.write("member_started", member=member.name, node=post.node, url=post.url, restarts=post.restarts)
         again = f" again ({post.restarts})" if post.restarts else ""
         self._say(f"{member.name} is started{again} on node {post.node}")
@@ -247,6 +247,7 @@ class _Fleet:
         most = self._config.fleet.max_restarts
         if most is not None and post.restarts >= most:
             raise GivenUpError(f"{member.name} {reason}; it was started again fleet.max_restarts={most} times")
+        post.restarts += 1
         post.failures = 0 if lived > _LONGEST_WAIT_S else post.failures + 1
         wait = min(2.0 ** max(post.failures - 1, 0), _LONGEST_WAIT_S)
         post.due = time.monotonic() + wait
@@ -276,7 +277,7 @@ class _Fleet:
         ]
         if lengths:
             parts.append(f"acceptance length {sum(lengths) / len(lengths):.2f}")
-        if restarts := sum(max(post.restarts, 0) for post in self._posts):
+        if restarts := sum(post.restarts for post in self._posts):
             parts.append(f"{restarts} restarts")
         return " · ".join(parts)
 

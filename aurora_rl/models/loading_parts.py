@@ -56,7 +56,7 @@ def load_parts(model: str | os.PathLike[str], *, dtype: torch.dtype, device: str
         with quiet_transformers():
             return TargetParts.of(_last_layer_alone(source_of(os.fspath(model))[0], dtype, device))
     except Exception as error:  # families fail in their own ways; what is wrong with the files, the other way tells
-        logger.info("the whole of model %s is loaded for its parts, as they could not be read alone: %s", model, error)
+        logger.warning("the whole of model %s is loaded for its parts, which cannot be read alone: %s", model, error)
     return TargetParts.of(load_target(model, dtype=dtype, device=device)[0])
 
 

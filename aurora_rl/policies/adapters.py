@@ -170,7 +170,8 @@ class AdaptedLinear(nn.Module):
         if place is not None:
             weight = weight + (self.lora_B[place] @ self.lora_A[place]).detach()
         linear.weight = nn.Parameter(weight, requires_grad=self.lora_A.requires_grad)
-        linear.bias = self.base.bias
+        if (bias := self.base.bias) is not None:
+            linear.bias = nn.Parameter(bias.detach(), bias.requires_grad)
         return linear
 
 

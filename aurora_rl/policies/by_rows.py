@@ -7,6 +7,7 @@ what was freed, so that the C library could not use it again, and the gradient o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def by_rows(
 
     Args:
         function: Called with a slice, the rows in it of each of ``rows``, and ``shared``. It returns ``[b, t, ...]``
-            for ``t`` rows, and must return the same when it is called again.
+            for ``t`` rows, and must return the same when it is called again. Context variables, such as the adapters
+            of the rows, are then what they are now.
         size: Most rows of a call, at least 1.
         rows: Tensors ``[b, T, ...]`` whose rows are split.
         shared: Tensors that every call reads whole.
@@ -52,7 +54,7 @@ class _ByRows(torch.autograd.Function):
     def forward(
         ctx: Any, function: Callable[..., Tensor], size: int, rows: int, shared: int, *tensors: Tensor
     ) -> Tensor:
-        ctx.function, ctx.counts = function, (rows, shared)
+        ctx.function, ctx.context, ctx.counts = function, copy_context(), (rows, shared)
         ctx.save_for_backward(*tensors)
         kind, count = tensors[0].device.type, tensors[0].shape[1]
         ctx.spans = [slice(start, min(start + size, count)) for start in range(0, count, size)]
@@ -79,7 +81,7 @@ class _ByRows(torch.autograd.Function):
             read = [each[:, span] for each in tensors[:rows]] + list(tensors[rows : rows + shared])
             read = [each.detach().requires_grad_(wanted) for each, wanted in zip(read, learns, strict=False)]
             with torch.enable_grad(), torch.autocast(*ctx.autocast):
-                part = ctx.function(span, *read)
+                part = ctx.context.run(ctx.function, span, *read)
             places = [place for place, wanted in enumerate(learns) if wanted]
             inputs = [*read, *tensors[rows + shared :]]
             found = torch.autograd.grad(part, [inputs[p] for p in places], grad[:, span], allow_unused=True)

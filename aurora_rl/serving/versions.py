@@ -241,6 +241,8 @@ class Versions:
         began = time.perf_counter()
         try:
             seat, kept, put = staged.result()
+            if kept.digest in self._rolled_back:  # while it was staged
+                raise ValueError(self._rolled_back[kept.digest])
             put()
         except Exception as error:  # whatever a drafter does, the requests are served
             reason = str(error) if isinstance(error, ValueError) else repr(error)

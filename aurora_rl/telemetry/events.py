@@ -67,7 +67,8 @@ EVENTS: dict[str, Event] = {
         {
             "requests": "Completed requests.",
             "version": "Version of the weights that draft.",
-            "acceptance_length": "Tokens per speculative round over the last tenth of requests: at least 8 or half.",
+            "acceptance_length": "Tokens per speculative round over the last tenth of the requests: eight at "
+            "least, half at most.",
             "acceptance_by_position": "Share of the drafted rounds since then that accepted 1, 2, ... drafts.",
             "tokens_per_second": "Plain (baseline) and speculative throughput over the last quarter of the requests.",
             "speedup": "Speculative over plain; null if it was not measured, or over fewer than 96 plain rounds.",
@@ -348,7 +349,7 @@ EVENTS: dict[str, Event] = {
             "member": "Name of the member, such as chat-0 or learner.",
             "node": "Address of its node.",
             "url": "Where an engine is to listen; null without a port.",
-            "restarts": "Times that it was started again.",
+            "restarts": "Times that it was started again after it had died.",
         },
     ),
     "member_ended": Event(

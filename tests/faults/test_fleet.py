@@ -158,6 +158,8 @@ def test_a_learner_whose_node_dies_goes_on_at_another_address(start: Start, tmp_
     served(len(events(members / "chat-0", "swap")) + 1)
     assert "the learner is on node 127.0.0.3 now; engines are started again with its addresses" in fleet.text
     assert "tcp://127.0.0.3:" in (members / "chat-0.yaml").read_text()
+    restarts = {event["member"]: event["restarts"] for event in fleet.events("member_started")}
+    assert restarts == {"learner": 1, "chat-0": 0}  # the engine was recalled and did not die
     fleet.interrupt()
     assert fleet.ended(120) == 0, fleet.text
     assert processes("aurora_rl", str(members)) == []

@@ -23,6 +23,7 @@ from aurora_rl.policies import (
     Proposal,
     TargetParts,
     TreeShape,
+    recurrent,
 )
 from aurora_rl.policies.adapters import (
     MOST_BYTES,
@@ -132,6 +133,21 @@ def test_slots_without_an_adapter_are_those_of_the_shared_drafter_to_the_bit(kin
         assert torch.equal(mixed.log_probs[slot], shared.log_probs[slot])
         assert torch.equal(drafter._cache[0][slot], plain._cache[0][slot])  # type: ignore[attr-defined]
     assert not torch.equal(mixed.log_probs[0], shared.log_probs[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_by_rows_learns_what_the_whole_pass_does(kind: type[Drafter], monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter, batch = adapted(kind), pack(recorded(kind))
+    loss, found = ImitationLoss(drafter, TargetParts.of(tiny_target()).head, steps=3), []
+    for most in (2**25, 1):  # attention scores that may be kept: then the layer is called again in the backward pass
+        monkeypatch.setitem(recurrent._SCORES, "cpu", most)
+        drafter.zero_grad()
+        loss(batch)["loss_imitation"].backward()
+        found.append({name: each.grad.clone() for name, each in drafter.named_parameters() if each.grad is not None})
+    whole, by_rows = found
+    assert whole.keys() == by_rows.keys() and sum("lora_B" in name for name in whole) > 4
+    for name, expected in whole.items():
+        torch.testing.assert_close(by_rows[name], expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -339,7 +355,7 @@ def test_the_watchdog_replays_a_slot_with_its_adapter() -> None:
 def test_a_layer_of_whole_and_of_mixed_passes_is_one_function() -> None:
     layer = AdaptedLinear(torch.nn.Linear(4, 3), count=2, rank=2).double()
     assert torch.equal(layer(torch.ones(2, 1, 4).double()), layer.base(torch.ones(2, 1, 4).double()))
-    assert layer.merged(None).bias is layer.base.bias
+    assert torch.equal(layer.merged(None).bias, layer.base.bias)
 
 
 def test_half_precision_serves_packed_layers_with_adapters() -> None:
@@ -370,6 +386,14 @@ def test_what_is_done_to_a_merged_drafter_leaves_the_one_with_adapters_as_it_is(
     assert plain.draft_vocab.tolist() == list(range(16)) and not torch.count_nonzero(plain.fc.weight)
     assert all(torch.equal(tensor, before[name]) for name, tensor in drafter.published().items())
     assert drafter.draft_vocab.tolist() == list(range(0, 32, 2))
+
+
+def test_a_merged_layer_has_a_bias_of_its_own() -> None:
+    layer = AdaptedLinear(torch.nn.Linear(4, 6), count=2, rank=2)
+    plain = layer.merged(1)
+    assert torch.equal(plain.bias, layer.base.bias)
+    plain.to(torch.bfloat16).requires_grad_(False)
+    assert layer.base.bias.dtype == torch.float32 and layer.base.bias.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,18 @@ def test_weights_that_are_served_get_their_number_without_a_trial(tmp_path: Path
     serving.check_texts()
 
 
+def test_weights_that_are_rolled_back_while_they_are_staged_do_not_serve(tmp_path: Path) -> None:
+    known, inbox = requests(5), Inbox((1, {"own": torch.ones(1)}))
+    versions = tried(tmp_path, Right(known), Constant(known), inbox).server.versions
+    versions.take()
+    assert versions._staged is not None
+    versions._staged[1].result(10)
+    versions._rolled_back[checksum({"own": torch.ones(1)})] = "the watchdog found it corrupted"
+    versions.take()
+    assert inbox.rejected == [(1, "the watchdog found it corrupted")]
+    assert [policy.version for policy in versions.policies] == [0, 0]
+
+
 def test_each_version_drafts_with_its_own_weights_and_its_own_cache(tmp_path: Path) -> None:
     """What a policy records while windows take turns is what its weights would have drafted, for every request."""
     known, weights = requests(5), eagle(1).published()

@@ -22,6 +22,7 @@ ADAPTERS = "adapters"
 """Folder of the adapters in that of a drafter; engines look for no weights in it."""
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MATRICES = ("lora_A", "lora_B")
+_OTHER_DELTAS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # settings of PEFT by which it is not B A
 
 
 def _name_of(path: str, matrix: str) -> str:
@@ -101,9 +102,13 @@ def read_adapters(drafter: Drafter, folder: str | os.PathLike[str] | None, names
 def _rank_of(folder: Path) -> int:
     try:
         config = json.loads((folder / _CONFIG).read_text())
-        rank, scale = config["r"], config["lora_alpha"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        rank, scale, others = config["r"], config["lora_alpha"], [each for each in _OTHER_DELTAS if config.get(each)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / _CONFIG} is no adapter's: {error!r}") from error
+    if others:
+        raise CheckpointError(
+            f"{folder / _CONFIG} sets {', '.join(others)}, which is not supported; make it plain LoRA first"
+        )
     if type(rank) is not int or scale != rank:
         raise CheckpointError(
             f"{folder / _CONFIG}: r must be an integer, and lora_alpha the same, got {rank!r}, {scale!r}"

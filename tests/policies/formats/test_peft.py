@@ -113,6 +113,13 @@ def test_what_does_not_fit_is_named(folder: Path) -> None:
     config.write_text(json.dumps({"r": 2, "lora_alpha": 16}))
     with pytest.raises(CheckpointError, match="r must be an integer, and lora_alpha the same, got 2, 16"):
         adapter_ranks(folder)
+    config.write_text(json.dumps({"r": 2, "lora_alpha": 2, "use_rslora": True, "alpha_pattern": {"fc": 4}}))
+    with pytest.raises(CheckpointError, match="sets use_rslora, alpha_pattern, which is not supported"):
+        adapter_ranks(folder)
+    for text in ("{", "[]"):
+        config.write_text(text)
+        with pytest.raises(CheckpointError, match="adapter_config.json is no adapter's"):
+            adapter_ranks(folder)
     config.write_text("{")
     with pytest.raises(CheckpointError, match="adapter_config.json is no adapter's"):
         adapter_ranks(folder)
