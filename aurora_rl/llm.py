@@ -66,8 +66,8 @@ class LLM:
 
     Args:
         model: ``"smollm2"`` for the embedded model, a hub id, or a folder of a causal LM.
-        drafter: A drafter's name such as ``"eagle3"``, which starts untrained (see :meth:`learn`) and drafts the
-            8,192 lowest token ids; a checkpoint, as a folder or hub id, such as what ``llm.drafter.save_pretrained``
+        drafter: A drafter's name such as ``"eagle3"``, which starts untrained (see :meth:`learn`) and drafts the 8,192
+            lowest token ids. Or a checkpoint, as a folder or hub id, such as what ``llm.drafter.save_pretrained``
             wrote; a :class:`~aurora_rl.policies.Drafter`; or None for plain decoding.
         num_speculative_tokens: Number of tokens drafted per round, as a chain. What the request's own text says after
             the same words takes the place of less likely ones (``TreeShape.lookup``), so that some are accepted before
@@ -78,8 +78,8 @@ class LLM:
         num_slots: Requests decoded side by side.
         max_length: Most tokens of prompt and completion; None takes the model's context, at most 2048.
         record: Whether completions carry their trajectory, which :meth:`learn` needs.
-        seed: Seed of an untrained drafter's weights, of drafts that are sampled, and of the seeds that sampled requests
-            without one draw: the same calls give the same texts, and copies of a prompt different ones.
+        seed: Seed of an untrained drafter's weights, of sampled drafts, and of the seeds that sampled requests without
+            one draw. The same calls give the same texts, and copies of a prompt different ones.
 
     Attributes:
         drafter: The drafter that learns, in float32; a copy serves. None without one.

@@ -48,7 +48,7 @@ def write_folder(
 
     Raises:
         OSError: It cannot be written, as on a full disk, or is the working directory, of which the process would be
-            left with the old one; names the folder, which is as it was.
+            left with the old one. The message names the folder, which is as it was.
     """
     if is_working_directory(folder):
         raise OSError(f"{folder} cannot be written: it is the working directory; name a folder in it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ def _line(text: str) -> str:
     return " ".join(text.split()).replace("``", "`").replace("|", "\\|")
 
 
+def _prose(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def _default(field: Field) -> str:
     if field.default is MISSING:
         value = field.default_factory()  # type: ignore[misc]
@@ -59,7 +64,7 @@ def configuration() -> Iterator[str]:
     yield "keys take YAML. An unknown key, a wrong type or a value out of range is an error before a model is loaded."
     for title, prefix, cls in _sections():
         texts = documented(cls)
-        yield f"\n## {title}\n\n{_line(inspect.cleandoc(cls.__doc__ or ''))}\n"
+        yield f"\n## {title}\n\n{_prose(_line(inspect.cleandoc(cls.__doc__ or '')))}\n"
         yield "| key | type | default | meaning |\n|---|---|---|---|"
         for field in fields(cls):
             if not _is_section(field):
@@ -89,7 +94,7 @@ def events() -> Iterator[str]:
     yield "| `source` | `server` or `learner`; `train` of `aurora-rl train`, `fleet` of `aurora-rl fleet`. |"
     yield "| `event` | Name of the event. |"
     for name, event in EVENTS.items():
-        yield f"\n## `{name}`\n\n{event.when}\n\n| field | meaning |\n|---|---|"
+        yield f"\n## `{name}`\n\n{_prose(event.when)}\n\n| field | meaning |\n|---|---|"
         yield from (f"| `{field}` | {meaning} |" for field, meaning in event.fields.items())
 
 
@@ -98,8 +103,8 @@ def metrics() -> Iterator[str]:
     yield _GENERATED.format("aurora_rl/telemetry/prometheus.py")
     yield "# Metrics for Prometheus\n"
     yield "Which metrics does `GET /metrics` export? [Serving](../serving.md#metrics) says how to scrape it.\n"
-    yield "A metric without a sample was not measured yet. `process_*` are the memory, CPU time and file descriptors of"
-    yield "the server's process. A histogram has the series `_bucket`, `_sum`, `_count` and `_created`, its begin.\n"
+    yield "A metric without a sample was not measured yet. `process_*` are the memory, CPU time and file descriptors of the"
+    yield "server's process. A histogram has the series `_bucket`, `_sum`, `_count` and `_created`, its start time.\n"
     yield "| metric | type | label | meaning |\n|---|---|---|---|"
     for name, metric in METRICS.items():
         values = f": {', '.join(metric.values)}" if metric.values else ""

@@ -42,8 +42,9 @@ class EngineConfig:
     max_length: int = 1024
     """Most tokens of a request, prompt and completion together."""
     prefix_cache_tokens: int = 8192
-    """Tokens of finished requests whose keys and values the embedded engine keeps for prompts that begin alike and have
-    the same cache_salt, such as a chat's next turn; 0 keeps none. SGLang and vLLM have their own."""
+    """Tokens of finished requests whose keys and values the embedded engine keeps; 0 keeps none. They serve prompts
+    that begin alike and have the same cache_salt, such as a chat's next turn. SGLang and vLLM have caches of their
+    own."""
     threads: int = field(default_factory=lambda: max(min(usable_cpus(), 9) - 1, 1))
     """CPU threads of the inference server; by default one of the process's CPUs is left to the learner."""
     url: str | None = None
@@ -57,8 +58,8 @@ class EngineConfig:
     """Share of the requests that are captured: that go to the learner, and whose answers lookup searches."""
     batch_invariant: bool = False
     """Compute a token's logits to the same bits whatever else is in the pass, so that speculative text is plain text in
-    bfloat16 too. It takes time (docs/batch_invariance.md). For the embedded engine; SGLang has an option of its own,
-    ``engine.arguments=[--enable-deterministic-inference]``."""
+    bfloat16 too. It takes time (docs/batch_invariance.md). For the embedded engine. SGLang has an option of its own,
+    ``engine.arguments=[--enable-deterministic-inference]``; for vLLM set VLLM_BATCH_INVARIANT in its environment."""
 
     @property
     def attaches(self) -> bool:
@@ -128,8 +129,8 @@ class HttpConfig:
     """File with the keys that open the server, one a line; null takes the environment variable AURORA_RL_API_KEYS, and
     without that everyone is let in."""
     served_model_name: str | None = None
-    """Name of the model that clients and lines of traffic ask for; null takes ``model``. SGLang has its own option,
-    ``engine.arguments=[--served-model-name, NAME]``."""
+    """Name of the model that clients and lines of traffic ask for; null takes ``model``. SGLang and vLLM have their own
+    option, ``engine.arguments=[--served-model-name, NAME]``."""
     max_body: int = 1048576
     """Most bytes of a request's body."""
     max_waiting: int = 256
@@ -170,7 +171,7 @@ class LearnerConfig:
     """Published drafters that are kept in ``versions`` of the run's folder, the newest; those that were rolled back are
     removed."""
     parallel: str | None = None
-    """How the processes that torchrun starts share the steps of `aurora-rl learn`: ddp has all weights on each, fsdp a
+    """How the processes that torchrun starts share the steps of `aurora-rl learn`. ddp has all weights on each, fsdp a
     shard of weights and optimizer states; null is for one process."""
     resume: str | None = None
     """Training state to continue."""

@@ -24,7 +24,7 @@ class CanaryConfig:
     """
 
     share: float = 0.5
-    """Share of the rounds that new weights draft during their trial; 0 swaps them in at once, which is the default of
+    """Share of the rounds that new weights draft during their trial. 0 swaps them in at once, which is the default of
     `aurora-rl flywheel`, and all that SGLang and vLLM do."""
     window: int = 8
     """Rounds of a window. A window of the new weights is compared with one of the old weights next to it."""
@@ -42,7 +42,7 @@ class CanaryConfig:
     requests: int = 8
     """Requests per engine in a window of the trial at a share of the engines, on average over a group of them."""
     most_requests: int | None = 256
-    """Requests with new weights, per engine that has them at a time, before all engines get them if no loss was proven;
+    """Requests with new weights, per engine that has them at a time, before all engines get them if no loss was proven.
     null tries them until a loss is proven or ruled out."""
 
 

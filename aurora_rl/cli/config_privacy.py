@@ -34,7 +34,7 @@ class PrivacyConfig:
     server's queue, the replay buffer or the gate. null keeps it until a newer one takes its place."""
     zero_retention: bool = False
     """Drop each trajectory after its gradient step, keep no answers, rows or texts of ended requests for others, and
-    write no text to disk: ``learner.replay``, ``drafter.history`` and ``engine.prefix_cache_tokens`` are 0, and
+    write no text to disk. ``learner.replay``, ``drafter.history`` and ``engine.prefix_cache_tokens`` are 0, and
     recordings are refused. For the embedded engine."""
 
 

@@ -231,7 +231,7 @@ def go_on(config: Config, run: Path) -> tuple[Config, list[str]]:
     """Return the configuration that starts from the drafter and the training states in the folder of a run.
 
     Returns:
-        The configuration, and what is wrong with each training state, if there are some and none can be used: the
+        The configuration, and what is wrong with each training state, if there are some and none can be used. The
         learner then starts anew, from the drafter that was served last.
     """
     run = run.absolute()

@@ -84,16 +84,16 @@ class Probe:
     Args:
         model: Model as it was loaded, before anything of it is replaced.
         max_length: Most tokens of a slot.
-        by_median: Whether to judge the median context instead of the worst, where a float32 copy was compared too: in
-            half precision one context is far off if rounding flips the choice of a router.
+        by_median: Whether to judge the median context instead of the worst, if a float32 copy was compared too. In half
+            precision one context is far off if rounding flips the choice of a router.
 
     Attributes:
         texts: ``R`` rows ``[n]`` int64; the first is the longest.
         starts: Position of each row's first token, ``[R]`` int64.
         roots: Index of the token of each row that is the root of its tree, ``[R]`` int64; they differ.
         logits: Logits of the model's own forward at the root and the three tokens after it, ``[R, 4, V]``.
-        tolerance: Largest :meth:`difference` that is rounding. It is 8 times the model's difference from itself on
-            the same text in a pass of another size, and at least 8 times the sum of rounding in each layer.
+        tolerance: Largest :meth:`difference` that is rounding. It is 8 times the model's difference from itself on the
+            same text in a pass of another size. It is at least 8 times the sum of rounding in each layer.
 
     Raises:
         NotCausalError: The model's logits depend on later tokens, on other rows or on the length of the pass.

@@ -20,9 +20,9 @@ class Request:
     Attributes:
         id: Number of the request, not negative, as the trajectory carries it.
         prompt: Tokens of the prompt, at least one, ``[P]`` int64.
-        sampling_params: Temperature, top-k, top-p, seed, token budget and stop strings. A request that is sampled and
-            has no seed draws one as it is made, so each copy of a prompt has its own, and a trajectory has the one that
-            it was served with.
+        sampling_params: Temperature, top-k, top-p, seed, token budget and stop strings. A sampled request without a
+            seed draws one when it is made. So each copy of a prompt has its own, and a trajectory has the one that it
+            was served with.
         speculative: Whether drafts are verified for it. False decodes it plainly; the text is the same.
         learn: Whether a server may send its trajectory to the learner.
         counted: Whether a server's statistics count it.

@@ -76,8 +76,8 @@ class TransformersEngine(Engine):
 
     Raises:
         ValueError: A layer id, ``num_slots`` or ``max_length`` is out of range.
-        UnsupportedModelError: The model cannot be served exactly: it keeps a recurrent state, its rotary embedding
-            depends on the length of the pass, or its logits differ from its own in every form.
+        UnsupportedModelError: The model cannot be served exactly. It keeps a recurrent state, its rotary embedding
+            depends on the length of the pass, or the engine's logits differ from its own in every form.
 
     Example:
         >>> from aurora_rl.testing import tiny_target

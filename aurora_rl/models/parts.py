@@ -119,7 +119,7 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
     residual sum in Gemma 2. So a norm is known by what reads its output in a pass.
 
     Returns:
-        The final norm's weight ``[H]`` or None, weights of the layer's norms by their names in a Llama layer, and
+        The final norm's weight ``[H]`` or None; weights of the layer's norms by their names in a Llama layer; and
         whether the layer normalises what its attention or its MLP adds to the residual stream.
     """
     decoder = decoder_of(model)

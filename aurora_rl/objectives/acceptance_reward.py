@@ -55,7 +55,7 @@ class AcceptanceRewardLoss(Objective):
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         reward: Source of ``R``: "expected" takes both distributions, "recorded" the accept bits.
         baseline: Baseline: "none"; "leave_one_out", what independently drawn siblings would have had accepted, each as
-            if it stood first; or "group", which standardises that over the branches of one root, and is biased.
+            if it stood first; or "group". That standardises the reward over the branches of one root, and is biased.
         clip: PPO's clip: each draw counts with its own ratio alone, clipped to ``1 ± clip``. Use it with a baseline.
             None clips nothing.
         max_staleness: Most versions that a round may be older than the newest version seen; None keeps all rounds.

@@ -41,9 +41,9 @@ class FunctionObjective(DistillationObjective):
     - keywords are the objective's settings, checked by their types;
     - ``values`` ``[J, C]`` are minimised where ``mask`` ``[J, C]`` bool is true, which is ``windows.valid`` or less.
 
-    The function treats every window alone, whole: it is called with some windows of a batch at a time, and called again
-    in the backward pass, so that no tensor of all positions times the vocabulary is made. An objective that looks
-    across windows subclasses :class:`Objective`. A function may draw random numbers from PyTorch's default generators,
+    The function treats every window alone, whole. It is called with some windows of a batch at a time, and again in the
+    backward pass. So no tensor of all positions times the vocabulary is made. An objective that looks across windows
+    subclasses :class:`Objective`. A function may draw random numbers from PyTorch's default generators,
     for each window its own: the backward pass draws the same ones. It leaves its arguments as they are.
     docs/objectives.md says what it may do, what is refused, and what is not noticed.
 

@@ -27,8 +27,9 @@ class ServedTarget:
 
     It is a target as ``aurora_kernels.Target`` has it, of the draft vocabulary alone: ``draft_vocab`` is None and
     ``temperature`` 1. A row is multiplied with the whole head when it is first read. Of a greedy row, and of one with a
-    top-k or top-p, the 64 likeliest tokens are kept: if no others can be drawn they are the row from then on. Any other
-    row is multiplied with the draft vocabulary's part of the head from then on, and at once if it is renormalised.
+    top-k or top-p, the 64 likeliest tokens are kept. If no others can be drawn, they are the row from then on. Any
+    other row is multiplied with the draft vocabulary's part of the head from then on, and at once if it is
+    renormalised.
 
     Args:
         outputs: The target's outputs, rows of ``aurora_rl.objectives.target_rows``, ``[X]``.

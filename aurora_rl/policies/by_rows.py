@@ -1,7 +1,7 @@
 """A function of rows, called for some of them at a time, whose backward pass keeps nothing of a call but its inputs.
 
-``torch.utils.checkpoint`` on each call would do, but for the memory: results of calls that outlive them lie between
-what was freed, so that the C library could not use it again, and the gradient of each slice would be whole.
+``torch.utils.checkpoint`` on each call would compute the same with more memory. Results that outlive their calls would
+lie between freed blocks, so that the C library could not use it again. And the gradient of each slice would be whole.
 """
 
 from __future__ import annotations

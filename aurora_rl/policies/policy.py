@@ -37,9 +37,9 @@ def not_finite(weights: Mapping[str, Tensor]) -> str | None:
 class DrafterPolicy(TensorDictModuleBase):
     """Keeps a drafter's cache up to date with the context store and proposes a tree for every occupied slot.
 
-    Before it drafts, the cache takes from the store what it lacks: the tokens of the last round, a new request
-    (``is_init``), a window of plain decoding, or everything after a swap. While requests decode, it takes about as many
-    rows as are read in the time of a round, and a slot gets no draft of the drafter's before its cache is level.
+    Before it drafts, the cache takes what it lacks from the store. That may be the tokens of the last round, a new
+    request (``is_init``), a window of plain decoding, or everything after a swap. While requests decode, it takes about
+    as many rows as are read in the time of a round. A slot gets no draft of the drafter's before its cache is level.
 
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.

@@ -140,8 +140,8 @@ class TreeController:
     def price(self, shape: TreeShape, occupied: int) -> float:
         """Return the chance of being accepted below which a node of a shape costs more than it brings.
 
-        It has to bring what the best shape delivers in the time of its row: then tokens per second, over all slots
-        together, are most (Dinkelbach, "On Nonlinear Fractional Programming", 1967).
+        It has to bring what the best shape delivers in the time of its row. Then tokens per second, over all slots
+        together, are highest (Dinkelbach, "On Nonlinear Fractional Programming", 1967).
         """
         node = self._pace[_kind(shape)] * self._interpolated(self._node_seconds, occupied)
         return occupied * max(self._rate(each, occupied) for each in self._shapes) * node

@@ -82,8 +82,8 @@ class Trial:
 
     A cycle is a pair of neighbouring windows, one of each, in an order that is drawn, and then as many rounds of the
     old weights as the share leaves. If the weights are equally good, the order alone decides the sign of a pair's
-    difference, however rounds depend on those before them: that is what :class:`~aurora_rl.statistics.LossTest` needs,
-    which compares acceptance length and tokens per second.
+    difference, however rounds depend on those before them. :class:`~aurora_rl.statistics.LossTest` needs that. It
+    compares acceptance length and tokens per second.
 
     - Rolled back: either figure is proven to be lower.
     - Promoted: of both figures a loss above the margin is ruled out; or ``most_rounds`` were drafted.

@@ -92,7 +92,7 @@ class RequestQueue:
     """A source of requests: first turns in order, each follow-up after the answer to the turn before it.
 
     A request that cannot be served fails by name, with the turns after it, and the others are served. A first turn's id
-    is the place of its prompt in the traffic; its seed is the prompt's own, or else that of ``sampling_params`` plus
+    is the place of its prompt in the traffic. Its seed is the prompt's own, or else that of ``sampling_params`` plus
     that place (modulo 2**63), so a run gives the same texts again. Seeds of follow-ups come from :func:`turn_seed`.
     Where ``sampling_params`` has no seed, every request draws its own.
 

@@ -52,7 +52,7 @@ class Versions:
     """Takes weights from the learner, and says which policy drafts the next round.
 
     New weights are staged in a thread while rounds go on. Without a canary they are swapped in between two rounds. With
-    one they are put into the second policy, on the same slots, and windows of both take turns: each keeps its own cache
+    one they are put into the second policy, on the same slots, and windows of both take turns. Each keeps its own cache
     and catches up when its turn comes. At the end of the trial one of the two drafts alone, and the other takes the
     weights to come. The learner hears of it: weights that were rolled back are rejected, with the reason.
 

@@ -40,7 +40,7 @@ class Watchdog:
     """Checks the drafter of one policy every few rounds.
 
     Args:
-        policy: The policy. A shallow copy of its drafter is asked, of the same weights and with a cache of its own:
+        policy: The policy. A shallow copy of its drafter is asked, with the same weights and a cache of its own:
             ``Drafter.allocate`` keeps caches in attributes of the drafter, not in its modules.
         engine: Engine that it drafts for.
 

@@ -314,8 +314,8 @@ EVENTS: dict[str, Event] = {
         {"version": "Version of these weights.", **_SEEN},
     ),
     "renumbered": Event(
-        "The weights that are served were published again: an engine serves a version above theirs, or other weights "
-        "of it, and ignored them; or it is to have a version that was withdrawn.",
+        "The weights that are served were published again. An engine ignored them, as it serves a version above theirs "
+        "or other weights of it, or it is to have a version that was withdrawn.",
         {"version": "Version that they have now.", **_SEEN},
     ),
     "served": Event(

@@ -39,7 +39,7 @@ class EngineRules:
         false_alarm_rate: Chance that weights as good as the former ones are ever rolled back for a loss, at most.
         margin: Relative loss that is tolerated: weights are promoted once a larger one is ruled out.
         most_requests: Requests with the new weights, per engine that has them at a time, before they are promoted if no
-            loss was proven; None tries them until a loss is proven or ruled out.
+            loss was proven. None tries them until a loss is proven or ruled out.
         seed: Seed of the draws.
     """
 
@@ -105,8 +105,8 @@ class EngineTrial:
     """Windows in which engines with the new weights are compared with as many that have the former ones.
 
     Before each window it is drawn which of two groups of engines gets the new weights. The other gets the former ones,
-    under a new version too: what a swap costs, both pay. So engines may differ in hardware and in traffic, and drift:
-    if the weights are equally good, the draw alone decides the sign of a window's difference, which is what
+    under a new version too: what a swap costs, both pay. So engines may differ in hardware and in traffic, and drift.
+    If the weights are equally good, the draw alone decides the sign of a window's difference, as
     :class:`~aurora_rl.statistics.PairedTest` needs. The engines of the two groups stay the same while they are there.
 
     - Rolled back: acceptance length or tokens per second is proven to be lower.

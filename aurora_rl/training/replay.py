@@ -42,8 +42,8 @@ def of_state(state: Mapping[str, Any]) -> TensorDict:
 class NewestTrajectories(ListStorage):
     """Keeps the newest trajectories within a number and a size, in fair shares of the engines that sent them.
 
-    The oldest of the engine that has most goes first. An engine that sends little keeps what it sent for longer, and
-    one that has sent none of the last ``2 * capacity`` trajectories has no share: its own go before all others.
+    The oldest of the engine that has most goes first. Trajectories of an engine that sends little stay longer. An
+    engine that has sent none of the last ``2 * capacity`` trajectories has no share: its own go before all others.
 
     Args:
         capacity: Most trajectories.

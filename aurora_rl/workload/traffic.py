@@ -105,8 +105,8 @@ def read_jsonl(
         The requests. One without an id is called `line-<number>`.
 
     Raises:
-        TrafficError: The file is missing, unreadable or without requests, lines are malformed (the message names file
-            and lines, the first twenty), an id is used twice, or the limit is below 1.
+        TrafficError: The file is missing, unreadable or without requests, an id is used twice, the limit is below 1, or
+            lines are malformed. The message names the file and the lines, the first twenty.
     """
     if limit is not None and limit < 1:
         raise TrafficError(f"the limit on requests is {limit}; it must be 1 or more")

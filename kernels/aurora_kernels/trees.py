@@ -1,6 +1,6 @@
 """Draft trees as padded parent arrays: pure functions on tensors.
 
-A batch of ``B`` draft trees has ``N`` padded nodes each. The root, the last committed token, is not a node: ``parents``
+A batch of ``B`` draft trees has ``N`` padded nodes each. The root, the last committed token, is not a node. ``parents``
 holds -1 for a child of the root and otherwise the index of an earlier node, so nodes are in topological order. Where
 the root takes part it is column 0 of ``D = N + 1`` columns and node ``i`` is column ``i + 1``.
 

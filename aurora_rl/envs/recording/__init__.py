@@ -2,6 +2,6 @@
 
 Inside the engine: :mod:`plugin` (what every plugin answers), :mod:`plugin_server` (by which socket), :mod:`session`
 (what an attached learner has there), :mod:`checks` (whether target and weights fit), :mod:`assembler` (rounds to
-trajectories) and :mod:`copies` (tensors to the host). Outside: :mod:`client` (a server) and :mod:`replicas` (several
-of one). What knows an engine's own functions is in ``envs/sglang`` and ``envs/vllm``.
+trajectories) and :mod:`copies` (tensors to the host). Outside: :mod:`client` (a server) and :mod:`replicas` (several of
+one). Code that knows an engine's own functions is in ``envs/sglang`` and ``envs/vllm``.
 """

@@ -2,7 +2,8 @@
 
 The first rank receives weights from the learner. It sends them to the others in parts, one between two batches. Once
 each has all of them, and has found that they are the learner's, every rank loads its shard between the same two
-batches, and they serve if every rank says that it holds it. Otherwise all put the tensors back that were there before.
+batches. The weights serve if every rank says that it holds its shard. Otherwise all put the tensors back that were
+there before.
 """
 
 from __future__ import annotations

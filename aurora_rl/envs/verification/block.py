@@ -1,7 +1,7 @@
 """Block verification: the nodes of a drafted chain are accepted together, by the ratio of the whole prefixes.
 
 Let ``p_i`` and ``q_i`` be the distributions of target and drafter after the first ``i`` nodes ``x_1 .. x_i`` of a chain
-of ``n``, with ``q_n = 0``, since nothing is drafted after its end. With ``w_0 = 1``,
+of ``n``. ``q_n = 0``, since nothing is drafted after its end. With ``w_0 = 1``,
 
     w_i = min(1, w_{i-1} p_{i-1}(x_i) / q_{i-1}(x_i)),        r_i = max(w_i p_i - q_i, 0),
     h_i = sum of r_i / (sum of r_i + 1 - w_i),
@@ -9,8 +9,9 @@ of ``n``, with ``q_n = 0``, since nothing is drafted after its end. With ``w_0 =
 every node has a coin, which lands with probability ``h_i``, and the chain is accepted up to the last node whose coin
 lands. The bonus token is drawn from ``r_i`` there, normalised. The token delivered has the law of the target, and on
 average at least as many nodes are accepted as by token-wise rejection (Sun et al. 2024, arXiv 2403.10444). Given
-``x_1 .. x_i``, and on average over what is drafted next, node ``i`` is accepted with probability ``w_i``: a node whose
-own token would be rejected may stand because the prefix before it was likelier to the target than to the drafter.
+``x_1 .. x_i``, and on average over what is drafted next, node ``i`` is accepted with probability ``w_i``. A node may
+stand even if its own token would be rejected, because the prefix before it was likelier to the target than to the
+drafter.
 """
 
 from __future__ import annotations

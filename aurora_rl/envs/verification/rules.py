@@ -51,8 +51,9 @@ class VerificationRule(ABC):
         name: Name by which it is configured and recorded, which the registry gives it.
         draft_modes: How trees may be drawn for the rule to be lossless, see ``aurora_rl.trajectories.DRAFT_MODES``.
         needs_q: Whether the rule looks at the drafter's distribution.
-        replayable: Whether recorded text says which drafts the rule would have accepted: the text does not depend on
-            the drafts, and a draft is accepted if it agrees with the text. Only then is the gate's replay exact.
+        replayable: Whether recorded text says which drafts the rule would have accepted. It does if the text does not
+            depend on the drafts, and a draft is accepted if it agrees with the text. Only then is the gate's replay
+            exact.
         token_wise: Whether a node's acceptance follows from its own context and its earlier siblings, so that the rule
             has an ``acceptance``. Objectives that learn by it refuse other rules.
     """

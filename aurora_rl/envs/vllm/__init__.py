@@ -1,10 +1,9 @@
 """vLLM as the serving engine, unpatched.
 
-Inside vLLM: :mod:`scheduler_notes` (what the scheduler's process tells the worker), :mod:`plugin` (hooks of the
-worker) and :mod:`hooking` (how they are put in), :mod:`requests` (which are recorded), :mod:`batches` (parts of batches
-to rounds), :mod:`weights` (swaps) and :mod:`refusals`.
-Outside: :mod:`client` (a server, launched or attached to). What other engines do alike is in
-:mod:`aurora_rl.envs.recording`.
+Inside vLLM: :mod:`scheduler_notes` (what the scheduler's process tells the worker), :mod:`plugin` (hooks of the worker)
+and :mod:`hooking` (how they are put in), :mod:`requests` (which are recorded), :mod:`batches` (parts of batches to
+rounds), :mod:`weights` (swaps) and :mod:`refusals`. Outside: :mod:`client` (a server, launched or attached to). Code
+that engines share is in :mod:`aurora_rl.envs.recording`.
 """
 
 from __future__ import annotations

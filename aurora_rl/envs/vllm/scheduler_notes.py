@@ -1,7 +1,7 @@
 """What vLLM's scheduler tells the worker with each batch, which vLLM itself does not: how requests ended, and salts.
 
 Both may be processes of their own. So the notes travel as an attribute of the scheduler's output, which is pickled as
-it is, and the worker's wish for an empty prefix cache as an attribute of the runner's output.
+it is. The worker's wish for an empty prefix cache travels as an attribute of the runner's output.
 """
 
 from __future__ import annotations
