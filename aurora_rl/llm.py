@@ -37,7 +37,7 @@ Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one round added to one completion.
+    """Text and tokens that one round added to one completion.
 
     Attributes:
         index: Place of the prompt in the call.

@@ -103,8 +103,8 @@ def metrics() -> Iterator[str]:
     yield _GENERATED.format("aurora_rl/telemetry/prometheus.py")
     yield "# Metrics for Prometheus\n"
     yield "Which metrics does `GET /metrics` export? [Serving](../serving.md#metrics) says how to scrape it.\n"
-    yield "A metric without a sample was not measured yet. `process_*` are the memory, CPU time and file descriptors of the"
-    yield "server's process. A histogram has the series `_bucket`, `_sum`, `_count` and `_created`, its start time.\n"
+    yield "A metric without a sample was not measured yet. `process_*` are the memory, CPU time and file descriptors of"
+    yield "the server's process. A histogram has the series `_bucket`, `_sum`, `_count` and `_created` (start time).\n"
     yield "| metric | type | label | meaning |\n|---|---|---|---|"
     for name, metric in METRICS.items():
         values = f": {', '.join(metric.values)}" if metric.values else ""

@@ -48,7 +48,7 @@ class TimedRequests:
 
 @dataclass(slots=True)
 class Sample:
-    """What one arm did with one sample of requests.
+    """Speed of one arm on one sample of requests.
 
     Attributes:
         arm: Name of the arm.

@@ -61,7 +61,7 @@ class Arm:
 
 @dataclass
 class Live:
-    """What is measured in tokens per second, with a learner running next to arms that learn."""
+    """Measurement of tokens per second, with a learner running next to arms that learn."""
 
     requests: int = 8
     """Requests of a sample, the last of each phase; 0 measures nothing."""
@@ -78,7 +78,7 @@ class Scenario:
     """A stream of requests, and the arms that are compared on it."""
 
     about: str = ""
-    """What it shows, in a sentence."""
+    """Purpose of the scenario, in a sentence."""
     phases: list[Phase] = field(default_factory=list)
     """The stream, in order."""
     mixed: bool = False

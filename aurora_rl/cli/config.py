@@ -191,7 +191,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """What a candidate has to show before it is served."""
+    """Test of a candidate, by replay, before it is served."""
 
     requests: int = 8
     """Arrivals held back for each decision."""

@@ -34,7 +34,7 @@ class FleetConfig:
 
 @dataclass(frozen=True)
 class Placement:
-    """What a member gets of a node, and what is its own in the configuration.
+    """A member's share of a node, and its own part of the configuration.
 
     Attributes:
         num_cpus: CPUs that Ray reserves, also the threads of the member unless ``overrides`` says otherwise.

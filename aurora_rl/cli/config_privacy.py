@@ -25,7 +25,7 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """What is kept of users' texts, and for how long (docs/privacy.md). Server and learner need the same."""
+    """Capture and retention of users' texts (docs/privacy.md). Server and learner need the same values."""
 
     opt_out: tuple[str, ...] = ()
     """Tenants whose requests are never captured, by their names in the header X-Aurora-Tenant."""

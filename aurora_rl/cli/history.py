@@ -21,7 +21,7 @@ from aurora_rl.telemetry.log import MetricsReader
 
 @dataclass(slots=True)
 class Version:
-    """What became of a version.
+    """History of a version.
 
     Attributes:
         published: Why it was published.

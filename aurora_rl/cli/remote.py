@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Engine:
-    """What one engine does in its own way.
+    """Differences of one engine from the others.
 
     Attributes:
         client: Its client.

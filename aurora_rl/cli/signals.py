@@ -12,7 +12,7 @@ from types import FrameType
 
 
 class Stop:
-    """What SIGINT, SIGTERM and SIGHUP do.
+    """Handling of SIGINT, SIGTERM and SIGHUP.
 
     While a command starts they raise KeyboardInterrupt. Once it works, the first is a flag that loops look at, so that
     a round or a step ends whole, and a second one raises. However many come, one exception is raised.

@@ -49,7 +49,7 @@ class CodecError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What `decode` accepts from a peer.
+    """Limits on a message that `decode` accepts from a peer.
 
     Args:
         max_bytes: Total bytes of all frames, header included.

@@ -25,7 +25,7 @@ _DIGITS = 32  # of a checksum: what an engine says is kept, so it may not be lon
 
 @dataclass(slots=True)
 class EngineStatus:
-    """What the learner knows of the engine of one connection; times are `time.monotonic` seconds.
+    """The learner's record of the engine of one connection; times are `time.monotonic` seconds.
 
     `acknowledged` is the newest version whose checksum, after loading, was the published one. `rejected` is the last
     version that was refused or loaded wrong, with the reason. Its version is None if the message could not be read.

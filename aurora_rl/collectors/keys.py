@@ -31,7 +31,7 @@ class KeyFault(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ClientKeys:
-    """What a connecting socket needs.
+    """Keys of a connecting socket.
 
     Args:
         name: Name of its own key.
@@ -48,7 +48,7 @@ class ClientKeys:
 
 @dataclass(frozen=True, slots=True)
 class ServerKeys:
-    """What a listening socket needs.
+    """Keys of a listening socket.
 
     Args:
         secret: Its secret key.

@@ -58,7 +58,7 @@ class WrongLogitsError(UnsupportedModelError):
 
 @dataclass(frozen=True, slots=True)
 class Exactness:
-    """What the check found.
+    """Result of the check.
 
     Attributes:
         form: Form in which the model is run: "fused" (decoder layers in fewer operations), "grouped" (its own layers

@@ -57,7 +57,7 @@ class Request:
 
 @dataclass(slots=True)
 class Drafts:
-    """What became of the drafts of one request.
+    """Counts of the drafts of one request.
 
     Attributes:
         histogram: Rounds that accepted 0, 1, 2, ... drafted tokens; rounds without a draft are not counted.

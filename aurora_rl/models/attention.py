@@ -18,7 +18,7 @@ _NO_TERMS = ("position_ids", "cache_position")
 
 
 class TextAndTrees(NamedTuple):
-    """What is seen in a pass over texts and, after each, the nodes of its trees.
+    """Mask of a pass over texts and, after each, the nodes of its trees.
 
     Attributes:
         text_seen: Tokens of the text that a node sees, ``[b, N]`` int64.

@@ -23,7 +23,7 @@ Cause = Literal["corrupted", "stale", "mismatched", "cache", "dead"]
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is wrong with a drafter.
+    """A fault of a drafter.
 
     Attributes:
         cause: Its kind. corrupted: tensors are not those that were published. stale: they are those of an earlier

@@ -53,7 +53,7 @@ class RefusedError(ValueError):
 
 @dataclass(slots=True)
 class Update:
-    """What one round added to one request.
+    """Tokens that one round added to one request.
 
     Attributes:
         tokens: New tokens.

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """What a server has dropped of a tenant's.
+    """Counts of what a server dropped of a tenant's data.
 
     Attributes:
         prefixes: Texts whose rows were in the engine's prefix cache.

@@ -28,7 +28,7 @@ _SHORT, _LONG, _SUSPICIOUS = 12, 200, 0.5
 
 
 class _Question(NamedTuple):
-    """What a drafter was asked, and what it answered."""
+    """A question to a drafter, and its answer."""
 
     version: int
     tokens: Tensor

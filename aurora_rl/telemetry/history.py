@@ -111,7 +111,7 @@ class WatchdogFault:
 
 @dataclass(slots=True)
 class LearnerFigures:
-    """What the learner's events said last; its state is "running", or what is wrong."""
+    """Latest figures of the learner's events; its state is "running", or the fault."""
 
     state: str = "not known yet"
     steps: int = 0

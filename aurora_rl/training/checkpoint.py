@@ -25,7 +25,7 @@ _CHECKSUM = "checksum"  # in the document
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What :func:`save_training_state` wrote.
+    """A state that :func:`save_training_state` wrote.
 
     Attributes:
         folder: Its folder.

@@ -77,7 +77,7 @@ class EngineVerdict:
 
 @dataclass(slots=True)
 class _Sums:
-    """What requests with one version of the weights came to."""
+    """Sums over the requests with one version of the weights."""
 
     requests: int = 0
     tokens: int = 0

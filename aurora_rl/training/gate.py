@@ -30,7 +30,7 @@ _PRESENT = 8  # times the requests of a decision: arrivals of others after which
 
 
 class Replay(NamedTuple):
-    """What a drafter would have had on recorded requests.
+    """Acceptance that a drafter would have had on recorded requests.
 
     Attributes:
         tokens: Committed tokens of each request, ``[n]`` int64.
@@ -126,7 +126,7 @@ def replay(
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the gate found about a candidate.
+    """The gate's decision about a candidate.
 
     Attributes:
         publish: Whether the candidate is to be served.

@@ -39,7 +39,7 @@ class RanksLostError(ConnectionError):
 
 
 class Command(IntEnum):
-    """What rank 0 tells the others to do next."""
+    """Next action of all ranks, as rank 0 tells them."""
 
     WAIT = 0
     GRADIENT = 1

@@ -67,7 +67,7 @@ def _refuse_constant(name: str) -> None:
 
 
 class _Json(reprlib.Repr):
-    """What :class:`reprlib.Repr` says of Python's values, for those of JSON."""
+    """A :class:`reprlib.Repr` for values of JSON."""
 
     def repr_bool(self, value: bool, level: int) -> str:
         return "true" if value else "false"

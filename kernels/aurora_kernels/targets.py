@@ -25,7 +25,7 @@ _LEAST = math.log(torch.finfo(torch.float32).tiny)
 
 
 class Target(Protocol):
-    """What :func:`two_head_loss` compares a drafter with: ``n`` rows of a distribution."""
+    """Target of :func:`two_head_loss`: ``n`` rows of a distribution."""
 
     def __len__(self) -> int:
         """Return the number of rows, ``n``."""

@@ -135,7 +135,7 @@ class TreeMask:
 
     @property
     def words(self) -> Tensor:
-        """What each query sees of its tree as bits, ``[b, T, ⌈W / 64⌉]`` int64.
+        """The nodes of its tree that each query sees, as bits, ``[b, T, ⌈W / 64⌉]`` int64.
 
         Key ``j`` is bit ``j % 64`` of word ``j // 64``. The words are kept, so that all layers of a pass share them.
 

@@ -112,7 +112,7 @@ def two_head_loss(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a walk over the chunks needs besides tensors that may learn.
+    """Inputs of a walk over the chunks, apart from tensors that may learn.
 
     Attributes:
         read: Reads the target's log-probabilities.
@@ -147,7 +147,7 @@ class _Plan:
 
 
 class _Walked(NamedTuple):
-    """What a walk over the chunks found: see :func:`_walk`."""
+    """Results of a walk over the chunks; see :func:`_walk`."""
 
     values: Tensor
     agreement: Tensor

@@ -75,7 +75,7 @@ class EngineClient:
     engine: ClassVar[str]
     """Name of the engine, for messages."""
     error: ClassVar[type[EngineError]]
-    """What is raised of the server."""
+    """Error that is raised if the server fails or refuses."""
     watched: ClassVar[tuple[str, ...]] = ("prefill", "verify")
     """Entries of "seen" in the plugin's status that one request must raise."""
     _folder: str | None = None  # of the plugin's address, if the server was launched here

@@ -25,7 +25,7 @@ _TURN_MS = 50
 
 
 class PluginError(RuntimeError):
-    """What was asked of an engine cannot be done; the message says why."""
+    """An engine cannot do what it was asked; the message says why."""
 
 
 class PluginServer:

@@ -189,7 +189,7 @@ class Session:
 
 @dataclass(slots=True)
 class Follower:
-    """What another rank of a server than the first has in place of a session; its faults the first one tells.
+    """Stands in for a session on all ranks of a server but the first, which reports their faults.
 
     Attributes:
         version: Version of the weights that drafts.

@@ -31,7 +31,7 @@ class EngineRanksLostError(ConnectionError):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the first rank tells all to do next. SGLang pickles it for its own other processes.
+    """The first rank's order to all ranks. SGLang pickles it for its own other processes.
 
     Attributes:
         kind: What to do.

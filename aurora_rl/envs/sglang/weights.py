@@ -13,7 +13,7 @@ from aurora_rl.envs.recording.session import SwapError
 
 
 class Shard(NamedTuple):
-    """What a rank holds of a published tensor.
+    """A rank's part of a published tensor.
 
     Attributes:
         held: View of the rank's parameter.

@@ -17,7 +17,7 @@ from aurora_rl.envs.recording.assembler import EngineRound, TargetRows, Trajecto
 
 @dataclass(frozen=True, slots=True)
 class BatchPart:
-    """What a batch has of one request.
+    """One request's part of a batch.
 
     Attributes:
         rid: Id of the request.

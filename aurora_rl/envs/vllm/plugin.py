@@ -38,7 +38,7 @@ _HALVES = ("execute_model", "sample_tokens")
 
 
 class _Kept(NamedTuple):
-    """What was copied of a batch for one request, before its tokens are known."""
+    """Copies of one request's part of a batch, before its tokens are known."""
 
     place: int  # of the request in the batch
     part: BatchPart

@@ -30,7 +30,7 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True)
 class Notes:
-    """What the worker is told with a batch.
+    """The scheduler's notes to the worker on a batch.
 
     vLLM logs a batch whose pass fails, part by part, and parts with users' data by their :meth:`anon_repr`.
 

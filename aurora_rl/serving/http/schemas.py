@@ -29,7 +29,7 @@ _MAX_N, _MAX_LOGPROBS = 128, 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What chats and plain completions have in common. A null field counts as absent, except ``max_tokens``.
+    """Fields that chats and plain completions share. A null field counts as absent, except ``max_tokens``.
 
     Attributes:
         model: Name of the served model.

@@ -77,7 +77,7 @@ class Parts(Response):
 
 
 class _Choice:
-    """What was sent of one choice."""
+    """Progress of one choice: the pieces sent so far."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, job: Job) -> None:
         self.detokenizer = Detokenizer(tokenizer, job.sampling_params.stop)
