@@ -1,4 +1,4 @@
-"""What serving remembers of each slot's request: its context, and its rounds until they become a trajectory.
+"""State of each slot's request while it is served: its context, and its rounds until they become a trajectory.
 
 Legend: ``B`` slots, ``b`` of them in a call, ``P`` tokens of a prompt, ``F`` feature size, ``H`` hidden size, ``D``
 most new tokens of a round.

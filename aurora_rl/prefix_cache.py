@@ -1,4 +1,4 @@
-"""Rows of finished requests, by their tokens: what a request that begins alike need not compute again."""
+"""Rows of finished requests, by their tokens, which a request that begins alike need not compute again."""
 
 from __future__ import annotations
 

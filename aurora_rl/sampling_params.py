@@ -1,4 +1,4 @@
-"""How the tokens of a request are drawn: its parameters, and those of a batch of slots."""
+"""Sampling parameters of a request, and of a batch of slots."""
 
 from __future__ import annotations
 

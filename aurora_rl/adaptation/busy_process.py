@@ -1,4 +1,4 @@
-"""A learner that is always busy, in a process next to what is measured: the most that learning can cost it."""
+"""A learner that is always busy, in a process next to a measurement: the most that learning can cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures of learning speed, of what each request of a stream took: committed tokens, and verification rounds.
+"""Measures of learning speed, from the committed tokens and verification rounds of each request of a stream.
 
 A stream is served in one order, and an arm is one way to draft for it, so that arms differ in rounds alone. Definitions
 for citation are in docs/adaptation.md.

@@ -1,4 +1,4 @@
-"""What both halves of a run are built from: the target, the requests and the first drafter of a spec."""
+"""The parts that both halves of a run need: the target, the requests and the first drafter of a spec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``aurora-rl bench objectives``: what objectives learn from a recorded stream, shown on requests still to come."""
+"""``aurora-rl bench objectives``: objectives that learn from a recorded stream, compared on its next requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``aurora-rl check``: whether a model is served exactly, with what, and what it costs, before anything is started."""
+"""``aurora-rl check``: whether a model is served exactly, with which drafters, and what a round costs."""
 
 from __future__ import annotations
 

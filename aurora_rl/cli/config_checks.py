@@ -1,4 +1,4 @@
-"""What the values of a configuration must do, each alone and together."""
+"""Checks of a configuration's values, each alone and together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration of the drafter, and what its values must do together."""
+"""The configuration of the drafter, and checks of its values."""
 
 from __future__ import annotations
 

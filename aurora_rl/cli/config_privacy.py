@@ -1,4 +1,4 @@
-"""The configuration of what is kept of users' texts, and what it demands of other keys."""
+"""The configuration of privacy, and what it demands of other keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use, which is often fewer than the machine has."""
+"""Number of CPUs that this process may use, often fewer than the machine has."""
 
 from __future__ import annotations
 

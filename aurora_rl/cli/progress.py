@@ -1,4 +1,4 @@
-"""How far a long part of a command is."""
+"""Progress of a long part of a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``aurora-rl report``: the report of a folder, written again from what is in it."""
+"""``aurora-rl report``: write the report of a folder again from its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command does about SIGINT, SIGTERM and SIGHUP."""
+"""Handling of SIGINT, SIGTERM and SIGHUP by a command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration, resolved once into what the parts of a run are built from."""
+"""The configuration, resolved once into the arguments of a run's parts."""
 
 from __future__ import annotations
 

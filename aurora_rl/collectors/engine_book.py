@@ -1,4 +1,4 @@
-"""What a learner knows of the engines that connect to it: what each serves, was sent, loaded or refused."""
+"""A learner's book of the engines that connect to it: what each serves, was sent, loaded or refused."""
 
 from __future__ import annotations
 

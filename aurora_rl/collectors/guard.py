@@ -1,4 +1,4 @@
-"""Bounds what a peer can make ZeroMQ hold: a relay that reads the framing of ZMTP before ZeroMQ does.
+"""Bounds the memory that a peer can make ZeroMQ hold: a relay that reads the framing of ZMTP before ZeroMQ does.
 
 libzmq keeps the parts of a multipart message to itself until the last one has arrived; ``ZMQ_MAXMSGSIZE`` bounds a part
 and nothing bounds their number. So a peer that never sends the last part grows the process without end, and no reader

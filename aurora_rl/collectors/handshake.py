@@ -1,4 +1,4 @@
-"""What engine and learner must agree on before anything is learned."""
+"""The handshake: facts on which engine and learner must agree before anything is learned."""
 
 from __future__ import annotations
 

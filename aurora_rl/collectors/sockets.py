@@ -1,4 +1,4 @@
-"""What sink, collector and weight sync share: opening a ZeroMQ socket, and a thread that owns one."""
+"""Code that sink, collector and weight sync share: opening a ZeroMQ socket, and a thread that owns one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer sees of a text: windows and chunks of attention, and lengths on which attention itself depends."""
+"""The part of a text that a layer sees: windows and chunks of attention, and lengths on which attention depends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When prompts are read: whole while nothing decodes, and else in chunks between the rounds of what does."""
+"""Reading of prompts: whole while nothing decodes, otherwise in chunks between the rounds of decoding requests."""
 
 from __future__ import annotations
 

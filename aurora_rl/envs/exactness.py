@@ -1,4 +1,4 @@
-"""The check that an engine makes before it serves: its logits against those of the model's own, untouched forward.
+"""The check that an engine makes before it serves: its logits against those of the model's own forward.
 
 Legend: ``R`` rows of the probe, ``n`` tokens of each, ``V`` vocabulary.
 """

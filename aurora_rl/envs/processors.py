@@ -1,4 +1,4 @@
-"""What a model's generation config does to its logits, applied at every node of a draft tree.
+"""The logits processors of a model's generation config, applied at every node of a draft tree.
 
 A logits processor of transformers is a function of the text before a position and of the logits there. At a node the
 text goes down to the node, so the processed logits are the target's own there, and every rule stays lossless.

@@ -1,4 +1,4 @@
-"""The day-0 draft vocabulary: the tokens that a target is likeliest to say."""
+"""The day-0 draft vocabulary: the likeliest tokens of a target."""
 
 from __future__ import annotations
 

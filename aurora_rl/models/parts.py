@@ -1,4 +1,4 @@
-"""What a drafter and its training need of the target: its embedding, head, final norm and last layer."""
+"""The parts of the target that a drafter and its training need: embedding, head, final norm and last layer."""
 
 from __future__ import annotations
 

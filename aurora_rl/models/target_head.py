@@ -1,4 +1,4 @@
-"""What turns the target's last hidden states into logits, and where its decoder layers are."""
+"""The target's head, from last hidden states to logits, and the place of its decoder layers."""
 
 from __future__ import annotations
 

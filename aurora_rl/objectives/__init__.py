@@ -1,4 +1,4 @@
-"""What the drafter learns: divergences, losses, and how they are named and summed."""
+"""Objectives of the drafter: divergences, losses, and how they are named and summed."""
 
 from aurora_rl.objectives.acceptance_reward import AcceptanceRewardLoss
 from aurora_rl.objectives.discard import DiscardSamplingLoss

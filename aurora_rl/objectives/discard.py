@@ -1,4 +1,4 @@
-"""Discard sampling: the drafter also learns at the contexts that it visited and verification threw away."""
+"""Discard sampling: the drafter also learns at contexts that it visited and verification rejected."""
 
 from __future__ import annotations
 

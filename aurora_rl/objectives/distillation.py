@@ -1,4 +1,4 @@
-"""What imitation, discard sampling and objectives from functions share: the distribution that the drafter is taught."""
+"""Base of imitation, discard sampling and objectives from functions: the distribution that the drafter is taught."""
 
 from __future__ import annotations
 

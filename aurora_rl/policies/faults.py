@@ -1,4 +1,4 @@
-"""What may be wrong with a drafter that serves, and how its tensors are compared with what they were."""
+"""Faults of a serving drafter, and how its tensors are compared with earlier samples."""
 
 from __future__ import annotations
 

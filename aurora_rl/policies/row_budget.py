@@ -1,4 +1,4 @@
-"""How many rows a drafter reads next to a round, so that a long prompt makes nobody wait for long."""
+"""Number of rows that a drafter reads next to a round, so that a long prompt makes nobody wait for long."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests of concurrent clients: what each round added to one comes as a stream, in an event loop elsewhere."""
+"""Requests of concurrent clients: each gets a stream of what rounds add to it, in an event loop elsewhere."""
 
 from __future__ import annotations
 

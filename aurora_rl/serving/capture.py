@@ -1,4 +1,4 @@
-"""Which requests are captured: their trajectories go to the learner, and their answers to what lookup searches."""
+"""Choice of the requests that are captured: trajectories go to the learner, and answers to lookup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a client waits, and for what."""
+"""Times that a client waits, and for what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which version of the drafter drafts now: swaps, trials of new weights, and the way back."""
+"""The version of the drafter that drafts now: swaps, trials of new weights, and rollbacks."""
 
 from __future__ import annotations
 

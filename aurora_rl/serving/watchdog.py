@@ -1,4 +1,4 @@
-"""Whether the drafter that serves is still what was published: its tensors, its answers, its cache.
+"""Check that the serving drafter is still what was published: its tensors, its answers, its cache.
 
 Acceptance may fall because the traffic changed. So nothing here is judged by acceptance: each check compares something
 that must be equal, and names the cause by what it compared.

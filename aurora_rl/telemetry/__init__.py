@@ -1,1 +1,1 @@
-"""What a run says of itself: its log and what follows it: history, metrics, loggers, live view and report."""
+"""Telemetry of a run: its log, and its readers: history, metrics, loggers, live view and report."""

@@ -1,4 +1,4 @@
-"""What a run writes: a failure is told, and loses no other output."""
+"""Outputs of a run: a failure is reported, and loses no other output."""
 
 from __future__ import annotations
 

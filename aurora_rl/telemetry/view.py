@@ -1,4 +1,4 @@
-"""What a run shows and logs while it serves."""
+"""The live view of a run, and its log while it serves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the conformance checks assert with."""
+"""Assertions of the conformance checks."""
 
 from __future__ import annotations
 

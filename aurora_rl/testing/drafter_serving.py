@@ -1,4 +1,4 @@
-"""What the conformance check of drafters asks of serving: proposals, their law, and the cache."""
+"""The conformance check of drafters, on serving: proposals, their law, and the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the conformance check of drafters asks of training: scores, unrolled chains and gradients."""
+"""The conformance check of drafters, on training: scores, unrolled chains and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the conformance check of drafters asks of weights: refused, staged, swapped in mid-request, saved and read."""
+"""The conformance check of drafters, on weights: refused, staged, swapped in mid-request, saved and read."""
 
 from __future__ import annotations
 

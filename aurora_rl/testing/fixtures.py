@@ -1,4 +1,4 @@
-"""What objectives are checked on: a drafter with gaps, requests served with it, and a drafter that is the target."""
+"""Fixtures of objectives' checks: a drafter with gaps, requests served with it, and a drafter that is the target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the checks of objectives read off one: its loss, and whether it refuses a batch in words."""
+"""Readings for the checks of objectives: the loss, and whether a batch is refused in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long trajectories are kept: until their tenant's data is deleted, or until they are too old."""
+"""Retention of trajectories: until their tenant's data is deleted, or until they are too old."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an engine drafts with the weights that it says it loaded."""
+"""Check that an engine drafts with the weights that it says it loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a learner tells of its wire: what arrived of each engine, what was dropped, and who was refused."""
+"""A learner's notes on its wire: what arrived from each engine, what was dropped, and who was refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the queries of a pass see: the text before a tree, and keys of the tree.
+"""The keys that the queries of a pass see: the text before a tree, and keys of the tree.
 
 Legend: ``b`` slots, ``T`` queries of each, ``W`` keys of its tree, ``L`` columns of keys. In :class:`MaskParts`, ``X``
 and ``Y`` columns of the first and of the second part, ``group`` heads that share a key head.

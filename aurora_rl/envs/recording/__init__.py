@@ -1,4 +1,4 @@
-"""What engines in processes of their own share, whose rounds reach us as recorded: SGLang and vLLM.
+"""Code that engines in processes of their own share, SGLang and vLLM. Their rounds reach us as recorded.
 
 Inside the engine: :mod:`plugin` (what every plugin answers), :mod:`plugin_server` (by which socket), :mod:`session`
 (what an attached learner has there), :mod:`checks` (whether target and weights fit), :mod:`assembler` (rounds to

@@ -1,4 +1,4 @@
-"""What engines compare alike: their target and drafter with the learner's, and weights that come with what they hold.
+"""Checks that engines share: target and drafter against the learner's, and new weights before they load.
 
 Legend: ``V`` vocabulary, ``Vd`` rows of the draft head, ``H`` hidden size.
 """

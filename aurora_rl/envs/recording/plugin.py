@@ -1,4 +1,4 @@
-"""What plugins of all engines do: answer attach, detach, record and delete, and keep faults of ours inside."""
+"""Base of all engines' plugins: answers attach, detach, record and delete, and contains our faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a learner that attached has inside an engine: the ends of the wire, the records, the version."""
+"""Session of an attached learner inside an engine: the ends of the wire, the records, the version."""
 
 from __future__ import annotations
 

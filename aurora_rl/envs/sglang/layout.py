@@ -1,4 +1,4 @@
-"""How many processes a server of SGLang has: which layouts cannot be learned from, and where they run on this host."""
+"""Processes of an SGLang server: layouts that cannot be learned from, and where the processes run on this host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs inside SGLang's scheduler process: hooks that watch drafting and verification, and swaps between batches.
+"""The plugin in SGLang's scheduler process: hooks that watch drafting and verification, and swaps between batches.
 
 At the address in the environment variable AURORA_RL_SGLANG the plugin answers requests of
 :mod:`aurora_rl.envs.recording.plugin_server`; from ``attach`` to ``detach`` it records and swaps.

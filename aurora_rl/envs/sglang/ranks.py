@@ -1,4 +1,4 @@
-"""The processes that hold one model together, by tensor parallelism: what the first decides, and what all agree on.
+"""The ranks of one model under tensor parallelism: orders of the first, and votes of all.
 
 SGLang's scheduler runs in every one of them, in lockstep. Between two batches the first rank broadcasts the requests
 that came, and all take them in. Orders travel with these requests, so that every rank carries them out at the same

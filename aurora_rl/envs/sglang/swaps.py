@@ -1,4 +1,4 @@
-"""Swaps of the drafter's weights in SGLang's scheduler, on one rank or on several of a server that do it together.
+"""Swaps of the drafter's weights in SGLang's scheduler, on one rank or on all ranks of a server together.
 
 The first rank receives weights from the learner. It sends them to the others in parts, one between two batches. Once
 each has all of them, and has found that they are the learner's, every rank loads its shard between the same two

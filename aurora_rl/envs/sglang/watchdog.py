@@ -1,4 +1,4 @@
-"""Whether the drafter in SGLang's scheduler is still what was loaded: its tensors, what it reads, and its cache.
+"""Check that the drafter in SGLang's scheduler is still what was loaded: its tensors, its inputs and its cache.
 
 SGLang's drafter cannot be asked on the side, as that of :mod:`aurora_rl.serving.watchdog` is. So each check
 compares what must not change with what it was. No learner is needed.

@@ -1,4 +1,4 @@
-"""Verification rules: how the target's logits settle which drafted nodes stand.
+"""Verification rules: how the target's logits decide which drafted nodes are accepted.
 
 A rule is lossless when the law of the delivered text is the target's own, whatever tree was drafted.
 """

@@ -1,4 +1,4 @@
-"""How a request's tokens are drawn: the distribution that is served."""
+"""Sampling of a request's tokens: the distribution that is served."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker: hooks around the model runner's two halves of a batch, and swaps between batches.
+"""The plugin in vLLM's worker: hooks around the model runner's two halves of a batch, and swaps between batches.
 
 At the address in the environment variable AURORA_RL_VLLM the plugin answers requests of
 :mod:`aurora_rl.envs.recording.plugin_server`; from ``attach`` to ``detach`` it records and swaps.

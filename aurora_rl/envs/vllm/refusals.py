@@ -1,4 +1,4 @@
-"""What of a running vLLM is refused, by name, before anything is recorded."""
+"""Refusals of a running vLLM, by name, before anything is recorded."""
 
 from __future__ import annotations
 

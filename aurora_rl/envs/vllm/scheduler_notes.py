@@ -1,4 +1,4 @@
-"""What vLLM's scheduler tells the worker with each batch, which vLLM itself does not: how requests ended, and salts.
+"""Notes of vLLM's scheduler to the worker with each batch, which vLLM itself does not send: ends and salts of requests.
 
 Both may be processes of their own. So the notes travel as an attribute of the scheduler's output, which is pickled as
 it is. The worker's wish for an empty prefix cache travels as an attribute of the runner's output.

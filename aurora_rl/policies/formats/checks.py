@@ -1,4 +1,4 @@
-"""A drafter's ``config.json``: how a configuration is written, and what is checked of one against the target."""
+"""A drafter's ``config.json``: how it is written, and how it is checked against the target."""
 
 from __future__ import annotations
 

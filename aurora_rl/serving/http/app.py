@@ -1,4 +1,4 @@
-"""What the applications in front of any engine share: keys, bounds, errors, and what operators ask."""
+"""Base of the applications in front of any engine: keys, bounds, errors, and the paths for operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies of requests to what an engine takes: token ids and sampling parameters."""
+"""From bodies of requests to an engine's input: token ids and sampling parameters."""
 
 from __future__ import annotations
 
