@@ -72,7 +72,7 @@ class LLM:
         num_speculative_tokens: Number of tokens drafted per round, as a chain. What the request's own text says after
             the same words takes the place of less likely ones (``TreeShape.lookup``), so that some are accepted before
             the drafter has learned anything.
-        shape: Tree to draft in the place of a chain; ``num_speculative_tokens`` is not used then. It needs a drafter.
+        shape: Tree to draft instead of a chain; ``num_speculative_tokens`` is not used then. It needs a drafter.
         dtype: "float32", "bfloat16", ... or a torch dtype; "auto" is bfloat16 where the device computes in it.
         device: Device of the target; "auto" is CUDA if there is one.
         num_slots: Requests decoded side by side.

@@ -28,7 +28,7 @@ class RunSpec:
     """A configuration, resolved once: what the parts of a run are built from.
 
     Attributes:
-        config: Configuration, of which nothing can be changed. What stands below is read here, not there. Only
+        config: Configuration, frozen. What stands below is read here, not there. Only
             ``max_new_tokens`` is read there too, by the HTTP server, which must know whether it was given.
         device: Device of the target.
         dtype: Dtype in which the target and the drafter are served.

@@ -71,7 +71,7 @@ class SpecDecodeEnv(EnvBase):
 
     Attributes:
         on_tokens: Called with each request that a round delivered tokens to, the tokens, and their log-probabilities
-            if the request asked for them. None, the default, tells nobody.
+            if the request asked for them. None, the default, turns that off.
         recording_seconds: Wall time spent on trajectories so far.
 
     Raises:

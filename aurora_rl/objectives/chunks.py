@@ -1,4 +1,4 @@
-"""Chunks of rows of the drafter's logits, computed again in the backward pass in place of being kept.
+"""Chunks of rows of the drafter's logits, computed again in the backward pass instead of being kept.
 
 Legend: ``X`` rows, ``c`` of a chunk, ``H`` hidden size, ``Vd`` draft vocabulary.
 """

@@ -109,7 +109,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         vocab_size: Size of the target's vocabulary.
         cached: Number of pairs held for each slot, ``[B]`` int64 on the CPU.
         max_depth: Depth of the deepest node that the drafter can propose.
-        unroll_depth: Depths that imitation unrolls unless it is told otherwise.
+        unroll_depth: Depths that imitation unrolls by default.
         draft_modes: Modes of :class:`TreeShape` that the drafter can draft in.
         formats: Names of the layouts that :meth:`write` and :meth:`read` know; runs are kept in the first.
         target_sizes: Entries of a checkpoint's ``config.json`` that must be the target's.

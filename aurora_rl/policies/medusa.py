@@ -53,7 +53,7 @@ class MedusaDrafter(Drafter):
         vocab_size: Size of the target's vocabulary.
         draft_vocab: Target ids of the heads' rows, ``[Vd]`` int64.
         feature_layers: Layer id of the one feature.
-        num_heads: Number of heads, hence the deepest depth.
+        num_heads: Number of heads, which is the largest depth.
         num_layers: Residual blocks of each head.
 
     Raises:

@@ -77,7 +77,7 @@ class Job:
         learn: Whether the learner may see it.
         counted: Whether statistics and metrics count it.
         cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
-        tenant: Name of whom it is for.
+        tenant: Name of the tenant that it is for.
     """
 
     prompt: Tensor

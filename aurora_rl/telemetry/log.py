@@ -23,7 +23,7 @@ class JsonLines:
 
     Args:
         path: File; created where it is missing.
-        max_bytes: Size from which the file is put in the place of ``older_part(path)`` and begun anew; None lets it
+        max_bytes: Size from which the file replaces ``older_part(path)`` and is begun anew; None lets it
             grow.
 
     Attributes:

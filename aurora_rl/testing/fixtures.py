@@ -26,7 +26,7 @@ _SERVED = (
 
 
 class GappyDrafter(Eagle3Drafter):
-    """EAGLE-3 of three depths, whose rows where it has no prediction can be told what to hold.
+    """EAGLE-3 of three depths, whose rows without a prediction hold what a test sets.
 
     Attributes:
         filler: Step by which such a row rises from token to token.

@@ -31,7 +31,7 @@ _SHUTDOWN_S = 5
 
 
 class _Connection(HttpToolsProtocol):
-    """A connection that cannot be held by saying nothing, of which there are not too many, and that stays HTTP/1.1.
+    """A connection that a silent client cannot hold open. It stays HTTP/1.1, and the number of connections is bounded.
 
     At most half of the descriptors that the process may open are clients': the rest are for the log, the learner and
     the wire. Uvicorn bounds the requests only, and none of these come from a silent client.
