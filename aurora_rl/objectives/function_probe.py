@@ -40,8 +40,8 @@ def probe_function(call: Call, steps: int) -> None:
         steps: Depths ``J`` of the windows.
 
     Raises:
-        ValueError: It changes its arguments, its values have no gradient in ``log_q``, two calls with the same random
-            state differ, or a window has other values, mask or gradient next to others.
+        ValueError: It changes its arguments, its values have no gradient in ``log_q``, or two calls with the same
+            random state differ. Or a window has other values, mask or gradient next to others.
 
     Example:
         >>> probe_function(lambda log_p, log_q, windows: (-(log_p.exp() * log_q).sum(-1), windows.valid), steps=3)

@@ -80,7 +80,7 @@ def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, 
 
     A node is dropped if it is masked out, if its token is outside the vocabulary, or if its parent is dropped or is
     neither an earlier node nor the root. It is also dropped if an earlier surviving sibling has the same token, so that
-    the path that verification accepts is unique; ``repeats`` keeps such siblings, as independent draws give them.
+    the path that verification accepts is unique. ``repeats`` keeps such siblings, as independent draws give them.
     ``mask`` ``[B, N]`` bool are the nodes that the drafter proposes.
 
     >>> tokens, parents = torch.tensor([[5, 5, 7, 9]]), torch.tensor([[-1, -1, 1, 0]])

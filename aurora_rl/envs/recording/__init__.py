@@ -1,7 +1,7 @@
 """Code that engines in processes of their own share, SGLang and vLLM. Their rounds reach us as recorded.
 
 Inside the engine: :mod:`plugin` (what every plugin answers), :mod:`plugin_server` (by which socket), :mod:`session`
-(what an attached learner has there), :mod:`checks` (whether target and weights fit), :mod:`assembler` (rounds to
-trajectories) and :mod:`copies` (tensors to the host). Outside: :mod:`client` (a server) and :mod:`replicas` (several of
-one). Code that knows an engine's own functions is in ``envs/sglang`` and ``envs/vllm``.
+(what an attached learner has there) and :mod:`checks` (whether target and weights fit). Also :mod:`assembler` (rounds
+to trajectories) and :mod:`copies` (tensors to the host). Outside: :mod:`client` (a server) and :mod:`replicas` (several
+of one). Code that knows an engine's own functions is in ``envs/sglang`` and ``envs/vllm``.
 """
