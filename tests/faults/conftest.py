@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,11 @@ class Command:
             assert self.process.poll() is None, self.text
             return len(self.events(kind)) >= count
 
-        wait(there)
+        try:
+            wait(there)
+        except AssertionError:
+            seen = Counter(event["event"] for event in self._events)
+            pytest.fail(f"{count} of {kind!r} did not come in time; events {dict(seen)}, and it said: {self.text}")
         return self.events(kind)
 
     def interrupt(self) -> None:

@@ -172,7 +172,7 @@ def test_a_hangup_ends_a_run_in_good_order(start: Start) -> None:
     assert flywheel.events("learner_done")
 
 
-@pytest.mark.parametrize("end", ["saved", "killed"])
+@pytest.mark.parametrize("end", [pytest.param("saved", marks=pytest.mark.stress), "killed"])
 def test_a_training_state_that_was_not_written_is_told_unless_a_later_one_was(start: Start, end: str) -> None:
     flywheel = start("flywheel", ENDLESS)
     (ready,) = flywheel.wait_for("learner_ready")

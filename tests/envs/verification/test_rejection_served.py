@@ -148,7 +148,7 @@ def serve(
     [
         ("rejection", "sampled", 3, 700),
         ("rejection_without_replacement", "sampled_without_replacement", 3, 700),
-        ("sample_and_match", "sampled", 3, 1500),
+        pytest.param("sample_and_match", "sampled", 3, 1500, marks=pytest.mark.stress),
         ("block", "sampled", 1, 600),
     ],
 )
