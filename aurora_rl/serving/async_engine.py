@@ -95,7 +95,7 @@ class _Stream:
 
     request: Request
     index: int
-    queue: asyncio.Queue[tuple[_Stream, Update | Exception]]
+    queue: asyncio.Queue[tuple[_Stream, Update | Exception] | None]
     loop: asyncio.AbstractEventLoop
     times: RequestTimes
 
@@ -194,18 +194,22 @@ class AsyncEngine:
             "prefix_cache_hits_total": 0 if server is None else server.prefix_cache_hits,
         }
 
-    async def generate(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Update], None]:
+    async def generate(
+        self, jobs: Sequence[Job], deadline: float | None = None
+    ) -> AsyncGenerator[tuple[int, Update], None]:
         """Complete prompts, and yield what each round added to one, with its index. Closing it cancels what is open.
 
         Args:
             jobs: What to generate; all are taken, or none.
+            deadline: Time of the event loop's clock by which all are to be complete.
 
         Raises:
+            TimeoutError: The deadline has passed.
             QueueFullError: More requests would wait than ``max_waiting``.
             RefusedError: The engine cannot serve one of the requests.
             UnavailableError: The server is shutting down, or a fault has ended the rounds.
         """
-        queue: asyncio.Queue[tuple[_Stream, Update | Exception]] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[_Stream, Update | Exception] | None] = asyncio.Queue()  # None: the deadline passed
         loop, left = asyncio.get_running_loop(), []
         for index, job in enumerate(jobs):
             request = Request(next(self._ids), **vars(job))
@@ -218,9 +222,13 @@ class AsyncEngine:
                 self._streams[stream.request.id] = stream
                 self._waiting.append(stream.request)
         self._arrived.set()
+        # One timer: a timeout around each wait would cost more than all else that is done here with an update.
+        timer = None if deadline is None else loop.call_at(deadline, queue.put_nowait, None)
         try:
             while left:
-                stream, update = await queue.get()
+                if (item := await queue.get()) is None:
+                    raise TimeoutError
+                stream, update = item
                 if isinstance(update, Exception):
                     left.remove(stream)
                     raise update
@@ -231,6 +239,8 @@ class AsyncEngine:
                     stream.times.completed()
                 yield stream.index, update
         finally:  # nothing is awaited here, so that what is cancelled ends at once
+            if timer is not None:
+                timer.cancel()
             for stream in left:
                 self._cancel(stream)
 

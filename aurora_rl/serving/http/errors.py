@@ -84,6 +84,8 @@ def of_engine(error: Exception) -> ApiError:
         return ApiError(400, str(error), param=error.param, code=error.code)
     if isinstance(error, RefusedError):
         return ApiError(400, str(error))
+    if isinstance(error, TimeoutError):
+        return ApiError(504, "the request took longer than http.timeout allows; ask for fewer tokens")
     if isinstance(error, QueueFullError):
         return ApiError(429, f"{error}; try again later", headers={"Retry-After": "1"})
     if isinstance(error, UnavailableError):
@@ -117,8 +119,3 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
 async def answer_any_exception(request: Request, error: Exception) -> Response:
     """Starlette's handler of everything else; Starlette raises the error again, and uvicorn logs it."""
     return ApiError(500, "the server failed on this request; its log says why").response()
-
-
-def timed_out() -> ApiError:
-    """Return the error of a request that took too long."""
-    return ApiError(504, "the request took longer than http.timeout allows; ask for fewer tokens")

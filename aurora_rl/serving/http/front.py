@@ -24,8 +24,8 @@ from aurora_rl.models.detokenizer import token_bytes
 from aurora_rl.serving.async_engine import AsyncEngine, Job, QueueFullError, UnavailableError
 from aurora_rl.serving.http.app import Application
 from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
-from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine, timed_out
-from aurora_rl.serving.http.generation import complete, generate, while_connected
+from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine
+from aurora_rl.serving.http.generation import complete, while_connected
 from aurora_rl.serving.http.prompts import Encoder, tenant_to_delete
 from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Tokenize, parse
 from aurora_rl.serving.http.streams import EventStream, Parts, events
@@ -211,7 +211,7 @@ class Front(Application):
             bodies = kind(self._model, self._tokenizer, **self._drafter)
             if not body.stream:
                 return Parts(await while_connected(request.receive, self._whole(jobs, bodies, deadline)))
-            updates = generate(self._engine, jobs, deadline)
+            updates = self._engine.generate(jobs, deadline)
             # The status is known with the first tokens: a full queue, say, is told by it.
             first = await while_connected(request.receive, anext(updates))
             stream = events(
@@ -227,12 +227,9 @@ class Front(Application):
     async def _whole(self, jobs: Sequence[Job], bodies: Bodies, deadline: float) -> list[bytes]:
         """Return the parts of an answer that is not streamed, encoded one after the other next to the event loop."""
         done, loop = await complete(self._engine, jobs, deadline), asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout_at(deadline):
-                choices = range(len(jobs))
-                return [await loop.run_in_executor(self._worker, bodies.part, each, jobs, done) for each in choices]
-        except TimeoutError:
-            raise timed_out() from None
+        async with asyncio.timeout_at(deadline):
+            choices = range(len(jobs))
+            return [await loop.run_in_executor(self._worker, bodies.part, each, jobs, done) for each in choices]
 
     async def _work(self, request: Request, answer: Callable[[bytes], dict[str, Any]]) -> Response:
         """Answer a body in the thread of /tokenize and /detokenize."""

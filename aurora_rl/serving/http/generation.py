@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from aurora_rl.envs import Completion
-from aurora_rl.serving.async_engine import AsyncEngine, Job, Update
-from aurora_rl.serving.http.errors import ClientGoneError, timed_out
+from aurora_rl.serving.async_engine import AsyncEngine, Job
+from aurora_rl.serving.http.errors import ClientGoneError
 
 T = TypeVar("T")
 
 
-async def generate(
-    engine: AsyncEngine, jobs: Sequence[Job], deadline: float
-) -> AsyncGenerator[tuple[int, Update], None]:
-    """Generate all jobs, and yield what a round added to one, with its index. Closing it cancels what is not complete.
+async def complete(engine: AsyncEngine, jobs: Sequence[Job], deadline: float) -> list[Completion]:
+    """Return the completions of all jobs, in their order.
 
     Raises:
-        ApiError: Status 504, the deadline has passed.
+        TimeoutError: The deadline, a time of the event loop's clock, has passed.
         Exception: The first error of the engine at one of the jobs.
     """
-    async with aclosing(engine.generate(jobs)) as updates:
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    update = await anext(updates, None)
-            except TimeoutError:
-                raise timed_out() from None
-            if update is None:
-                return
-            yield update
-
-
-async def complete(engine: AsyncEngine, jobs: Sequence[Job], deadline: float) -> list[Completion]:
-    """Generate all jobs; see :func:`generate`."""
     done: dict[int, Completion] = {}
-    async with aclosing(generate(engine, jobs, deadline)) as updates:
+    async with aclosing(engine.generate(jobs, deadline)) as updates:
         async for index, update in updates:
             if update.completion is not None:
                 done[index] = update.completion

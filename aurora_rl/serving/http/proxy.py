@@ -20,7 +20,7 @@ from typing_extensions import override
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.serving.async_engine import QueueFullError
 from aurora_rl.serving.http.app import Application
-from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine, timed_out
+from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine
 from aurora_rl.serving.http.generation import while_connected
 from aurora_rl.serving.http.prompts import switch, tenant_of, tenant_to_delete
 from aurora_rl.serving.http.schemas import json_object
@@ -235,7 +235,7 @@ class Proxy(Application):
 
     def _failure(self, error: Exception) -> ApiError:
         if isinstance(error, TimeoutError):
-            return timed_out()
+            return of_engine(error)
         _throttle.warning("no answer", "SGLang at %s does not answer: %s", self._url, str(error) or repr(error))
         return ApiError(502, "SGLang does not answer; try again later")
 
