@@ -10,6 +10,12 @@ from typing import Any
 
 from typing_extensions import override
 
+# Names that have a better one in the same module: old to new, by module below aurora_rl.
+_RENAMED = {
+    "serving.canary": {"Canary": "RoundTrialRules", "Trial": "RoundTrial", "Verdict": "RoundTrialVerdict"},
+    "training.engine_canary": {"EngineRules": "EngineTrialRules", "EngineVerdict": "EngineTrialVerdict"},
+    "testing.families": {"Verdict": "FamilyOutcome", "verdict": "try_family"},
+}  # fmt: skip
 # Old to new, below aurora_rl: modules, then names that left a module which is still there.
 MOVED = {
     "target_head": "models.target_head", "policies.target": "models.parts", "slot_cache": "models.kv_cache",
@@ -70,6 +76,7 @@ MOVED = {
     **{f"envs.verification.{name}": f"envs.verification.rules.{name}" for name in (
         "RULES", "Greedy", "SampleAndMatch", "Verdict", "VerificationRule", "check_shapes", "descend", "get_rule",
         "register_rule", "settle")},
+    **{f"{home}.{old}": f"{home}.{new}" for home, names in _RENAMED.items() for old, new in names.items()},
 }  # fmt: skip
 # Of modules that moved, the public names that their new module lacks, and what has them or is in their place.
 ELSEWHERE = {

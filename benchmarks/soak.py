@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             figures = asyncio.run(soak(options, server))
             status = server.end()
         told = log.read_text(errors="replace")
-    failures = verdict(figures)
+    failures = failures_of(figures)
     if status:
         failures.append(f"the server ended with status {status}")
     if "Traceback" in told:
@@ -166,7 +166,7 @@ def growth(samples: Sequence[Mapping[str, float]]) -> float:
     return float(np.polyfit(seconds, rss, 1)[0] * (seconds[-1] - seconds[0]))
 
 
-def verdict(figures: Mapping[str, Any]) -> list[str]:
+def failures_of(figures: Mapping[str, Any]) -> list[str]:
     """Return what leaked or was answered wrongly, a line each."""
     before, after, answers = figures["before"], figures["after"], figures["answers"]
     found = [f"{answers[kind]} answers {kind}" for kind in ("different", "failed") if answers.get(kind)]

@@ -24,7 +24,7 @@ from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rou
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.prefix_cache import PrefixCache
-from aurora_rl.serving.canary import Canary
+from aurora_rl.serving.canary import RoundTrialRules
 from aurora_rl.serving.capture import Capture
 from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
@@ -102,9 +102,10 @@ def embedded_server(
         log.write("costs", round_ms=cost_table(costs))
         return TreeController(costs)
 
-    policies, canary = [new_policy(*each, version) for version, each in enumerate(drafters)], _canary(config)
+    policies = [new_policy(*each, version) for version, each in enumerate(drafters)]
+    trial_rules = _trial_rules(config)
     policy, controllers = policies[0], [timed(each) for each in policies]
-    if rival is None and canary is not None:
+    if rival is None and trial_rules is not None:
         policies.append(new_policy(spec, drafter))
     tokenizer = target.tokenizer  # not the target: its plain weights are not to outlive their packed forms
     if config.engine.prefix_cache_tokens:  # not before: what is measured are not requests
@@ -134,7 +135,7 @@ def embedded_server(
         controller=controllers[0],
         sink=sink,
         receiver=receiver,
-        canary=canary,
+        trial_rules=trial_rules,
         second=policies[-1],
         second_controller=controllers[-1],
         watched=True,
@@ -174,12 +175,12 @@ def _wire(config: Config, greeting: Handshake, drafter: Drafter) -> tuple[Trajec
     return sink, receiver
 
 
-def _canary(config: Config) -> Canary | None:
+def _trial_rules(config: Config) -> RoundTrialRules | None:
     """Return how new weights are tried; None swaps them in at once."""
     settings = config.canary
     if not settings.share:
         return None
-    return Canary(
+    return RoundTrialRules(
         share=settings.share,
         window=settings.window,
         false_alarm_rate=settings.false_alarm_rate,
