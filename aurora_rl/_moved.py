@@ -155,6 +155,7 @@ ELSEWHERE = {
     },
     "serving.sglang": {"SGLangServer": "aurora_rl.serving.attached.DrivenServer"},
     "slot_cache": {"cache_mask": "aurora_rl.models.attention.pass_mask"},
+    "testing.stand_ins": {"Served": "aurora_rl.testing.fixtures.ServedTrajectories"},
     "testing.tabular": {
         "TabularDrafter": "aurora_rl.testing.enumerable_worlds.EnumerableDrafter",
         "TabularTarget": "aurora_rl.testing.enumerable_worlds.EnumerableTarget",

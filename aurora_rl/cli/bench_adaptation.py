@@ -258,7 +258,7 @@ class _Bench:
         with watch(self._console, f"arm {name}, seed {seed}", len(stream), at) as shown:
 
             def tell(done: int, run: ArmRun) -> None:
-                recent = run.served.part(max(done - 40, 0), done)
+                recent = run.counts.part(max(done - 40, 0), done)
                 shown.tell(done, f"acceptance {recent.acceptance_length():.2f}")
 
             def keep(request: int, tensors: dict[str, torch.Tensor]) -> None:

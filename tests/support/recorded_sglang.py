@@ -95,7 +95,7 @@ class RecordedSGLang:
             if self.session is not None:
                 self._swap(self.session)
                 records = self.session.records
-                records.served = records.served.plus(text, False)
+                records.totals = records.totals.plus(text, False)
                 self.session.sink.extend(text)
         choice = {"index": 0, "text": "text", "finish_reason": "length"}
         return JSONResponse({"choices": [choice], "usage": {"completion_tokens": TOKENS}})

@@ -105,7 +105,7 @@ class Session:
 
     def status(self) -> dict[str, Any]:
         """Return the session's part of the plugin's status."""
-        counts, served = dict(self.records.counts), self.records.served
+        counts, served = dict(self.records.counts), self.records.totals
         return {
             "recording": self.recording,
             "error": self.error,

@@ -159,12 +159,12 @@ def test_rounds_become_the_trajectory_that_they_came_from(drafter, out, chunks):
 
 def test_sums_over_the_recorded_requests_are_told(drafter, out):
     records = assembler(out)
-    assert records.served.acceptance_length is None
+    assert records.totals.acceptance_length is None
     for request in (7, 8):
         play(records, chain_start(drafter, request), rid=f"r{request}", terminated=request == 8)
     play(records, served(drafter, 9), cached=4)  # not recorded: nobody knows the prefix
     records.close()
-    sums = records.served
+    sums = records.totals
     assert sums.requests == records.counts["recorded"] == 2 and records.counts["prefix"] == 1
     assert sums.terminated == 1
     assert sums.prompt_tokens == sum(int(t["sequence", "prompt_length"]) for t in out)

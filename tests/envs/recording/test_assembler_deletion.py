@@ -13,7 +13,7 @@ import torch
 from attach_fields import FIELDS
 from tensordict import TensorDict
 
-from aurora_rl.envs.recording.assembler import FeatureStore, Served, TrajectoryAssembler
+from aurora_rl.envs.recording.assembler import FeatureStore, RecordedTotals, TrajectoryAssembler
 from aurora_rl.envs.recording.session import Session
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.tenants import joint_salt, tenant_of_salt
@@ -145,13 +145,15 @@ def test_what_was_to_stay_is_dropped_if_it_is_deleted_before_it_is_queued(sessio
     records, checked, go_on = session.records, threading.Event(), threading.Event()
 
     class Sums:
-        def plus(self, *_: object) -> Served:  # after the last look whether the request is deleted, but for the lock's
+        def plus(
+            self, *_: object
+        ) -> RecordedTotals:  # after the last look whether the request is deleted, but for the lock's
             checked.set()
             assert go_on.wait(10)
-            return Served()
+            return RecordedTotals()
 
     sums: Any = Sums()
-    records.served = sums
+    records.totals = sums
     begin(records, 1, "a")
     end(records, 1)
     came = checked.wait(10)
