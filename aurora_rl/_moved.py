@@ -14,6 +14,7 @@ from typing_extensions import override
 _RENAMED = {
     "serving.canary": {"Canary": "RoundTrialRules", "Trial": "RoundTrial", "Verdict": "RoundTrialVerdict"},
     "training.engine_canary": {"EngineRules": "EngineTrialRules", "EngineVerdict": "EngineTrialVerdict"},
+    "serving.recorded_requests": {"record": "record_requests"},
     "testing.families": {"Verdict": "FamilyOutcome", "verdict": "try_family"},
 }  # fmt: skip
 # Old to new, below aurora_rl: modules, then names that left a module which is still there.
@@ -50,7 +51,7 @@ MOVED = {
         "assembler", "copies", "plugin_server", "session")},
     "collectors.Hello": "collectors.handshake.Handshake",
     "collectors.ZMQWeightSyncScheme": "collectors.weights.WeightPublisher",
-    "collectors.dataset.record": "serving.recorded_requests.record",
+    "collectors.dataset.record": "serving.recorded_requests.record_requests",
     "serving.http.app.create_app": "serving.http.front.Front",
     "serving.http.proxy.create_proxy": "serving.http.proxy.Proxy",
     "collectors.trajectory_buffer": "training.replay.trajectory_buffer",
@@ -136,7 +137,8 @@ ELSEWHERE = {
         "targets_entries": "aurora_rl.models.parts.target_entries",
     },
     "recordings": {
-        "Recording": "aurora_rl.collectors.dataset.TrajectoryDataset", "record": "aurora_rl.serving.recorded_requests",
+        "Recording": "aurora_rl.collectors.dataset.TrajectoryDataset",
+        "record": "aurora_rl.serving.recorded_requests.record_requests",
     },
     "report": {"EMPTY_SUMMARY": "aurora_rl.telemetry.stats.Stats.summary"},
     "server": {"DrafterFault, cost_table, measure_rounds": "aurora_rl.policies.calibration"},

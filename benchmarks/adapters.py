@@ -27,7 +27,7 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.adapters import add_adapters
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.testing import tiny_target
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -121,7 +121,8 @@ def recorded(options: Any) -> tuple[TargetParts, torch.Tensor, list[TensorDict],
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=vocab)
     with TemporaryDirectory() as folder:
         recording = TrajectoryDataset(Path(folder))
-        record(model, drafter, requests, recording, shape=TreeShape(2), stop_tokens=stop_token_ids(model, tokenizer))
+        stop_tokens = stop_token_ids(model, tokenizer)
+        record_requests(model, drafter, requests, recording, shape=TreeShape(2), stop_tokens=stop_tokens)
         stream = sorted(recording, key=lambda each: int(each["request"]))
     for number, trajectory in enumerate(stream):
         trajectory["sequence", "adapter"] = torch.tensor(adapter_code(TENANTS[number % 2]))

@@ -43,7 +43,7 @@ from aurora_rl.policies import (
 from aurora_rl.policies.calibration import measure_rounds
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
@@ -99,7 +99,7 @@ class World:
             Request(i, torch.tensor(ids), SamplingParams(max_tokens=self.options.max_new_tokens))
             for i, ids in enumerate(self.ids[: self.options.requests])
         ]
-        record(
+        record_requests(
             self.model,
             every,
             requests,

@@ -16,7 +16,7 @@ from aurora_rl.models.loading import default_dtype, encode_chat, load_target, st
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.formats.files import holds_drafter
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
@@ -89,6 +89,6 @@ def open_stream(
     recording = TrajectoryDataset(options.recording, drafter.feature_layers)
     stop_tokens = stop_token_ids(model, tokenizer)
     processors = generation_processors(model, stop_tokens)
-    record(model, drafter, requests, recording, shape=shape, stop_tokens=stop_tokens, processors=processors)
+    record_requests(model, drafter, requests, recording, shape=shape, stop_tokens=stop_tokens, processors=processors)
     stream, held_out = list(recording), max(len(recording) // 5, 1)
     return Stream(drafter, parts.head.float(), shape, stream[:-held_out], stream[-held_out:])

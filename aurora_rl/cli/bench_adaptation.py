@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aurora_rl.adaptation import report
 from aurora_rl.adaptation.busy_process import BusyProcess
 from aurora_rl.adaptation.live import TimedRequests, measure_in_turns
-from aurora_rl.adaptation.recorded_stream import RecordedPhase, record_plainly
+from aurora_rl.adaptation.recorded_stream import RecordedPhase, record_plain_decoding
 from aurora_rl.adaptation.scenario import PLAIN, Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
 from aurora_rl.adaptation.simulation import ArmRun, LocalWire, add_answers, simulate
 from aurora_rl.cli.arguments import add_config_arguments
@@ -182,7 +182,7 @@ class _Bench:
             raise ConfigError(f"--scenario: {queue.failed[0]}")
         config, done = self._base.config, len(recording)
         with watch(self._console, f"recording {name}", len(prompts), done) as recording.watch:
-            record_plainly(
+            record_plain_decoding(
                 target.model,
                 list(iter(queue, None)),
                 recording,

@@ -21,7 +21,7 @@ from aurora_rl.envs import generation_processors
 from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.trajectories import validate
 from aurora_rl.workload.traffic import Prompt
@@ -138,7 +138,7 @@ def record_answers(
         console.print(f"not recorded: {reason}", soft_wrap=True)
     waiting, recording = list(iter(requests, None)), ShownRecording(folder, drafter.feature_layers)
     with watch(console, "recording", len(waiting), len(recording)) as recording.watch:
-        record(
+        record_requests(
             model,
             drafter,
             waiting,

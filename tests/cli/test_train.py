@@ -26,7 +26,7 @@ from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import SampleAndMatch, TransformersEngine
 from aurora_rl.envs.verification.rules import rule_of_code
 from aurora_rl.policies import Eagle3Drafter
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.offline import OfflineTrainer
 from aurora_rl.trajectories import RULE_CODES, rule_code
@@ -153,7 +153,8 @@ def recordings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     waiting = list(iter(requests, None))
     for name, part in (("code", waiting[:4]), ("all", waiting[4:])):
         folders.append(tmp_path_factory.mktemp("recordings") / name)
-        record(target.model, drafter, part, TrajectoryDataset(folders[-1], drafter.feature_layers), shape=spec.tree)
+        recording = TrajectoryDataset(folders[-1], drafter.feature_layers)
+        record_requests(target.model, drafter, part, recording, shape=spec.tree)
     return folders
 
 
