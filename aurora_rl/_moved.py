@@ -15,6 +15,8 @@ _RENAMED = {
     "serving.canary": {"Canary": "RoundTrialRules", "Trial": "RoundTrial", "Verdict": "RoundTrialVerdict"},
     "training.engine_canary": {"EngineRules": "EngineTrialRules", "EngineVerdict": "EngineTrialVerdict"},
     "serving.recorded_requests": {"record": "record_requests"},
+    "workload.traffic": {"generate": "generate_traffic"}, "training.parallel": {"Command": "RankCommand"},
+    "settings": {"check": "check_values"}, "envs.sglang.weights": {"load_drafter": "swap_weights"},
     "testing.families": {"Verdict": "FamilyOutcome", "verdict": "try_family"},
 }  # fmt: skip
 # Old to new, below aurora_rl: modules, then names that left a module which is still there.
@@ -84,7 +86,7 @@ ELSEWHERE = {
     "answers": {"Answers": "aurora_rl.serving.requests.RequestQueue"},
     "bench": {"bench_objectives": "aurora_rl.cli.bench_objectives.run"},
     "build": {
-        "SCHEMA": "aurora_rl.collectors.codec",
+        "SCHEMA": "aurora_rl.collectors.codec", "Target": "aurora_rl.cli.assembly.LoadedTarget",
         "check, check_objectives, device_of, dtype_of, shape": "aurora_rl.cli.spec.resolve",
         "conversations": "aurora_rl.cli.assembly.request_queue",
         "drafter": "aurora_rl.cli.assembly.start_drafter", "hello": "aurora_rl.collectors.handshake.Handshake.of",
@@ -126,7 +128,7 @@ ELSEWHERE = {
         "SampledGrowth": "aurora_rl.policies.tree_search.SampledSearch",
     },
     "policies.hybrid": {
-        "HybridDrafter": "aurora_rl.policies.DrafterPolicy", "merge_chain": "aurora_rl.policies.lookup.merged",
+        "HybridDrafter": "aurora_rl.policies.DrafterPolicy", "merge_chain": "aurora_rl.policies.lookup.merge_trees",
     },
     "policies.recorded": {"RecordedTrees": "aurora_rl.tree_index.TreeIndex"},
     "policies.shape": {"ShapeController": "aurora_rl.policies.tree_controller.TreeController"},
@@ -152,7 +154,7 @@ ELSEWHERE = {
         "SGLangEngine": "aurora_rl.envs.sglang.client.SGLangClient",
         "SGLangCompletion": "aurora_rl.envs.recording.client.EngineCompletion",
         "free_ports": "aurora_rl.envs.recording.client",
-        "session": "aurora_rl.envs.recording.session",
+        "session": "aurora_rl.envs.recording.session", "load_drafter": "aurora_rl.envs.sglang.weights.swap_weights",
         "RemoteServer": "aurora_rl.serving.attached.DrivenServer",
     },
     "serving.sglang": {"SGLangServer": "aurora_rl.serving.attached.DrivenServer"},
@@ -163,6 +165,10 @@ ELSEWHERE = {
         "TabularTarget": "aurora_rl.testing.enumerable_worlds.EnumerableTarget",
     },
     "throughput": {"ControlWindows": "aurora_rl.telemetry.rates.BaselineWindows"},
+    "traffic": {
+        "Message": "aurora_rl.workload.request_values.ChatMessage",
+        "generate": "aurora_rl.workload.traffic.generate_traffic",
+    },
     "traffic_templates": {"POOLS, Pool": "aurora_rl.workload.pools"},
 }  # fmt: skip
 # Names without a successor, and what to do.

@@ -33,7 +33,7 @@ from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
 from aurora_rl.trajectories import adapter_code, make_trajectory
-from aurora_rl.workload.traffic import generate
+from aurora_rl.workload.traffic import generate_traffic
 
 TENANTS = ("acme", "globex")
 VOCAB, PROMPT, FEATURES = 32, 4, 32
@@ -112,7 +112,7 @@ def recorded(options: Any) -> tuple[TargetParts, torch.Tensor, list[TensorDict],
     dtype = default_dtype(options.device)
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
     parts, half = TargetParts.of(model), options.requests // 2
-    prompts = [generate(half, domains=(domain,)) for domain in options.domains.split(",")]
+    prompts = [generate_traffic(half, domains=(domain,)) for domain in options.domains.split(",")]
     ids = [encode_chat(tokenizer, each.messages) for pair in zip(*prompts, strict=True) for each in pair]
     vocab = choose_draft_vocab(options.vocab_size, token_prior(model, ids[:64]))
     requests = [

@@ -50,7 +50,7 @@ from aurora_rl.telemetry.rates import BaselineWindows
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
-from aurora_rl.workload.traffic import generate, read_jsonl
+from aurora_rl.workload.traffic import generate_traffic, read_jsonl
 
 # What each learns by; EAGLE's paper asks for its feature regression.
 OBJECTIVES: dict[str, dict[str, Any]] = {"eagle": {"name": "imitation", "regression": 1.0}}
@@ -71,7 +71,7 @@ class World:
         self.model, self.tokenizer = load_target("smollm2", dtype=self.dtype, device=options.device)
         self.parts = TargetParts.of(self.model)
         count = options.requests + options.live
-        prompts = read_jsonl(str(domain), limit=count) if domain else generate(count)
+        prompts = read_jsonl(str(domain), limit=count) if domain else generate_traffic(count)
         self.ids = [encode_chat(self.tokenizer, p.messages) for p in prompts]
         self.prompts = prompts[options.requests :]
         self.shape = TreeShape(options.depth, options.width, options.nodes)

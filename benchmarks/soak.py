@@ -29,7 +29,7 @@ from http_load import Load
 from http_servers import Server, aurora, free_port, started
 from strangers import KINDS, MAX_BODY, Kind, Stranger
 
-from aurora_rl.workload.traffic import generate
+from aurora_rl.workload.traffic import generate_traffic
 
 GROWTH_MIB = 32.0  # that memory may grow by, fitted over the last three quarters
 DESCRIPTORS = 2  # that may be open more than at the start
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 async def soak(options: argparse.Namespace, server: Server) -> dict[str, Any]:
     """Return what was counted."""
     asked = prompts(options)
-    talk = [prompt.messages for prompt in generate(_TALK, seed=1)]
+    talk = [prompt.messages for prompt in generate_traffic(_TALK, seed=1)]
     load = Load(server.url, options.max_new_tokens)
     plain = Load(server.url, options.max_new_tokens, {"X-Aurora-Speculative": "false"})
     first = [(await load.closed_loop([prompt], 1))[0] for prompt in asked]

@@ -20,7 +20,7 @@ from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
-from aurora_rl.workload.traffic import generate
+from aurora_rl.workload.traffic import generate_traffic
 
 
 def arguments(description: str | None, *, saves: bool = True) -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def open_stream(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_target(options.model, dtype=default_dtype(device), device=device)
     parts = TargetParts.of(model)
-    prompts = [encode_chat(tokenizer, p.messages) for p in generate(options.requests)]
+    prompts = [encode_chat(tokenizer, p.messages) for p in generate_traffic(options.requests)]
     vocab = choose_draft_vocab(min(4096, len(parts.head)), token_prior(model, prompts[:32]))
     torch.manual_seed(0)
     drafter = kind.from_target(parts, draft_vocab=vocab).to(device)

@@ -29,7 +29,7 @@ from aurora_rl.policies import MedusaDrafter, TargetParts
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.policies.registry import DRAFTERS
 from aurora_rl.remote_engines import REMOTE_ENGINES
-from aurora_rl.serving.http.schemas import ChatCompletion, parse
+from aurora_rl.serving.http.schemas import ChatCompletionBody, parse
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.testing import tiny_target
 from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL
@@ -249,7 +249,7 @@ def test_commands_exist_and_their_keys_do(page: Path, tmp_path: Path, capsys: py
             check_script(rest)
         elif program == "curl":  # tests/serving/http asks the server such things
             assert rest[0] == "http://127.0.0.1:8000/v1/chat/completions"
-            parse(rest[rest.index("-d") + 1].encode(), ChatCompletion)
+            parse(rest[rest.index("-d") + 1].encode(), ChatCompletionBody)
         else:
             assert program in ("vllm", "aiperf", "llama-server")  # in environments of their own
 
@@ -359,8 +359,8 @@ def test_the_page_of_the_http_api_names_every_field() -> None:
     from aurora_rl.serving.http import schemas
 
     taken = {
-        *schemas.ChatCompletion.NAMES,
-        *schemas.Completion.NAMES,
+        *schemas.ChatCompletionBody.NAMES,
+        *schemas.CompletionBody.NAMES,
         "include_usage",
         "include_obfuscation",
     }

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.cli.config_canary import CanaryConfig, without_trials
-from aurora_rl.cli.config_checks import check, without_extras
+from aurora_rl.cli.config_checks import check_config, without_extras
 from aurora_rl.cli.config_drafter import DrafterConfig
 from aurora_rl.cli.config_fleet import FleetConfig
 from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
@@ -328,7 +328,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(str(error).replace("\n", " ")) from error
     assert isinstance(config, Config)
-    check(config)
+    check_config(config)
     return config
 
 

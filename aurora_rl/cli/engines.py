@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from aurora_rl.cli.assembly import Target, engine_maker, opening, wire_keys
+from aurora_rl.cli.assembly import LoadedTarget, engine_maker, opening, wire_keys
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import naming
 from aurora_rl.cli.spec import RunSpec
@@ -17,7 +17,7 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.sockets import engine_name
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Request, SpecDecodeEnv, generation_processors
-from aurora_rl.models.detokenizer import decode
+from aurora_rl.models.detokenizer import detokenize
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
@@ -34,7 +34,7 @@ from aurora_rl.telemetry.rates import BaselineWindows
 
 def embedded_server(
     spec: RunSpec,
-    target: Target,
+    target: LoadedTarget,
     requests: RequestSource,
     usual: list[int],
     drafter: Drafter,
@@ -121,7 +121,7 @@ def embedded_server(
         rule=spec.rule,
         draft_mode=tree.mode,
         stop_tokens=stop_tokens,
-        decode=lambda tokens: decode(tokenizer, tokens),
+        decode=lambda tokens: detokenize(tokenizer, tokens),
         processors=processors,
         on_refused=requests.refused,
     )

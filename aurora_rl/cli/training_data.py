@@ -12,7 +12,7 @@ from rich.console import Console
 from tensordict import TensorDict
 from typing_extensions import override
 
-from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, engine_maker
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, LoadedTarget, engine_maker
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.progress import Watch, watch
 from aurora_rl.cli.spec import RunSpec
@@ -102,7 +102,7 @@ def recording_names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(end) for end in ends]
 
 
-def open_recording(folder: Path, target: Target, drafter: Drafter) -> TrajectoryDataset:
+def open_recording(folder: Path, target: LoadedTarget, drafter: Drafter) -> TrajectoryDataset:
     """Open a recording, and check that it can be replayed and that its first trajectory fits target and drafter."""
     vocab_size, width = target.parts.head.weight.shape
     with naming(f"--recording {folder}"):
@@ -127,7 +127,7 @@ class ShownRecording(TrajectoryDataset):
 
 
 def record_answers(
-    spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, folder: Path, console: Console
+    spec: RunSpec, target: LoadedTarget, requests: RequestQueue, drafter: Drafter, folder: Path, console: Console
 ) -> TrajectoryDataset:
     """Serve the requests that are not recorded yet by an engine in this process, with the drafter as it starts."""
     config, model = spec.config, target.model

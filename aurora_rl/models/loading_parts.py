@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from aurora_rl.models.loading import frozen, load_target, quiet_transformers, source_of
+from aurora_rl.models.loading import freeze_model, load_target, quiet_transformers, source_of
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.models.target_head import decoder_layers
 
@@ -83,7 +83,7 @@ def _last_layer_alone(source: str, dtype: torch.dtype, device: str | torch.devic
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{missing[0]!r} is missing")
-    return frozen(model, device)
+    return freeze_model(model, device)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from aurora_rl.envs import Completion, Request, SamplingParams
-from aurora_rl.models.detokenizer import decode
+from aurora_rl.models.detokenizer import detokenize
 from aurora_rl.models.loading import encode_chat
 from aurora_rl.telemetry.log import JsonLines
 from aurora_rl.workload.traffic import Message, Prompt, TrafficError
@@ -166,7 +166,7 @@ class RequestQueue:
         turn = self._open.pop(completion.request.id)
         self.answered += 1
         prompt = turn.prompt
-        text = decode(self._tokenizer, completion.tokens.tolist(), completion.request.sampling_params.stop)
+        text = detokenize(self._tokenizer, completion.tokens.tolist(), completion.request.sampling_params.stop)
         if self.answers is not None:
             self.answers.append(
                 request=completion.request.id,
