@@ -16,7 +16,7 @@ from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.models.detokenizer import detokenize
 from aurora_rl.models.loading import encode_chat
 from aurora_rl.telemetry.log import JsonLines
-from aurora_rl.workload.traffic import Message, Prompt, TrafficError
+from aurora_rl.workload.traffic import ChatMessage, Prompt, TrafficError
 
 
 def turn_seed(seed: int, turn: int) -> int:
@@ -44,10 +44,10 @@ class _Turn:
     prompt: Prompt
     index: int
     number: int
-    messages: Sequence[Message]
+    messages: Sequence[ChatMessage]
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], vocab_size: int) -> list[int]:
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage], vocab_size: int) -> list[int]:
     """Return the token ids of a conversation, as the model is asked to go on with it.
 
     Args:
