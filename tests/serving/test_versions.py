@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,9 +120,12 @@ def test_weights_that_are_served_get_their_number_without_a_trial(tmp_path: Path
 
 def test_weights_that_are_rolled_back_while_they_are_staged_do_not_serve(tmp_path: Path) -> None:
     known, inbox = requests(5), Inbox((1, {"own": torch.ones(1)}))
-    versions = tried(tmp_path, Right(known), Constant(known), inbox).server.versions
+    versions, may_end = tried(tmp_path, Right(known), Constant(known), inbox).server.versions, threading.Event()
+    staged = versions._background.submit(may_end.wait, 10)  # so that it waits for the one thread
     versions.take()
     assert versions._staged is not None
+    may_end.set()
+    assert staged.result(10)
     versions._staged[1].result(10)
     versions._rolled_back[checksum({"own": torch.ones(1)})] = "the watchdog found it corrupted"
     versions.take()
