@@ -52,17 +52,23 @@ def load_parts(model: str | os.PathLike[str], *, dtype: torch.dtype, device: str
         >>> parts.head.weight.shape, parts.config.num_hidden_layers
         (torch.Size([300, 32]), 3)
     """
+    source, config = source_of(os.fspath(model))[0], None
     try:
         with quiet_transformers():
-            return TargetParts.of(_last_layer_alone(source_of(os.fspath(model))[0], dtype, device))
+            config = AutoConfig.from_pretrained(source)
+            return TargetParts.of(_last_layer_alone(source, config, dtype, device))
     except Exception as error:  # families fail in their own ways; what is wrong with the files, the other way tells
-        logger.warning("the whole of model %s is loaded for its parts, which cannot be read alone: %s", model, error)
+        if config is not None:  # else there is no model, which one line tells
+            logger.warning(
+                "the whole of model %s is loaded for its parts, which cannot be read alone: %s", model, error
+            )
     return TargetParts.of(load_target(model, dtype=dtype, device=device)[0])
 
 
-def _last_layer_alone(source: str, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+def _last_layer_alone(
+    source: str, config: PretrainedConfig, dtype: torch.dtype, device: str | torch.device
+) -> PreTrainedModel:
     """Load a causal LM whose decoder has its last layer alone, which is number 0 then."""
-    config = AutoConfig.from_pretrained(source)
     if hasattr(config, "quantization_config"):
         raise ValueError("it is quantized")
     with torch.device("meta"):
