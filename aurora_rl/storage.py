@@ -111,7 +111,10 @@ def is_working_directory(folder: str | os.PathLike[str]) -> bool:
         >>> is_working_directory("."), is_working_directory("not-there")
         (True, False)
     """
-    return os.path.exists(folder) and os.path.samefile(folder, os.curdir)
+    try:
+        return os.path.samefile(folder, os.curdir)
+    except OSError:  # one of them is not there: a working directory may be deleted while a process runs in it
+        return False
 
 
 def _next_to(folder: Path, state: str) -> Path:

@@ -50,7 +50,8 @@ def embedded_server(
         usual: Token ids of a usual prompt, with which rounds are timed.
         drafter: The drafter, in float32.
         log: Log of the server's events.
-        rival: Spec and drafter to compare with; the specs differ by the drafter alone. Nobody learns then. None learns.
+        rival: Spec and drafter to compare with; the specs differ by the drafter alone, and nobody learns. None
+            compares nothing.
     """
     config, tree = spec.config, spec.tree
     drafters = [(spec, drafter)] if rival is None else [(spec, drafter), rival]
