@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, StringNode
+from omegaconf import DictConfig, OmegaConf, StringNode, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.cli.config_canary import CanaryConfig, without_trials
@@ -319,7 +319,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
                 raise ConfigError(
                     f"objectives in {source} must be a list of mappings, such as objectives=[{{name: imitation}}]"
                 ) from error
-            raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{source}: {_scalar_for(values, merged) or str(error).splitlines()[0]}") from error
     try:
         named = {key for _, values in sources for key in _keys(values)}
         for settle in (keep_nothing, without_trials, without_extras):
@@ -330,6 +330,19 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
     assert isinstance(config, Config)
     check_config(config)
     return config
+
+
+def _scalar_for(values: DictConfig, merged: DictConfig) -> str:
+    """Return which key has one value in the place of a list or a mapping, and what to write; empty if none has."""
+    for key in _keys(values):
+        wanted, value = _node(merged, key), _node(values, key)
+        if OmegaConf.is_config(value) or (value._is_none() and wanted._is_optional()):
+            continue
+        if isinstance(wanted, TupleConfig):
+            return f"{key} must be a list, such as {key}=[{'' if value._is_none() else value}]"
+        if isinstance(wanted, DictConfig):
+            return f"{key} must be a mapping, such as {key}={{NAME: VALUE}}"
+    return ""
 
 
 def _moved(key: str) -> str | None:
