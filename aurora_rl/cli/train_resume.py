@@ -39,8 +39,10 @@ def settle_options(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{path} is broken: {error}; start in another folder") from error
         for name in ("recording", "held_out"):
             if getattr(arguments, name) not in (None, defaults[name]):
+                option, was = f"--{name.replace('_', '-')}", defaults[name]
+                started = "with " + " ".join(f"{option} {each}" for each in (was if isinstance(was, list) else [was]))
                 raise ConfigError(
-                    f"--resume {arguments.resume}: it was started with --{name.replace('_', '-')} {defaults[name]}, "
+                    f"--resume {arguments.resume}: it was started {f'without {option}' if was is None else started}, "
                     "which stays; leave the option out, or start in another folder"
                 )
     for name, value in defaults.items():
