@@ -10,6 +10,15 @@ from typing import Any
 
 from typing_extensions import override
 
+# Names that have a better one in the same module: old to new, by module below aurora_rl.
+_RENAMED = {
+    "serving.canary": {"Canary": "RoundTrialRules", "Trial": "RoundTrial", "Verdict": "RoundTrialVerdict"},
+    "training.engine_canary": {"EngineRules": "EngineTrialRules", "EngineVerdict": "EngineTrialVerdict"},
+    "serving.recorded_requests": {"record": "record_requests"},
+    "workload.traffic": {"generate": "generate_traffic"}, "training.parallel": {"Command": "RankCommand"},
+    "settings": {"check": "check_values"}, "envs.sglang.weights": {"load_drafter": "swap_weights"},
+    "testing.families": {"Verdict": "FamilyOutcome", "verdict": "try_family"},
+}  # fmt: skip
 # Old to new, below aurora_rl: modules, then names that left a module which is still there.
 MOVED = {
     "target_head": "models.target_head", "policies.target": "models.parts", "slot_cache": "models.kv_cache",
@@ -44,7 +53,7 @@ MOVED = {
         "assembler", "copies", "plugin_server", "session")},
     "collectors.Hello": "collectors.handshake.Handshake",
     "collectors.ZMQWeightSyncScheme": "collectors.weights.WeightPublisher",
-    "collectors.dataset.record": "serving.recorded_requests.record",
+    "collectors.dataset.record": "serving.recorded_requests.record_requests",
     "serving.http.app.create_app": "serving.http.front.Front",
     "serving.http.proxy.create_proxy": "serving.http.proxy.Proxy",
     "collectors.trajectory_buffer": "training.replay.trajectory_buffer",
@@ -70,13 +79,14 @@ MOVED = {
     **{f"envs.verification.{name}": f"envs.verification.rules.{name}" for name in (
         "RULES", "Greedy", "SampleAndMatch", "Verdict", "VerificationRule", "check_shapes", "descend", "get_rule",
         "register_rule", "settle")},
+    **{f"{home}.{old}": f"{home}.{new}" for home, names in _RENAMED.items() for old, new in names.items()},
 }  # fmt: skip
 # Of modules that moved, the public names that their new module lacks, and what has them or is in their place.
 ELSEWHERE = {
     "answers": {"Answers": "aurora_rl.serving.requests.RequestQueue"},
     "bench": {"bench_objectives": "aurora_rl.cli.bench_objectives.run"},
     "build": {
-        "SCHEMA": "aurora_rl.collectors.codec",
+        "SCHEMA": "aurora_rl.collectors.codec", "Target": "aurora_rl.cli.assembly.LoadedTarget",
         "check, check_objectives, device_of, dtype_of, shape": "aurora_rl.cli.spec.resolve",
         "conversations": "aurora_rl.cli.assembly.request_queue",
         "drafter": "aurora_rl.cli.assembly.start_drafter", "hello": "aurora_rl.collectors.handshake.Handshake.of",
@@ -118,7 +128,7 @@ ELSEWHERE = {
         "SampledGrowth": "aurora_rl.policies.tree_search.SampledSearch",
     },
     "policies.hybrid": {
-        "HybridDrafter": "aurora_rl.policies.DrafterPolicy", "merge_chain": "aurora_rl.policies.lookup.merged",
+        "HybridDrafter": "aurora_rl.policies.DrafterPolicy", "merge_chain": "aurora_rl.policies.lookup.merge_trees",
     },
     "policies.recorded": {"RecordedTrees": "aurora_rl.tree_index.TreeIndex"},
     "policies.shape": {"ShapeController": "aurora_rl.policies.tree_controller.TreeController"},
@@ -129,7 +139,8 @@ ELSEWHERE = {
         "targets_entries": "aurora_rl.models.parts.target_entries",
     },
     "recordings": {
-        "Recording": "aurora_rl.collectors.dataset.TrajectoryDataset", "record": "aurora_rl.serving.recorded_requests",
+        "Recording": "aurora_rl.collectors.dataset.TrajectoryDataset",
+        "record": "aurora_rl.serving.recorded_requests.record_requests",
     },
     "report": {"EMPTY_SUMMARY": "aurora_rl.telemetry.stats.Stats.summary"},
     "server": {"DrafterFault, cost_table, measure_rounds": "aurora_rl.policies.calibration"},
@@ -143,16 +154,21 @@ ELSEWHERE = {
         "SGLangEngine": "aurora_rl.envs.sglang.client.SGLangClient",
         "SGLangCompletion": "aurora_rl.envs.recording.client.EngineCompletion",
         "free_ports": "aurora_rl.envs.recording.client",
-        "session": "aurora_rl.envs.recording.session",
+        "session": "aurora_rl.envs.recording.session", "load_drafter": "aurora_rl.envs.sglang.weights.swap_weights",
         "RemoteServer": "aurora_rl.serving.attached.DrivenServer",
     },
     "serving.sglang": {"SGLangServer": "aurora_rl.serving.attached.DrivenServer"},
     "slot_cache": {"cache_mask": "aurora_rl.models.attention.pass_mask"},
+    "testing.stand_ins": {"Served": "aurora_rl.testing.fixtures.ServedTrajectories"},
     "testing.tabular": {
         "TabularDrafter": "aurora_rl.testing.enumerable_worlds.EnumerableDrafter",
         "TabularTarget": "aurora_rl.testing.enumerable_worlds.EnumerableTarget",
     },
     "throughput": {"ControlWindows": "aurora_rl.telemetry.rates.BaselineWindows"},
+    "traffic": {
+        "Message": "aurora_rl.workload.request_values.ChatMessage",
+        "generate": "aurora_rl.workload.traffic.generate_traffic",
+    },
     "traffic_templates": {"POOLS, Pool": "aurora_rl.workload.pools"},
 }  # fmt: skip
 # Names without a successor, and what to do.

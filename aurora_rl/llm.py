@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aurora_rl.envs import Completion, Engine, Request, SamplingParams, generation_processors
-from aurora_rl.models.detokenizer import Detokenizer, decode
+from aurora_rl.models.detokenizer import Detokenizer, detokenize
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
@@ -31,7 +31,7 @@ from aurora_rl.training.steps import train_on
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
+PromptType = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 """A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content"."""
 
 
@@ -163,7 +163,7 @@ class LLM:
             num_slots=num_slots,
             seed=seed,
             stop_tokens=stop_tokens,
-            decode=lambda tokens: decode(self.tokenizer, tokens),
+            decode=lambda tokens: detokenize(self.tokenizer, tokens),
             processors=generation_processors(target, stop_tokens),
             on_completion=self._ended.append,
             record=record,
@@ -175,7 +175,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: PromptType | Sequence[PromptType],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Complete prompts.
@@ -198,7 +198,7 @@ class LLM:
 
     def stream(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: PromptType | Sequence[PromptType],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[Chunk]:
         """Complete prompts as :meth:`generate` does, and yield what each round added to a prompt's completion.
@@ -263,7 +263,9 @@ class LLM:
         return last
 
     def _requests(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[Request]:
         """Encode and check all prompts, before any is served."""
         requests = []
@@ -297,7 +299,7 @@ class LLM:
                 columns = zip(ids.tolist(), counts.tolist(), rows.tolist(), strict=True)
                 new = {id: row[:count] for id, count, row in columns if count}
                 for done in self._ended:
-                    text = decode(self.tokenizer, done.tokens.tolist(), done.request.sampling_params.stop)
+                    text = detokenize(self.tokenizer, done.tokens.tolist(), done.request.sampling_params.stop)
                     yield place[done.request.id], new.pop(done.request.id, []), replace(done, text=text)
                 self._ended.clear()
                 yield from ((place[id], tokens, None) for id, tokens in new.items())
@@ -306,7 +308,7 @@ class LLM:
             self._ended.clear()
             self._busy = False
 
-    def _encoded(self, prompt: Prompt) -> Tensor:
+    def _encoded(self, prompt: PromptType) -> Tensor:
         if isinstance(prompt, str):
             return torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.int64)
         if isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt):
@@ -386,8 +388,8 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
 
 
 def _asked(
-    prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[tuple[Prompt, SamplingParams]]:
+    prompts: PromptType | Sequence[PromptType], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[PromptType, SamplingParams]]:
     """Return each prompt with its parameters."""
     if isinstance(prompts, Mapping) or not hasattr(prompts, "__getitem__"):
         raise ValueError(

@@ -61,7 +61,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(name, list(known), 1, 0)[0]
 
 
-def check(settings: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
+def check_values(settings: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
     """Refuse settings that do not exist, and values of another type.
 
     Args:

@@ -76,7 +76,7 @@ def write_folder(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def whole(folder: str | os.PathLike[str]) -> Path:
+def complete_folder(folder: str | os.PathLike[str]) -> Path:
     """Return the folder that :func:`write_folder` left: another one where it was killed between its two renames."""
     folder = Path(folder)
     old = _next_to(folder, "old")
@@ -89,7 +89,7 @@ def read_folder(folder: str | os.PathLike[str], document: str) -> tuple[dict[str
     Raises:
         CheckpointError: A file is missing or broken.
     """
-    folder = whole(folder)
+    folder = complete_folder(folder)
     try:
         older = folder / "pytorch_model.bin"
         if older.exists() and not (folder / "model.safetensors").exists():
@@ -111,7 +111,10 @@ def is_working_directory(folder: str | os.PathLike[str]) -> bool:
         >>> is_working_directory("."), is_working_directory("not-there")
         (True, False)
     """
-    return os.path.exists(folder) and os.path.samefile(folder, os.curdir)
+    try:
+        return os.path.samefile(folder, os.curdir)
+    except OSError:  # one of them is not there: a working directory may be deleted while a process runs in it
+        return False
 
 
 def _next_to(folder: Path, state: str) -> Path:

@@ -27,13 +27,13 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.adapters import add_adapters
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.testing import tiny_target
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
 from aurora_rl.trajectories import adapter_code, make_trajectory
-from aurora_rl.workload.traffic import generate
+from aurora_rl.workload.traffic import generate_traffic
 
 TENANTS = ("acme", "globex")
 VOCAB, PROMPT, FEATURES = 32, 4, 32
@@ -112,7 +112,7 @@ def recorded(options: Any) -> tuple[TargetParts, torch.Tensor, list[TensorDict],
     dtype = default_dtype(options.device)
     model, tokenizer = load_target("smollm2", dtype=dtype, device=options.device)
     parts, half = TargetParts.of(model), options.requests // 2
-    prompts = [generate(half, domains=(domain,)) for domain in options.domains.split(",")]
+    prompts = [generate_traffic(half, domains=(domain,)) for domain in options.domains.split(",")]
     ids = [encode_chat(tokenizer, each.messages) for pair in zip(*prompts, strict=True) for each in pair]
     vocab = choose_draft_vocab(options.vocab_size, token_prior(model, ids[:64]))
     requests = [
@@ -121,7 +121,8 @@ def recorded(options: Any) -> tuple[TargetParts, torch.Tensor, list[TensorDict],
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=vocab)
     with TemporaryDirectory() as folder:
         recording = TrajectoryDataset(Path(folder))
-        record(model, drafter, requests, recording, shape=TreeShape(2), stop_tokens=stop_token_ids(model, tokenizer))
+        stop_tokens = stop_token_ids(model, tokenizer)
+        record_requests(model, drafter, requests, recording, shape=TreeShape(2), stop_tokens=stop_tokens)
         stream = sorted(recording, key=lambda each: int(each["request"]))
     for number, trajectory in enumerate(stream):
         trajectory["sequence", "adapter"] = torch.tensor(adapter_code(TENANTS[number % 2]))

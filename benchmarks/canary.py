@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common import RESULTS, write_result
 
-from aurora_rl.serving.canary import Canary, Trial, Verdict
+from aurora_rl.serving.canary import RoundTrial, RoundTrialRules, RoundTrialVerdict
 from aurora_rl.statistics import PairedTest
 
 DEPTH, ACCEPT = 4, 0.6
@@ -79,10 +79,10 @@ class Traffic:
         return tokens, dice.uniform(0.9, 1.1) * (4 if dice.random() < 0.02 else 1)
 
 
-def trial(rules: Canary, slots: int, loss: float, seed: int) -> tuple[Verdict, int]:
+def trial(rules: RoundTrialRules, slots: int, loss: float, seed: int) -> tuple[RoundTrialVerdict, int]:
     """Try a version that loses this share of the acceptance length; return the verdict and its rounds."""
     length = sum(ACCEPT**d for d in range(DEPTH + 1))
-    traffic, judged, drafted = Traffic(slots, seed), Trial(rules, seed), 0
+    traffic, judged, drafted = Traffic(slots, seed), RoundTrial(rules, seed), 0
     worse = accept_for(max(length * (1 - loss), 1.0))
     while True:
         new = judged.new
@@ -92,7 +92,7 @@ def trial(rules: Canary, slots: int, loss: float, seed: int) -> tuple[Verdict, i
             return verdict, drafted
 
 
-def summarized(rules: Canary, slots: int, loss: float, trials: int) -> dict[str, float | None]:
+def summarized(rules: RoundTrialRules, slots: int, loss: float, trials: int) -> dict[str, float | None]:
     found = [trial(rules, slots, loss, seed) for seed in range(trials)]
     back = [verdict.rounds for verdict, _ in found if not verdict.promote]
     early = [verdict.rounds for verdict, _ in found if verdict.promote and verdict.rounds < (rules.most_rounds or 0)]
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--name", help="name of the result file")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args()
-    began, rules = time.perf_counter(), Canary()
+    began, rules = time.perf_counter(), RoundTrialRules()
     nulls = [
         {"stream": kind, "rate": rate, "false_alarms": false_alarms(kind, rate, options.streams, options.pairs)}
         for kind in NULLS

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aurora_rl import Request, SamplingParams
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.telemetry.rates import Rates
-from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
+from aurora_rl.workload.traffic import Prompt, generate_traffic, read_jsonl
 
 RESULTS = Path(__file__).parent / "results"
 MAX_LENGTH = 1024  # of prompt and completion
@@ -52,7 +52,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def prompts(options: argparse.Namespace) -> list[Prompt]:
     count = options.skip + options.limit
-    found = read_jsonl(options.prompts, limit=count) if options.prompts else generate(count)
+    found = read_jsonl(options.prompts, limit=count) if options.prompts else generate_traffic(count)
     return found[options.skip :]
 
 

@@ -43,14 +43,14 @@ from aurora_rl.policies import (
 from aurora_rl.policies.calibration import measure_rounds
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.serving.server import InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
-from aurora_rl.workload.traffic import generate, read_jsonl
+from aurora_rl.workload.traffic import generate_traffic, read_jsonl
 
 # What each learns by; EAGLE's paper asks for its feature regression.
 OBJECTIVES: dict[str, dict[str, Any]] = {"eagle": {"name": "imitation", "regression": 1.0}}
@@ -71,7 +71,7 @@ class World:
         self.model, self.tokenizer = load_target("smollm2", dtype=self.dtype, device=options.device)
         self.parts = TargetParts.of(self.model)
         count = options.requests + options.live
-        prompts = read_jsonl(str(domain), limit=count) if domain else generate(count)
+        prompts = read_jsonl(str(domain), limit=count) if domain else generate_traffic(count)
         self.ids = [encode_chat(self.tokenizer, p.messages) for p in prompts]
         self.prompts = prompts[options.requests :]
         self.shape = TreeShape(options.depth, options.width, options.nodes)
@@ -99,7 +99,7 @@ class World:
             Request(i, torch.tensor(ids), SamplingParams(max_tokens=self.options.max_new_tokens))
             for i, ids in enumerate(self.ids[: self.options.requests])
         ]
-        record(
+        record_requests(
             self.model,
             every,
             requests,

@@ -17,7 +17,7 @@ import numpy as np
 from canary import ACCEPT, DEPTH, accept_for
 from common import RESULTS, write_result
 
-from aurora_rl.training.engine_canary import EngineRules, EngineTrial, EngineVerdict
+from aurora_rl.training.engine_canary import EngineTrial, EngineTrialRules, EngineTrialVerdict
 
 ENGINES = (2, 8)  # of which half have the new weights
 
@@ -39,7 +39,7 @@ class Engine:
         return tokens, rounds, rounds * self._seconds * dice.uniform(0.9, 1.1) * (4 if dice.random() < 0.02 else 1)
 
 
-def trial(rules: EngineRules, count: int, loss: float, seed: int) -> EngineVerdict:
+def trial(rules: EngineTrialRules, count: int, loss: float, seed: int) -> EngineTrialVerdict:
     """Try weights that lose this share of the acceptance length."""
     length = sum(ACCEPT**d for d in range(DEPTH + 1))
     worse, dice = accept_for(max(length * (1 - loss), 1.0)), np.random.default_rng(seed)
@@ -56,7 +56,7 @@ def trial(rules: EngineRules, count: int, loss: float, seed: int) -> EngineVerdi
             judged.draw(list(engines))
 
 
-def summarized(rules: EngineRules, count: int, loss: float, trials: int) -> dict[str, float | None]:
+def summarized(rules: EngineTrialRules, count: int, loss: float, trials: int) -> dict[str, float | None]:
     found = [trial(rules, count, loss, seed) for seed in range(trials)]
     back = [verdict.pairs * rules.requests for verdict in found if not verdict.promote]
     early = [verdict.pairs * rules.requests for verdict in found if verdict.promote and "ruled out" in verdict.reason]
@@ -77,10 +77,10 @@ def main() -> None:
     parser.add_argument("--name", help="name of the result file")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args()
-    rules = EngineRules(share=0.5)
+    rules = EngineTrialRules(share=0.5)
     nulls = []
     for rate in (0.05, 0.01):
-        equal = EngineRules(share=0.5, false_alarm_rate=rate, margin=1e-9)  # so that few are promoted early
+        equal = EngineTrialRules(share=0.5, false_alarm_rate=rate, margin=1e-9)  # so that few are promoted early
         alarms = sum(not trial(equal, ENGINES[0], 0.0, seed).promote for seed in range(options.nulls))
         nulls.append({"rate": rate, "false_alarms": alarms / options.nulls})
     losses = (-0.3, -0.1, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.566)  # the last: nothing is accepted

@@ -28,7 +28,7 @@ from aurora_rl import SamplingParams
 from aurora_rl.objectives import ImitationLoss, SumLoss
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts
 from aurora_rl.training.optimizers import drafter_optimizers
-from aurora_rl.training.parallel import Command, ParallelLoss, Ranks, follow, join, start_alike
+from aurora_rl.training.parallel import ParallelLoss, RankCommand, Ranks, follow, join, start_alike
 from aurora_rl.training.sharding import shard
 from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import make_trajectory, pack
@@ -129,7 +129,7 @@ def main() -> None:
         figures |= {"parallel": None, "cpu_seconds": [round(cpu / len(seconds), 3)]}
         figures |= {"held_bytes": [held_bytes(drafter, optimizers)], "peak_bytes": [peak_bytes(device)]}
     else:
-        ranks.tell(Command.END)
+        ranks.tell(RankCommand.END)
         cpus, held, peaks = report(ranks, cpu, drafter, optimizers, device)
         figures |= {"parallel": options.parallel, "cpu_seconds": [round(each / len(seconds), 3) for each in cpus]}
         figures |= {"held_bytes": held, "peak_bytes": peaks}

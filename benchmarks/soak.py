@@ -29,7 +29,7 @@ from http_load import Load
 from http_servers import Server, aurora, free_port, started
 from strangers import KINDS, MAX_BODY, Kind, Stranger
 
-from aurora_rl.workload.traffic import generate
+from aurora_rl.workload.traffic import generate_traffic
 
 GROWTH_MIB = 32.0  # that memory may grow by, fitted over the last three quarters
 DESCRIPTORS = 2  # that may be open more than at the start
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             figures = asyncio.run(soak(options, server))
             status = server.end()
         told = log.read_text(errors="replace")
-    failures = verdict(figures)
+    failures = failures_of(figures)
     if status:
         failures.append(f"the server ended with status {status}")
     if "Traceback" in told:
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 async def soak(options: argparse.Namespace, server: Server) -> dict[str, Any]:
     """Return what was counted."""
     asked = prompts(options)
-    talk = [prompt.messages for prompt in generate(_TALK, seed=1)]
+    talk = [prompt.messages for prompt in generate_traffic(_TALK, seed=1)]
     load = Load(server.url, options.max_new_tokens)
     plain = Load(server.url, options.max_new_tokens, {"X-Aurora-Speculative": "false"})
     first = [(await load.closed_loop([prompt], 1))[0] for prompt in asked]
@@ -166,7 +166,7 @@ def growth(samples: Sequence[Mapping[str, float]]) -> float:
     return float(np.polyfit(seconds, rss, 1)[0] * (seconds[-1] - seconds[0]))
 
 
-def verdict(figures: Mapping[str, Any]) -> list[str]:
+def failures_of(figures: Mapping[str, Any]) -> list[str]:
     """Return what leaked or was answered wrongly, a line each."""
     before, after, answers = figures["before"], figures["after"], figures["answers"]
     found = [f"{answers[kind]} answers {kind}" for kind in ("different", "failed") if answers.get(kind)]

@@ -16,11 +16,11 @@ from aurora_rl.models.loading import default_dtype, encode_chat, load_target, st
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.formats.files import holds_drafter
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.training.gate import replay
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
-from aurora_rl.workload.traffic import generate
+from aurora_rl.workload.traffic import generate_traffic
 
 
 def arguments(description: str | None, *, saves: bool = True) -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def open_stream(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_target(options.model, dtype=default_dtype(device), device=device)
     parts = TargetParts.of(model)
-    prompts = [encode_chat(tokenizer, p.messages) for p in generate(options.requests)]
+    prompts = [encode_chat(tokenizer, p.messages) for p in generate_traffic(options.requests)]
     vocab = choose_draft_vocab(min(4096, len(parts.head)), token_prior(model, prompts[:32]))
     torch.manual_seed(0)
     drafter = kind.from_target(parts, draft_vocab=vocab).to(device)
@@ -89,6 +89,6 @@ def open_stream(
     recording = TrajectoryDataset(options.recording, drafter.feature_layers)
     stop_tokens = stop_token_ids(model, tokenizer)
     processors = generation_processors(model, stop_tokens)
-    record(model, drafter, requests, recording, shape=shape, stop_tokens=stop_tokens, processors=processors)
+    record_requests(model, drafter, requests, recording, shape=shape, stop_tokens=stop_tokens, processors=processors)
     stream, held_out = list(recording), max(len(recording) // 5, 1)
     return Stream(drafter, parts.head.float(), shape, stream[:-held_out], stream[-held_out:])

@@ -22,7 +22,7 @@ from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.replay import trajectory_buffer
 from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import acceptance_length
-from aurora_rl.workload.traffic import generate
+from aurora_rl.workload.traffic import generate_traffic
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     # The target, and the requests that it will serve.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_target(options.model, dtype=default_dtype(device), device=device)
-    prompts = [encode_chat(tokenizer, p.messages) for p in generate(options.requests)]
+    prompts = [encode_chat(tokenizer, p.messages) for p in generate_traffic(options.requests)]
     sampling = SamplingParams(max_tokens=options.max_new_tokens)
     requests = [Request(i, torch.tensor(p), sampling) for i, p in enumerate(prompts)]
 

@@ -21,7 +21,7 @@ from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.replay import trajectory_buffer
 from aurora_rl.training.steps import train_step
 from aurora_rl.trajectories import acceptance_length
-from aurora_rl.workload.traffic import generate
+from aurora_rl.workload.traffic import generate_traffic
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     # Loaded anew: an engine changes its model in place, and that of the recording belongs to `open_stream`.
     model, tokenizer = load_target(options.model, dtype=dtype, device=device)
     sampling = SamplingParams(max_tokens=options.max_new_tokens)
-    prompts = [torch.tensor(encode_chat(tokenizer, p.messages)) for p in generate(options.online, seed=1)]
+    prompts = [torch.tensor(encode_chat(tokenizer, p.messages)) for p in generate_traffic(options.online, seed=1)]
     stop_tokens = stop_token_ids(model, tokenizer)
     finished: list = []
     decoder = SpeculativeDecoder(

@@ -29,7 +29,7 @@ from aurora_rl.policies import TargetParts
 from aurora_rl.serving.http.server import HttpServer
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.testing import tiny_target
-from aurora_rl.workload.traffic import Prompt, generate
+from aurora_rl.workload.traffic import Prompt, generate_traffic
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -221,7 +221,7 @@ def test_the_queue_has_no_more_requests_in_flight_than_clients(
 ) -> None:
     _, tokenizer = load_target(tiny_folder, dtype=torch.float32, device="cpu")
     queue = RequestQueue(
-        generate(5), tokenizer, vocab_size=300, max_length=1024, sampling_params=SamplingParams(max_tokens=4)
+        generate_traffic(5), tokenizer, vocab_size=300, max_length=1024, sampling_params=SamplingParams(max_tokens=4)
     )
     workload = imported("http_front", monkeypatch).Workload()
     assert workload() is None
@@ -237,7 +237,7 @@ def test_the_queue_has_no_more_requests_in_flight_than_clients(
     assert served == list(range(5)) and workload.tokens == 20
 
 
-# ---- the verdict of benchmarks/soak.py ---------------------------------------------------------------------------
+# ---- the failures of benchmarks/soak.py ---------------------------------------------------------------------------
 
 CLEAN: dict[str, Any] = {
     "answers": {"equal": 9},
@@ -264,7 +264,7 @@ CLEAN: dict[str, Any] = {
     ],
 )
 def test_a_soak_tells_what_leaked(change: dict[str, Any], told: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert imported("soak", monkeypatch).verdict({**CLEAN, **change}) == ([] if told is None else [told])
+    assert imported("soak", monkeypatch).failures_of({**CLEAN, **change}) == ([] if told is None else [told])
 
 
 def test_growth_is_that_after_the_first_quarter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aurora_rl.settings import check, nearest, settings_of
+from aurora_rl.settings import check_values, nearest, settings_of
 
 
 class Parent:
@@ -36,9 +36,9 @@ def test_keywords_of_parents_count_where_they_are_passed_on() -> None:
     [("steps", 2), ("gamma", 2), ("gamma", 0.5), ("path", None), ("path", "here"), ("drafter", object())],
 )
 def test_values_that_fit(key: str, value: Any) -> None:
-    check({key: value}, settings_of(Child), "it")
-    check({"options": {"a": 1}}, settings_of(Child.start), "it")
-    check({"hook": print}, {"hook": Callable}, "it")
+    check_values({key: value}, settings_of(Child), "it")
+    check_values({"options": {"a": 1}}, settings_of(Child.start), "it")
+    check_values({"hook": print}, {"hook": Callable}, "it")
 
 
 @pytest.mark.parametrize(
@@ -53,14 +53,14 @@ def test_values_that_fit(key: str, value: Any) -> None:
 )
 def test_others_are_named(settings: dict[str, Any], wrong: str) -> None:
     with pytest.raises(ValueError, match=wrong):
-        check(settings, settings_of(Child), "it")
+        check_values(settings, settings_of(Child), "it")
 
 
 def test_nothing_to_set() -> None:
     with pytest.raises(ValueError, match="it has no setting 'a'; it has none"):
-        check({"a": 1}, {}, "it")
+        check_values({"a": 1}, {}, "it")
     with pytest.raises(ValueError, match="it: options must be a mapping or null, got 1"):
-        check({"options": 1}, settings_of(Child.start), "it")
+        check_values({"options": 1}, settings_of(Child.start), "it")
 
 
 def test_the_nearest_name() -> None:

@@ -21,7 +21,7 @@ from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.eagle3 import Eagle3Drafter
 from aurora_rl.training.gate import replay
 from aurora_rl.trajectories import accepted_per_round, pack
-from aurora_rl.workload.traffic import generate
+from aurora_rl.workload.traffic import generate_traffic
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow]
 
@@ -77,7 +77,9 @@ def load(
     path: Path, dtype: torch.dtype, count: int
 ) -> tuple[PreTrainedModel, TargetParts, tuple[int, ...], list[Tensor]]:
     model, tokenizer = models.load_target(str(path), dtype=dtype, device="cpu")
-    prompts = [torch.tensor(models.encode_chat(tokenizer, prompt.messages)) for prompt in generate(count, seed=0)]
+    prompts = [
+        torch.tensor(models.encode_chat(tokenizer, prompt.messages)) for prompt in generate_traffic(count, seed=0)
+    ]
     return model, TargetParts.of(model), models.stop_token_ids(model, tokenizer), prompts
 
 

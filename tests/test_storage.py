@@ -27,6 +27,17 @@ def test_folders_hold_tensors_and_documents(tmp_path: Path) -> None:
     assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
 
 
+def test_a_folder_is_written_from_a_working_directory_that_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for tensors in (OLD, NEW):
+        write_folder(tmp_path / "state", tensors, {"d.json": {}})
+    assert torch.equal(read_folder(tmp_path / "state", "d.json")[0]["x"], NEW["x"])
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing but the test catches it, and no cleaning up happens in the code under test."""
 

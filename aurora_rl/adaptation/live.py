@@ -47,7 +47,7 @@ class TimedRequests:
 
 
 @dataclass(slots=True)
-class Sample:
+class LiveSample:
     """Speed of one arm on one sample of requests.
 
     Attributes:
@@ -85,7 +85,7 @@ def measure_in_turns(
     requests: Mapping[str, Sequence[Request]],
     turns: int,
     company: Callable[[str], AbstractContextManager[object]],
-) -> Iterator[Sample]:
+) -> Iterator[LiveSample]:
     """Measure arms in turns on the same requests, so that a machine whose speed drifts treats them alike.
 
     The first turn of each is not measured: it takes up what the arm has to learn of the machine's pace. ``company`` is
@@ -99,7 +99,7 @@ def measure_in_turns(
             with company(arm):
                 seconds, tokens = serve_sample(server, source, requests[arm])
             if turn >= 0:
-                yield Sample(arm, turn, tokens, seconds, [count / spent for count, spent in source.ended])
+                yield LiveSample(arm, turn, tokens, seconds, [count / spent for count, spent in source.ended])
 
 
 def per_second_summary(values: Sequence[float]) -> dict[str, float]:

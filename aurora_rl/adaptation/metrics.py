@@ -19,7 +19,7 @@ _BLOCK = 8  # neighbouring requests that the bootstrap draws at once
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class StreamCounts:
     """What the requests of a stream took with one arm, in order.
 
     Attributes:
@@ -30,7 +30,7 @@ class Served:
         ValueError: The two differ in length, or a request has more rounds than tokens, or none.
 
     Example:
-        >>> Served([6, 4], [3, 4]).acceptance_length()
+        >>> StreamCounts([6, 4], [3, 4]).acceptance_length()
         1.4285714285714286
     """
 
@@ -50,79 +50,80 @@ class Served:
         """Return the number of requests."""
         return len(self.tokens)
 
-    def part(self, first: int, end: int) -> Served:
+    def part(self, first: int, end: int) -> StreamCounts:
         """Return the requests from ``first`` to before ``end``."""
-        return Served(self.tokens[first:end], self.rounds[first:end])
+        return StreamCounts(self.tokens[first:end], self.rounds[first:end])
 
     def acceptance_length(self) -> float:
         """Return tokens per round over all requests, bonus tokens included."""
         return sum(self.tokens) / sum(self.rounds)
 
 
-def trailing_acceptance(served: Served, window: int) -> list[float]:
+def trailing_acceptance(counts: StreamCounts, window: int) -> list[float]:
     """Return the acceptance length over the last ``window`` requests, after each request from the first full window on.
 
     Example:
-        >>> trailing_acceptance(Served([2, 2, 4], [2, 1, 2]), window=2)
+        >>> trailing_acceptance(StreamCounts([2, 2, 4], [2, 1, 2]), window=2)
         [1.3333333333333333, 2.0]
     """
-    tokens, rounds = ([0, *accumulate(values)] for values in (served.tokens, served.rounds))
+    tokens, rounds = ([0, *accumulate(values)] for values in (counts.tokens, counts.rounds))
     return [
         (tokens[end] - tokens[end - window]) / (rounds[end] - rounds[end - window])
-        for end in range(window, len(served) + 1)
+        for end in range(window, len(counts) + 1)
     ]
 
 
-def requests_to(served: Served, level: float, window: int) -> int | None:
+def requests_to(counts: StreamCounts, level: float, window: int) -> int | None:
     """Return after how many requests the trailing acceptance reaches a level for the first time; None if never.
 
     Example:
-        >>> requests_to(Served([2, 2, 4], [2, 1, 2]), level=2.0, window=2)
+        >>> requests_to(StreamCounts([2, 2, 4], [2, 1, 2]), level=2.0, window=2)
         3
     """
-    curve = trailing_acceptance(served, window)
+    curve = trailing_acceptance(counts, window)
     return next((window + place for place, acceptance in enumerate(curve) if acceptance >= level), None)
 
 
-def level(served: Served) -> float:
+def level(counts: StreamCounts) -> float:
     """Return the acceptance length that a phase has come to: that over its last third.
 
     Example:
-        >>> level(Served([1, 1, 3], [1, 1, 1]))
+        >>> level(StreamCounts([1, 1, 3], [1, 1, 1]))
         3.0
     """
-    return served.part(len(served) - max(int(len(served) * SETTLED), 1), len(served)).acceptance_length()
+    return counts.part(len(counts) - max(int(len(counts) * SETTLED), 1), len(counts)).acceptance_length()
 
 
-def forgotten(first: Served, again: Served) -> float:
+def forgotten(first: StreamCounts, again: StreamCounts) -> float:
     """Return the share of a phase's level that is lost when the same traffic comes back: over all of ``again``.
 
     Example:
-        >>> forgotten(Served([2, 2, 2], [1, 1, 1]), Served([2, 2], [2, 1]))
+        >>> forgotten(StreamCounts([2, 2, 2], [1, 1, 1]), StreamCounts([2, 2], [2, 1]))
         0.33333333333333337
     """
     return 1 - again.acceptance_length() / level(first)
 
 
-def regret(served: Served, fixed: Mapping[str, Served]) -> tuple[str, float]:
+def regret(counts: StreamCounts, fixed: Mapping[str, StreamCounts]) -> tuple[str, float]:
     """Return the fixed arm that is best in hindsight, and the rounds that an arm took above its, as a share of these.
 
     Example:
-        >>> regret(Served([4, 4], [3, 2]), {"plain": Served([4, 4], [4, 4]), "lookup": Served([4, 4], [2, 2])})
+        >>> plain, lookup, arm = (StreamCounts([4, 4], rounds) for rounds in ([4, 4], [2, 2], [3, 2]))
+        >>> regret(arm, {"plain": plain, "lookup": lookup})
         ('lookup', 0.25)
     """
     best = min(fixed, key=lambda name: sum(fixed[name].rounds))
-    return best, sum(served.rounds) / sum(fixed[best].rounds) - 1
+    return best, sum(counts.rounds) / sum(fixed[best].rounds) - 1
 
 
-def block_bootstrap(arm: Served, reference: Served, *, samples: int = 2000) -> tuple[float, float] | None:
+def block_bootstrap(arm: StreamCounts, reference: StreamCounts, *, samples: int = 2000) -> tuple[float, float] | None:
     """Return a 95% interval of the ratio of an arm's acceptance length to a reference's on the same requests.
 
     Blocks of eight neighbouring requests are drawn with replacement, since neighbours were served by the same
     weights (Künsch 1989, the moving-block bootstrap). There is no interval with fewer requests than four blocks.
 
     Example:
-        >>> same = Served([4] * 32, [2] * 32)
+        >>> same = StreamCounts([4] * 32, [2] * 32)
         >>> block_bootstrap(same, same)
         (1.0, 1.0)
     """

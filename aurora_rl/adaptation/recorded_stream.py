@@ -13,7 +13,7 @@ from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request
 from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.tree_shape import TreeShape
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 
 
 class RecordedPhase(Dataset[TensorDict]):
@@ -46,7 +46,7 @@ class RecordedPhase(Dataset[TensorDict]):
         return trajectory
 
 
-def record_plainly(
+def record_plain_decoding(
     model: PreTrainedModel,
     requests: Sequence[Request],
     recording: TrajectoryDataset,
@@ -55,7 +55,7 @@ def record_plainly(
     slots: int,
     **settings: object,
 ) -> None:
-    """Let the target answer requests by plain decoding, with the features of some layers, see :func:`record`."""
+    """Record the target's answers by plain decoding, with the features of some layers; see :func:`record_requests`."""
     nobody = NgramDrafter(model.config.get_text_config().vocab_size)
     nobody.feature_layers = tuple(layers)  # nothing is drafted: it says alone what is recorded
-    record(model, nobody, requests, recording, shape=TreeShape(0), slots=slots, **settings)
+    record_requests(model, nobody, requests, recording, shape=TreeShape(0), slots=slots, **settings)

@@ -15,7 +15,7 @@ from typing import Any
 from aurora_rl.adaptation.live import per_second_summary
 from aurora_rl.adaptation.metrics import (
     REGAINED,
-    Served,
+    StreamCounts,
     block_bootstrap,
     forgotten,
     level,
@@ -44,17 +44,17 @@ def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
     runs = [run for run in runs if run["arm"] in scenario.arms]
     if not runs:
         raise ValueError(f"no arm of the scenario has a result in {out} yet")
-    served = {(run["arm"], run["seed"]): Served(run["tokens"], run["rounds"]) for run in runs}
-    fixed = {run["arm"]: served[run["arm"], 0] for run in runs if not run["learns"] and run["seed"] == 0}
-    any_run = next(iter(served.values()))
-    fixed[PLAIN] = Served(any_run.tokens, any_run.tokens)
+    counts = {(run["arm"], run["seed"]): StreamCounts(run["tokens"], run["rounds"]) for run in runs}
+    fixed = {run["arm"]: counts[run["arm"], 0] for run in runs if not run["learns"] and run["seed"] == 0}
+    any_run = next(iter(counts.values()))
+    fixed[PLAIN] = StreamCounts(any_run.tokens, any_run.tokens)
     figures = [
         {
             **{key: run[key] for key in ("arm", "seed", "learns", "learner_seconds")},
             "swaps": len(set(run["version"])) - 1,
-            **_figures(served[run["arm"], run["seed"]], run, names, bounds, scenario.window),
-            "regret": regret(served[run["arm"], run["seed"]], fixed),
-            "curve": trailing_acceptance(served[run["arm"], run["seed"]], scenario.window),
+            **_figures(counts[run["arm"], run["seed"]], run, names, bounds, scenario.window),
+            "regret": regret(counts[run["arm"], run["seed"]], fixed),
+            "curve": trailing_acceptance(counts[run["arm"], run["seed"]], scenario.window),
         }
         for run in runs
     ]
@@ -64,7 +64,7 @@ def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
         "phases": [{"name": name, "first": a, "end": b} for name, (a, b) in zip(names, bounds, strict=True)],
         "arms": list(scenario.arms),
         "runs": figures,
-        "against_fixed": _against_fixed(runs, served, bounds),
+        "against_fixed": _against_fixed(runs, counts, bounds),
         "live": _live(out, names, {run["arm"]: run for run in runs if run["seed"] == 0}),
         "versions": {name: version(name) for name in ("torch", "transformers", "torchrl", "tensordict")},
         "machine": platform.processor() or platform.machine(),
@@ -72,13 +72,13 @@ def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
 
 
 def _figures(
-    served: Served, run: Mapping[str, Any], names: Sequence[str], bounds: Sequence[tuple[int, int]], window: int
+    counts: StreamCounts, run: Mapping[str, Any], names: Sequence[str], bounds: Sequence[tuple[int, int]], window: int
 ) -> dict[str, Any]:
     """Return the measures of one run, see ``adaptation.metrics``."""
-    parts = [served.part(first, end) for first, end in bounds]
-    tokens, levels = [0, *accumulate(served.tokens)], dict.fromkeys(map(str, LEVELS))
+    parts = [counts.part(first, end) for first, end in bounds]
+    tokens, levels = [0, *accumulate(counts.tokens)], dict.fromkeys(map(str, LEVELS))
     for wanted in LEVELS:
-        if (requests := requests_to(served, wanted, window)) is not None:
+        if (requests := requests_to(counts, wanted, window)) is not None:
             flops = run["steps"][requests - 1] * run["flops_per_step"]
             levels[str(wanted)] = {"requests": requests, "tokens": tokens[requests], "flops": flops}
     phases = []
@@ -94,17 +94,17 @@ def _figures(
                 "forgotten": forgotten(parts[names.index(name)], part) if before else None,
             }
         )
-    return {"acceptance": served.acceptance_length(), "phases": phases, "levels": levels}
+    return {"acceptance": counts.acceptance_length(), "phases": phases, "levels": levels}
 
 
 def _against_fixed(
-    runs: Sequence[Mapping[str, Any]], served: Mapping[tuple[str, int], Served], bounds: Sequence[tuple[int, int]]
+    runs: Sequence[Mapping[str, Any]], counts: Mapping[tuple[str, int], StreamCounts], bounds: Sequence[tuple[int, int]]
 ) -> list[dict[str, Any]]:
     """Return the ratio of acceptance lengths of each arm that learns to each that does not, phase by phase."""
     learning, fixed = ([run for run in runs if run["learns"] == learns] for learns in (True, False))
     rows = []
     for run, reference, (phase, bound) in product(learning, fixed, enumerate(bounds)):
-        pair = [served[each["arm"], each["seed"]].part(*bound) for each in (run, reference)]
+        pair = [counts[each["arm"], each["seed"]].part(*bound) for each in (run, reference)]
         rows.append(
             {
                 "arm": run["arm"],

@@ -14,7 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from aurora_rl.workload.traffic import DOMAINS, Prompt, generate, read_jsonl
+from aurora_rl.workload.traffic import DOMAINS, Prompt, generate_traffic, read_jsonl
 
 PLAIN = "plain"
 """Name of plain decoding among the arms."""
@@ -220,7 +220,7 @@ def _shares(phase: Phase) -> dict[tuple[str, bool], int]:
 
 def _pool(name: str, is_file: bool, count: int, seed: int) -> Sequence[Prompt]:
     if not is_file:
-        return generate(count, seed, domains=[name], unseen=False)
+        return generate_traffic(count, seed, domains=[name], unseen=False)
     found = read_jsonl(name)
     if len(found) < count:
         raise ValueError(f"{name} has {len(found)} prompts, and the scenario takes {count}; lower its requests")

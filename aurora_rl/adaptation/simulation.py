@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from aurora_rl.adaptation.metrics import Served
+from aurora_rl.adaptation.metrics import StreamCounts
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_shape import TreeShape
@@ -96,9 +96,9 @@ class ArmRun:
     learner_seconds: float = field(default=0.0, compare=False)
 
     @property
-    def served(self) -> Served:
+    def counts(self) -> StreamCounts:
         """Tokens and rounds."""
-        return Served(self.tokens, self.rounds)
+        return StreamCounts(self.tokens, self.rounds)
 
 
 def simulate(

@@ -46,6 +46,11 @@ def add_config_arguments(parser: argparse.ArgumentParser, example: str = "engine
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"for example {example}")
 
 
+def add_no_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Have a command take no configuration, for those that no key changes."""
+    parser.set_defaults(config=None, overrides=None, print_config=False)
+
+
 def pair_of(key: str, overrides: Sequence[str]) -> str | None:
     """Return the ``key=value`` pair of a command line that sets a key, the last of several; None if none does.
 

@@ -29,14 +29,14 @@ from aurora_rl.policies.formats.files import load_drafter, local_folder, save_dr
 from aurora_rl.policies.formats.peft import read_adapters
 from aurora_rl.policies.registry import start_untrained
 from aurora_rl.serving.requests import RequestQueue, prompt_tokens
-from aurora_rl.workload.traffic import Prompt, generate, read_jsonl
+from aurora_rl.workload.traffic import Prompt, generate_traffic, read_jsonl
 
 Keys = TypeVar("Keys", ServerKeys, ClientKeys)
 VOCAB_PROMPTS = 64  # first prompts, whose tokens choose the vocabulary of an untrained drafter
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class LoadedTarget:
     """A loaded target, its tokenizer, and the copies of its parts that drafters use."""
 
     model: PreTrainedModel
@@ -44,10 +44,10 @@ class Target:
     parts: TargetParts
 
 
-def load(spec: RunSpec) -> Target:
+def load(spec: RunSpec) -> LoadedTarget:
     """Load the target."""
     model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
-    return Target(model, tokenizer, TargetParts.of(model))
+    return LoadedTarget(model, tokenizer, TargetParts.of(model))
 
 
 def load_alone(spec: RunSpec) -> TargetParts:
@@ -70,7 +70,7 @@ def engine_maker(spec: RunSpec) -> Callable[..., Engine]:
     return partial(spec.engine_class, **({"batch_invariant": True} if spec.config.engine.batch_invariant else {}))
 
 
-def check_context(config: Config, target: Target) -> None:
+def check_context(config: Config, target: LoadedTarget) -> None:
     """Raise ConfigError where slots are to be longer than the model's context."""
     context = context_length(target.parts.config)
     if context is not None and config.engine.max_length > context:
@@ -86,10 +86,10 @@ def traffic(config: Config) -> list[Prompt]:
     if source.path is not None:
         model = config.http.served_model_name or config.model
         return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed, model=model)
-    return generate(min(source.requests, source.limit or source.requests), seed=config.seed)
+    return generate_traffic(min(source.requests, source.limit or source.requests), seed=config.seed)
 
 
-def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> RequestQueue:
+def request_queue(spec: RunSpec, target: LoadedTarget, prompts: Sequence[Prompt]) -> RequestQueue:
     """Return the run's requests, in order."""
     config = spec.config
     check_context(config, target)
@@ -102,7 +102,7 @@ def request_queue(spec: RunSpec, target: Target, prompts: Sequence[Prompt]) -> R
     )
 
 
-def encoded_prompts(target: Target, prompts: Sequence[Prompt]) -> list[list[int]]:
+def encoded_prompts(target: LoadedTarget, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Return the token ids of prompts that nobody serves, for the day-0 draft vocabulary: without those that fail."""
     encoded = []
     for prompt in prompts:
@@ -111,7 +111,7 @@ def encoded_prompts(target: Target, prompts: Sequence[Prompt]) -> list[list[int]
     return encoded
 
 
-def start_drafter(spec: RunSpec, target: Target, prompts: list[list[int]], seed: int | None = None) -> Drafter:
+def start_drafter(spec: RunSpec, target: LoadedTarget, prompts: list[list[int]], seed: int | None = None) -> Drafter:
     """Return the drafter that the run starts with, in float32 on the CPU.
 
     Args:
@@ -174,7 +174,7 @@ def _new_or_loaded(spec: RunSpec, parts: TargetParts, prior: Tensor | None, seed
 
 
 def first_drafter(
-    spec: RunSpec, target: Target, prompts: list[list[int]], folder: Path | None
+    spec: RunSpec, target: LoadedTarget, prompts: list[list[int]], folder: Path | None
 ) -> tuple[Drafter, Config]:
     """Return the drafter that is served first, and the configuration of a learner that starts from it.
 

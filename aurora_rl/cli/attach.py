@@ -10,7 +10,7 @@ from dataclasses import replace
 from aurora_rl.cli import serve
 from aurora_rl.cli.arguments import SAVED_LAST, add_config_arguments, add_resume_argument
 from aurora_rl.cli.config import Config
-from aurora_rl.cli.config_checks import check
+from aurora_rl.cli.config_checks import check_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.signals import Stop
 from aurora_rl.remote_engines import EXAMPLES, REMOTE_ENGINES, address_variable
@@ -48,7 +48,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     if engine.url is None:
         raise ConfigError(f"engine.url is missing: set it to {name}'s own, such as engine.url={EXAMPLES[name][0]}")
     config = replace(config, engine=replace(engine, name=arguments.command))
-    check(config)
+    check_config(config)
     return serve.run(config, arguments, stop)
 
 

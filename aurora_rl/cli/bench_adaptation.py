@@ -24,11 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from aurora_rl.adaptation import report
 from aurora_rl.adaptation.busy_process import BusyProcess
 from aurora_rl.adaptation.live import TimedRequests, measure_in_turns
-from aurora_rl.adaptation.recorded_stream import RecordedPhase, record_plainly
+from aurora_rl.adaptation.recorded_stream import RecordedPhase, record_plain_decoding
 from aurora_rl.adaptation.scenario import PLAIN, Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
 from aurora_rl.adaptation.simulation import ArmRun, LocalWire, add_answers, simulate
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, engine_maker, load, request_queue, start_drafter
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, LoadedTarget, engine_maker, load, request_queue, start_drafter
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.config_privacy import check_records
 from aurora_rl.cli.engines import embedded_server
@@ -182,7 +182,7 @@ class _Bench:
             raise ConfigError(f"--scenario: {queue.failed[0]}")
         config, done = self._base.config, len(recording)
         with watch(self._console, f"recording {name}", len(prompts), done) as recording.watch:
-            record_plainly(
+            record_plain_decoding(
                 target.model,
                 list(iter(queue, None)),
                 recording,
@@ -194,7 +194,7 @@ class _Bench:
                 rule=self._base.rule,
             )
 
-    def _target_of(self, phase: Phase | None) -> Target:
+    def _target_of(self, phase: Phase | None) -> LoadedTarget:
         """Load the target of a phase."""
         spec = self._base
         if phase is not None and phase.target_dtype is not None:
@@ -221,7 +221,7 @@ class _Bench:
 
     # ---- arms -------------------------------------------------------------------------------------------------------
 
-    def _arm(self, name: str, arm: Arm, seed: int, target: Target, first: list[list[int]]) -> None:
+    def _arm(self, name: str, arm: Arm, seed: int, target: LoadedTarget, first: list[list[int]]) -> None:
         """Let an arm have the stream, from where it was interrupted, unless there is a result."""
         folder = self._out / "arms" / f"{name}-{seed}"
         spec = self._specs[name]
@@ -258,7 +258,7 @@ class _Bench:
         with watch(self._console, f"arm {name}, seed {seed}", len(stream), at) as shown:
 
             def tell(done: int, run: ArmRun) -> None:
-                recent = run.served.part(max(done - 40, 0), done)
+                recent = run.counts.part(max(done - 40, 0), done)
                 shown.tell(done, f"acceptance {recent.acceptance_length():.2f}")
 
             def keep(request: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -290,14 +290,14 @@ class _Bench:
         part.replace(done)
         begun.unlink(missing_ok=True)
 
-    def _start(self, spec: RunSpec, target: Target, first: list[list[int]], seed: int = 0) -> Drafter:
+    def _start(self, spec: RunSpec, target: LoadedTarget, first: list[list[int]], seed: int = 0) -> Drafter:
         """Return the drafter that arms of these settings start from."""
         key = json.dumps([*_origin(spec), spec.tree.depth, seed])
         if key not in self._started:
             self._started[key] = start_drafter(spec, target, first, seed=spec.config.seed + seed).to(spec.device)
         return copy.deepcopy(self._started[key])
 
-    def _trained(self, spec: RunSpec, drafter: Drafter, target: Target) -> Drafter:
+    def _trained(self, spec: RunSpec, drafter: Drafter, target: LoadedTarget) -> Drafter:
         """Return a drafter that has learned from the training traffic, once for all arms of one configuration."""
         settings = spec.config.learner
         # As many steps for a request as arms get that learn.

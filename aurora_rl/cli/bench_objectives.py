@@ -16,7 +16,7 @@ import torch
 from tensordict import TensorDictBase
 
 from aurora_rl.cli.arguments import add_config_arguments, as_pair
-from aurora_rl.cli.assembly import Target, load, start_drafter
+from aurora_rl.cli.assembly import LoadedTarget, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
@@ -132,7 +132,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 def learning_curve(
     spec: RunSpec,
-    target: Target,
+    target: LoadedTarget,
     stream: Sequence[TensorDictBase],
     objectives: list[dict[str, Any]],
     *,

@@ -11,7 +11,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.assembly import Target, check_context, engine_maker, load, start_drafter
+from aurora_rl.cli.assembly import LoadedTarget, check_context, engine_maker, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
@@ -90,7 +90,7 @@ def _report_exactness(engine: TransformersEngine, say: Callable[[str], Any]) -> 
     say(f"memory       {_size(engine.cache_bytes)} of keys and values for {slots}")
 
 
-def _report_drafters(spec: RunSpec, target: Target, say: Callable[[str], Any]) -> dict[str, Drafter]:
+def _report_drafters(spec: RunSpec, target: LoadedTarget, say: Callable[[str], Any]) -> dict[str, Drafter]:
     """Start every drafter untrained; the configured one as it is configured."""
     started, config = {}, spec.config
     for name in sorted({*DRAFTERS, spec.drafter_name}):

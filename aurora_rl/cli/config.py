@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, StringNode
+from omegaconf import DictConfig, OmegaConf, StringNode, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.cli.config_canary import CanaryConfig, without_trials
-from aurora_rl.cli.config_checks import check, without_extras
+from aurora_rl.cli.config_checks import check_config, without_extras
 from aurora_rl.cli.config_drafter import DrafterConfig
 from aurora_rl.cli.config_fleet import FleetConfig
 from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
@@ -320,7 +320,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
                 raise ConfigError(
                     f"objectives in {source} must be a list of mappings, such as objectives=[{{name: imitation}}]"
                 ) from error
-            raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{source}: {_scalar_for(values, merged) or str(error).splitlines()[0]}") from error
     try:
         named = {key for _, values in sources for key in _keys(values)}
         for settle in (keep_nothing, without_trials, without_extras):
@@ -329,8 +329,21 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(str(error).replace("\n", " ")) from error
     assert isinstance(config, Config)
-    check(config)
+    check_config(config)
     return config
+
+
+def _scalar_for(values: DictConfig, merged: DictConfig) -> str:
+    """Return which key has one value in the place of a list or a mapping, and what to write; empty if none has."""
+    for key in _keys(values):
+        wanted, value = _node(merged, key), _node(values, key)
+        if OmegaConf.is_config(value) or (value._is_none() and wanted._is_optional()):
+            continue
+        if isinstance(wanted, TupleConfig):
+            return f"{key} must be a list, such as {key}=[{'' if value._is_none() else value}]"
+        if isinstance(wanted, DictConfig):
+            return f"{key} must be a mapping, such as {key}={{NAME: VALUE}}"
+    return ""
 
 
 def _moved(key: str) -> str | None:

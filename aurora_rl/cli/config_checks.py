@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from aurora_rl.addresses import is_local
 from aurora_rl.cli.arguments import as_pair
 from aurora_rl.cli.config_canary import check_trials
-from aurora_rl.cli.config_drafter import check_drafter
+from aurora_rl.cli.config_drafter import check_drafter_config
 from aurora_rl.cli.config_fleet import check_fleet
 from aurora_rl.cli.config_privacy import check_privacy
 from aurora_rl.cli.errors import ConfigError
@@ -85,7 +85,7 @@ def without_extras(merged: DictConfig, named: Collection[str]) -> None:
         merged.http.port = None
 
 
-def check(config: Config) -> None:
+def check_config(config: Config) -> None:
     """Raise ConfigError if a value is out of range, or two do not go together."""
     learner = config.learner
     for key, (duty, holds) in _RULES.items():
@@ -97,7 +97,7 @@ def check(config: Config) -> None:
             f"learner.buffer={learner.buffer} is less than learner.batch_size={learner.batch_size}, so that no step "
             f"would ever be taken; set learner.buffer={learner.batch_size} or more"
         )
-    check_drafter(config)
+    check_drafter_config(config)
     _check_engine(config)
     check_trials(config)
     _check_wire(config)

@@ -54,7 +54,7 @@ class DrafterConfig:
     """Rank of these deltas. One has at most 20 MB."""
 
 
-def check_drafter(config: Config) -> None:
+def check_drafter_config(config: Config) -> None:
     """Raise ConfigError if values of ``drafter`` do not go together, or not with the engine."""
     drafter, options = config.drafter, config.drafter.options
     old = [name for name in ("learned", "lookup", "learned_options", "min_depth") if name in options]

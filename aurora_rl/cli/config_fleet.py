@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
-from aurora_rl.settings import check, settings_of
+from aurora_rl.settings import check_values, settings_of
 
 if TYPE_CHECKING:
     from aurora_rl.cli.config import Config
@@ -118,7 +118,7 @@ def _read(settings: Any, kind: type[_Kind], name: str) -> _Kind:
     if not isinstance(values, dict):
         raise ConfigError(f"{name} must be a mapping, such as {{num_cpus: 4}}, got {values!r}")
     try:
-        check(values, settings_of(kind), name)
+        check_values(values, settings_of(kind), name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     placement = kind(**values)

@@ -18,7 +18,7 @@ from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.policies import Drafter, TargetParts, get_drafter
-from aurora_rl.policies.adapters import merged
+from aurora_rl.policies.adapters import merge_adapter
 from aurora_rl.policies.formats.files import TRAINED_FOR, drafter_class, holds_drafter, load_drafter, local_folder
 from aurora_rl.policies.formats.llama_cpp import holds_gguf, save_gguf
 from aurora_rl.policies.formats.peft import adapter_ranks, read_adapters
@@ -115,7 +115,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
         if name not in ranks:
             raise ConfigError(f"--adapter {name}: {arguments.drafter} holds {', '.join(ranks) or 'no adapters'}")
         read_adapters(drafter, folder, [name], ranks[name])
-    drafter = merged(drafter, name).to(spec.dtype)
+    drafter = merge_adapter(drafter, name).to(spec.dtype)
     if arguments.to == _GGUF:
         save_gguf(drafter, arguments.out.resolve(), arguments.target_gguf)
     else:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from aurora_rl.cli.assembly import Target, engine_maker, opening, wire_keys
+from aurora_rl.cli.assembly import LoadedTarget, engine_maker, opening, wire_keys
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import naming
 from aurora_rl.cli.spec import RunSpec
@@ -17,14 +17,14 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.sockets import engine_name
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Request, SpecDecodeEnv, generation_processors
-from aurora_rl.models.detokenizer import decode
+from aurora_rl.models.detokenizer import detokenize
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
 from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.prefix_cache import PrefixCache
-from aurora_rl.serving.canary import Canary
+from aurora_rl.serving.canary import RoundTrialRules
 from aurora_rl.serving.capture import Capture
 from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import InferenceServer
@@ -34,7 +34,7 @@ from aurora_rl.telemetry.rates import BaselineWindows
 
 def embedded_server(
     spec: RunSpec,
-    target: Target,
+    target: LoadedTarget,
     requests: RequestSource,
     usual: list[int],
     drafter: Drafter,
@@ -50,7 +50,8 @@ def embedded_server(
         usual: Token ids of a usual prompt, with which rounds are timed.
         drafter: The drafter, in float32.
         log: Log of the server's events.
-        rival: Spec and drafter to compare with; the specs differ by the drafter alone. Nobody learns then. None learns.
+        rival: Spec and drafter to compare with; the specs differ by the drafter alone, and nobody learns. None
+            compares nothing.
     """
     config, tree = spec.config, spec.tree
     drafters = [(spec, drafter)] if rival is None else [(spec, drafter), rival]
@@ -102,9 +103,10 @@ def embedded_server(
         log.write("costs", round_ms=cost_table(costs))
         return TreeController(costs)
 
-    policies, canary = [new_policy(*each, version) for version, each in enumerate(drafters)], _canary(config)
+    policies = [new_policy(*each, version) for version, each in enumerate(drafters)]
+    trial_rules = _trial_rules(config)
     policy, controllers = policies[0], [timed(each) for each in policies]
-    if rival is None and canary is not None:
+    if rival is None and trial_rules is not None:
         policies.append(new_policy(spec, drafter))
     tokenizer = target.tokenizer  # not the target: its plain weights are not to outlive their packed forms
     if config.engine.prefix_cache_tokens:  # not before: what is measured are not requests
@@ -120,7 +122,7 @@ def embedded_server(
         rule=spec.rule,
         draft_mode=tree.mode,
         stop_tokens=stop_tokens,
-        decode=lambda tokens: decode(tokenizer, tokens),
+        decode=lambda tokens: detokenize(tokenizer, tokens),
         processors=processors,
         on_refused=requests.refused,
     )
@@ -134,7 +136,7 @@ def embedded_server(
         controller=controllers[0],
         sink=sink,
         receiver=receiver,
-        canary=canary,
+        trial_rules=trial_rules,
         second=policies[-1],
         second_controller=controllers[-1],
         watched=True,
@@ -174,12 +176,12 @@ def _wire(config: Config, greeting: Handshake, drafter: Drafter) -> tuple[Trajec
     return sink, receiver
 
 
-def _canary(config: Config) -> Canary | None:
+def _trial_rules(config: Config) -> RoundTrialRules | None:
     """Return how new weights are tried; None swaps them in at once."""
     settings = config.canary
     if not settings.share:
         return None
-    return Canary(
+    return RoundTrialRules(
         share=settings.share,
         window=settings.window,
         false_alarm_rate=settings.false_alarm_rate,

@@ -19,13 +19,13 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.fleet_cluster import Cluster, LostError, Seat
 from aurora_rl.cli.fleet_members import Member, Wire, members_of
 from aurora_rl.cli.output import plain_console
+from aurora_rl.cli.restarts import LONGEST_WAIT_S, restart_wait
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.view import every
 
 _LOOK_S = 0.2
-_LONGEST_WAIT_S = 60.0  # before a member is started again
 _TOLD_S = 10.0  # after so long a member that waits for resources is told
 _WORKS = ("learner_ready", "request", "status", "swap")  # events of a member that has started
 _ORDERLY = (0, 130, -signal.SIGTERM)  # the last two had not begun to work
@@ -248,8 +248,8 @@ class _Fleet:
         if most is not None and post.restarts >= most:
             raise GivenUpError(f"{member.name} {reason}; it was started again fleet.max_restarts={most} times")
         post.restarts += 1
-        post.failures = 0 if lived > _LONGEST_WAIT_S else post.failures + 1
-        wait = min(2.0 ** max(post.failures - 1, 0), _LONGEST_WAIT_S)
+        post.failures = 0 if lived > LONGEST_WAIT_S else post.failures + 1
+        wait = restart_wait(max(post.failures - 1, 0))
         post.due = time.monotonic() + wait
         self._say(f"{member.name} {reason}; it is started again in {wait:g} s, see {member.log}")
 

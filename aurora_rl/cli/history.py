@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from aurora_rl.cli.arguments import add_no_config_arguments
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.output import plain_console
@@ -37,7 +38,7 @@ class Version:
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folder", type=Path, help="folder of a run")
-    parser.set_defaults(config=None, overrides=[], print_config=False)
+    add_no_config_arguments(parser)
 
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:

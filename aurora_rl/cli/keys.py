@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from aurora_rl.cli.arguments import add_config_arguments
+from aurora_rl.cli.arguments import add_no_config_arguments
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.signals import Stop
 
@@ -13,7 +13,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folder", help="folder of the keys, for wire.keys=FOLDER; keys that it holds stay as they are")
     parser.add_argument("--engine", metavar="NAME", default="engine", help="name of the engine; run it once for each")
-    add_config_arguments(parser)
+    add_no_config_arguments(parser)
 
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:

@@ -105,7 +105,7 @@ def _learn(
 
         from aurora_rl.cli.learner import build_learner
         from aurora_rl.cli.spec import resolve
-        from aurora_rl.training.parallel import Command, RanksLostError
+        from aurora_rl.training.parallel import RankCommand, RanksLostError
 
     torch.set_num_threads(config.learner.threads)
     with refused:
@@ -127,7 +127,7 @@ def _learn(
         stop.ignore()
         learner.try_save()
         if ranks is not None:
-            ranks.tell(Command.END)
+            ranks.tell(RankCommand.END)
             ranks.leave()
     log.write("learner_done", seen=learner.seen, steps=learner.steps, version=learner.version)
     for failure in learner.outputs.failures.values():

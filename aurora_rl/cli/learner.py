@@ -29,7 +29,7 @@ from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
-from aurora_rl.training.engine_canary import EngineCanary, EngineRules
+from aurora_rl.training.engine_canary import EngineCanary, EngineTrialRules
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -140,7 +140,7 @@ def _canary(config: Config, publisher: WeightPublisher, log: MetricsLog) -> Engi
     settings = config.canary
     if not settings.engines:
         return None
-    rules = EngineRules(
+    rules = EngineTrialRules(
         settings.engines, settings.requests, settings.false_alarm_rate, settings.margin, settings.most_requests,
         config.seed,
     )  # fmt: skip

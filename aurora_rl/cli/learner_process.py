@@ -13,6 +13,7 @@ from pathlib import Path
 
 from aurora_rl.cli.config import Config, to_yaml
 from aurora_rl.cli.errors import TEMPORARY, ConfigError
+from aurora_rl.cli.restarts import LONGEST_WAIT_S, restart_wait
 from aurora_rl.cli.run_dir import go_on
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.telemetry.outputs import one_line
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 _READY_S = 300.0
 _END_S = 60.0
-_LONGEST_WAIT_S = 60.0
 _LOOK_S = 0.1
 
 
@@ -72,12 +72,12 @@ class LearnerProcess:
         """
         now = time.monotonic()
         if self.child.poll() is None:
-            if now - self._started > _LONGEST_WAIT_S:
+            if now - self._started > LONGEST_WAIT_S:
                 self._failures = 0
             self._due = 0.0
             return False
         if not self._due:
-            self._due = now + min(2.0**self._failures, _LONGEST_WAIT_S)
+            self._due = now + restart_wait(self._failures)
             self._failures += 1
         if now < self._due:
             return False

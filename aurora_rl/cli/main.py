@@ -167,7 +167,10 @@ def _parse(words: list[str], name: str, module: Any) -> argparse.Namespace:
         value = value or next(iter(words[words.index(options[0]) + 1 :]), "...")
         key = nearest_key(option.lstrip("-").replace("-", "_"))
         parser.error(f"unrecognized argument {option}; keys are set without dashes, such as {key}={value}")
-    arguments.overrides += unknown  # argparse takes the first group of pairs only; options stand between groups
+    if arguments.overrides is None and unknown:
+        parser.error(f"unrecognized argument {unknown[0]}; aurora-rl {name} takes no key=value")
+    # argparse takes the first group of pairs only; options stand between groups.
+    arguments.overrides = [*(arguments.overrides or ()), *unknown]
     return arguments
 
 

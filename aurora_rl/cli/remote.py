@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aurora_rl.cli.assembly import Target, wire_keys
+from aurora_rl.cli.assembly import LoadedTarget, wire_keys
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
@@ -84,7 +84,12 @@ _ENGINES = {
 
 
 def remote_server(
-    spec: RunSpec, target: Target, requests: RequestSource | None, drafter: Drafter, log: MetricsLog, run_dir: Path
+    spec: RunSpec,
+    target: LoadedTarget,
+    requests: RequestSource | None,
+    drafter: Drafter,
+    log: MetricsLog,
+    run_dir: Path,
 ) -> AttachedServer:
     """Build a server on an engine of another process, which is launched here or attached to.
 

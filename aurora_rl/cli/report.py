@@ -7,6 +7,7 @@ from pathlib import Path
 
 from aurora_rl.adaptation import report
 from aurora_rl.adaptation.scenario import read_scenario
+from aurora_rl.cli.arguments import add_no_config_arguments
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.run_dir import refuse_training
@@ -19,7 +20,7 @@ from aurora_rl.telemetry.report import draw_report
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("folder", type=Path, help="folder of a run, or of aurora-rl bench adaptation")
-    parser.set_defaults(config=None, overrides=[], print_config=False)
+    add_no_config_arguments(parser)
 
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:

@@ -30,7 +30,7 @@ from aurora_rl.cli.ranks import refuse_parallel
 from aurora_rl.cli.run_dir import TRAINING, RunDir, go_on
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.cli.train_resume import check_epochs, check_resumed, saved_unless_refused, settle
+from aurora_rl.cli.train_resume import check_epochs, check_resumed, saved_unless_refused, settle_options
 from aurora_rl.cli.training_data import (
     fingerprint,
     num_to_learn,
@@ -77,7 +77,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Record if there is nothing recorded, learn, and leave the drafter. Returns the exit status."""
     refuse_parallel(config, "aurora-rl train")
-    settle(arguments)
+    settle_options(arguments)
     if arguments.resume is not None:
         config, _ = go_on(config, Path(arguments.resume))
         if (day0 := Path(arguments.resume) / _DAY0).is_dir():  # what was learned since is in the training state

@@ -15,12 +15,12 @@ from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.run_dir import TRAINING
-from aurora_rl.settings import check
+from aurora_rl.settings import check_values
 
 _TYPES = {"recording": list | None, "epochs": int, "held_out": float, "data": str | None}
 
 
-def settle(arguments: argparse.Namespace) -> None:
+def settle_options(arguments: argparse.Namespace) -> None:
     """Fill in the options that are not given: those of the training that is resumed, or the defaults."""
     defaults: dict[str, Any] = {"recording": None, "epochs": 4, "held_out": 0.1}
     arguments.recording = [str(folder.resolve()) for folder in arguments.recording or []] or None
@@ -32,15 +32,17 @@ def settle(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--resume {arguments.resume}: there is no {TRAINING} in it; it is no training's folder")
         try:
             defaults = {**defaults, "data": None, **json.loads(path.read_text(encoding="utf-8"))}
-            check(defaults, _TYPES, TRAINING)
+            check_values(defaults, _TYPES, TRAINING)
             for folder in defaults["recording"] or []:
                 Path(folder)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{path} is broken: {error}; start in another folder") from error
         for name in ("recording", "held_out"):
             if getattr(arguments, name) not in (None, defaults[name]):
+                option, was = f"--{name.replace('_', '-')}", defaults[name]
+                started = "with " + " ".join(f"{option} {each}" for each in (was if isinstance(was, list) else [was]))
                 raise ConfigError(
-                    f"--resume {arguments.resume}: it was started with --{name.replace('_', '-')} {defaults[name]}, "
+                    f"--resume {arguments.resume}: it was started {f'without {option}' if was is None else started}, "
                     "which stays; leave the option out, or start in another folder"
                 )
     for name, value in defaults.items():

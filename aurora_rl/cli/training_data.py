@@ -12,7 +12,7 @@ from rich.console import Console
 from tensordict import TensorDict
 from typing_extensions import override
 
-from aurora_rl.cli.assembly import VOCAB_PROMPTS, Target, engine_maker
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, LoadedTarget, engine_maker
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.progress import Watch, watch
 from aurora_rl.cli.spec import RunSpec
@@ -21,7 +21,7 @@ from aurora_rl.envs import generation_processors
 from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.serving.requests import RequestQueue
 from aurora_rl.trajectories import validate
 from aurora_rl.workload.traffic import Prompt
@@ -102,7 +102,7 @@ def recording_names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(end) for end in ends]
 
 
-def open_recording(folder: Path, target: Target, drafter: Drafter) -> TrajectoryDataset:
+def open_recording(folder: Path, target: LoadedTarget, drafter: Drafter) -> TrajectoryDataset:
     """Open a recording, and check that it can be replayed and that its first trajectory fits target and drafter."""
     vocab_size, width = target.parts.head.weight.shape
     with naming(f"--recording {folder}"):
@@ -127,7 +127,7 @@ class ShownRecording(TrajectoryDataset):
 
 
 def record_answers(
-    spec: RunSpec, target: Target, requests: RequestQueue, drafter: Drafter, folder: Path, console: Console
+    spec: RunSpec, target: LoadedTarget, requests: RequestQueue, drafter: Drafter, folder: Path, console: Console
 ) -> TrajectoryDataset:
     """Serve the requests that are not recorded yet by an engine in this process, with the drafter as it starts."""
     config, model = spec.config, target.model
@@ -138,7 +138,7 @@ def record_answers(
         console.print(f"not recorded: {reason}", soft_wrap=True)
     waiting, recording = list(iter(requests, None)), ShownRecording(folder, drafter.feature_layers)
     with watch(console, "recording", len(waiting), len(recording)) as recording.watch:
-        record(
+        record_requests(
             model,
             drafter,
             waiting,

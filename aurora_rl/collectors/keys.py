@@ -126,7 +126,7 @@ def make_keys(folder: str | os.PathLike[str], engine: str = "engine") -> list[Pa
         The files that were written.
 
     Raises:
-        KeyFault: The name cannot be that of a file, or libzmq was built without CURVE.
+        KeyFault: The name cannot be that of a file, the folder is one, or libzmq was built without CURVE.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -138,6 +138,8 @@ def make_keys(folder: str | os.PathLike[str], engine: str = "engine") -> list[Pa
         raise KeyFault(f"the name of an engine has letters, digits, - and _, got {engine!r}")
     if not zmq.has("curve"):
         raise KeyFault("libzmq was built without CURVE; install pyzmq from PyPI, whose wheels have it")
+    if Path(folder).is_file():
+        raise KeyFault(f"{folder} is a file; name a folder")
     written = []
     for path in (Path(folder) / f"{_LEARNER}.key", Path(folder) / _ENGINES / f"{engine}.key"):
         hidden = path.with_suffix(".key_secret")

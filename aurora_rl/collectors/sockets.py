@@ -84,7 +84,7 @@ class Socket(zmq.Socket[bytes]):
         frames = cast("list[zmq.Frame]", super().recv_multipart(flags, copy=False, track=track))
         if self.guard is not None:
             body = frames[self.type == zmq.ROUTER :]  # what a ROUTER puts before them did not come over the network
-            self.guard.taken(source_of(body), [len(frame) for frame in body])
+            self.guard.taken(peer_of(body), [len(frame) for frame in body])
         return [frame.bytes for frame in frames] if copy else frames
 
     @override
@@ -238,7 +238,7 @@ def connect(socket: Socket, address: str, *, limits: Limits | None = None, keys:
         ) from None
 
 
-def source_of(frames: list[zmq.Frame], field: str = "Peer-Address") -> str:
+def peer_of(frames: list[zmq.Frame], field: str = "Peer-Address") -> str:
     """Return what libzmq knows of the peer that a message came from, or an empty string.
 
     Args:
@@ -262,7 +262,7 @@ def sender_of(frames: list[zmq.Frame], claimed: object) -> str:
         Name of the key that was admitted or, without keys, the first 128 characters of the name that is claimed. Empty
         if that cannot be printed.
     """
-    if name := source_of(frames, KEY_NAME):
+    if name := peer_of(frames, KEY_NAME):
         return name
     return claimed[:_MAX_NAME] if isinstance(claimed, str) and claimed.isprintable() else ""
 

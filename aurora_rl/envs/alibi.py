@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aurora_rl.envs.exactness import ELSEWHERE, UnsupportedModelError
+from aurora_rl.envs.exactness import TRY_SGLANG, UnsupportedModelError
 from aurora_rl.models.target_head import decoder_of
 
 
@@ -34,7 +34,7 @@ class AlibiPositions:
             return None
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be told the positions of a tree's nodes: its decoder counts them itself; "
-            f"{ELSEWHERE}"
+            f"{TRY_SGLANG}"
         )
 
     def aim(self, columns: Tensor) -> None:

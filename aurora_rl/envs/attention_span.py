@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from aurora_rl.envs.exactness import ELSEWHERE, NOT_LEARNED, UnsupportedModelError
+from aurora_rl.envs.exactness import NOT_LEARNED, TRY_SGLANG, UnsupportedModelError
 from aurora_rl.models.kv_cache import sliding_window
 from aurora_rl.models.target_head import decoder_of
 
@@ -38,7 +38,7 @@ def mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str
             raise UnsupportedModelError(
                 f"{layers}, which keep a state that cannot be rolled back to the accepted node of a tree; {NOT_LEARNED}"
             )
-        raise UnsupportedModelError(f"{layers}, which choose the keys that they read; {ELSEWHERE}")
+        raise UnsupportedModelError(f"{layers}, which choose the keys that they read; {TRY_SGLANG}")
     window, chunk = sliding_window(config), getattr(config, "attention_chunk_size", None)
     kinds: dict[str | None, First | None] = {}
     if window is not None and window < max_length:

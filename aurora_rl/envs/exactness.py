@@ -35,7 +35,7 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 # What to do with a model that is refused, and with one that keeps a state in place of keys and values.
-ELSEWHERE = "engine.name=sglang may serve it"
+TRY_SGLANG = "engine.name=sglang may serve it"
 NOT_LEARNED = "serve it by another server without drafts; nothing here learns from such models yet"
 
 
@@ -145,7 +145,7 @@ class Probe:
             raise NotCausalError(
                 f"{type(model).__name__} is not causal, or its attention depends on the length of the pass: its logits "
                 f"change by {max(noise, ahead):.1%} of their spread with later tokens or other texts in the pass, so "
-                f"trees cannot be verified; {ELSEWHERE}"
+                f"trees cannot be verified; {TRY_SGLANG}"
             )
         self.tolerance = max(min(8 * noise, _LARGEST), rounding)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from aurora_rl.envs.exactness import ELSEWHERE, NOT_LEARNED, UnsupportedModelError, reason_of
+from aurora_rl.envs.exactness import NOT_LEARNED, TRY_SGLANG, UnsupportedModelError, reason_of
 from aurora_rl.models.kv_cache import KVShape, RecurrentStateError, ShapeRecorder
 from aurora_rl.models.target_head import decoder_of
 
@@ -23,6 +23,6 @@ def kv_shapes(model: PreTrainedModel) -> dict[int, tuple[KVShape, KVShape]]:
         raise UnsupportedModelError(f"{name} cannot verify trees: {error}; {NOT_LEARNED}") from error
     except Exception as error:  # whatever a forward raises that takes another cache
         raise UnsupportedModelError(
-            f"{name} does not run with a cache of keys and values ({reason_of(error)}); {ELSEWHERE}"
+            f"{name} does not run with a cache of keys and values ({reason_of(error)}); {TRY_SGLANG}"
         ) from error
     return recorder.shapes

@@ -22,7 +22,7 @@ from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
 from aurora_rl.envs.batch_invariance import check_batch_invariance, require_fused
 from aurora_rl.envs.engine import Engine, register_engine
 from aurora_rl.envs.exactness import (
-    ELSEWHERE,
+    TRY_SGLANG,
     Exactness,
     NotCausalError,
     Probe,
@@ -137,7 +137,7 @@ class TransformersEngine(Engine):
         except Exception as error:  # whatever a forward raises that is called in another way
             own = isinstance(error, ValueError) and name in str(error)
             raise UnsupportedModelError(
-                str(error) if own else f"{name} does not run on a plain text ({reason_of(error)}); {ELSEWHERE}"
+                str(error) if own else f"{name} does not run on a plain text ({reason_of(error)}); {TRY_SGLANG}"
             ) from error
         self._shapes = kv_shapes(model)
         self._captured: dict[int, Tensor] = {}
@@ -199,7 +199,7 @@ class TransformersEngine(Engine):
             name = type(self.model).__name__
             kind = WrongLogitsError if "logits differ" in switched_off[_FORMS[-1]] else UnsupportedModelError
             raise kind(
-                f"{name} is not served exactly: {switched_off[_FORMS[-1]]} ({_FORMS[-1]} attention); {ELSEWHERE}"
+                f"{name} is not served exactly: {switched_off[_FORMS[-1]]} ({_FORMS[-1]} attention); {TRY_SGLANG}"
             )
         return Exactness(form, error, tolerance, switched_off)
 
@@ -219,7 +219,7 @@ class TransformersEngine(Engine):
             kind = WrongLogitsError if error < torch.inf else UnsupportedModelError
             raise kind(
                 f"the norms and linear layers of {type(self.model).__name__} compute something else in inference "
-                f"form: {reason}; {ELSEWHERE}"
+                f"form: {reason}; {TRY_SGLANG}"
             )
         return replace(exactness, error=error)
 

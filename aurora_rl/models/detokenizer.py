@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 _WINDOW, _CONTEXT = 16, 8
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+def detokenize(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
     """Return the text of a completion's token ids, up to the first stop string, without special tokens."""
     text = str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return text[: _first(text, stop)]
@@ -39,8 +39,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, li
 class Detokenizer:
     """Turn the tokens of one completion into text as they arrive.
 
-    The pieces joined are the text of :func:`decode`. A character that the next token may complete waits, and so does
-    the beginning of a stop string. Each token is decoded with a few before it only, so that its cost does not grow.
+    The pieces joined are the text of :func:`detokenize`. A character that the next token may complete waits, and so
+    does the beginning of a stop string. Each token is decoded with a few before it only, so that its cost does not
+    grow.
 
     Args:
         tokenizer: Tokenizer of the target.
@@ -70,7 +71,7 @@ class Detokenizer:
         if self._ended or not tokens:
             return ""
         self._window += tokens
-        text = decode(self._tokenizer, self._window)
+        text = detokenize(self._tokenizer, self._window)
         # Bytes that end within a character decode to replacement characters.
         whole = len(text.rstrip("\ufffd"))
         new = text[self._read : whole]
@@ -83,16 +84,16 @@ class Detokenizer:
         """Return what is left of the text."""
         if self._ended:
             return ""
-        return self._say(decode(self._tokenizer, self._window)[self._read :], last=True)
+        return self._say(detokenize(self._tokenizer, self._window)[self._read :], last=True)
 
     def _shorten(self, text: str) -> str:
         """Drop the head of the window, and return what is certain since then."""
         head, tail = self._window[:-_CONTEXT], self._window[-_CONTEXT:]
-        rest = decode(self._tokenizer, tail)
+        rest = detokenize(self._tokenizer, tail)
         if self._read == len(text):  # nothing waits: the tail is context, whatever it looks like on its own
             self._window, self._read = tail, len(rest)
             return ""
-        before = decode(self._tokenizer, head)
+        before = detokenize(self._tokenizer, head)
         if before + rest != text:  # a character stands across the cut, or the tail needs its context
             return ""
         new = before[self._read :]  # bytes that no further token turns into characters

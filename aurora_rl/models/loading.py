@@ -93,10 +93,10 @@ def load_target(
             f"cannot load model {model!r} from {tried}: {len(missing)} weights are missing, "
             f"{missing[0]!r} the first\n{cure}"
         )
-    return frozen(target, device), tokenizer
+    return freeze_model(target, device), tokenizer
 
 
-def frozen(model: Any, device: str | torch.device) -> PreTrainedModel:
+def freeze_model(model: Any, device: str | torch.device) -> PreTrainedModel:
     """Put a model that was loaded on a device, in evaluation mode and without gradients."""
     target: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     if target.device.type == "cpu":

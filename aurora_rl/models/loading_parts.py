@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from aurora_rl.models.loading import frozen, load_target, quiet_transformers, source_of
+from aurora_rl.models.loading import freeze_model, load_target, quiet_transformers, source_of
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.models.target_head import decoder_layers
 
@@ -52,17 +52,23 @@ def load_parts(model: str | os.PathLike[str], *, dtype: torch.dtype, device: str
         >>> parts.head.weight.shape, parts.config.num_hidden_layers
         (torch.Size([300, 32]), 3)
     """
+    source, config = source_of(os.fspath(model))[0], None
     try:
         with quiet_transformers():
-            return TargetParts.of(_last_layer_alone(source_of(os.fspath(model))[0], dtype, device))
+            config = AutoConfig.from_pretrained(source)
+            return TargetParts.of(_last_layer_alone(source, config, dtype, device))
     except Exception as error:  # families fail in their own ways; what is wrong with the files, the other way tells
-        logger.warning("the whole of model %s is loaded for its parts, which cannot be read alone: %s", model, error)
+        if config is not None:  # else there is no model, which one line tells
+            logger.warning(
+                "the whole of model %s is loaded for its parts, which cannot be read alone: %s", model, error
+            )
     return TargetParts.of(load_target(model, dtype=dtype, device=device)[0])
 
 
-def _last_layer_alone(source: str, dtype: torch.dtype, device: str | torch.device) -> PreTrainedModel:
+def _last_layer_alone(
+    source: str, config: PretrainedConfig, dtype: torch.dtype, device: str | torch.device
+) -> PreTrainedModel:
     """Load a causal LM whose decoder has its last layer alone, which is number 0 then."""
-    config = AutoConfig.from_pretrained(source)
     if hasattr(config, "quantization_config"):
         raise ValueError("it is quantized")
     with torch.device("meta"):
@@ -83,7 +89,7 @@ def _last_layer_alone(source: str, dtype: torch.dtype, device: str | torch.devic
     model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{missing[0]!r} is missing")
-    return frozen(model, device)
+    return freeze_model(model, device)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def compare(
             parts = [_by_head(learn, each, target, w, choices) for each, w in zip(heads, weights, strict=True)]
             values, agreement = (torch.stack(each) for each in zip(*parts, strict=True))
         return values[place], agreement[place]
-    log_p = whole(target, draft_vocab, renormalize=renormalize)
+    log_p = all_log_probs(target, draft_vocab, renormalize=renormalize)
     chosen = log_p.max(-1).indices if choices is None else choices
     with torch.no_grad():
         agreement = torch.stack([agreeing(each, chosen) for each in distinct])
@@ -123,7 +123,7 @@ class _SomeRows:
 
 
 @torch.no_grad()
-def whole(target: Target, draft_vocab: Tensor | None, *, renormalize: bool) -> Tensor:
+def all_log_probs(target: Target, draft_vocab: Tensor | None, *, renormalize: bool) -> Tensor:
     """Return the target's log-probabilities at all rows, ``[X, Vd]``; arguments as of :func:`compare`."""
     return target.reader(draft_vocab, renormalize=renormalize, temperature=1.0)(slice(0, len(target)))
 

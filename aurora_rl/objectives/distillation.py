@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from aurora_kernels import Target
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives.comparison import compare, whole
+from aurora_rl.objectives.comparison import all_log_probs, compare
 from aurora_rl.objectives.divergences import Divergence
 from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective
 from aurora_rl.objectives.target_rows import row_target
@@ -98,7 +98,7 @@ class DistillationObjective(Objective):
 
     def log_probs(self, law: Target) -> Tensor:
         """Return a distribution of :meth:`target_law` on the draft vocabulary, ``[X, Vd]``, as ``renormalize`` says."""
-        log_p = whole(law, self._columns, renormalize=self.renormalize)
+        log_p = all_log_probs(law, self._columns, renormalize=self.renormalize)
         return log_p.to(torch.promote_types(next(self.drafter.parameters()).dtype, torch.float32))
 
     @property

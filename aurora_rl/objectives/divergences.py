@@ -30,7 +30,7 @@ from torch import Tensor
 
 from aurora_kernels import CLOSED_FORMS, ClosedForm, closed_form
 from aurora_rl.registry import Registry
-from aurora_rl.settings import check, settings_of
+from aurora_rl.settings import check_values, settings_of
 
 Divergence = Callable[..., Tensor]
 """Function of log-probabilities of the target and of the drafter, ``[..., Vd]`` each, that returns ``[...]``."""
@@ -319,7 +319,7 @@ def get_divergence(divergence: str | Mapping[str, Any] | Divergence) -> Divergen
     if not isinstance(name, str):
         raise ValueError(f"a divergence needs a name, got {divergence}")
     function, what = DIVERGENCES.get(name), f"divergence {name!r}"
-    check(settings, {k: v for k, v in settings_of(function).items() if k not in ("log_p", "log_q")}, what)
+    check_values(settings, {k: v for k, v in settings_of(function).items() if k not in ("log_p", "log_q")}, what)
     chosen = partial(function, **settings) if settings else function
     try:
         shape = list(chosen(*torch.full((2, 2, _TRIED), -math.log(_TRIED))).shape)  # better than at the first batch

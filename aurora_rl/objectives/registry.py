@@ -15,7 +15,7 @@ from aurora_rl.objectives.function_objective import objective_from_function
 from aurora_rl.objectives.objective import Objective
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.registry import Registry
-from aurora_rl.settings import check
+from aurora_rl.settings import check_values
 
 _Part = TypeVar("_Part", bound=Callable[..., Any])
 
@@ -95,7 +95,7 @@ def _make(settings: Mapping[str, Any], drafter: Drafter, head: TargetHead | Tens
         raise ValueError(f"an objective needs a name, got {settings!r}; give a mapping such as {{'name': 'imitation'}}")
     cls, what = get_objective(settings["name"]), f"objective {settings['name']!r}"
     arguments = {key: value for key, value in settings.items() if key != "name"}
-    check(arguments, cls.settings(), what)
+    check_values(arguments, cls.settings(), what)
     try:
         return cls(drafter, head, **arguments)
     except (TypeError, ValueError) as error:

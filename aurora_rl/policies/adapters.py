@@ -234,7 +234,7 @@ def adapted_layers(drafter: Drafter) -> dict[str, AdaptedLinear]:
 DrafterKind = TypeVar("DrafterKind", bound="Drafter")
 
 
-def merged(drafter: DrafterKind, name: str | None = None) -> DrafterKind:
+def merge_adapter(drafter: DrafterKind, name: str | None = None) -> DrafterKind:
     """Return the drafter without adapters, one of them merged into its weights. Memory of other weights is shared.
 
     Args:
@@ -250,7 +250,7 @@ def merged(drafter: DrafterKind, name: str | None = None) -> DrafterKind:
         >>> drafter = Eagle3Drafter.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16))
         >>> before = drafter.published()
         >>> add_adapters(drafter, ["acme"], rank=4)
-        >>> after = merged(drafter, "acme").published()
+        >>> after = merge_adapter(drafter, "acme").published()
         >>> all(bool((after[key] == value).all()) for key, value in before.items())
         True
     """

@@ -27,7 +27,7 @@ from aurora_rl.policies.adapters import Adapters
 from aurora_rl.policies.head_logits import HeadLogits
 from aurora_rl.policies.hub import HubMixin
 from aurora_rl.policies.tree_shape import TreeShape
-from aurora_rl.settings import check, settings_of
+from aurora_rl.settings import check_values, settings_of
 from aurora_rl.trajectories import DRAFT_MODES
 from aurora_rl.tree_index import TreeIndex, true_chains
 
@@ -174,7 +174,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         """Raise ValueError naming the first option that :meth:`from_target` does not take, or of another type."""
         own = ("parts", "draft_vocab", "feature_layers")
         known = {name: kind for name, kind in settings_of(cls.from_target).items() if name not in own}
-        check(options, known, cls.__name__)
+        check_values(options, known, cls.__name__)
 
     @classmethod
     @abstractmethod

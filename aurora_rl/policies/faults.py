@@ -36,7 +36,7 @@ class Fault:
     detail: str
 
 
-class Sample(NamedTuple):
+class TensorSample(NamedTuple):
     """A copy of numbers of a tensor, by which :func:`unchanged` tells later whether it is what it was.
 
     Attributes:
@@ -50,7 +50,7 @@ class Sample(NamedTuple):
     shape: torch.Size
 
 
-def sample(tensor: Tensor, most: int = _SAMPLE) -> Sample:
+def sample(tensor: Tensor, most: int = _SAMPLE) -> TensorSample:
     """Copy the numbers of a tensor that are compared: all, or evenly spaced ones of a tensor of more than ``most``.
 
     Example:
@@ -59,17 +59,17 @@ def sample(tensor: Tensor, most: int = _SAMPLE) -> Sample:
     """
     flat = tensor.detach().flatten()
     step = max(-(-len(flat) // most), 1)
-    return Sample(flat[::step].clone(), step, tensor.shape)
+    return TensorSample(flat[::step].clone(), step, tensor.shape)
 
 
-def unchanged(held: Tensor, before: Sample) -> bool:
+def unchanged(held: Tensor, before: TensorSample) -> bool:
     """Return whether a tensor is what it was, cast to another floating-point dtype or with rows appended at most.
 
     Engines do both to rotary tables: they cast them to the dtype of the queries, and append rows for later positions.
 
     Args:
         held: The tensor now.
-        before: Sample of it.
+        before: Copy of its numbers.
 
     Example:
         >>> table = torch.tensor([[0.1, 0.2], [0.3, float("nan")]])

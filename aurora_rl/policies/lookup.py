@@ -201,7 +201,7 @@ def ngram_tree(
     return tree
 
 
-def merged(tree: Tree, found: Tree, num_nodes: int, least: float = 0.0) -> Tree:
+def merge_trees(tree: Tree, found: Tree, num_nodes: int, least: float = 0.0) -> Tree:
     """Merge a tree that was looked up with a drafter's ``tree``, whose nodes come first, sharing those that both have.
 
     The ``num_nodes`` likeliest paths are kept, whichever of the two says so, and none with a chance below ``least``.
@@ -209,7 +209,7 @@ def merged(tree: Tree, found: Tree, num_nodes: int, least: float = 0.0) -> Tree:
 
     Example:
         >>> found = Tree([7, 8], [-1, 0], [-0.1, -0.1])
-        >>> merged(Tree([5, 7, 6], [-1, -1, 0], [-0.9, -0.5, -2.0]), found, num_nodes=3)
+        >>> merge_trees(Tree([5, 7, 6], [-1, -1, 0], [-0.9, -0.5, -2.0]), found, num_nodes=3)
         Tree(tokens=[5, 7, 8], parents=[-1, -1, 1], log_probs=[-0.9, -0.5, -inf])
     """
     both = Tree(tree.tokens.copy(), tree.parents.copy(), tree.log_probs.copy())

@@ -15,7 +15,7 @@ from aurora_rl.context import ContextStore
 from aurora_rl.models.inference_modules import prepare_for_inference
 from aurora_rl.plausible import implausible
 from aurora_rl.policies.drafter import Drafter, Proposal
-from aurora_rl.policies.lookup import EarlierAnswers, Tree, merged, ngram_tree, padded
+from aurora_rl.policies.lookup import EarlierAnswers, Tree, merge_trees, ngram_tree, padded
 from aurora_rl.policies.row_budget import RowBudget
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.prefix_cache import PrefixCache
@@ -297,7 +297,7 @@ class DrafterPolicy(TensorDictModuleBase):
         held = zip(*(draft[name][rows].tolist() for name in ("tokens", "parents", "log_probs", "mask")), strict=True)
         for tree, (tokens, parents, log_probs, mask) in zip(found.values(), held, strict=True):
             drafted = Tree(tokens, parents, log_probs).kept([node for node, there in enumerate(mask) if there])
-            trees.append(merged(drafted, tree, shape.num_nodes, self.least))
+            trees.append(merge_trees(drafted, tree, shape.num_nodes, self.least))
         both = padded(trees, self.num_nodes, device)
         for name in ("tokens", "parents", "log_probs", "mask"):
             draft[name][rows] = getattr(both, name)

@@ -17,7 +17,7 @@ from typing import Any
 from typing_extensions import override
 
 from aurora_rl.envs import Completion, Request
-from aurora_rl.envs.recording.assembler import Served
+from aurora_rl.envs.recording.assembler import RecordedTotals
 from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.serving.server import note_request
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _TURN_S = 0.25
 _WATCH_S = 1.0
-_SUMS = tuple(each.name for each in fields(Served) if each.name != "accepted")
+_SUMS = tuple(each.name for each in fields(RecordedTotals) if each.name != "accepted")
 
 
 class AttachedServer:

@@ -14,7 +14,7 @@ from aurora_rl.statistics import Both, LossTest
 
 
 @dataclass(frozen=True, slots=True)
-class Canary:
+class RoundTrialRules:
     """How new weights are tried before they draft every round.
 
     Attributes:
@@ -36,7 +36,7 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class RoundTrialVerdict:
     """How a trial ended.
 
     Attributes:
@@ -77,7 +77,7 @@ class _Sums:
         }
 
 
-class Trial:
+class RoundTrial:
     """Windows of new weights in turns with windows of the old ones, compared in pairs.
 
     A cycle is a pair of neighbouring windows, one of each, in an order that is drawn, and then as many rounds of the
@@ -96,14 +96,14 @@ class Trial:
         rounds: Rounds so far.
 
     Example:
-        >>> trial = Trial(Canary(window=4))
+        >>> trial = RoundTrial(RoundTrialRules(window=4))
         >>> while (verdict := trial.observe(tokens=1 if trial.new else 3, slots=1, seconds=1.0)) is None:
         ...     pass
         >>> verdict.promote, verdict.rounds, verdict.acceptance_length
         (False, 80, Both(old=3.0, new=1.0))
     """
 
-    def __init__(self, rules: Canary, seed: int = 0) -> None:
+    def __init__(self, rules: RoundTrialRules, seed: int = 0) -> None:
         self._rules, self._random = rules, random.Random(rules.seed + seed)
         self.rounds = 0
         self._test = LossTest(list(_Sums().figures), rules.false_alarm_rate, rules.margin)
@@ -121,7 +121,7 @@ class Trial:
         window = self._at // self._rules.window
         return window < 2 and (window == 0) == self._new_first
 
-    def observe(self, tokens: int, slots: int, seconds: float) -> Verdict | None:
+    def observe(self, tokens: int, slots: int, seconds: float) -> RoundTrialVerdict | None:
         """Take in a round that the weights named by :attr:`new` drafted; return the verdict once there is one.
 
         Args:
@@ -139,7 +139,7 @@ class Trial:
             self._begin_cycle()
         return verdict
 
-    def _compare(self) -> Verdict | None:
+    def _compare(self) -> RoundTrialVerdict | None:
         """Take in a pair of windows."""
         old, new = self._window
         self._old.add(old.tokens, old.slots, old.seconds)
@@ -153,7 +153,7 @@ class Trial:
             return self._verdict(True, f"no loss was proven in {drafted} rounds that they drafted")
         return None
 
-    def _verdict(self, promote: bool, reason: str) -> Verdict:
+    def _verdict(self, promote: bool, reason: str) -> RoundTrialVerdict:
         old, new, test = self._old.figures, self._new.figures, self._test
         length, speed = (Both(old[name], new[name]) for name in old)
-        return Verdict(promote, reason, self.rounds, test.pairs, length, speed, test.evidence)
+        return RoundTrialVerdict(promote, reason, self.rounds, test.pairs, length, speed, test.evidence)

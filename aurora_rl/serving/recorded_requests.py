@@ -13,7 +13,7 @@ from aurora_rl.policies import Drafter, TreeShape
 from aurora_rl.policies.decoder import SpeculativeDecoder
 
 
-def record(
+def record_requests(
     model: PreTrainedModel,
     drafter: Drafter,
     requests: Sequence[Request],

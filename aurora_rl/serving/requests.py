@@ -13,10 +13,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from aurora_rl.envs import Completion, Request, SamplingParams
-from aurora_rl.models.detokenizer import decode
+from aurora_rl.models.detokenizer import detokenize
 from aurora_rl.models.loading import encode_chat
 from aurora_rl.telemetry.log import JsonLines
-from aurora_rl.workload.traffic import Message, Prompt, TrafficError
+from aurora_rl.workload.traffic import ChatMessage, Prompt, TrafficError
 
 
 def turn_seed(seed: int, turn: int) -> int:
@@ -44,10 +44,10 @@ class _Turn:
     prompt: Prompt
     index: int
     number: int
-    messages: Sequence[Message]
+    messages: Sequence[ChatMessage]
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], vocab_size: int) -> list[int]:
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage], vocab_size: int) -> list[int]:
     """Return the token ids of a conversation, as the model is asked to go on with it.
 
     Args:
@@ -166,7 +166,7 @@ class RequestQueue:
         turn = self._open.pop(completion.request.id)
         self.answered += 1
         prompt = turn.prompt
-        text = decode(self._tokenizer, completion.tokens.tolist(), completion.request.sampling_params.stop)
+        text = detokenize(self._tokenizer, completion.tokens.tolist(), completion.request.sampling_params.stop)
         if self.answers is not None:
             self.answers.append(
                 request=completion.request.id,

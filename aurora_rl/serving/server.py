@@ -21,7 +21,7 @@ from aurora_rl.envs import Completion, Request, SpecDecodeEnv
 from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import Outcome, TreeController
-from aurora_rl.serving.canary import Canary
+from aurora_rl.serving.canary import RoundTrialRules
 from aurora_rl.serving.capture import Capture
 from aurora_rl.serving.versions import Versions
 from aurora_rl.serving.watchdog import Watchdog
@@ -62,7 +62,7 @@ class InferenceServer:
         controller: Chooses the shape of every round's drafts; None keeps the policy's.
         sink: Takes trajectories; None if nobody learns.
         receiver: Brings weights; None if nobody learns.
-        canary: How new weights are tried before they draft every round; None swaps them in at once.
+        trial_rules: How new weights are tried before they draft every round; None swaps them in at once.
         second: Policy of another copy of the drafter on the same engine, for trials; or of another drafter and version,
             which is compared with the first.
         second_controller: Chooses the shape of that other drafter's drafts.
@@ -86,7 +86,7 @@ class InferenceServer:
         controller: TreeController | None = None,
         sink: TrajectorySink | None = None,
         receiver: WeightReceiver | None = None,
-        canary: Canary | None = None,
+        trial_rules: RoundTrialRules | None = None,
         second: DrafterPolicy | None = None,
         second_controller: TreeController | None = None,
         watched: bool = False,
@@ -100,7 +100,7 @@ class InferenceServer:
             stats=self.stats,
             controller=controller,
             receiver=receiver,
-            canary=canary,
+            trial_rules=trial_rules,
             second=second,
             second_controller=second_controller,
             watch=partial(Watchdog, engine=env.engine) if watched else None,

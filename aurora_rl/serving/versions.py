@@ -18,7 +18,7 @@ from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.tree_controller import TreeController
-from aurora_rl.serving.canary import Canary, Trial, Verdict
+from aurora_rl.serving.canary import RoundTrial, RoundTrialRules, RoundTrialVerdict
 from aurora_rl.serving.watchdog import Fault, Watchdog
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.stats import Stats
@@ -51,10 +51,10 @@ class _Kept(NamedTuple):
 class Versions:
     """Takes weights from the learner, and says which policy drafts the next round.
 
-    New weights are staged in a thread while rounds go on. Without a canary they are swapped in between two rounds. With
-    one they are put into the second policy, on the same slots, and windows of both take turns. Each keeps its own cache
-    and catches up when its turn comes. At the end of the trial one of the two drafts alone, and the other takes the
-    weights to come. The learner hears of it: weights that were rolled back are rejected, with the reason.
+    New weights are staged in a thread while rounds go on. Without trials they are swapped in between two rounds. With
+    trials they are put into the second policy, on the same slots, and windows of both take turns. Each keeps its own
+    cache and catches up when its turn comes. At the end of the trial one of the two drafts alone, and the other takes
+    the weights to come. The learner hears of it: weights that were rolled back are rejected, with the reason.
 
     A second policy of another version is of another drafter. The two are compared from the first round on, by the same
     trial, and the first drafts on unless the second is promoted.
@@ -69,13 +69,13 @@ class Versions:
         stats: Statistics of the run.
         controller: Chooses the shape of every round's drafts; None keeps the policy's.
         receiver: Brings weights; None if nobody learns.
-        canary: How new weights are tried; None swaps them in at once.
+        trial_rules: How new weights are tried; None swaps them in at once.
         second: Policy of another copy of the drafter on the same engine, for trials; or of another drafter and version.
         second_controller: Chooses the shape of that other drafter's drafts.
         watch: Makes the watchdog of a policy; None watches nothing.
 
     Raises:
-        ValueError: There is a canary without a second policy.
+        ValueError: There are rules of trials without a second policy.
     """
 
     def __init__(
@@ -86,22 +86,22 @@ class Versions:
         stats: Stats,
         controller: TreeController | None = None,
         receiver: WeightReceiver | None = None,
-        canary: Canary | None = None,
+        trial_rules: RoundTrialRules | None = None,
         second: DrafterPolicy | None = None,
         second_controller: TreeController | None = None,
         watch: Callable[[DrafterPolicy], Watchdog] | None = None,
     ) -> None:
-        if canary is not None and second is None:
-            raise ValueError("a canary needs a second policy, of another copy of the drafter")
-        self._log, self._stats, self._receiver, self._canary = log, stats, receiver, canary
+        if trial_rules is not None and second is None:
+            raise ValueError("a trial needs a second policy, of another copy of the drafter")
+        self._log, self._stats, self._receiver, self._trial_rules = log, stats, receiver, trial_rules
         self._seat = _Seat(policy, controller, watch and watch(policy))
         self._second = (
-            None if second is None or canary is None else _Seat(second, second_controller, watch and watch(second))
+            None if second is None or trial_rules is None else _Seat(second, second_controller, watch and watch(second))
         )
         # Of the version that is served, the one before it, and the one on trial.
         self._kept = {policy.version: _Kept(_as_served(policy, policy.drafter.published()), "")}
         self._mended: set[tuple[int, str]] = set()  # what was found before, by version and cause
-        self._trial: Trial | None = None
+        self._trial: RoundTrial | None = None
         self._trials = 0
         self._rolled_back: dict[str, str] = {}  # reasons by checksum: a learner that reconnects offers its newest again
         # Weights are staged and hashed while rounds go on: one thread, so that acknowledgements keep their order.
@@ -274,11 +274,11 @@ class Versions:
 
     def _try(self, seat: _Seat, version: int) -> None:
         """Begin the trial of the weights that were put into the policy of a seat."""
-        assert self._canary is not None
+        assert self._trial_rules is not None
         seat.policy.shape = seat.tree
         if seat.controller is not None:
             seat.controller.swapped()
-        self._trial, self._trials = Trial(self._canary, self._trials), self._trials + 1
+        self._trial, self._trials = RoundTrial(self._trial_rules, self._trials), self._trials + 1
         self._log.write("trial", version=version, against=self._stats.version, requests=len(self._stats.finished))
 
     def _served(self, version: int, began: float) -> None:
@@ -317,7 +317,7 @@ def _as_served(policy: DrafterPolicy, weights: dict[str, Tensor]) -> dict[str, T
     return {name: tensor.to(served[name], copy=True) for name, tensor in weights.items()}
 
 
-def _rounded(verdict: Verdict) -> dict[str, Any]:
+def _rounded(verdict: RoundTrialVerdict) -> dict[str, Any]:
     """Return a verdict as JSON values."""
     both = {
         name: {"old": round(figure.old, 4), "new": round(figure.new, 4)}

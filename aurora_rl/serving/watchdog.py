@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aurora_rl.envs import Engine
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
-from aurora_rl.policies.faults import EVERY, PORTIONS, Fault, Sample, difference, sample, unchanged
+from aurora_rl.policies.faults import EVERY, PORTIONS, Fault, TensorSample, difference, sample, unchanged
 
 _PAIRS, _FEWEST = 32, 4  # pairs that are replayed, at most and at least
 _ASKED = TreeShape(1)
@@ -48,7 +48,7 @@ class Watchdog:
 
     def __init__(self, policy: DrafterPolicy, engine: Engine) -> None:
         self._policy, self._engine, self._store = policy, engine, engine.store
-        self._frozen: dict[str, Sample] = {}  # of the version of the question
+        self._frozen: dict[str, TensorSample] = {}  # of the version of the question
         self._question: _Question | None = None
         self._turn = 0
         self._short = self._long = 0.0

@@ -86,7 +86,7 @@ class GateDecision:
 
 @dataclass(frozen=True, slots=True)
 class TrialVerdict:
-    """How the trial of new weights ended, by rounds or by engines. Figures are of the old and of the new weights."""
+    """How the trial of new weights ended, by rounds or by engine. Figures are of the old and of the new weights."""
 
     time: float
     requests: int

@@ -22,7 +22,7 @@ from aurora_rl.testing.tiny import dtype_of, serve
 from aurora_rl.trajectories import pack
 
 
-def check_weights(drafter: Drafter, trajectories: list[TensorDict], generator: torch.Generator) -> None:
+def check_weight_loading(drafter: Drafter, trajectories: list[TensorDict], generator: torch.Generator) -> None:
     """Check that complete weights are taken, and others are refused by name and change nothing."""
     batch = pack(trajectories)
     before = {name: tensor.clone() for name, tensor in drafter.published().items()}

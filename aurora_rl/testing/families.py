@@ -91,7 +91,7 @@ _OUTCOMES = {
 }
 
 
-class Verdict(NamedTuple):
+class FamilyOutcome(NamedTuple):
     """What became of a family.
 
     Attributes:
@@ -146,19 +146,19 @@ def _tiny_config(kind: type[PretrainedConfig], settings: dict[str, Any]) -> Pret
 _PARTS: dict[str, dict[str, Any]] = {"vision_config": {"num_hidden_layers": 1, "output_channels": 8, "mlp_dim": 16}}
 
 
-def verdict(model_type: str) -> Verdict:
+def try_family(model_type: str) -> FamilyOutcome:
     """Try to serve a tiny model of a family.
 
     Example:
-        >>> verdict("llama")
-        Verdict(outcome='exact', note='')
+        >>> try_family("llama")
+        FamilyOutcome(outcome='exact', note='')
     """
     if model_type in _NOT_TRIED:
-        return Verdict("not tried", _NOT_TRIED[model_type])
+        return FamilyOutcome("not tried", _NOT_TRIED[model_type])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             engine = TransformersEngine(tiny_family(model_type), num_slots=2, max_length=64, feature_layers=(0, 1))
         except UnsupportedModelError as error:
-            return Verdict("refused", str(error))
-    return Verdict(_OUTCOMES[engine.exactness.form], "")
+            return FamilyOutcome("refused", str(error))
+    return FamilyOutcome(_OUTCOMES[engine.exactness.form], "")

@@ -79,7 +79,7 @@ class EchoDrafter(Eagle3Drafter):
         return states @ self.head[self.draft_vocab].T
 
 
-class Served(NamedTuple):
+class ServedTrajectories(NamedTuple):
     """Trajectories, and in words how they were served."""
 
     how: str
@@ -98,7 +98,7 @@ def gappy_drafter(parts: TargetParts, seed: int) -> GappyDrafter:
 
 
 @cache
-def served_for_checks(seed: int, *, sampled: bool) -> list[Served]:
+def served_for_checks(seed: int, *, sampled: bool) -> list[ServedTrajectories]:
     """Serve three requests of a tiny target under three rules: sample-and-match, greedy and, by chains, rejection.
 
     Trees are by top-k, or drawn at random if ``sampled`` and under rejection. They are kept, since serving takes longer
@@ -120,5 +120,5 @@ def served_for_checks(seed: int, *, sampled: bool) -> list[Served]:
             sampling_params=replace(sampling, seed=seed),
             rule=rule,
         )
-        out.append(Served(f"served by {rule} at temperature {sampling.temperature}", trajectories))
+        out.append(ServedTrajectories(f"served by {rule} at temperature {sampling.temperature}", trajectories))
     return out

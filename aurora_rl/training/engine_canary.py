@@ -29,7 +29,7 @@ _LOADING_S = 600.0  # after which arrivals count though an engine has not loaded
 
 
 @dataclass(frozen=True, slots=True)
-class EngineRules:
+class EngineTrialRules:
     """How new weights are tried at a share of the engines.
 
     Attributes:
@@ -52,7 +52,7 @@ class EngineRules:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineVerdict:
+class EngineTrialVerdict:
     """How a trial ended.
 
     Attributes:
@@ -123,7 +123,7 @@ class EngineTrial:
         complete: Whether the window has its requests; :meth:`draw` begins the next.
 
     Example:
-        >>> trial = EngineTrial(EngineRules(requests=1), ["a", "b", "c"])
+        >>> trial = EngineTrial(EngineTrialRules(requests=1), ["a", "b", "c"])
         >>> len(trial.new), len(trial.old)
         (1, 1)
         >>> trial.observe(new=True, tokens=10, rounds=10, seconds=1.0)
@@ -134,7 +134,7 @@ class EngineTrial:
         Both(old=2.0, new=1.0)
     """
 
-    def __init__(self, rules: EngineRules, engines: Sequence[str], seed: int = 0) -> None:
+    def __init__(self, rules: EngineTrialRules, engines: Sequence[str], seed: int = 0) -> None:
         self._rules, self._random = rules, random.Random(rules.seed + seed)
         self._test = LossTest(_FIGURES, rules.false_alarm_rate, rules.margin)
         self._totals = _Sums(), _Sums()  # of the old and of the new weights
@@ -155,7 +155,7 @@ class EngineTrial:
         self._window = _Sums(), _Sums()
         self.complete = False
 
-    def observe(self, *, new: bool, tokens: int, rounds: int, seconds: float | None) -> EngineVerdict | None:
+    def observe(self, *, new: bool, tokens: int, rounds: int, seconds: float | None) -> EngineTrialVerdict | None:
         """Take in a request of this window; return the verdict once there is one.
 
         Args:
@@ -178,7 +178,7 @@ class EngineTrial:
             return self.end(True, f"no loss was proven in {served} requests per engine that had them")
         return None
 
-    def miss(self, engines: Sequence[str]) -> EngineVerdict | None:
+    def miss(self, engines: Sequence[str]) -> EngineTrialVerdict | None:
         """Draw a window anew whose requests do not come; return the verdict if that was so too often."""
         self._missed += 1
         if self._missed < _MOST_MISSED:
@@ -191,12 +191,12 @@ class EngineTrial:
             f"served {new} requests, and {', '.join(self.old)} with the former ones {old}",
         )
 
-    def end(self, promote: bool, reason: str) -> EngineVerdict:
+    def end(self, promote: bool, reason: str) -> EngineTrialVerdict:
         """Return the verdict of a trial that ends for this reason."""
         pairs, requests = self._test.pairs, self._totals[True].requests
         both = _both(*self._totals)
         length, speed = (both.get(name) for name in _FIGURES)
-        return EngineVerdict(promote, reason, pairs, requests, length, speed, self._test.evidence)
+        return EngineTrialVerdict(promote, reason, pairs, requests, length, speed, self._test.evidence)
 
 
 class EngineCanary:
@@ -215,7 +215,7 @@ class EngineCanary:
         log: Log of trials.
     """
 
-    def __init__(self, publisher: WeightPublisher, rules: EngineRules, log: MetricsLog) -> None:
+    def __init__(self, publisher: WeightPublisher, rules: EngineTrialRules, log: MetricsLog) -> None:
         self._publisher, self._rules, self._log = publisher, rules, log
         self._trial: EngineTrial | None = None
         self._trials = 0
@@ -301,7 +301,7 @@ class EngineCanary:
         engines, first = self._publisher.engines, min(self._drafted)
         return all(name in engines and (engines[name].acknowledged or 0) >= first for name in (*trial.new, *trial.old))
 
-    def _broken_off(self, trial: EngineTrial, here: Sequence[str]) -> EngineVerdict | None:
+    def _broken_off(self, trial: EngineTrial, here: Sequence[str]) -> EngineTrialVerdict | None:
         """Return the verdict if something else than figures ends the trial."""
         for version in self._drafted:
             for name, reason in self._publisher.rejected_by(version).items():
@@ -310,7 +310,7 @@ class EngineCanary:
             return trial.end(False, f"{', '.join(gone)} went away with the new weights")
         return trial.end(False, "fewer than two engines are left") if len(here) < 2 else None
 
-    def _observe(self, trial: EngineTrial, trajectory: TensorDictBase) -> EngineVerdict | None:
+    def _observe(self, trial: EngineTrial, trajectory: TensorDictBase) -> EngineTrialVerdict | None:
         versions = trajectory["rounds", "policy_version"]
         drafted = {self._drafted.get(version) for version in set(versions.tolist())}
         if len(drafted) != 1 or (new := drafted.pop()) is None:
@@ -319,7 +319,9 @@ class EngineCanary:
         seconds = trajectory.get_non_tensor("seconds", default=None)
         return trial.observe(new=new, tokens=tokens, rounds=rounds, seconds=seconds)
 
-    def _end(self, trial: EngineTrial, verdict: EngineVerdict, publish: Callable[[dict[str, Tensor]], int]) -> None:
+    def _end(
+        self, trial: EngineTrial, verdict: EngineTrialVerdict, publish: Callable[[dict[str, Tensor]], int]
+    ) -> None:
         new, old = self._new, self._old
         self._trial, self._new, self._old, self._drafted = None, {}, {}, {}
         if verdict.promote:
@@ -330,7 +332,7 @@ class EngineCanary:
         self._log.write("engine_verdict", **self._numbers, published=published, **_rounded(verdict))
 
 
-def _rounded(verdict: EngineVerdict) -> dict[str, Any]:
+def _rounded(verdict: EngineTrialVerdict) -> dict[str, Any]:
     """Return a verdict as JSON values."""
     both = {
         name: None if figure is None else {"old": round(figure.old, 4), "new": round(figure.new, 4)}

@@ -38,7 +38,7 @@ class RanksLostError(ConnectionError):
     """Another process of the learner has ended, or has not answered in time."""
 
 
-class Command(IntEnum):
+class RankCommand(IntEnum):
     """Next action of all ranks, as rank 0 tells them."""
 
     WAIT = 0
@@ -62,24 +62,24 @@ class Ranks:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._told = time.monotonic()
 
-    def tell(self, command: Command, number: int = 0) -> None:
+    def tell(self, command: RankCommand, number: int = 0) -> None:
         """Tell the other ranks what to do, and of which of several things; rank 0 calls this."""
         self._told = time.monotonic()
         with self._reached():
             dist.broadcast(torch.tensor([int(command), number]), 0)
 
-    def hear(self) -> tuple[Command, int]:
+    def hear(self) -> tuple[RankCommand, int]:
         """Wait for what rank 0 tells."""
         told = torch.zeros(2, dtype=torch.int64)
         with self._reached():
             dist.broadcast(told, 0)
         command, number = told.tolist()
-        return Command(command), number
+        return RankCommand(command), number
 
     def stay(self) -> None:
         """Let the other ranks know that rank 0 still is there, which may have nothing to learn from for long."""
         if time.monotonic() - self._told > _SIGN_S:
-            self.tell(Command.WAIT)
+            self.tell(RankCommand.WAIT)
 
     def send(self, messages: Sequence[Mapping[Any, Tensor] | TensorDictBase]) -> None:
         """Send tensors to each of the other ranks, those of rank 1 first; rank 0 calls this."""
@@ -207,14 +207,14 @@ class ParallelLoss(SharedLoss):
             if isinstance(each, Objective):
                 each.gather = ranks.gather
         if ranks.rank == 0:
-            optimizers[0].register_step_pre_hook(lambda *_: ranks.tell(Command.STEP))
+            optimizers[0].register_step_pre_hook(lambda *_: ranks.tell(RankCommand.STEP))
 
     @override
     def part(self, batch: TensorDictBase) -> TensorDictBase:
         if self.ranks.rank:
             return self.ranks.receive()
         own, *others = deal(batch, self.ranks.size)
-        self.ranks.tell(Command.GRADIENT)
+        self.ranks.tell(RankCommand.GRADIENT)
         self.ranks.send(others)
         return own
 
@@ -276,16 +276,16 @@ def follow(loss: ParallelLoss, optimizers: Sequence[torch.optim.Optimizer], *, a
     nothing = TensorDict({}, batch_size=[])
     while True:
         command, number = loss.ranks.hear()
-        if command is Command.END:
+        if command is RankCommand.END:
             return
-        if command is Command.STEP:
+        if command is RankCommand.STEP:
             for optimizer in optimizers:
                 optimizer.step()
         forget_gradient(optimizers)
-        if command is Command.GATHER:
+        if command is RankCommand.GATHER:
             assert loss.gather_shards is not None, "rank 0 gathers shards alone"
             loss.gather_shards(number)
-        if command is Command.GRADIENT:
+        if command is RankCommand.GRADIENT:
             with suppress(FloatingPointError):  # rank 0 has it too, and decides
                 gradient(loss, optimizers, nothing, autocast=autocast)
 

@@ -19,7 +19,7 @@ from torchrl.objectives import LossModule
 from typing_extensions import override
 
 from aurora_rl.policies import Drafter
-from aurora_rl.training.parallel import Command, ParallelLoss
+from aurora_rl.training.parallel import ParallelLoss, RankCommand
 
 
 class _Forward(nn.Module):
@@ -93,14 +93,14 @@ def _return_whole(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.o
     """Have ``state_dict`` of drafter and optimizers return whole tensors on rank 0."""
 
     def of_drafter(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-        loss.ranks.tell(Command.GATHER, 0)
+        loss.ranks.tell(RankCommand.GATHER, 0)
         state.update(zip(state, _gathered(state.values()), strict=True))
 
     drafter.register_state_dict_post_hook(of_drafter)
     for number, optimizer in enumerate(optimizers, start=1):
 
         def of_optimizer(_: Any, found: dict[str, Any], number: int = number) -> dict[str, Any]:
-            loss.ranks.tell(Command.GATHER, number)
+            loss.ranks.tell(RankCommand.GATHER, number)
             states = {
                 index: dict(zip(state, _gathered(state.values()), strict=True))
                 for index, state in found["state"].items()

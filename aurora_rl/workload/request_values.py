@@ -13,7 +13,7 @@ from typing_extensions import override
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.workload.request_fields import FieldError, check_fields
 
-Message = Mapping[str, str]
+ChatMessage = Mapping[str, str]
 """One message of a chat: "role", "content", and "name" if it has one."""
 
 BUDGETS = ("max_tokens", "max_completion_tokens")
@@ -180,7 +180,7 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def chat_messages(value: Any) -> tuple[Message, ...]:
+def chat_messages(value: Any) -> tuple[ChatMessage, ...]:
     """Return the messages of a chat as templates take them: texts by role.
 
     Args:
@@ -200,7 +200,7 @@ def chat_messages(value: Any) -> tuple[Message, ...]:
     return tuple(_message(each, f"messages[{index}]") for index, each in enumerate(value))
 
 
-def _message(value: Any, place: str) -> Message:
+def _message(value: Any, place: str) -> ChatMessage:
     if not isinstance(value, dict):
         raise wrong(place, value, "give an object with 'role' and 'content'")
     where = f"{place}."

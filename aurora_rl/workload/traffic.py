@@ -19,7 +19,7 @@ from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL, FieldError, che
 from aurora_rl.workload.request_values import (
     BUDGETS,
     SAMPLING,
-    Message,
+    ChatMessage,
     as_json,
     boolean_field,
     cache_salt_field,
@@ -66,7 +66,7 @@ class Prompt:
 
     id: str
     domain: str
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     follow_ups: tuple[str, ...] = ()
     max_tokens: int | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -195,7 +195,7 @@ def _parse(line: bytes, number: int, model: str | None) -> Prompt:
 # ---- from the generator -----------------------------------------------------------------------------------------
 
 
-def generate(
+def generate_traffic(
     num_requests: int, seed: int = 0, *, domains: Sequence[str] = DOMAINS, unseen: bool = True
 ) -> list[Prompt]:
     """Make varied requests over five domains: code, sql, math, finance and chat.
@@ -216,10 +216,10 @@ def generate(
     Raises:
         TrafficError: Fewer than 1, or more than can be distinct.
 
-    >>> prompts = generate(100, seed=7)
+    >>> prompts = generate_traffic(100, seed=7)
     >>> len({prompt.messages[0]["content"] for prompt in prompts})
     100
-    >>> prompts == generate(100, seed=7)
+    >>> prompts == generate_traffic(100, seed=7)
     True
     """
     if num_requests < 1:

@@ -8,7 +8,7 @@ import pytest
 
 from aurora_rl.adaptation.metrics import (
     REGAINED,
-    Served,
+    StreamCounts,
     block_bootstrap,
     forgotten,
     level,
@@ -18,10 +18,10 @@ from aurora_rl.adaptation.metrics import (
 )
 
 
-def some(count: int, seed: int = 0) -> Served:
+def some(count: int, seed: int = 0) -> StreamCounts:
     draw = random.Random(seed)
     rounds = [draw.randint(1, 20) for _ in range(count)]
-    return Served([each + draw.randint(0, 2 * each) for each in rounds], rounds)
+    return StreamCounts([each + draw.randint(0, 2 * each) for each in rounds], rounds)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def some(count: int, seed: int = 0) -> Served:
 )  # fmt: skip
 def test_impossible_requests_are_refused(tokens: list[int], rounds: list[int], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        Served(tokens, rounds)
+        StreamCounts(tokens, rounds)
 
 
 def test_a_trailing_window_is_that_of_its_requests() -> None:
@@ -42,27 +42,27 @@ def test_a_trailing_window_is_that_of_its_requests() -> None:
 
 
 def test_a_level_is_reached_once_and_counts_the_requests_of_the_window() -> None:
-    served = Served([2, 2, 4, 4, 1], [2, 2, 2, 2, 1])  # 1, 1, 2, 2, 1
+    served = StreamCounts([2, 2, 4, 4, 1], [2, 2, 2, 2, 1])  # 1, 1, 2, 2, 1
     assert [requests_to(served, wanted, 2) for wanted in (1.0, 1.5, 2.0, 2.1)] == [2, 3, 4, None]
 
 
 def test_regaining_is_95_percent_of_what_was_there() -> None:
-    phase = Served([100, 100, 100], [100, 53, 52])
+    phase = StreamCounts([100, 100, 100], [100, 53, 52])
     assert requests_to(phase, REGAINED * 2.0, 1) == 3  # 1.887 is not 1.9, 1.923 is
     assert requests_to(phase, REGAINED * 2.5, 1) is None
 
 
 def test_a_level_is_that_of_the_last_third_and_what_is_forgotten_is_measured_from_it() -> None:
-    first = Served([1, 1, 1, 1, 6, 6], [1, 1, 1, 1, 2, 3])
+    first = StreamCounts([1, 1, 1, 1, 6, 6], [1, 1, 1, 1, 2, 3])
     assert level(first) == 12 / 5
-    assert forgotten(first, Served([6, 6], [5, 5])) == pytest.approx(1 - 1.2 / 2.4)
+    assert forgotten(first, StreamCounts([6, 6], [5, 5])) == pytest.approx(1 - 1.2 / 2.4)
     assert forgotten(first, first) > 0  # the young first phase itself is below its level
 
 
 def test_regret_is_of_the_arm_with_the_fewest_rounds_over_the_whole_stream() -> None:
     tokens = [10, 10]
-    fixed = {"a": Served(tokens, [2, 9]), "b": Served(tokens, [5, 5])}
-    assert regret(Served(tokens, [2, 5]), fixed) == ("b", pytest.approx(-0.3))
+    fixed = {"a": StreamCounts(tokens, [2, 9]), "b": StreamCounts(tokens, [5, 5])}
+    assert regret(StreamCounts(tokens, [2, 5]), fixed) == ("b", pytest.approx(-0.3))
 
 
 def test_the_interval_has_the_ratio_in_it_about_as_often_as_it_says() -> None:
@@ -70,7 +70,7 @@ def test_the_interval_has_the_ratio_in_it_about_as_often_as_it_says() -> None:
     for seed in range(40):
         draw = random.Random(seed)
         rounds = [[draw.randint(5, 15) for _ in range(64)] for _ in range(2)]
-        interval = block_bootstrap(Served([15] * 64, rounds[0]), Served([15] * 64, rounds[1]), samples=300)
+        interval = block_bootstrap(StreamCounts([15] * 64, rounds[0]), StreamCounts([15] * 64, rounds[1]), samples=300)
         assert interval is not None
         low, high = interval
         inside += low <= 1.0 <= high

@@ -63,7 +63,7 @@ def test_a_frozen_arm_is_a_replay(requests: list[TensorDict]) -> None:
     expected = replay(drafter.serving_copy(torch.float32), requests, SHAPE)
     assert run.tokens == expected.tokens.tolist() and run.rounds == expected.rounds.tolist()
     assert run.version == [0] * 24 and run.steps == [0] * 24
-    assert run.served.acceptance_length() == pytest.approx(expected.acceptance_length)
+    assert run.counts.acceptance_length() == pytest.approx(expected.acceptance_length)
 
 
 def test_a_learning_arm_is_request_by_request_what_was_served(requests: list[TensorDict], tmp_path: Path) -> None:

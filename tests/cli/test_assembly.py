@@ -18,11 +18,11 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import Drafter
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.storage import CheckpointError
-from aurora_rl.workload.traffic import TrafficError, generate
+from aurora_rl.workload.traffic import TrafficError, generate_traffic
 
 
 @pytest.fixture(scope="module")
-def target(tiny_folder: Path) -> assembly.Target:
+def target(tiny_folder: Path) -> assembly.LoadedTarget:
     return assembly.load(spec.resolve(load_config(overrides=[f"model={tiny_folder}", "device=cpu", "dtype=float32"])))
 
 
@@ -31,7 +31,7 @@ def test_the_limit_holds_for_the_generator_too(configured: Callable[..., Config]
     assert len(assembly.traffic(configured("traffic.limit=99"))) == 5
 
 
-def test_prompts_that_cannot_be_served(configured: Callable[..., Config], target: assembly.Target) -> None:
+def test_prompts_that_cannot_be_served(configured: Callable[..., Config], target: assembly.LoadedTarget) -> None:
     prompts = assembly.traffic(configured())
     assert assembly.request_queue(spec.resolve(configured()), target, prompts).total == 5
     reason = r"\(5\); the first: prompt '.*', turn 1: the prompt has \d+ tokens; with max_new_tokens=8 that exceeds"
@@ -45,7 +45,7 @@ def test_a_chat_template_that_refuses(config: Config, tiny_folder: Path) -> None
     target = assembly.load(spec.resolve(config))
     target.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(TrafficError, match=f"the chat template of model '{tiny_folder}' refuses .*: no system role"):
-        assembly.request_queue(spec.resolve(config), target, generate(2))
+        assembly.request_queue(spec.resolve(config), target, generate_traffic(2))
 
 
 def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tiny_folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_tokens_that_the_model_lacks_fail_their_prompt_alone(config: Config, tin
 
 
 def test_an_untrained_drafter_of_another_seed_is_another_one(
-    configured: Callable[..., Config], target: assembly.Target
+    configured: Callable[..., Config], target: assembly.LoadedTarget
 ) -> None:
     run = spec.resolve(configured("drafter.name=eagle3"))
     first, again, other = (assembly.start_drafter(run, target, [], seed=seed) for seed in (None, run.config.seed, 7))
@@ -72,7 +72,7 @@ def test_an_untrained_drafter_of_another_seed_is_another_one(
 @pytest.mark.parametrize("name", ["eagle3", "medusa", "dflash"])
 @pytest.mark.parametrize("own_learner", [True, False])
 def test_both_halves_start_from_the_same_drafter(
-    configured: Callable[..., Config], target: assembly.Target, tmp_path: Path, name: str, own_learner: bool
+    configured: Callable[..., Config], target: assembly.LoadedTarget, tmp_path: Path, name: str, own_learner: bool
 ) -> None:
     run = spec.resolve(configured(f"drafter.name={name}"))
     requests = assembly.request_queue(run, target, assembly.traffic(run.config))
@@ -88,7 +88,9 @@ def test_both_halves_start_from_the_same_drafter(
     assert knows == own_learner == (learner_config.drafter.path is not None)
 
 
-def test_another_draft_vocabulary_is_a_mismatch(configured: Callable[..., Config], target: assembly.Target) -> None:
+def test_another_draft_vocabulary_is_a_mismatch(
+    configured: Callable[..., Config], target: assembly.LoadedTarget
+) -> None:
     ours, theirs = (
         Handshake.of(target.parts, assembly.start_drafter(run, target, []), run.drafter_name)
         for run in map(spec.resolve, (configured(), configured("drafter.vocab_size=32")))
@@ -98,7 +100,7 @@ def test_another_draft_vocabulary_is_a_mismatch(configured: Callable[..., Config
 
 
 def test_trees_deeper_than_the_drafter_drafts_are_refused(
-    configured: Callable[..., Config], target: assembly.Target
+    configured: Callable[..., Config], target: assembly.LoadedTarget
 ) -> None:
     deep = ("drafter.depth=5", "drafter.num_nodes=5")
     with pytest.raises(ConfigError, match="drafter.depth=5 is more than the 4 nodes that this drafter"):
@@ -108,7 +110,7 @@ def test_trees_deeper_than_the_drafter_drafts_are_refused(
 
 
 def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(
-    configured: Callable[..., Config], target: assembly.Target
+    configured: Callable[..., Config], target: assembly.LoadedTarget
 ) -> None:
     def start(*pairs: str) -> None:
         assembly.start_drafter(spec.resolve(configured("drafter.name=eagle3", *pairs)), target, [])
@@ -123,7 +125,7 @@ def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(
 
 
 def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
-    configured: Callable[..., Config], target: assembly.Target, tmp_path: Path
+    configured: Callable[..., Config], target: assembly.LoadedTarget, tmp_path: Path
 ) -> None:
     save_drafter(assembly.start_drafter(spec.resolve(configured()), target, []), tmp_path / "drafter")
     saved = f"drafter.path={tmp_path / 'drafter'}"
@@ -135,7 +137,7 @@ def test_a_run_starts_from_a_drafter_of_an_older_target_if_told_so(
 
 
 def test_a_drafter_for_another_model_names_what_does_not_match(
-    configured: Callable[..., Config], target: assembly.Target, tmp_path: Path
+    configured: Callable[..., Config], target: assembly.LoadedTarget, tmp_path: Path
 ) -> None:
     def start(*pairs: str) -> Drafter:
         return assembly.start_drafter(spec.resolve(configured("drafter.name=eagle3", *pairs)), target, [])
@@ -188,7 +190,7 @@ def third_party_drafters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("third_party_drafters")
 def test_what_started_a_drafter_is_in_its_folder(
-    configured: Callable[..., Config], target: assembly.Target, tmp_path: Path
+    configured: Callable[..., Config], target: assembly.LoadedTarget, tmp_path: Path
 ) -> None:
     def resolved(*pairs: str) -> spec.RunSpec:
         return spec.resolve(configured("drafter.name=their_drafters:Narrow", "drafter.depth=3", *pairs))
@@ -205,7 +207,9 @@ def test_what_started_a_drafter_is_in_its_folder(
 
 
 @pytest.mark.usefixtures("third_party_drafters")
-def test_a_class_that_makes_no_drafter_is_named(configured: Callable[..., Config], target: assembly.Target) -> None:
+def test_a_class_that_makes_no_drafter_is_named(
+    configured: Callable[..., Config], target: assembly.LoadedTarget
+) -> None:
     config = configured("drafter.name=their_drafters:Returnless")
     with pytest.raises(ConfigError, match="drafter.name=their_drafters:Returnless: from_target gave None"):
         assembly.start_drafter(spec.resolve(config), target, [])

@@ -20,7 +20,7 @@ from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.objectives import ImitationLoss, Objective, register_objective
 from aurora_rl.policies import Eagle3Drafter
 from aurora_rl.policies.formats.files import save_drafter
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.training import steps as training
 from aurora_rl.trajectories import rule_code
 
@@ -41,7 +41,7 @@ def streams(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         save_drafter(drafter, folders[mode].with_name("drafter-day0"))
         params = [SamplingParams(1.0, seed=i, max_tokens=8) for i in range(12)]
         requests = [Request(i, torch.randint(250, (5,)), params[i]) for i in range(12)]
-        record(target.model, drafter, requests, TrajectoryDataset(folders[mode]), shape=run.tree)
+        record_requests(target.model, drafter, requests, TrajectoryDataset(folders[mode]), shape=run.tree)
     return folders
 
 
@@ -140,7 +140,7 @@ def test_learning_is_what_moves_the_curve(tiny_folder: Path, tmp_path: Path) -> 
     run = spec.resolve(config)
     target = assembly.load(run)
     requests = [Request(i, torch.arange(250, 255), SamplingParams(max_tokens=16)) for i in range(12)]
-    record(
+    record_requests(
         target.model,
         assembly.start_drafter(run, target, []),
         requests,

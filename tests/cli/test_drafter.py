@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from aurora_rl.cli import assembly, spec
 from aurora_rl.cli import main as cli
 from aurora_rl.cli.config import load_config
-from aurora_rl.policies.adapters import adapted_layers, merged
+from aurora_rl.policies.adapters import adapted_layers, merge_adapter
 from aurora_rl.policies.formats.files import save_drafter
 
 # ---- init -----------------------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def test_adapters_are_listed_and_merged_into_what_is_exported(
     for name, more in ((None, []), ("globex", ["--adapter", "globex"])):
         out = tmp_path / str(name)
         assert export(tmp_path / "learned", out, "--to", "vllm", *more, *target[:3]) == 0
-        save_drafter(merged(started, name), tmp_path / "expected", "vllm")
+        save_drafter(merge_adapter(started, name), tmp_path / "expected", "vllm")
         held, expected = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "expected"))
         assert held.keys() == expected.keys()
         assert all(torch.equal(held[key].float(), expected[key].float()) for key in held)

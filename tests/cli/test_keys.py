@@ -24,6 +24,18 @@ def test_keys_are_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "the name of an engine has letters" in capsys.readouterr().err
 
 
+def test_a_file_and_a_key_are_no_folder_of_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["keys", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"aurora-rl: {tmp_path / 'file'} is a file; name a folder\n"
+    for command in ("keys", "history", "report"):
+        with pytest.raises(SystemExit):
+            main([command, str(tmp_path / "none"), "engine.slots=1"])
+        told = f"unrecognized argument engine.slots=1; aurora-rl {command} takes no key=value"
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("command", ["learn", "serve", "flywheel"])
 def test_a_key_that_is_missing_is_told_before_anything_is_loaded(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -26,7 +26,7 @@ from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import SampleAndMatch, TransformersEngine
 from aurora_rl.envs.verification.rules import rule_of_code
 from aurora_rl.policies import Eagle3Drafter
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.training.offline import OfflineTrainer
 from aurora_rl.trajectories import RULE_CODES, rule_code
@@ -153,7 +153,8 @@ def recordings(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> l
     waiting = list(iter(requests, None))
     for name, part in (("code", waiting[:4]), ("all", waiting[4:])):
         folders.append(tmp_path_factory.mktemp("recordings") / name)
-        record(target.model, drafter, part, TrajectoryDataset(folders[-1], drafter.feature_layers), shape=spec.tree)
+        recording = TrajectoryDataset(folders[-1], drafter.feature_layers)
+        record_requests(target.model, drafter, part, recording, shape=spec.tree)
     return folders
 
 
@@ -185,7 +186,8 @@ def test_recordings_are_learned_together_and_each_is_held_out_in_part(
     assert not (run / "recording").exists()
     capsys.readouterr()
     assert train("--resume", str(run), "--recording", str(recordings[0])) == 2
-    assert "which stays; leave the option out" in capsys.readouterr().err
+    given = " ".join(f"--recording {folder}" for folder in recordings)
+    assert f"started with {given}, which stays; leave the option out" in capsys.readouterr().err
     assert train(*words, "--recording", f"{recordings[0]}/../code", *pairs) == 2
     assert "name each recording once" in capsys.readouterr().err
     assert train("--resume", str(run), "--held-out", "0.5") == 2

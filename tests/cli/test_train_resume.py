@@ -63,6 +63,8 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(
     assert summary(parts)["steps"] == 6
     assert train("--epochs", "2", "--resume", str(parts)) == 2
     assert "--epochs 2: more than 2 epochs are learned already; give 3 or more" in capsys.readouterr().err
+    assert train("--resume", str(parts), "--recording", str(whole / "recording")) == 2
+    assert "it was started without --recording, which stays" in capsys.readouterr().err
     assert json.loads((parts / "train.json").read_text())["epochs"] == 3
     with monkeypatch.context() as patch:  # while it loads
 

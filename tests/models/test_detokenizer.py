@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from aurora_rl.models.detokenizer import Detokenizer, StopStrings, decode, token_bytes
+from aurora_rl.models.detokenizer import Detokenizer, StopStrings, detokenize, token_bytes
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def test_any_tokens_in_any_pieces_make_the_whole(tokenizer: PreTrainedTokenizerB
     # Random ids: broken characters, special tokens, and ids that the tokenizer does not know.
     tokens = data.draw(st.lists(st.integers(0, len(tokenizer) + 5), max_size=80))
     said = pieces(Detokenizer(tokenizer), tokens, data.draw(sizes))
-    assert "".join(said) == decode(tokenizer, tokens)
+    assert "".join(said) == detokenize(tokenizer, tokens)
 
 
 @given(st.data())
 @settings(max_examples=25, deadline=None)
 def test_texts_come_without_a_broken_character(tokenizer: PreTrainedTokenizerBase, data: st.DataObject) -> None:
     tokens = tokenizer(data.draw(texts), add_special_tokens=False)["input_ids"]
-    said, whole = pieces(Detokenizer(tokenizer), tokens, data.draw(sizes)), decode(tokenizer, tokens)
+    said, whole = pieces(Detokenizer(tokenizer), tokens, data.draw(sizes)), detokenize(tokenizer, tokens)
     assert "".join(said) == whole
     if "\ufffd" not in whole:  # the embedded model has no token for some bytes
         assert not any("\ufffd" in piece for piece in said)
@@ -70,12 +70,12 @@ def test_stop_strings_cut_where_the_whole_text_is_cut(of_bytes: PreTrainedTokeni
     stop = data.draw(st.lists(st.text(st.sampled_from("abé"), min_size=1, max_size=5), max_size=3))
     tokens = of_bytes(text)["input_ids"]
     # An engine ends a completion at the token that completes a stop string.
-    ended = (n for n in range(len(tokens)) if any(each in decode(of_bytes, tokens[:n]) for each in stop))
+    ended = (n for n in range(len(tokens)) if any(each in detokenize(of_bytes, tokens[:n]) for each in stop))
     tokens = tokens[: next(ended, len(tokens))]
     said = pieces(Detokenizer(of_bytes, stop), tokens, data.draw(sizes))
-    assert "".join(said) == decode(of_bytes, tokens, stop)
+    assert "".join(said) == detokenize(of_bytes, tokens, stop)
     # Nothing waits that cannot be the beginning of a stop string.
-    if not any(each in decode(of_bytes, tokens) for each in stop):
+    if not any(each in detokenize(of_bytes, tokens) for each in stop):
         held = len("".join(said[-1:]))
         assert held < max(map(len, stop), default=1)
 
@@ -152,7 +152,7 @@ def test_a_token_keeps_the_space_that_begins_it(kind: str, pieces: list[str], te
     tokens = tokenizer.convert_tokens_to_ids(pieces)
     spelt = [token_bytes(tokenizer, token) for token in tokens]
     assert [text for text, _ in spelt] == texts
-    assert bytes(byte for _, each in spelt for byte in each or []).decode() == " " + decode(tokenizer, tokens)
+    assert bytes(byte for _, each in spelt for byte in each or []).decode() == " " + detokenize(tokenizer, tokens)
     assert token_bytes(tokenizer, 0) == ("<s>", list(b"<s>"))
     if kind == "sentencepiece with bytes":
         assert token_bytes(tokenizer, tokenizer.convert_tokens_to_ids("<0xE2>")) == ("\ufffd", [0xE2])
@@ -164,12 +164,12 @@ def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 
 
 def end_by_the_whole_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: list[str]) -> int | None:
-    texts = ((count, decode(tokenizer, tokens[:count])) for count in range(1, len(tokens) + 1))
+    texts = ((count, detokenize(tokenizer, tokens[:count])) for count in range(1, len(tokens) + 1))
     return next((count for count, text in texts if any(each in text for each in stop)), None)
 
 
 def end_by_the_last_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[int], stop: list[str]) -> int | None:
-    stops = StopStrings(lambda window: decode(tokenizer, window), stop)
+    stops = StopStrings(lambda window: detokenize(tokenizer, window), stop)
     return next((count for count, token in enumerate(tokens, 1) if stops.feed(token)), None)
 
 
@@ -193,7 +193,7 @@ def test_stop_strings_are_found_at_the_token_that_completes_them(
     any_tokenizer: PreTrainedTokenizerBase, data: st.DataObject
 ) -> None:
     tokens = data.draw(ids(any_tokenizer))
-    text = decode(any_tokenizer, tokens) or "a"
+    text = detokenize(any_tokenizer, tokens) or "a"
     ends = data.draw(st.lists(st.tuples(st.integers(1, len(text)), st.integers(1, 12)), min_size=1, max_size=2))
     stop = [text[max(end - length, 0) : end] for end, length in ends]
     if has_bytes(any_tokenizer):  # a broken character breaks those next to it, however many these are
@@ -206,7 +206,7 @@ def test_a_stop_string_that_never_comes_costs_the_same_at_every_token(any_tokeni
 
     def counted(tokens: list[int]) -> str:
         decoded.append(len(tokens))
-        return decode(any_tokenizer, tokens)
+        return detokenize(any_tokenizer, tokens)
 
     stops = StopStrings(counted, ["never there"])
     tokens = [token for token in any_tokenizer.convert_tokens_to_ids(["a", "▁a", "cd", "Ġthe", "Ġ", "."]) if token]

@@ -89,6 +89,11 @@ def test_what_is_quantized_is_loaded_whole(tmp_path: Path, caplog: pytest.LogCap
     assert WHOLE in caplog.text and "it is quantized" in caplog.text
 
 
-def test_a_name_that_leads_nowhere_is_refused_as_ever() -> None:
-    with pytest.raises(ModelError, match="no such folder; name a Hugging Face folder"):
-        load_parts("./missing", dtype=torch.float32, device="cpu")
+def test_a_name_that_leads_nowhere_is_refused_as_ever_by_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name, told in (("./missing", "no such folder; name a Hugging Face folder"), (tmp_path, "from that folder")):
+        with pytest.raises(ModelError, match=told):
+            load_parts(name, dtype=torch.float32, device="cpu")
+    assert WHOLE not in caplog.text

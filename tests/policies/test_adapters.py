@@ -32,7 +32,7 @@ from aurora_rl.policies.adapters import (
     adapted_layers,
     add_adapters,
     check_size,
-    merged,
+    merge_adapter,
 )
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.serving.watchdog import EVERY, Fault, Watchdog
@@ -68,7 +68,7 @@ def adapted(kind: type[Drafter], **options: Any) -> Drafter:
 
 @functools.cache
 def recorded(kind: type[Drafter]) -> tuple[TensorDict, ...]:
-    plain = merged(started(kind))
+    plain = merge_adapter(started(kind))
     sizes = [(4, 6), (2, 3), (9, 5), (5, 8), (3, 4)]
     found = []
     for number, (tenant, (prompt, new)) in enumerate(zip(TENANTS, sizes, strict=True)):
@@ -81,7 +81,7 @@ def recorded(kind: type[Drafter]) -> tuple[TensorDict, ...]:
 
 def alone(drafter: Drafter, tenant: str | None) -> Drafter:
     """The drafter that a tenant's requests are drafted by, as one without adapters."""
-    return merged(drafter, tenant if tenant in NAMES else None)
+    return merge_adapter(drafter, tenant if tenant in NAMES else None)
 
 
 def filled(drafter: Drafter, trajectories: list[TensorDict] | tuple[TensorDict, ...], places: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def test_slots_with_different_adapters_draft_as_each_does_alone(kind: type[Draft
 @pytest.mark.parametrize("kind", KINDS)
 def test_slots_without_an_adapter_are_those_of_the_shared_drafter_to_the_bit(kind: type[Drafter]) -> None:
     drafter, trajectories = adapted(kind), recorded(kind)
-    plain, places = merged(drafter), torch.tensor([1, -1, 0, -1, 1])
+    plain, places = merge_adapter(drafter), torch.tensor([1, -1, 0, -1, 1])
     mixed = drafter.propose(filled(drafter, trajectories, places), SHAPE)
     shared = plain.propose(filled(plain, trajectories, torch.full((5,), -1)), SHAPE)
     for slot in (1, 3):
@@ -177,10 +177,10 @@ def test_requests_of_a_batch_learn_as_each_does_alone(kind: type[Drafter]) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_adapter_is_the_shared_drafter(kind: type[Drafter]) -> None:
     drafter, trajectories = adapted(kind, learned=False), recorded(kind)
-    assert torch.equal(drafter.score(pack(trajectories)), merged(drafter).score(pack(trajectories)))
+    assert torch.equal(drafter.score(pack(trajectories)), merge_adapter(drafter).score(pack(trajectories)))
     for name in NAMES:
-        weights = merged(drafter, name).published()
-        assert all(torch.equal(tensor, weights[key]) for key, tensor in merged(drafter).published().items())
+        weights = merge_adapter(drafter, name).published()
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in merge_adapter(drafter).published().items())
 
 
 def loss_of(drafter: Drafter, batch: TensorDict) -> Tensor:
@@ -285,7 +285,7 @@ PROMPT = torch.tensor([3, 4, 5, 6, 7, 8, 9])
 def test_served_texts_do_not_change_and_drafts_are_the_tenants(slots: int) -> None:
     drafter = adapted(Eagle3Drafter)
     trajectories = Server(drafter, slots).serve(TENANTS, PROMPT)
-    (expected,) = Server(merged(drafter)).serve([None], PROMPT)
+    (expected,) = Server(merge_adapter(drafter)).serve([None], PROMPT)
     for tenant, trajectory in zip(TENANTS, trajectories, strict=True):
         assert torch.equal(trajectory["sequence", "tokens"], expected["sequence", "tokens"])
         code = trajectory.get(("sequence", "adapter"), None)
@@ -378,7 +378,7 @@ def test_what_an_adapter_begins_with_follows_from_its_name() -> None:
 
 def test_what_is_done_to_a_merged_drafter_leaves_the_one_with_adapters_as_it_is() -> None:
     drafter = adapted(Eagle3Drafter)
-    before, plain = {name: value.clone() for name, value in drafter.published().items()}, merged(drafter, "acme")
+    before, plain = {name: value.clone() for name, value in drafter.published().items()}, merge_adapter(drafter, "acme")
     plain.float().install(
         {name: torch.zeros_like(tensor) for name, tensor in plain.published().items()}
         | {"d2t": torch.zeros(16, dtype=torch.int64)}
@@ -415,8 +415,8 @@ def test_a_drafter_that_takes_none_says_so() -> None:
     with pytest.raises(ValueError, match="MedusaDrafter takes no adapters"):
         add_adapters(medusa, ["acme"], 2)
     with pytest.raises(ValueError, match="has no adapter 'acme'; it has none"):
-        merged(medusa, "acme")
-    assert merged(medusa) is medusa
+        merge_adapter(medusa, "acme")
+    assert merge_adapter(medusa) is medusa
 
 
 def test_the_limit_is_that_of_the_tensors() -> None:
@@ -424,7 +424,7 @@ def test_the_limit_is_that_of_the_tensors() -> None:
     of_rank_three = sum(
         (layer.lora_A[0].numel() + layer.lora_B[0].numel()) * 4 for layer in adapted_layers(drafter).values()
     )
-    plain, most = merged(drafter), MOST_BYTES // (of_rank_three // 3)
+    plain, most = merge_adapter(drafter), MOST_BYTES // (of_rank_three // 3)
     check_size(plain, most, torch.float32)
     with pytest.raises(ValueError, match=rf"rank {most + 1} has 20.0 MB in float32.*take a rank of {most} or less"):
         check_size(plain, most + 1, torch.float32)

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, NgramDrafter, TargetParts, TreeShape, get_drafter
-from aurora_rl.policies.lookup import EarlierAnswers, Tree, continuations, merged, ngram_tree
+from aurora_rl.policies.lookup import EarlierAnswers, Tree, continuations, merge_trees, ngram_tree
 from aurora_rl.testing import tiny_target
 
 texts = st.lists(st.integers(0, 2), max_size=20)  # few tokens, so that runs come again
@@ -188,12 +188,12 @@ def merged_by_definition(drafted: Paths, found: Paths, num_nodes: int, least: fl
 
 @given(trees(), trees(), st.integers(0, 12), st.sampled_from([0.0, 0.1, 0.4]))
 def test_the_likeliest_paths_of_both_are_kept(drafted: Paths, found: Paths, num_nodes: int, least: float) -> None:
-    both = as_paths(*merged(as_tree(drafted), as_tree(found), num_nodes, least))
+    both = as_paths(*merge_trees(as_tree(drafted), as_tree(found), num_nodes, least))
     assert both == merged_by_definition(drafted, found, num_nodes, least)
 
 
 def test_a_drafter_s_rounding_makes_no_node_likelier_than_its_parent() -> None:
-    tree = merged(Tree([5, 6], [-1, 0], [-0.5, 0.0005]), Tree([7], [-1], [-0.1]), 2)
+    tree = merge_trees(Tree([5, 6], [-1, 0], [-0.5, 0.0005]), Tree([7], [-1], [-0.1]), 2)
     assert tree.tokens == [5, 7]
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.recording.assembler import Served
+from aurora_rl.envs.recording.assembler import RecordedTotals
 from aurora_rl.envs.recording.client import EngineCompletion, EngineError
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.serving import attached as attached_module
@@ -34,7 +34,7 @@ class Engine:
 
     def restart(self):
         self.swaps, self.session, self.attached, self.faults = [], "", False, []
-        self.served = asdict(Served())
+        self.served = asdict(RecordedTotals())
 
     def attach(self):
         if self.starting:

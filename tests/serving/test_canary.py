@@ -9,15 +9,17 @@ from dataclasses import replace
 
 import pytest
 
-from aurora_rl.serving.canary import Canary, Trial, Verdict
+from aurora_rl.serving.canary import RoundTrial, RoundTrialRules, RoundTrialVerdict
 
 Rounds = Callable[[bool], tuple[int, float]]
 """Tokens and seconds of a round, by whether the new weights draft it."""
 
 
-def decided(rules: Canary, rounds: Rounds, seed: int = 0, most: int = 10_000) -> tuple[Verdict | None, int]:
+def decided(
+    rules: RoundTrialRules, rounds: Rounds, seed: int = 0, most: int = 10_000
+) -> tuple[RoundTrialVerdict | None, int]:
     """The verdict, and how many rounds the new weights drafted until then."""
-    trial, drafted = Trial(rules, seed), 0
+    trial, drafted = RoundTrial(rules, seed), 0
     for _ in range(most):
         new = trial.new
         drafted += new
@@ -48,7 +50,7 @@ def constant(new: bool) -> tuple[int, float]:
 
 
 def test_windows_of_the_new_weights_take_their_share_and_have_a_neighbour_of_the_old() -> None:
-    trial, orders = Trial(Canary(share=0.25, window=4, most_rounds=None)), set()
+    trial, orders = RoundTrial(RoundTrialRules(share=0.25, window=4, most_rounds=None)), set()
     for _ in range(20):
         cycle = []
         for _ in range(16):
@@ -60,7 +62,7 @@ def test_windows_of_the_new_weights_take_their_share_and_have_a_neighbour_of_the
 
 
 def test_half_of_the_rounds_are_pairs_alone() -> None:
-    trial = Trial(Canary(share=0.5, window=3, most_rounds=None))
+    trial = RoundTrial(RoundTrialRules(share=0.5, window=3, most_rounds=None))
     drafted = 0
     for _ in range(600):
         drafted += trial.new
@@ -72,24 +74,24 @@ def test_half_of_the_rounds_are_pairs_alone() -> None:
 def test_a_useless_drafter_costs_a_bounded_number_of_rounds(share: float) -> None:
     """11 pairs of windows at most, hence 88 rounds: a twentieth of any 1,760 rounds, were they to deliver nothing."""
     for seed in range(20):
-        verdict, drafted = decided(Canary(share=share), constant, seed)
+        verdict, drafted = decided(RoundTrialRules(share=share), constant, seed)
         assert verdict is not None and not verdict.promote and drafted <= 88
         assert verdict.reason == "acceptance length and tokens per second fell"
         assert (verdict.acceptance_length.old, verdict.acceptance_length.new) == (3, 1)
 
 
 def test_a_drafter_that_is_slow_is_rolled_back_though_as_much_is_accepted() -> None:
-    verdict, _ = decided(Canary(), served(0.6, 0.6, seed=0, seconds_new=1.6))
+    verdict, _ = decided(RoundTrialRules(), served(0.6, 0.6, seed=0, seconds_new=1.6))
     assert verdict is not None and not verdict.promote and verdict.reason == "tokens per second fell"
 
 
 def test_a_drafter_that_is_fast_is_rolled_back_though_if_less_is_accepted() -> None:
-    verdict, _ = decided(Canary(), served(0.8, 0.3, seed=0, seconds_new=0.3))
+    verdict, _ = decided(RoundTrialRules(), served(0.8, 0.3, seed=0, seconds_new=0.3))
     assert verdict is not None and not verdict.promote and verdict.reason == "acceptance length fell"
 
 
 def test_a_better_drafter_is_promoted_before_the_last_round() -> None:
-    verdict, _ = decided(Canary(), served(0.4, 0.8, seed=0))
+    verdict, _ = decided(RoundTrialRules(), served(0.4, 0.8, seed=0))
     assert verdict is not None and verdict.promote and verdict.rounds < 512
     assert verdict.reason == "a loss above 5% is ruled out"
     assert verdict.acceptance_length.new > verdict.acceptance_length.old
@@ -97,7 +99,7 @@ def test_a_better_drafter_is_promoted_before_the_last_round() -> None:
 
 
 def test_an_equal_drafter_is_promoted_at_last_unless_it_may_be_tried_for_ever() -> None:
-    rules = Canary(most_rounds=48, margin=1e-9)
+    rules = RoundTrialRules(most_rounds=48, margin=1e-9)
     verdict, _ = decided(rules, served(0.6, 0.6, seed=0))
     assert verdict is not None and verdict.promote and verdict.rounds == 96
     assert verdict.reason == "no loss was proven in 48 rounds that they drafted"
@@ -105,7 +107,7 @@ def test_an_equal_drafter_is_promoted_at_last_unless_it_may_be_tried_for_ever() 
 
 
 def test_an_equal_drafter_is_rarely_rolled_back() -> None:
-    rules, trials = Canary(false_alarm_rate=0.1, most_rounds=256), 150
+    rules, trials = RoundTrialRules(false_alarm_rate=0.1, most_rounds=256), 150
     verdicts = [decided(rules, served(0.6, 0.6, seed), seed)[0] for seed in range(trials)]
     alarms = sum(not verdict.promote for verdict in verdicts if verdict is not None)
     assert alarms <= 0.1 * trials + 3 * math.sqrt(0.1 * 0.9 * trials)
@@ -121,6 +123,6 @@ def test_the_first_round_of_a_window_is_not_measured() -> None:
         return (1, 50.0) if first else (3, 1.0)
 
     # Windows of the new weights that follow each other are one to `before`; at a share below one half there are none.
-    verdict, _ = decided(Canary(share=0.4, window=5), rounds)
+    verdict, _ = decided(RoundTrialRules(share=0.4, window=5), rounds)
     assert verdict is not None and verdict.promote
     assert verdict.acceptance_length == (3.0, 3.0) and verdict.tokens_per_second == (3.0, 3.0)

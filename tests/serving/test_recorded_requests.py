@@ -9,7 +9,7 @@ import torch
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.testing import serve, tiny_target
 
 
@@ -18,9 +18,9 @@ def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
     drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16)).double()
     prompts = [torch.arange(2 + i) for i in range(4)]
     requests = [Request(i, prompt, SamplingParams(1.0, seed=i, max_tokens=5)) for i, prompt in enumerate(prompts)]
-    record(tiny_target(), drafter, requests[:2], TrajectoryDataset(tmp_path), shape=shape)
+    record_requests(tiny_target(), drafter, requests[:2], TrajectoryDataset(tmp_path), shape=shape)
     recording = TrajectoryDataset(tmp_path)
-    record(tiny_target(), drafter, requests, recording, shape=shape)
+    record_requests(tiny_target(), drafter, requests, recording, shape=shape)
     assert sorted(int(t["request"]) for t in recording) == [0, 1, 2, 3]
     expected = serve(
         drafter, target, prompts, shape=TreeShape(0), max_new_tokens=5, sampling_params=SamplingParams(1.0)
@@ -30,5 +30,5 @@ def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
         assert torch.equal(trajectory["sequence", "tokens"], text)  # of the target, whatever was drafted
         assert int(trajectory["sampling", "draft_mode"]) == 1 and len(trajectory["nodes", "tokens"]) > 0
     before = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
-    record(tiny_target(), drafter, requests, recording, shape=shape)
+    record_requests(tiny_target(), drafter, requests, recording, shape=shape)
     assert [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())] == before

@@ -16,7 +16,7 @@ from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
 from aurora_rl.policies import Proposal, TreeShape
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
-from aurora_rl.training.engine_canary import EngineCanary, EngineRules
+from aurora_rl.training.engine_canary import EngineCanary, EngineTrialRules
 
 RIGHT, WRONG = {"right": torch.ones(1)}, {"right": torch.zeros(1)}
 
@@ -45,7 +45,7 @@ class Fleet:
         self.publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
         self.collector = ZMQCollector(LOCAL, handshake=HANDSHAKE)
         self._log = MetricsLog(folder / "learner.jsonl", "learner")
-        rules = EngineRules(share=0.3, requests=2, false_alarm_rate=0.5)
+        rules = EngineTrialRules(share=0.3, requests=2, false_alarm_rate=0.5)
         self.canary, self.known = EngineCanary(self.publisher, rules, self._log), requests(5)
         self.servers = list[Serving]()
         for name in ("a", "b", "c"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from torch import Tensor
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.tree_controller import TreeController
-from aurora_rl.serving.canary import Canary
+from aurora_rl.serving.canary import RoundTrialRules
 from aurora_rl.serving.versions import Versions
 from aurora_rl.telemetry.rates import BaselineWindows
 from aurora_rl.training.served_weights import drafts_agreed
 
-RULES = Canary(window=4, margin=0.05)
+RULES = RoundTrialRules(window=4, margin=0.05)
 
 
 OWN = {"own": torch.zeros(1)}
@@ -44,7 +45,7 @@ class Constant(Loads, Wrong):
 
 
 def tried(folder: Path, first: Oracle, second: Oracle, inbox: Inbox, **options: object) -> Serving:
-    return Serving(folder, [], first, second=second, receiver=inbox, canary=RULES, **options)
+    return Serving(folder, [], first, second=second, receiver=inbox, trial_rules=RULES, **options)
 
 
 def test_a_sabotaged_version_is_rolled_back_and_costs_a_bounded_number_of_rounds(tmp_path: Path) -> None:
@@ -119,9 +120,12 @@ def test_weights_that_are_served_get_their_number_without_a_trial(tmp_path: Path
 
 def test_weights_that_are_rolled_back_while_they_are_staged_do_not_serve(tmp_path: Path) -> None:
     known, inbox = requests(5), Inbox((1, {"own": torch.ones(1)}))
-    versions = tried(tmp_path, Right(known), Constant(known), inbox).server.versions
+    versions, may_end = tried(tmp_path, Right(known), Constant(known), inbox).server.versions, threading.Event()
+    staged = versions._background.submit(may_end.wait, 10)  # so that it waits for the one thread
     versions.take()
     assert versions._staged is not None
+    may_end.set()
+    assert staged.result(10)
     versions._staged[1].result(10)
     versions._rolled_back[checksum({"own": torch.ones(1)})] = "the watchdog found it corrupted"
     versions.take()
@@ -134,7 +138,13 @@ def test_each_version_drafts_with_its_own_weights_and_its_own_cache(tmp_path: Pa
     known, weights = requests(5), eagle(1).published()
     inbox = Inbox((1, weights))
     serving = Serving(
-        tmp_path, [], eagle(0), second=eagle(0), receiver=inbox, canary=Canary(window=3, most_rounds=60), slots=3
+        tmp_path,
+        [],
+        eagle(0),
+        second=eagle(0),
+        receiver=inbox,
+        trial_rules=RoundTrialRules(window=3, most_rounds=60),
+        slots=3,
     )
     serving.run_until(lambda: bool(inbox.acknowledged or inbox.rejected), known)
     serving.queue.clear()
@@ -176,7 +186,7 @@ def test_baseline_windows_are_no_part_of_a_trial(tmp_path: Path) -> None:
 
 def test_what_is_on_trial_is_not_saved(tmp_path: Path) -> None:
     known, inbox = requests(5), Inbox((1, eagle(1).published()))
-    serving = Serving(tmp_path, [], eagle(0), second=eagle(0), receiver=inbox, canary=RULES)
+    serving = Serving(tmp_path, [], eagle(0), second=eagle(0), receiver=inbox, trial_rules=RULES)
     serving.run_until(lambda: serving.server.policy.version == 1, known)
     serving.server.save_drafter(tmp_path / "drafter")
     saved, served = load_file(tmp_path / "drafter" / "model.safetensors"), eagle(0).published()
@@ -186,5 +196,5 @@ def test_what_is_on_trial_is_not_saved(tmp_path: Path) -> None:
 def test_a_canary_without_a_second_policy_is_refused(tmp_path: Path) -> None:
     serving = Serving(tmp_path, [], eagle())
     policy: DrafterPolicy = serving.policy
-    with pytest.raises(ValueError, match="a canary needs a second policy"):
-        Versions(policy, log=None, stats=serving.server.stats, canary=Canary())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a trial needs a second policy"):
+        Versions(policy, log=None, stats=serving.server.stats, trial_rules=RoundTrialRules())  # type: ignore[arg-type]

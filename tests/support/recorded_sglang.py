@@ -94,8 +94,8 @@ class RecordedSGLang:
             self._served += 1
             if self.session is not None:
                 self._swap(self.session)
-                records = self.session.records
-                records.served = records.served.plus(text, False)
+                assembler = self.session.assembler
+                assembler.totals = assembler.totals.plus(text, False)
                 self.session.sink.extend(text)
         choice = {"index": 0, "text": "text", "finish_reason": "length"}
         return JSONResponse({"choices": [choice], "usage": {"completion_tokens": TOKENS}})

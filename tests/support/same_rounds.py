@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from aurora_rl.collectors.dataset import TrajectoryDataset
-from aurora_rl.serving.recorded_requests import record
+from aurora_rl.serving.recorded_requests import record_requests
 
 
 def without_end(request):
@@ -22,7 +22,7 @@ def ask_all(engine, asked):
 def recorded_here(model, drafter, asked, shape, tmp_path):
     """The same requests on the embedded engine."""
     dataset = TrajectoryDataset(tmp_path / "own")
-    record(model, drafter, asked, dataset, shape=shape, slots=1)
+    record_requests(model, drafter, asked, dataset, shape=shape, slots=1)
     return {int(trajectory["request"]): trajectory for trajectory in dataset}
 
 

@@ -28,7 +28,7 @@ from aurora_rl.policies.adapters import add_adapters
 from aurora_rl.testing import serve, tiny_target
 from aurora_rl.training.checkpoint import load_training_state, save_training_state, training_tensors
 from aurora_rl.training.optimizers import drafter_optimizers
-from aurora_rl.training.parallel import Command, ParallelLoss, Ranks, RanksLostError, follow, join, start_alike
+from aurora_rl.training.parallel import ParallelLoss, RankCommand, Ranks, RanksLostError, follow, join, start_alike
 from aurora_rl.training.sharding import shard
 from aurora_rl.training.steps import forget_gradient, gradient, has_finite_step, train_step
 from aurora_rl.trajectories import adapter_code, pack
@@ -146,7 +146,7 @@ def compared(
     for batch in batches[1:]:
         train_step(shared, optimizers, batch, autocast=False)
         train_step(own_loss, own_optimizers, batch, autocast=False)
-    ranks.tell(Command.END)
+    ranks.tell(RankCommand.END)
     weights = torch.cat([p.detach().flatten() for p in drafter.parameters()])
     of_ranks, alone = ranks.gather(weights), torch.cat([p.detach().flatten() for p in own.parameters()])
     found["weights"] = float((weights - alone).abs().max())
@@ -205,7 +205,7 @@ def sharded(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
         served.install(drafter.published())
         save_training_state(folder / f"{name}-two", drafter, optimizers, {})
         kept = whole(drafter)
-        ranks.tell(Command.END)
+        ranks.tell(RankCommand.END)
         again, _ = losses_of(OBJECTIVES["sum"], 7, adapters)
         again_optimizers = optimizers_of(again)
         load_training_state(folder / f"{name}-two", again, again_optimizers)
@@ -248,7 +248,7 @@ def not_finite(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
     found["alone"] = [
         has_finite_step(shared, optimizers, pack([each]), autocast=False) for each in (stream()[0], spoiled_alone())
     ]
-    ranks.tell(Command.END)
+    ranks.tell(RankCommand.END)
     same = all(torch.equal(before[k], v) for k, v in drafter.state_dict().items())
     found["kept"] = ranks.gather(torch.tensor(same).long()).tolist()
     return found
@@ -281,7 +281,7 @@ def states(ranks: Ranks, folder: Path) -> dict[str, Any] | None:
         return None
     for batch in steps:
         train_step(shared, optimizers, batch, autocast=False)
-    ranks.tell(Command.END)
+    ranks.tell(RankCommand.END)
     save_training_state(folder / "two", drafter, optimizers, {})
     again, again_loss = losses_of(OBJECTIVES["acceptance-reward"], seed=7)
     again_optimizers = adam(again)

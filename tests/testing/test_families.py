@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from aurora_rl.testing.families import causal_families, verdict
+from aurora_rl.testing.families import causal_families, try_family
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "families.md").read_text()
@@ -43,7 +43,7 @@ def test_what_the_page_says_before_its_table_is_current() -> None:
 @pinned
 @pytest.mark.parametrize("model_type", causal_families())
 def test_a_family_has_the_line_of_the_page(model_type: str) -> None:
-    outcome, note = verdict(model_type)
+    outcome, note = try_family(model_type)
     row = f"{outcome} | {note.replace('|', '/')}"
     assert without_numbers(row) == without_numbers(ROWS[model_type])
     assert bool(note) == (outcome in ("refused", "not tried"))

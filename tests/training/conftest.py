@@ -25,7 +25,7 @@ from aurora_rl.policies.adapters import add_adapters
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.testing import serve
-from aurora_rl.training.engine_canary import EngineCanary, EngineRules
+from aurora_rl.training.engine_canary import EngineCanary, EngineTrialRules
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.learner import Learner
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -84,7 +84,7 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
             keep: int = 5,
             max_age: float | None = None,
             once: bool = False,
-            canary: EngineRules | None = None,
+            canary: EngineTrialRules | None = None,
             adapters: tuple[str, ...] = (),
         ) -> SimpleNamespace:
             drafter, log = day0(vocab), MetricsLog(tmp_path / "metrics.jsonl", "learner")

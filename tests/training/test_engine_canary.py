@@ -19,7 +19,7 @@ from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.statistics import Both, LossTest
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
-from aurora_rl.training.engine_canary import EngineCanary, EngineRules, EngineTrial, EngineVerdict
+from aurora_rl.training.engine_canary import EngineCanary, EngineTrial, EngineTrialRules, EngineTrialVerdict
 
 NAMES = ["a", "b", "c", "d"]
 
@@ -42,7 +42,7 @@ class Fleet:
         return {"new": new, "tokens": tokens, "rounds": rounds, "seconds": known}
 
 
-def decided(rules: EngineRules, fleet: Fleet, seed: int = 0, windows: int = 1000) -> EngineVerdict | None:
+def decided(rules: EngineTrialRules, fleet: Fleet, seed: int = 0, windows: int = 1000) -> EngineTrialVerdict | None:
     trial = EngineTrial(rules, NAMES, seed)
     for _ in range(windows):
         while not trial.complete:
@@ -58,7 +58,7 @@ def decided(rules: EngineRules, fleet: Fleet, seed: int = 0, windows: int = 1000
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_equal_weights_are_rarely_rolled_back_at_engines_that_differ_and_drift(share: float) -> None:
-    rules, trials = EngineRules(share, requests=2, false_alarm_rate=0.1, most_requests=64), 300
+    rules, trials = EngineTrialRules(share, requests=2, false_alarm_rate=0.1, most_requests=64), 300
     verdicts = [decided(rules, Fleet(1.0, 1.0, seed), seed) for seed in range(trials)]
     alarms = sum(not verdict.promote for verdict in verdicts if verdict is not None)
     assert None not in verdicts and alarms <= 0.1 * trials + 3 * math.sqrt(0.1 * 0.9 * trials)
@@ -77,7 +77,7 @@ def test_groups_that_are_not_drawn_again_would_exceed_the_bound() -> None:
 
 
 def test_worse_weights_are_rolled_back_and_better_ones_promoted_before_the_last_request() -> None:
-    rules = EngineRules(0.25)
+    rules = EngineTrialRules(0.25)
     for seed in range(10):
         worse, better = (decided(rules, Fleet(gain, gain, seed), seed) for gain in (0.4, 4.0))
         assert worse is not None and not worse.promote and worse.pairs < 32
@@ -86,33 +86,33 @@ def test_worse_weights_are_rolled_back_and_better_ones_promoted_before_the_last_
 
 
 def test_weights_that_are_slow_are_rolled_back_though_as_much_is_accepted() -> None:
-    verdict = decided(EngineRules(0.5), Fleet(1.0, 0.1, seed=0))
+    verdict = decided(EngineTrialRules(0.5), Fleet(1.0, 0.1, seed=0))
     assert verdict is not None and not verdict.promote and verdict.reason == "tokens per second fell"
 
 
 def test_engines_that_do_not_say_how_long_they_decode_are_judged_by_acceptance_alone() -> None:
-    worse, better = (decided(EngineRules(0.5), Fleet(gain, None, seed=0)) for gain in (0.2, 5.0))
+    worse, better = (decided(EngineTrialRules(0.5), Fleet(gain, None, seed=0)) for gain in (0.2, 5.0))
     assert worse is not None and not worse.promote and worse.reason == "acceptance length fell"
     assert better is not None and better.promote and better.tokens_per_second is None
     assert better.acceptance_length is not None and better.acceptance_length.new > better.acceptance_length.old
 
 
 def test_what_is_not_decided_is_promoted_at_last_unless_it_may_be_tried_for_ever() -> None:
-    verdict = decided(EngineRules(0.5, requests=2, margin=1e-9, most_requests=6), Fleet(1.0, 1.0, seed=0))
+    verdict = decided(EngineTrialRules(0.5, requests=2, margin=1e-9, most_requests=6), Fleet(1.0, 1.0, seed=0))
     assert verdict is not None and verdict.promote and verdict.pairs == 3
     assert verdict.reason == "no loss was proven in 6 requests per engine that had them"
-    for_ever = EngineRules(0.5, requests=2, margin=1e-9, false_alarm_rate=1e-6, most_requests=None)
+    for_ever = EngineTrialRules(0.5, requests=2, margin=1e-9, false_alarm_rate=1e-6, most_requests=None)
     assert decided(for_ever, Fleet(1.0, 1.0, seed=0), windows=100) is None
 
 
 def test_two_groups_of_one_size_share_the_draws_and_stay() -> None:
     sizes = {
-        (share, count): len(EngineTrial(EngineRules(share), [str(i) for i in range(count)]).new)
+        (share, count): len(EngineTrial(EngineTrialRules(share), [str(i) for i in range(count)]).new)
         for share in (0.01, 0.25, 0.5)
         for count in (2, 3, 9)
     }
     assert list(sizes.values()) == [1, 1, 1, 1, 1, 2, 1, 1, 4]
-    trial = EngineTrial(EngineRules(0.25), NAMES)
+    trial = EngineTrial(EngineTrialRules(0.25), NAMES)
     members, draws = {*trial.new, *trial.old}, []
     for _ in range(40):
         trial.draw(NAMES)
@@ -125,7 +125,7 @@ def test_two_groups_of_one_size_share_the_draws_and_stay() -> None:
 
 
 def test_engines_without_traffic_are_left_and_then_the_trial() -> None:
-    trial, drawn = EngineTrial(EngineRules(0.25), NAMES), set()
+    trial, drawn = EngineTrial(EngineTrialRules(0.25), NAMES), set()
     while True:
         trial.observe(new=False, tokens=20, rounds=10, seconds=1.0)
         drawn.add((*trial.new, *trial.old))
@@ -141,7 +141,7 @@ def test_engines_without_traffic_are_left_and_then_the_trial() -> None:
 
 # What reaches which engine.
 
-RULES = EngineRules(share=0.25, requests=2, false_alarm_rate=0.2, margin=0.2, most_requests=40)
+RULES = EngineTrialRules(share=0.25, requests=2, false_alarm_rate=0.2, margin=0.2, most_requests=40)
 OLD, NEW = ({"layer.w": torch.full((2, 3), value)} for value in (1.0, 2.0))
 
 

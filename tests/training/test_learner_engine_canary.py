@@ -15,10 +15,10 @@ from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.training.engine_canary import EngineRules
+from aurora_rl.training.engine_canary import EngineTrialRules
 from aurora_rl.trajectories import acceptance_length
 
-RULES = EngineRules(share=0.25, requests=1, false_alarm_rate=0.2, margin=0.2, most_requests=6)
+RULES = EngineTrialRules(share=0.25, requests=1, false_alarm_rate=0.2, margin=0.2, most_requests=6)
 
 
 class Fleet:

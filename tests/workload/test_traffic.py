@@ -11,7 +11,7 @@ import pytest
 
 from aurora_rl.workload import traffic
 from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL
-from aurora_rl.workload.traffic import Prompt, TrafficError, generate, read_jsonl
+from aurora_rl.workload.traffic import Prompt, TrafficError, generate_traffic, read_jsonl
 
 GOOD = '{"messages": [{"role": "user", "content": "Hi"}]}'
 
@@ -277,13 +277,13 @@ def test_domains_have_equal_shares_and_interleave(stream: list[traffic._Filled])
 
 
 def test_the_seed_decides() -> None:
-    assert generate(300, seed=3) == generate(300, seed=3)
-    assert generate(300, seed=3) != generate(300, seed=4)
+    assert generate_traffic(300, seed=3) == generate_traffic(300, seed=3)
+    assert generate_traffic(300, seed=3) != generate_traffic(300, seed=4)
 
 
 @pytest.mark.parametrize("num_requests", [1, 3, 4, 5, 39])
 def test_short_streams(num_requests: int) -> None:
-    prompts = generate(num_requests)
+    prompts = generate_traffic(num_requests)
     assert len({text(p) for p in prompts}) == num_requests
     counts = Counter(p.domain for p in prompts[: num_requests - num_requests // 4])
     assert max(counts.values()) - min(counts.values()) <= 1
@@ -292,8 +292,8 @@ def test_short_streams(num_requests: int) -> None:
 def test_as_many_as_can_be_distinct_and_not_one_more() -> None:
     most = traffic._most_requests(traffic.DOMAINS, True)
     assert most > 5000
-    assert len({text(p) for p in generate(most)}) == most
+    assert len({text(p) for p in generate_traffic(most)}) == most
     with pytest.raises(TrafficError, match=rf"asked for {most + 1} requests; the generator has {most} distinct ones"):
-        generate(most + 1)
+        generate_traffic(most + 1)
     with pytest.raises(TrafficError, match="asked for 0 requests; the number must be 1 or more"):
-        generate(0)
+        generate_traffic(0)

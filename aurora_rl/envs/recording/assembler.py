@@ -128,7 +128,7 @@ class FeatureStore:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class RecordedTotals:
     """Sums over recorded requests."""
 
     requests: int = 0
@@ -145,12 +145,12 @@ class Served:
         """Tokens per speculative round; None before the first."""
         return self.speculative_tokens / self.speculative_rounds if self.speculative_rounds else None
 
-    def plus(self, trajectory: TensorDict, terminated: bool) -> Served:
+    def plus(self, trajectory: TensorDict, terminated: bool) -> RecordedTotals:
         """Return the sums with one more request."""
         tokens, rounds = acceptance_length(trajectory)
         accepted, drafted = accepted_per_round(trajectory)
         prompt = int(trajectory["sequence", "prompt_length"])
-        return Served(
+        return RecordedTotals(
             requests=self.requests + 1,
             terminated=self.terminated + terminated,
             prompt_tokens=self.prompt_tokens + prompt,
@@ -176,7 +176,7 @@ class TrajectoryAssembler:
     Attributes:
         counts: Number of requests that were "recorded", and of others by reason ("prefix", "memory", "incomplete",
             "deleted" and those of :meth:`drop`).
-        served: Sums over the recorded requests; each request replaces the object, so that it may be read at any time.
+        totals: Sums over the recorded requests; each request replaces the object, so that it may be read at any time.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class TrajectoryAssembler:
         self._records: dict[str, _Record] = {}
         self._store = FeatureStore(store_bytes)
         self.counts: Counter[str] = Counter()
-        self.served = Served()
+        self.totals = RecordedTotals()
         self._emitting = threading.Lock()
         self._deletions: dict[str, float] = {}  # by tenant, the monotonic time of the latest; the latest last
         self._ended: queue.SimpleQueue[tuple[_Record, list[int], SamplingParams, bool] | str | None]
@@ -297,7 +297,7 @@ class TrajectoryAssembler:
                     self.counts[trajectory] += 1
                 else:
                     self.counts["recorded"] += 1
-                    self.served = self.served.plus(trajectory, terminated)
+                    self.totals = self.totals.plus(trajectory, terminated)
                     with self._emitting:
                         if not self._deleted(record):
                             self._emit(trajectory, record.tenant, record.ended - record.began)

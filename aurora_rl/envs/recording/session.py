@@ -1,4 +1,4 @@
-"""Session of an attached learner inside an engine: the ends of the wire, the records, the version."""
+"""Session of an attached learner inside an engine: the ends of the wire, the assembler, the version."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class SwapError(ValueError):
 
 
 class Session:
-    """From ``attach`` to ``detach``: the ends of the wire, the records, and the version that drafts.
+    """From ``attach`` to ``detach``: the ends of the wire, the assembler, and the version that drafts.
 
     Args:
         fields: Fields of the request; see :data:`ATTACH`.
@@ -96,7 +96,7 @@ class Session:
         self.sink = TrajectorySink(fields["trajectories"], **wire, **queue)
         self.receiver = WeightReceiver(fields["weights"], **wire, version=self.version)
         memory = {name: fields[name] for name in ("max_bytes", "store_bytes")}
-        self.records = TrajectoryAssembler(self.sink.extend, **memory)
+        self.assembler = TrajectoryAssembler(self.sink.extend, **memory)
         self.swap_ms: list[float] = []
         self.faults: list[dict[str, Any]] = []
         self._digests: dict[int, str] = {}  # of the versions that were loaded here
@@ -105,7 +105,7 @@ class Session:
 
     def status(self) -> dict[str, Any]:
         """Return the session's part of the plugin's status."""
-        counts, served = dict(self.records.counts), self.records.served
+        counts, served = dict(self.assembler.counts), self.assembler.totals
         return {
             "recording": self.recording,
             "error": self.error,
@@ -124,7 +124,7 @@ class Session:
 
     def delete(self, tenant: str) -> dict[str, Any]:
         """Drop what is kept of a tenant's requests that have begun, tell the learner, and say what became of it."""
-        self.records.delete(tenant)
+        self.assembler.delete(tenant)
         dropped, self.flush_due = self.sink.delete(tenant), True  # the prefix cache is not kept by tenant
         return {"trajectories": dropped, "learner": "told" if self.sink.connected else "absent"}
 
@@ -181,7 +181,7 @@ class Session:
 
     def close(self) -> None:
         """Send what can be sent and end."""
-        self.records.close()
+        self.assembler.close()
         self.background.shutdown()
         self.sink.close(2.0)
         self.receiver.close()

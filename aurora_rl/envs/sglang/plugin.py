@@ -262,29 +262,29 @@ class Plugin(RecorderPlugin):
     def _record_prompts(self, session: Session, batch: Any, hidden: Tensor) -> None:
         if batch.forward_mode.is_idle():
             return
-        records, start = session.records, 0
+        assembler, start = session.assembler, 0
         # One row a request where no request wants log-probabilities of its prompt.
         head = self._head if self._head is not None and len(self._head[0]) == len(batch.reqs) else None
         for i, (req, count, cached) in enumerate(zip(batch.reqs, batch.extend_lens, batch.prefix_lens, strict=True)):
             part, start = slice(start, start + count), start + count
             if getattr(req, _LEFT_OUT, False):  # decided at the first part of its prompt
                 continue
-            if req.rid not in records:
+            if req.rid not in assembler:
                 reason = unwanted(req, capture_rate=session.capture_rate, greedy_only=self._device == "cpu")
                 if reason is not None:
-                    records.counts[reason] += 1
+                    assembler.counts[reason] += 1
                 begun = req.origin_input_ids, cached, session.version, tenant_of_salt(req.cache_salt)
-                if reason is not None or not records.begin(req.rid, *begun):
+                if reason is not None or not assembler.begin(req.rid, *begun):
                     setattr(req, _LEFT_OUT, True)
                     continue
-            if records.prefilled(req.rid) != cached:  # run a second time, after the engine had to put it back
-                records.drop(req.rid, "retracted")
+            if assembler.prefilled(req.rid) != cached:  # run a second time, after the engine had to put it back
+                assembler.drop(req.rid, "retracted")
                 setattr(req, _LEFT_OUT, True)
                 continue
             rows = None
             if head is not None and cached + count == len(req.origin_input_ids):
                 rows = session.target_rows(head[0][i : i + 1], head[1][i : i + 1])
-            records.prompt(req.rid, to_host(hidden[part]), rows)
+            assembler.prompt(req.rid, to_host(hidden[part]), rows)
 
     def _verify(self, original: Callable, tree: Any, batch: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         self._seen["verify"] += 1
@@ -300,7 +300,7 @@ class Plugin(RecorderPlugin):
     def _keep_target(self, session: Session, batch: Any, output: Any) -> None:
         if batch.forward_mode.is_idle():
             return
-        self._wanted = [(i, req.rid) for i, req in enumerate(batch.reqs) if req.rid in session.records]
+        self._wanted = [(i, req.rid) for i, req in enumerate(batch.reqs) if req.rid in session.assembler]
         if self._wanted:
             logits = output.next_token_logits
             hidden = self._head[0] if self._head is not None and len(self._head[0]) == len(logits) else None
@@ -333,7 +333,7 @@ class Plugin(RecorderPlugin):
         trees = {key: value.view(n, width, *value.shape[1:]) for key, value in target.items()}
         ready = copies_done(features.device)
         for i, rid in self._wanted:
-            session.records.round(
+            session.assembler.round(
                 rid,
                 EngineRound(
                     anchor=anchor[i],
@@ -352,10 +352,10 @@ class Plugin(RecorderPlugin):
 
     def _finish_requests(self, session: Session, out: Any, scheduler: Any, batch: Any, result: Any) -> None:
         for req in batch.reqs:
-            if req.rid in session.records and req.finished():
+            if req.rid in session.assembler and req.finished():
                 reason = type(req.finished_reason).__name__
                 if reason == "FINISH_ABORT":
-                    session.records.drop(req.rid, "aborted")
+                    session.assembler.drop(req.rid, "aborted")
                     continue
                 ended, terminated = req.output_ids_through_stop, reason != "FINISH_LENGTH"
-                session.records.finish(req.rid, ended, sampling_of(req), terminated=terminated)
+                session.assembler.finish(req.rid, ended, sampling_of(req), terminated=terminated)

@@ -26,7 +26,7 @@ from aurora_rl.envs.recording.session import Follower, Session, SwapError
 from aurora_rl.envs.sglang import ENGINE
 from aurora_rl.envs.sglang.ranks import EngineRanks, EngineRanksLostError, Order
 from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
-from aurora_rl.envs.sglang.weights import draft_vocab, load_drafter
+from aurora_rl.envs.sglang.weights import draft_vocab, swap_weights
 from aurora_rl.policies.faults import Fault
 
 logger = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ class Swaps:
             if fault:
                 raise SwapError(fault)
             loadable = {name: tensor for name, tensor in weights.tensors.items() if name != "d2t"}
-            load_drafter(self._scheduler.weight_updater, runner, loadable, self._agree)
+            swap_weights(self._scheduler.weight_updater, runner, loadable, self._agree)
         except SwapError as error:
             self._refuse(self._session, version, str(error))
             return

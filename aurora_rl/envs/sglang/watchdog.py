@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from aurora_rl.envs.recording.session import Follower, Session
-from aurora_rl.policies.faults import EVERY, PORTIONS, Fault, Sample, difference, same, sample, unchanged
+from aurora_rl.policies.faults import EVERY, PORTIONS, Fault, TensorSample, difference, same, sample, unchanged
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class DrafterWatchdog:
         layers = getattr(self._target.model, "layers_to_capture", [])
         return {**found, "the list of layers whose states it reads": torch.tensor(list(layers))}
 
-    def _sampled(self) -> dict[str, Sample]:
+    def _sampled(self) -> dict[str, TensorSample]:
         """Return samples of what no weights change, and the whole of the draft vocabulary."""
         return {
             name: sample(tensor, tensor.numel()) if name == "the draft vocabulary" else sample(tensor)

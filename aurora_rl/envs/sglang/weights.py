@@ -25,7 +25,7 @@ class Shard(NamedTuple):
 
 
 @torch.no_grad()
-def load_drafter(
+def swap_weights(
     updater: Any, runner: Any, weights: Mapping[str, Tensor], agree: Callable[[str], str] = lambda fault: fault
 ) -> None:
     """Replace the drafter's weights between two batches, in the draft runner alone.

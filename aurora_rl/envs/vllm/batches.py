@@ -77,8 +77,8 @@ def places(parts: Sequence[BatchPart]) -> list[tuple[slice, slice]]:
     return found
 
 
-def record(
-    records: TrajectoryAssembler,
+def assemble_part(
+    assembler: TrajectoryAssembler,
     part: BatchPart,
     features: Tensor,
     target: TargetRows,
@@ -89,7 +89,7 @@ def record(
     """Take in a recorded request's part of a batch.
 
     Args:
-        records: Assembler that has begun the request.
+        assembler: Assembler that has begun the request.
         part: The part.
         features: Features at its positions, ``[count, F]``.
         target: The target's distribution at the rows that its head read, ``[logit_rows, ...]``.
@@ -99,23 +99,23 @@ def record(
     """
     end = part.start + part.count
     if part.of_prompt:
-        if records.prefilled(part.rid) != part.start or end > part.prompt_length:  # put back, and run again
-            records.drop(part.rid, "retracted")
+        if assembler.prefilled(part.rid) != part.start or end > part.prompt_length:  # put back, and run again
+            assembler.drop(part.rid, "retracted")
         else:
-            records.prompt(part.rid, features, target if end == part.prompt_length else None)
+            assembler.prompt(part.rid, features, target if end == part.prompt_length else None)
         return
     if part.count != part.logit_rows:  # put back, and its text comes from the prefix cache but for its end
-        records.drop(part.rid, "retracted")
+        assembler.drop(part.rid, "retracted")
         return
     if draft.filler:  # what was said, a token a round
         for step, token in enumerate([part.root, *said[:-1]]):
             at, row = part.start + step, slice(step, step + 1)
             rows = {name: values[row] for name, values in target.items()}
-            records.round(part.rid, _round(at, [token], 1, None, features[row], rows, draft.version, ready))
+            assembler.round(part.rid, _round(at, [token], 1, None, features[row], rows, draft.version, ready))
         return
     joint = None if draft.joint_log_probs is None else draft.joint_log_probs[: len(part.drafts)]
     tokens = [part.root, *part.drafts]
-    records.round(part.rid, _round(part.start, tokens, len(said), joint, features, target, draft.version, ready))
+    assembler.round(part.rid, _round(part.start, tokens, len(said), joint, features, target, draft.version, ready))
 
 
 def _round(

@@ -23,7 +23,7 @@ from aurora_rl.envs.recording.copies import copies_done, to_host
 from aurora_rl.envs.recording.plugin import RecorderPlugin
 from aurora_rl.envs.recording.session import Session, SwapError
 from aurora_rl.envs.vllm import ENGINE
-from aurora_rl.envs.vllm.batches import BatchPart, Draft, places, record
+from aurora_rl.envs.vllm.batches import BatchPart, Draft, assemble_part, places
 from aurora_rl.envs.vllm.hooking import is_wrapped, wrap
 from aurora_rl.envs.vllm.refusals import check_models, check_server
 from aurora_rl.envs.vllm.requests import client_id, how_it_ended, sampling_of, unwanted
@@ -206,28 +206,28 @@ class Plugin(RecorderPlugin):
             raise RuntimeError("the scheduler's process says nothing of its requests; does it load vLLM's plugins?")
         if notes.flushed:
             session.flush_due = False
-        records = session.records
+        assembler = session.assembler
         for rid in batch.finished_req_ids:
             self._drafts.pop(rid, None)
             params = self._params.pop(rid, None)
-            if rid not in records:
+            if rid not in assembler:
                 continue
             tokens, status = notes.ended.get(rid, ([], ""))
             how = how_it_ended(status, stops=bool(params is not None and params.stop))
             if params is None or how == "aborted":
-                records.drop(rid, "aborted")
+                assembler.drop(rid, "aborted")
             else:
-                records.finish(rid, tokens, sampling_of(params), terminated=how == "terminated")
+                assembler.finish(rid, tokens, sampling_of(params), terminated=how == "terminated")
         for new in batch.scheduled_new_reqs if session.recording else ():
             reason = unwanted(new, capture_rate=session.capture_rate)
             if reason is not None:
-                records.counts[reason] += 1
+                assembler.counts[reason] += 1
                 continue
-            if new.req_id in records:  # the next part of an input that its client streams
-                records.drop(new.req_id, "aborted")
+            if new.req_id in assembler:  # the next part of an input that its client streams
+                assembler.drop(new.req_id, "aborted")
                 continue
             begun = new.prompt_token_ids, new.num_computed_tokens, session.version
-            if records.begin(
+            if assembler.begin(
                 new.req_id, *begun, tenant_of_salt(notes.salts.get(new.req_id)), name=client_id(new.req_id)
             ):
                 self._params[new.req_id] = new.sampling_params
@@ -256,7 +256,7 @@ class Plugin(RecorderPlugin):
             root, prompt = int(rows.token_ids_cpu[i, start]), int(rows.num_prompt_tokens[i])
             parts.append(BatchPart(rid, start, batch.num_scheduled_tokens[rid], prompt, root, tuple(drafts)))
         for i, (part, (positions, head)) in enumerate(zip(parts, places(parts), strict=True)):
-            if session.recording and part.rid in session.records:
+            if session.recording and part.rid in session.assembler:
                 features = torch.cat([states[positions] for states in state.aux_hidden_states], dim=-1)
                 target = {"hidden": to_host(state.sample_hidden_states[head])}
                 self._kept.append(_Kept(i, part, to_host(features), target))
@@ -269,7 +269,7 @@ class Plugin(RecorderPlugin):
         ready, unknown = copies_done(runner.device), Draft(session.version)
         for place, part, features, target in self._kept:
             draft = self._drafts.pop(part.rid, unknown)
-            record(session.records, part, features, target, out.sampled_token_ids[place], draft, ready)
+            assemble_part(session.assembler, part, features, target, out.sampled_token_ids[place], draft, ready)
         scores, self._scores = self._scores, None
         # One step for each token of a chain; fewer where the room for drafts is used up, and none is kept then.
         whole = scores is not None and len(scores) == runner.num_spec_tokens

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from aurora_rl.models.parts import TargetParts
-from aurora_rl.policies.adapters import merged
+from aurora_rl.policies.adapters import merge_adapter
 from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab, modules_in_float32
 from aurora_rl.policies.formats.checks import check_target_depth
 from aurora_rl.policies.formats.peft import ADAPTERS, adapter_files
@@ -89,7 +89,7 @@ def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
         raise ValueError(f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats)}")
     # Files name the tokens that have a row, in places without their order.
     check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
-    checkpoint = merged(drafter).write(layout)
+    checkpoint = merge_adapter(drafter).write(layout)
     # Where no layout is asked for, a run keeps what it serves here, whether or not another engine could serve it.
     if asked == "sglang" and 0 in drafter.feature_layers:
         raise ValueError(

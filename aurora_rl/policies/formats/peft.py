@@ -16,7 +16,7 @@ from torch import Tensor
 from aurora_rl.plausible import implausible
 from aurora_rl.policies.adapters import adapted_layers, add_adapters
 from aurora_rl.policies.drafter import Drafter
-from aurora_rl.storage import CheckpointError, whole
+from aurora_rl.storage import CheckpointError, complete_folder
 
 ADAPTERS = "adapters"
 """Folder of the adapters in that of a drafter; engines look for no weights in it."""
@@ -75,7 +75,7 @@ def adapter_ranks(folder: str | os.PathLike[str]) -> dict[str, int]:
     Raises:
         CheckpointError: One cannot be read.
     """
-    folders = sorted((whole(folder) / ADAPTERS).glob(f"*/{_CONFIG}"))
+    folders = sorted((complete_folder(folder) / ADAPTERS).glob(f"*/{_CONFIG}"))
     return {path.parent.name: _rank_of(path.parent) for path in folders}
 
 
@@ -94,7 +94,7 @@ def read_adapters(drafter: Drafter, folder: str | os.PathLike[str] | None, names
     """
     add_adapters(drafter, names, rank)
     for place, name in enumerate(names):
-        held = None if folder is None else whole(folder) / ADAPTERS / name
+        held = None if folder is None else complete_folder(folder) / ADAPTERS / name
         if held is not None and held.is_dir():
             _read(drafter, held, place, rank)
 

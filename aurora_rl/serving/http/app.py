@@ -20,7 +20,7 @@ from typing_extensions import override
 
 import aurora_rl
 from aurora_rl.serving.http import errors
-from aurora_rl.serving.http.keys import Keys
+from aurora_rl.serving.http.keys import BearerKeys
 from aurora_rl.serving.http.live_page import FILES, page_routes
 from aurora_rl.serving.http.reading import read_body
 from aurora_rl.telemetry.history import RunHistory
@@ -108,7 +108,9 @@ class Application(ABC):
             )
         if self._api_keys:
             open_paths = ("/health", *FILES)
-            middleware.append(Middleware(Keys, keys=self._api_keys, open_paths=open_paths, failed=self._metrics.failed))
+            middleware.append(
+                Middleware(BearerKeys, keys=self._api_keys, open_paths=open_paths, failed=self._metrics.failed)
+            )
         app = Starlette(
             routes=[
                 *self.routes(),

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from aurora_rl.envs import Completion
 from aurora_rl.envs.logprobs import TokenLogprobs
-from aurora_rl.models.detokenizer import decode
+from aurora_rl.models.detokenizer import detokenize
 from aurora_rl.serving.async_engine import Job
 
 _LEAST = -9999.0  # what OpenAI writes for log-probabilities that JSON has no number for
@@ -159,7 +159,7 @@ class Bodies(ABC):
         tokens, found = completion.tokens.tolist(), completion.logprobs
         return {
             "index": index,
-            **self._message(decode(self._tokenizer, tokens, completion.request.sampling_params.stop)),
+            **self._message(detokenize(self._tokenizer, tokens, completion.request.sampling_params.stop)),
             "logprobs": None if found is None else self.logprobs(tokens, found),
             "finish_reason": completion.finish_reason,
         }

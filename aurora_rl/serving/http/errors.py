@@ -15,7 +15,7 @@ from aurora_rl.workload.request_fields import FieldError
 
 logger = logging.getLogger(__name__)
 
-GONE = Response(status_code=499)
+CLIENT_GONE = Response(status_code=499)
 """To a client that has left: nobody reads it, and nginx has this status for it."""
 
 # The usual type and code of an error, by its status.
@@ -102,7 +102,7 @@ async def answer_request_error(request: Request, error: Exception) -> Response:
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
     """Starlette's handler of a client that has left."""
-    return GONE
+    return CLIENT_GONE
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:

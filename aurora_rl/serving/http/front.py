@@ -27,7 +27,7 @@ from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
 from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine
 from aurora_rl.serving.http.generation import complete, while_connected
 from aurora_rl.serving.http.prompts import Encoder, tenant_to_delete
-from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Tokenize, parse
+from aurora_rl.serving.http.schemas import ChatCompletionBody, CompletionBody, Detokenize, Tokenize, parse
 from aurora_rl.serving.http.streams import EventStream, Parts, events
 
 T = TypeVar("T")
@@ -115,11 +115,11 @@ class Front(Application):
 
     async def chat_completions(self, request: Request) -> Response:
         """Answer a conversation."""
-        return await self._answer(request, ChatCompletion, ChatBodies)
+        return await self._answer(request, ChatCompletionBody, ChatBodies)
 
     async def completions(self, request: Request) -> Response:
         """Continue texts or tokens."""
-        return await self._answer(request, Completion, TextBodies)
+        return await self._answer(request, CompletionBody, TextBodies)
 
     async def models(self, request: Request) -> Response:
         """List the served model."""
@@ -197,11 +197,11 @@ class Front(Application):
         return JSONResponse({"tenant": tenant, **asdict(deleted)})
 
     async def _answer(
-        self, request: Request, schema: type[ChatCompletion | Completion], kind: type[Bodies]
+        self, request: Request, schema: type[ChatCompletionBody | CompletionBody], kind: type[Bodies]
     ) -> Response:
         deadline = self._deadline()
 
-        def prepare(data: bytes) -> tuple[ChatCompletion | Completion, list[Job]]:
+        def prepare(data: bytes) -> tuple[ChatCompletionBody | CompletionBody, list[Job]]:
             body = parse(data, schema)
             return body, self._encoder.jobs(body, request.headers)
 

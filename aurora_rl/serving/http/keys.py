@@ -41,7 +41,7 @@ def read_api_keys(path: str | os.PathLike[str] | None) -> list[str]:
     return keys
 
 
-class Keys:
+class BearerKeys:
     """ASGI middleware that lets requests with a known bearer key pass, and all to the open paths.
 
     ``failed`` is called with the code of the error for each request for a completion that is refused.

@@ -13,10 +13,10 @@ from aurora_rl.envs import SamplingParams
 from aurora_rl.models.loading import encode_chat
 from aurora_rl.serving.async_engine import Job
 from aurora_rl.serving.http.errors import ApiError
-from aurora_rl.serving.http.schemas import ChatCompletion, Completion, Detokenize, Generation, Tokenize
+from aurora_rl.serving.http.schemas import ChatCompletionBody, CompletionBody, Detokenize, Generation, Tokenize
 from aurora_rl.tenants import TENANT_HEADER, check_tenant
 from aurora_rl.workload.request_fields import FieldError
-from aurora_rl.workload.request_values import Message
+from aurora_rl.workload.request_values import ChatMessage
 
 _SWITCHES = {"true": True, "1": True, "false": False, "0": False}
 
@@ -49,7 +49,7 @@ class Encoder:
         # Texts that no tokens of the vocabulary could bring into the context are refused before seconds go into them.
         self._max_characters = max_length * max(map(len, tokenizer.get_vocab()))
 
-    def jobs(self, body: ChatCompletion | Completion, headers: Mapping[str, str]) -> list[Job]:
+    def jobs(self, body: ChatCompletionBody | CompletionBody, headers: Mapping[str, str]) -> list[Job]:
         """Return a job for each choice: those of the first prompt, then those of the next.
 
         Raises:
@@ -57,7 +57,7 @@ class Encoder:
             FieldError: What cannot be served.
         """
         self.check_model(body.model)
-        n, prompts = body.n, 1 if isinstance(body, ChatCompletion) else len(body.prompts)
+        n, prompts = body.n, 1 if isinstance(body, ChatCompletionBody) else len(body.prompts)
         if n * prompts > self._max_waiting:
             what = f"{prompts} prompts of n={n} choices are" if prompts > 1 else f"n={n} choices are"
             raise FieldError(
@@ -97,9 +97,9 @@ class Encoder:
             message = f"the model {model[:200]!r} does not exist; this server serves {self._model!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def _prompts(self, body: ChatCompletion | Completion) -> Iterator[list[int]]:
+    def _prompts(self, body: ChatCompletionBody | CompletionBody) -> Iterator[list[int]]:
         """Yield the prompts one by one: the caller may refuse one before work goes into the next."""
-        if isinstance(body, ChatCompletion):
+        if isinstance(body, ChatCompletionBody):
             if len(body.messages) > self._max_length:  # empty ones have tokens too, of the template
                 raise FieldError(
                     f"the context holds {self._max_length} tokens, fewer than there are messages "
@@ -128,7 +128,7 @@ class Encoder:
                 "context_length_exceeded",
             )
 
-    def _chat(self, messages: Sequence[Message]) -> list[int]:
+    def _chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         try:
             return encode_chat(self._tokenizer, messages)
         except Exception as error:  # a template is a program of the model's, which may fail in any way
@@ -159,7 +159,7 @@ class Encoder:
             raise FieldError(
                 f"the context holds {self._max_length} tokens: the prompt has {prompt_length}{asked}; shorten the "
                 f"prompt{'' if budget is None else f' or lower {name}'}",
-                "messages" if isinstance(body, ChatCompletion) else "prompt",
+                "messages" if isinstance(body, ChatCompletionBody) else "prompt",
                 "context_length_exceeded",
             )
         unnamed = body.default_budget if self._max_tokens is None else self._max_tokens

@@ -11,7 +11,7 @@ from aurora_rl.workload.request_fields import FieldError, check_fields
 from aurora_rl.workload.request_values import (
     BUDGETS,
     SAMPLING,
-    Message,
+    ChatMessage,
     as_json,
     boolean_field,
     cache_salt_field,
@@ -94,7 +94,7 @@ def _include_usage(options: Any, stream: bool) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatCompletion(Generation):
+class ChatCompletionBody(Generation):
     """Body of ``/v1/chat/completions``.
 
     Attributes:
@@ -103,7 +103,7 @@ class ChatCompletion(Generation):
 
     NAMES = (*Generation.NAMES, "messages", "max_completion_tokens", "top_logprobs")
 
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Self:
@@ -118,7 +118,7 @@ class ChatCompletion(Generation):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion(Generation):
+class CompletionBody(Generation):
     """Body of ``/v1/completions``.
 
     Attributes:
@@ -171,7 +171,7 @@ class Tokenize:
 
     model: str | None
     prompt: str | None
-    messages: tuple[Message, ...] | None
+    messages: tuple[ChatMessage, ...] | None
     add_special_tokens: bool
     return_token_strs: bool
 

@@ -94,24 +94,24 @@ def out():
     return []
 
 
-def assembler(out, **kwargs):
+def new_assembler(out, **kwargs):
     return TrajectoryAssembler(
         lambda trajectory, *_: out.append(trajectory), **{"max_bytes": 1 << 20, "store_bytes": 1 << 20, **kwargs}
     )
 
 
-def play(records, trajectory, *, rid=None, cached=0, chunks=1, version=0, rounds=None, finish=True, terminated=False):
+def play(assembler, trajectory, *, rid=None, cached=0, chunks=1, version=0, rounds=None, finish=True, terminated=False):
     tokens, prompt = trajectory["sequence", "tokens"], int(trajectory["sequence", "prompt_length"])
     rid = rid or str(int(trajectory["request"]))
-    assert records.begin(rid, tokens[:prompt].tolist(), cached, version)
+    assert assembler.begin(rid, tokens[:prompt].tolist(), cached, version)
     parts = trajectory["sequence", "features"][cached:prompt].chunk(chunks)
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
-        records.prompt(rid, part, {"hidden": trajectory["sequence", "hidden"][:1]} if last else None)
+        assembler.prompt(rid, part, {"hidden": trajectory["sequence", "hidden"][:1]} if last else None)
     for drafted in rounds if rounds is not None else rounds_of(trajectory, version=version):
-        records.round(rid, drafted)
+        assembler.round(rid, drafted)
     if finish:
-        records.finish(rid, tokens[prompt:].tolist(), sampling_of(trajectory), terminated=terminated)
+        assembler.finish(rid, tokens[prompt:].tolist(), sampling_of(trajectory), terminated=terminated)
 
 
 def sampling_of(trajectory):
@@ -119,10 +119,10 @@ def sampling_of(trajectory):
     return SamplingParams(float(s["temperature"]), int(s["top_k"]), float(s["top_p"]), int(s["seed"]))
 
 
-def await_count(records, reason, count=1):
+def await_count(assembler, reason, count=1):
     deadline = time.monotonic() + 5
-    while records.counts[reason] < count:
-        assert time.monotonic() < deadline, dict(records.counts)
+    while assembler.counts[reason] < count:
+        assert time.monotonic() < deadline, dict(assembler.counts)
         time.sleep(0.005)
 
 
@@ -150,22 +150,22 @@ def assert_same(recorded, expected):
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_rounds_become_the_trajectory_that_they_came_from(drafter, out, chunks):
     trajectory = chain_start(drafter)
-    records = assembler(out)
-    play(records, trajectory, chunks=chunks)
-    records.close()
+    assembler = new_assembler(out)
+    play(assembler, trajectory, chunks=chunks)
+    assembler.close()
     assert_same(out[0], without_first_round(trajectory))
-    assert records.counts == {"recorded": 1} and records._reserved == records._released > 0
+    assert assembler.counts == {"recorded": 1} and assembler._reserved == assembler._released > 0
 
 
 def test_sums_over_the_recorded_requests_are_told(drafter, out):
-    records = assembler(out)
-    assert records.served.acceptance_length is None
+    assembler = new_assembler(out)
+    assert assembler.totals.acceptance_length is None
     for request in (7, 8):
-        play(records, chain_start(drafter, request), rid=f"r{request}", terminated=request == 8)
-    play(records, served(drafter, 9), cached=4)  # not recorded: nobody knows the prefix
-    records.close()
-    sums = records.served
-    assert sums.requests == records.counts["recorded"] == 2 and records.counts["prefix"] == 1
+        play(assembler, chain_start(drafter, request), rid=f"r{request}", terminated=request == 8)
+    play(assembler, served(drafter, 9), cached=4)  # not recorded: nobody knows the prefix
+    assembler.close()
+    sums = assembler.totals
+    assert sums.requests == assembler.counts["recorded"] == 2 and assembler.counts["prefix"] == 1
     assert sums.terminated == 1
     assert sums.prompt_tokens == sum(int(t["sequence", "prompt_length"]) for t in out)
     assert sums.drafted_tokens == sum(len(t["nodes", "tokens"]) for t in out)
@@ -184,9 +184,9 @@ def test_a_round_begun_after_the_end_is_left_out(drafter, out):
     rounds = list(rounds_of(trajectory))
     late = list(rounds_of(trajectory))[-1]
     late.anchor = torch.tensor(len(trajectory["sequence", "tokens"]) - 1)
-    records = assembler(out)
-    play(records, trajectory, rounds=[*rounds, late])
-    records.close()
+    assembler = new_assembler(out)
+    play(assembler, trajectory, rounds=[*rounds, late])
+    assembler.close()
     assert_same(out[0], without_first_round(trajectory))
 
 
@@ -201,11 +201,11 @@ def test_acceptance_ends_with_the_text(drafter, out):
         long = next((r for r in range(1, len(anchor) - 1) if int(anchor[r + 1] - anchor[r]) > 2), None)
     full = without_first_round(trajectory)
     end = int(anchor[long]) + 2  # the text stops at the first accepted draft of this round
-    records = assembler(out)
+    assembler = new_assembler(out)
     rid = "1"
-    play(records, trajectory, rid=rid, rounds=list(rounds_of(trajectory))[:long], finish=False)
-    records.finish(rid, trajectory["sequence", "tokens"][prompt:end].tolist(), SamplingParams(), terminated=True)
-    records.close()
+    play(assembler, trajectory, rid=rid, rounds=list(rounds_of(trajectory))[:long], finish=False)
+    assembler.finish(rid, trajectory["sequence", "tokens"][prompt:end].tolist(), SamplingParams(), terminated=True)
+    assembler.close()
     assert len(out[0]["sequence", "tokens"]) == end and len(out[0]["sequence", "features"]) == end - 1
     last = slice(*out[0]["rounds", "offset"][-2:].tolist())
     assert int(out[0]["nodes", "accepted"][last].sum()) == 1
@@ -241,20 +241,20 @@ def with_lost_nodes(drafted, at):
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_child_that_the_engine_kept_without_its_parent_is_left_out(drafter, out, at):
     trajectory = chain_start(drafter)
-    records = assembler(out)
-    play(records, trajectory, rounds=[with_lost_nodes(each, at) for each in rounds_of(trajectory)])
-    records.close()
+    assembler = new_assembler(out)
+    play(assembler, trajectory, rounds=[with_lost_nodes(each, at) for each in rounds_of(trajectory)])
+    assembler.close()
     assert_same(out[0], without_first_round(trajectory))
 
 
 @pytest.mark.parametrize(("brought", "served"), [(3, 5), (5, 3)])
 def test_a_cached_prefix_takes_its_features_from_the_request_that_brought_it(drafter, out, brought, served):
     trajectory = chain_start(drafter)
-    records = assembler(out)
-    play(records, trajectory, rid="1", version=brought)
-    await_count(records, "recorded")
-    play(records, trajectory, rid="2", cached=3, version=served)
-    records.close()
+    assembler = new_assembler(out)
+    play(assembler, trajectory, rid="1", version=brought)
+    await_count(assembler, "recorded")
+    play(assembler, trajectory, rid="2", cached=3, version=served)
+    assembler.close()
     first, second = out
     assert torch.equal(second["sequence", "features"], first["sequence", "features"])
     assert second["rounds", "policy_version"].unique().tolist() == [served]
@@ -263,27 +263,27 @@ def test_a_cached_prefix_takes_its_features_from_the_request_that_brought_it(dra
 
 def test_a_cached_prefix_of_a_request_that_still_runs_is_found(drafter, out):
     trajectory = chain_start(drafter)
-    records = assembler(out)
-    play(records, trajectory, rid="1", finish=False)
-    play(records, trajectory, rid="2", cached=3)
-    await_count(records, "recorded")
-    records.close()
+    assembler = new_assembler(out)
+    play(assembler, trajectory, rid="1", finish=False)
+    play(assembler, trajectory, rid="2", cached=3)
+    await_count(assembler, "recorded")
+    assembler.close()
     assert_same(out[0].exclude("request"), without_first_round(trajectory).exclude("request"))
 
 
 def test_an_unknown_prefix_is_counted_and_not_recorded(drafter, out):
-    records = assembler(out)
-    play(records, chain_start(drafter), cached=3)
-    records.close()
-    assert out == [] and records.counts == {"prefix": 1}
+    assembler = new_assembler(out)
+    play(assembler, chain_start(drafter), cached=3)
+    assembler.close()
+    assert out == [] and assembler.counts == {"prefix": 1}
 
 
 def test_a_missing_round_is_noticed(drafter, out):
     trajectory = chain_start(drafter)
-    records = assembler(out)
-    play(records, trajectory, rounds=list(rounds_of(trajectory))[:-2])
-    records.close()
-    assert out == [] and records.counts == {"incomplete": 1}
+    assembler = new_assembler(out)
+    play(assembler, trajectory, rounds=list(rounds_of(trajectory))[:-2])
+    assembler.close()
+    assert out == [] and assembler.counts == {"incomplete": 1}
 
 
 def test_a_missing_round_is_noticed_where_the_last_one_runs_over_the_end(drafter, out):
@@ -293,29 +293,29 @@ def test_a_missing_round_is_noticed_where_the_last_one_runs_over_the_end(drafter
     over = replace(last, **{name: torch.cat([getattr(last, name)] * 20) for name in ("features",)})
     over = replace(over, path=torch.arange(len(over.features)), path_length=torch.tensor(len(over.features)))
     over = replace(over, target={name: torch.cat([rows] * 20) for name, rows in last.target.items()})
-    records = assembler(out)
-    play(records, trajectory, rounds=[first, *rest[:-1], over])
-    records.close()
-    assert out == [] and records.counts == {"incomplete": 1}
+    assembler = new_assembler(out)
+    play(assembler, trajectory, rounds=[first, *rest[:-1], over])
+    assembler.close()
+    assert out == [] and assembler.counts == {"incomplete": 1}
 
 
 def test_beyond_the_memory_requests_are_served_without_a_record(drafter, out):
     trajectory = chain_start(drafter)
-    records = assembler(out, max_bytes=100)
-    play(records, trajectory, rid="1", finish=False)
-    assert not records.begin("2", [1, 2], 0, 0)
-    assert records.counts == {"memory": 1}
-    records.drop("1", "aborted")
-    assert records.begin("3", [1, 2], 0, 0)
-    records.close()
-    assert records.counts == {"memory": 1, "aborted": 1}
+    assembler = new_assembler(out, max_bytes=100)
+    play(assembler, trajectory, rid="1", finish=False)
+    assert not assembler.begin("2", [1, 2], 0, 0)
+    assert assembler.counts == {"memory": 1}
+    assembler.drop("1", "aborted")
+    assert assembler.begin("3", [1, 2], 0, 0)
+    assembler.close()
+    assert assembler.counts == {"memory": 1, "aborted": 1}
 
 
 def test_without_scores_there_are_no_log_probabilities(drafter, out):
     trajectory = chain_start(drafter)
-    records = assembler(out)
-    play(records, trajectory, rounds=list(rounds_of(trajectory, joint=False)))
-    records.close()
+    assembler = new_assembler(out)
+    play(assembler, trajectory, rounds=list(rounds_of(trajectory, joint=False)))
+    assembler.close()
     assert ("nodes", "log_probs") not in out[0].keys(True, True)
     assert_same(out[0], without_first_round(trajectory).exclude(("nodes", "log_probs")))
 

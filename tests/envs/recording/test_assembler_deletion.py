@@ -13,7 +13,7 @@ import torch
 from attach_fields import FIELDS
 from tensordict import TensorDict
 
-from aurora_rl.envs.recording.assembler import FeatureStore, Served, TrajectoryAssembler
+from aurora_rl.envs.recording.assembler import FeatureStore, RecordedTotals, TrajectoryAssembler
 from aurora_rl.envs.recording.session import Session
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.tenants import joint_salt, tenant_of_salt
@@ -27,7 +27,7 @@ def emitted() -> Emitted:
 
 
 @pytest.fixture
-def records(emitted: Emitted) -> TrajectoryAssembler:
+def assembler(emitted: Emitted) -> TrajectoryAssembler:
     def emit(trajectory: TensorDict, tenant: str | None, seconds: float) -> None:
         assert 0 < seconds < 60  # from the request's first batch to its end
         emitted.append((int(trajectory["request"]), tenant))
@@ -35,42 +35,42 @@ def records(emitted: Emitted) -> TrajectoryAssembler:
     return TrajectoryAssembler(emit, max_bytes=1 << 20, store_bytes=1 << 20)
 
 
-def begin(records: TrajectoryAssembler, request: int, tenant: str | None) -> None:
+def begin(assembler: TrajectoryAssembler, request: int, tenant: str | None) -> None:
     """A prompt of three tokens, of which the first is the request's own."""
-    assert records.begin(str(request), [request, 1, 2], 0, 0, tenant)
-    records.prompt(str(request), torch.zeros(3, 4), {"hidden": torch.zeros(1, 2)})
+    assert assembler.begin(str(request), [request, 1, 2], 0, 0, tenant)
+    assembler.prompt(str(request), torch.zeros(3, 4), {"hidden": torch.zeros(1, 2)})
 
 
-def end(records: TrajectoryAssembler, request: int) -> None:
+def end(assembler: TrajectoryAssembler, request: int) -> None:
     """One token came, by no round."""
-    records.finish(str(request), [5], SamplingParams(), terminated=True)
+    assembler.finish(str(request), [5], SamplingParams(), terminated=True)
 
 
 def test_requests_that_have_begun_leave_nothing_and_later_ones_do(
-    records: TrajectoryAssembler, emitted: Emitted
+    assembler: TrajectoryAssembler, emitted: Emitted
 ) -> None:
     for request, tenant in enumerate(("a", "b", None)):
-        begin(records, request, tenant)
-    end(records, 1)
-    records.delete("a")
+        begin(assembler, request, tenant)
+    end(assembler, 1)
+    assembler.delete("a")
     for request in (0, 2):
-        end(records, request)
+        end(assembler, request)
     time.sleep(0.002)
-    begin(records, 3, "a")
-    end(records, 3)
-    records.close()
-    assert emitted == [(1, "b"), (2, None), (3, "a")] and records.counts["deleted"] == 1
-    assert records.counts["recorded"] == 3
+    begin(assembler, 3, "a")
+    end(assembler, 3)
+    assembler.close()
+    assert emitted == [(1, "b"), (2, None), (3, "a")] and assembler.counts["deleted"] == 1
+    assert assembler.counts["recorded"] == 3
 
 
-def test_features_of_a_tenants_texts_are_dropped_and_of_no_others(records: TrajectoryAssembler) -> None:
+def test_features_of_a_tenants_texts_are_dropped_and_of_no_others(assembler: TrajectoryAssembler) -> None:
     for request, tenant in ((6, "a"), (7, "b")):
-        begin(records, request, tenant)
-        end(records, request)
-    records.delete("a")
-    records.close()
-    found = [records._store.get(torch.tensor([request, 1, 2])) is not None for request in (6, 7)]
-    assert found == [False, True] and not records._records
+        begin(assembler, request, tenant)
+        end(assembler, request)
+    assembler.delete("a")
+    assembler.close()
+    found = [assembler._store.get(torch.tensor([request, 1, 2])) is not None for request in (6, 7)]
+    assert found == [False, True] and not assembler._records
 
 
 def test_the_stores_size_is_that_of_what_it_keeps() -> None:
@@ -108,7 +108,7 @@ def session() -> Iterator[Session]:
 
 
 def test_a_deletion_waits_for_what_is_on_its_way_into_the_queue(session: Session) -> None:
-    records, lock, emit = session.records, threading.Lock(), session.records._emit
+    assembler, lock, emit = session.assembler, threading.Lock(), session.assembler._emit
     sending, arrived, go_on = (threading.Event() for _ in range(3))
 
     class Lock:
@@ -127,9 +127,9 @@ def test_a_deletion_waits_for_what_is_on_its_way_into_the_queue(session: Session
         assert go_on.wait(10)
         emit(trajectory, tenant, seconds)
 
-    records._emitting, records._emit = Lock(), held_up  # type: ignore[assignment]
-    begin(records, 1, "a")
-    end(records, 1)
+    assembler._emitting, assembler._emit = Lock(), held_up  # type: ignore[assignment]
+    begin(assembler, 1, "a")
+    end(assembler, 1)
     assert sending.wait(10)
     with ThreadPoolExecutor(1) as pool:
         deletion = pool.submit(session.delete, "a")
@@ -137,28 +137,29 @@ def test_a_deletion_waits_for_what_is_on_its_way_into_the_queue(session: Session
         came = arrived.wait(10)
         go_on.set()
         assert came and deletion.result(10) == {"trajectories": 1, "learner": "absent"}
-    records.close()
+    assembler.close()
     assert session.sink.queued == 0
 
 
 def test_what_was_to_stay_is_dropped_if_it_is_deleted_before_it_is_queued(session: Session) -> None:
-    records, checked, go_on = session.records, threading.Event(), threading.Event()
+    assembler, checked, go_on = session.assembler, threading.Event(), threading.Event()
 
     class Sums:
-        def plus(self, *_: object) -> Served:  # after the last look whether the request is deleted, but for the lock's
+        def plus(self, *_: object) -> RecordedTotals:
+            # After the last look whether the request is deleted, but for the lock's.
             checked.set()
             assert go_on.wait(10)
-            return Served()
+            return RecordedTotals()
 
     sums: Any = Sums()
-    records.served = sums
-    begin(records, 1, "a")
-    end(records, 1)
+    assembler.totals = sums
+    begin(assembler, 1, "a")
+    end(assembler, 1)
     came = checked.wait(10)
     deleted = session.delete("a")
     go_on.set()
     assert came and deleted == {"trajectories": 0, "learner": "absent"}
-    records.close()
+    assembler.close()
     assert session.sink.queued == 0
 
 

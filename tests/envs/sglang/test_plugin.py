@@ -9,7 +9,7 @@ from attach_fields import DRAFT_VOCAB, FIELDS, HANDSHAKE, HEAD
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs.recording.assembler import Served
+from aurora_rl.envs.recording.assembler import RecordedTotals
 from aurora_rl.envs.recording.plugin_server import PluginError
 from aurora_rl.envs.sglang import plugin as plugin_module
 from aurora_rl.envs.sglang.plugin import Plugin
@@ -91,7 +91,7 @@ def test_the_server_says_what_it_serves_and_how_it_drafts(engine):
 def test_a_session_is_known_by_its_name_and_its_end_tells_what_it_came_to(engine):
     assert engine._answer("status", {})["session"] == ""
     first = engine._answer("attach", FIELDS)["session"]
-    engine._session.records.served = Served(2, 1, 12, 30, 20, 8, 24, {1: 4, 2: 4})
+    engine._session.assembler.totals = RecordedTotals(2, 1, 12, 30, 20, 8, 24, {1: 4, 2: 4})
     over = engine._answer("detach", {})
     assert (over["attached"], over["session"]) == (False, first)
     assert over["served"] == {
@@ -204,7 +204,7 @@ def test_a_fault_of_ours_switches_recording_off_and_the_engine_has_its_answer(en
     engine._answer("attach", FIELDS)
     batch = SimpleNamespace(forward_mode=SimpleNamespace(is_idle=lambda: False), reqs=[SimpleNamespace(rid="1")])
     session = engine._session
-    session.records.begin("1", [1, 2], 0, 0)
+    session.assembler.begin("1", [1, 2], 0, 0)
     engine._head = torch.zeros(1, 2), torch.zeros(1, 6)
     # An engine whose functions give something else than the recorder knows.
     answer = engine._verify(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from aurora_rl.envs.recording.session import SwapError
-from aurora_rl.envs.sglang.weights import draft_vocab, load_drafter, shards_of
+from aurora_rl.envs.sglang.weights import draft_vocab, shards_of, swap_weights
 from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.testing import tiny_target
 
@@ -154,7 +154,7 @@ NEW = {"lm_head.weight": torch.arange(32.0).view(8, 4)}
 
 def test_weights_are_loaded_once_all_ranks_have_them():
     runner, heard = Runner(), []
-    load_drafter(SimpleNamespace(_session=None), runner, NEW, lambda fault: heard.append(fault) or "")
+    swap_weights(SimpleNamespace(_session=None), runner, NEW, lambda fault: heard.append(fault) or "")
     assert torch.equal(runner.model.lm_head.weight, NEW["lm_head.weight"])
     assert runner.calls == ["begin", "load", "end"] and heard == [""]
 
@@ -175,14 +175,14 @@ def half(model, weights):
 def test_a_fault_of_this_rank_is_told_and_the_old_weights_are_put_back(loads, fault):
     runner, heard = Runner(loads), []
     with pytest.raises(SwapError, match="rank 0 of 2: it failed"):
-        load_drafter(None, runner, NEW, lambda fault: heard.append(fault) or "rank 0 of 2: it failed")
+        swap_weights(None, runner, NEW, lambda fault: heard.append(fault) or "rank 0 of 2: it failed")
     assert heard == [fault] and torch.equal(runner.model.lm_head.weight, runner.before) and runner.calls[-1] == "end"
 
 
 def test_a_fault_of_another_rank_puts_the_old_weights_back():
     runner = Runner()
     with pytest.raises(SwapError, match="rank 1 of 2: no memory"):
-        load_drafter(None, runner, NEW, lambda fault: "rank 1 of 2: no memory")
+        swap_weights(None, runner, NEW, lambda fault: "rank 1 of 2: no memory")
     assert torch.equal(runner.model.lm_head.weight, runner.before) and runner.calls == ["begin", "load", "end"]
 
 
@@ -192,7 +192,7 @@ def test_a_rank_that_does_not_answer_puts_the_old_weights_back():
 
     runner = Runner()
     with pytest.raises(TimeoutError):
-        load_drafter(None, runner, NEW, lost)
+        swap_weights(None, runner, NEW, lost)
     assert torch.equal(runner.model.lm_head.weight, runner.before) and runner.calls == ["begin", "load", "end"]
 
 
@@ -206,7 +206,7 @@ def test_a_rank_that_does_not_answer_puts_the_old_weights_back():
 def test_nothing_is_touched_where_weights_cannot_fit(session, weights, message):
     runner = Runner()
     with pytest.raises(SwapError, match=message):
-        load_drafter(SimpleNamespace(_session=session), runner, weights)
+        swap_weights(SimpleNamespace(_session=session), runner, weights)
     assert runner.calls == []
 
 

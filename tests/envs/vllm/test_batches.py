@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from aurora_rl.envs.recording.assembler import TrajectoryAssembler
-from aurora_rl.envs.vllm.batches import BatchPart, Draft, places, record
+from aurora_rl.envs.vllm.batches import BatchPart, Draft, assemble_part, places
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.testing import tiny_target, tiny_trajectory
@@ -67,23 +67,23 @@ def steps_of(trajectory: TensorDict, rid: str, *, cached: int = 0, chunk: int = 
     return steps
 
 
-def assembler(out: list[TensorDict], **limits: int) -> TrajectoryAssembler:
+def new_assembler(out: list[TensorDict], **limits: int) -> TrajectoryAssembler:
     limits = {"max_bytes": 1 << 20, "store_bytes": 1 << 20, **limits}
     return TrajectoryAssembler(lambda trajectory, *_: out.append(trajectory), **limits)
 
 
-def play(records: TrajectoryAssembler, step: Step) -> None:
-    record(records, *step, ready=lambda: None)
+def play(assembler: TrajectoryAssembler, step: Step) -> None:
+    assemble_part(assembler, *step, ready=lambda: None)
 
 
-def begin(records: TrajectoryAssembler, trajectory: TensorDict, rid: str, cached: int = 0) -> None:
+def begin(assembler: TrajectoryAssembler, trajectory: TensorDict, rid: str, cached: int = 0) -> None:
     prompt = int(trajectory["sequence", "prompt_length"])
-    assert records.begin(rid, trajectory["sequence", "tokens"][:prompt].tolist(), cached, 0)
+    assert assembler.begin(rid, trajectory["sequence", "tokens"][:prompt].tolist(), cached, 0)
 
 
-def end(records: TrajectoryAssembler, trajectory: TensorDict, rid: str) -> None:
+def end(assembler: TrajectoryAssembler, trajectory: TensorDict, rid: str) -> None:
     tokens, prompt = trajectory["sequence", "tokens"], int(trajectory["sequence", "prompt_length"])
-    records.finish(rid, tokens[prompt:].tolist(), SamplingParams(max_tokens=20), terminated=False)
+    assembler.finish(rid, tokens[prompt:].tolist(), SamplingParams(max_tokens=20), terminated=False)
 
 
 def without_first_round(trajectory: TensorDict) -> TensorDict:
@@ -108,35 +108,35 @@ def assert_same(got: TensorDict, trajectory: TensorDict) -> None:
 @pytest.mark.parametrize("chunk", [99, 4, 1])
 def test_batches_become_the_trajectory_that_they_came_from(trajectory: TensorDict, chunk: int) -> None:
     out: list[TensorDict] = []
-    records = assembler(out)
-    begin(records, trajectory, "7")
+    assembler = new_assembler(out)
+    begin(assembler, trajectory, "7")
     for step in steps_of(trajectory, "7", chunk=chunk):
-        play(records, step)
-    end(records, trajectory, "7")
-    records.close()
-    assert records.counts == {"recorded": 1}
+        play(assembler, step)
+    end(assembler, trajectory, "7")
+    assembler.close()
+    assert assembler.counts == {"recorded": 1}
     assert_same(out[0], trajectory)
 
 
 def test_requests_of_one_batch_are_told_apart(trajectory: TensorDict) -> None:
     """One decodes while another's prompt is read in chunks."""
     out: list[TensorDict] = []
-    records = assembler(out)
+    assembler = new_assembler(out)
     early, late = steps_of(trajectory, "1"), steps_of(trajectory, "2", chunk=2)
-    begin(records, trajectory, "1")
-    play(records, early[0])
-    begin(records, trajectory, "2")
+    begin(assembler, trajectory, "1")
+    play(assembler, early[0])
+    begin(assembler, trajectory, "2")
     for number in range(max(len(early) - 1, len(late))):
         batch = [steps[number] for steps in (late, early[1:]) if number < len(steps)]
         # As one pass lays them out, request after request.
         features = torch.cat([step[1] for step in batch])
         hidden = torch.cat([step[2]["hidden"] for step in batch])
         for step, (positions, head) in zip(batch, places([step[0] for step in batch]), strict=True):
-            play(records, (step[0], features[positions], {"hidden": hidden[head]}, *step[3:]))
+            play(assembler, (step[0], features[positions], {"hidden": hidden[head]}, *step[3:]))
     for rid in ("2", "1"):  # in another order than they began
-        end(records, trajectory, rid)
-    records.close()
-    assert records.counts == {"recorded": 2} and [int(each["request"]) for each in out] == [2, 1]
+        end(assembler, trajectory, rid)
+    assembler.close()
+    assert assembler.counts == {"recorded": 2} and [int(each["request"]) for each in out] == [2, 1]
     for each in out:
         assert_same(each, trajectory)
 
@@ -144,73 +144,73 @@ def test_requests_of_one_batch_are_told_apart(trajectory: TensorDict) -> None:
 @pytest.mark.parametrize("running", [True, False])
 def test_a_cached_prefix_is_taken_from_who_brought_it(trajectory: TensorDict, running: bool) -> None:
     out: list[TensorDict] = []
-    records = assembler(out)
-    begin(records, trajectory, "1")
+    assembler = new_assembler(out)
+    begin(assembler, trajectory, "1")
     for step in steps_of(trajectory, "1"):
-        play(records, step)
+        play(assembler, step)
     if not running:
-        end(records, trajectory, "1")
-    begin(records, trajectory, "2", cached=6)
+        end(assembler, trajectory, "1")
+    begin(assembler, trajectory, "2", cached=6)
     for step in steps_of(trajectory, "2", cached=6):
-        play(records, step)
-    end(records, trajectory, "2")
+        play(assembler, step)
+    end(assembler, trajectory, "2")
     if running:
         deadline = time.monotonic() + 5
-        while not records.counts["recorded"]:
-            assert time.monotonic() < deadline, dict(records.counts)
+        while not assembler.counts["recorded"]:
+            assert time.monotonic() < deadline, dict(assembler.counts)
             time.sleep(0.005)
-        end(records, trajectory, "1")
-    records.close()
-    assert records.counts == {"recorded": 2}
+        end(assembler, trajectory, "1")
+    assembler.close()
+    assert assembler.counts == {"recorded": 2}
     for each in out:
         assert_same(each, trajectory)
 
 
 def test_a_prefix_that_nobody_saw_leaves_the_request_out(trajectory: TensorDict) -> None:
     out: list[TensorDict] = []
-    records = assembler(out)
-    begin(records, trajectory, "2", cached=6)
+    assembler = new_assembler(out)
+    begin(assembler, trajectory, "2", cached=6)
     for step in steps_of(trajectory, "2", cached=6):
-        play(records, step)
-    end(records, trajectory, "2")
-    records.close()
-    assert records.counts == {"prefix": 1} and out == []
+        play(assembler, step)
+    end(assembler, trajectory, "2")
+    assembler.close()
+    assert assembler.counts == {"prefix": 1} and out == []
 
 
 @pytest.mark.parametrize("start", ["from the beginning", "from its cached text"])
 def test_a_request_that_is_put_back_and_run_again_is_left_out(trajectory: TensorDict, start: str) -> None:
-    records = assembler([])
-    begin(records, trajectory, "1")
+    assembler = new_assembler([])
+    begin(assembler, trajectory, "1")
     steps = steps_of(trajectory, "1")
     for step in steps[:3]:
-        play(records, step)
+        play(assembler, step)
     prompt, part = int(trajectory["sequence", "prompt_length"]), steps[3][0]
     tokens, features = trajectory["sequence", "tokens"], trajectory["sequence", "features"]
     # It has its prompt and what it said so far in one pass; or, from the prefix cache, all but the end of it.
     at = 0 if start == "from the beginning" else prompt + 1
     again = BatchPart("1", at, part.start + 1 - at, prompt, int(tokens[at]), ())
     assert again.count > 1
-    play(records, (again, features[at : part.start + 1], {"hidden": features[:1, :16]}, [1], Draft(0)))
-    assert "1" not in records and records.counts == {"retracted": 1}
+    play(assembler, (again, features[at : part.start + 1], {"hidden": features[:1, :16]}, [1], Draft(0)))
+    assert "1" not in assembler and assembler.counts == {"retracted": 1}
 
 
 def test_a_round_without_drafts_is_a_round(trajectory: TensorDict) -> None:
     """Where a text comes near the longest that is served, nothing is drafted any more."""
     out: list[TensorDict] = []
-    records = assembler(out)
-    begin(records, trajectory, "1")
+    assembler = new_assembler(out)
+    begin(assembler, trajectory, "1")
     steps = steps_of(trajectory, "1")
     for step in steps[:2]:
-        play(records, step)
+        play(assembler, step)
     tokens, prompt = trajectory["sequence", "tokens"], int(trajectory["sequence", "prompt_length"])
     features, hidden = trajectory["sequence", "features"], trajectory["sequence", "hidden"]
     for at in range(steps[1][0].start + len(steps[1][3]), len(tokens) - 1):
         part = BatchPart("1", at, 1, prompt, int(tokens[at]), ())
         row = {"hidden": hidden[at - prompt + 1][None]}
-        play(records, (part, features[at][None], row, [int(tokens[at + 1])], Draft(3)))
-    end(records, trajectory, "1")
-    records.close()
-    assert records.counts == {"recorded": 1}
+        play(assembler, (part, features[at][None], row, [int(tokens[at + 1])], Draft(3)))
+    end(assembler, trajectory, "1")
+    assembler.close()
+    assert assembler.counts == {"recorded": 1}
     torch.testing.assert_close(out[0]["sequence", "features"], features)
     sizes: Any = out[0]["rounds", "offset"].diff().tolist()
     assert sizes[0] > 0 and set(sizes[1:]) == {0} and "log_probs" in out[0]["nodes"].keys()

@@ -109,7 +109,7 @@ def plugin(monkeypatch):
     plugin.on_worker(lambda wrapper: None, wrapper)
     plugin._answer("attach", FIELDS)
     plugin.out = []
-    plugin._session.records._emit = lambda trajectory, *_: plugin.out.append(trajectory)
+    plugin._session.assembler._emit = lambda trajectory, *_: plugin.out.append(trajectory)
     yield plugin
     plugin._answer("detach", {})
     plugin._server.close()
@@ -142,7 +142,7 @@ def round_at(start, root, drafts, said):
 def await_recorded(plugin, count=1):
     deadline = time.monotonic() + 5
     while len(plugin.out) < count:
-        assert time.monotonic() < deadline, dict(plugin._session.records.counts)
+        assert time.monotonic() < deadline, dict(plugin._session.assembler.counts)
         time.sleep(0.005)
     return plugin.out[-1]
 
@@ -193,24 +193,24 @@ def test_who_is_left_out_is_counted_by_reason(plugin):
     assert await_recorded(plugin)["request"] == 3  # it ended at its stop string
     status = plugin._answer("status", {})
     assert status["skipped"] == {"aborted": 1, "min_p": 1} and status["recorded"] == 1
-    assert status["served"]["terminated"] == 1 and "4" in plugin._session.records
+    assert status["served"]["terminated"] == 1 and "4" in plugin._session.assembler
 
 
 def test_recording_is_switched_off_and_on(plugin):
     plugin._answer("record", {"on": False})
     run(plugin, {"1": prefill([4])}, begins=[new("1", [1, 2, 3])])
-    assert "1" not in plugin._session.records
+    assert "1" not in plugin._session.assembler
     plugin._answer("record", {"on": True})
     run(plugin, {"2": prefill([4])}, begins=[new("2", [1, 2, 3])])
-    assert "2" in plugin._session.records
+    assert "2" in plugin._session.assembler
 
 
 def test_tenants_are_known_by_their_salts(plugin):
     run(plugin, {"1": prefill([4])}, begins=[new("1", [1, 2, 3])], salts={"1": "t@x"})
     plugin._answer("delete", {"tenant": "t"})
     run(plugin, {}, ends={"1": Ended([4], "FINISHED_STOPPED")})
-    plugin._session.records.close()
-    assert plugin._session.records.counts == {"deleted": 1} and plugin.out == []
+    plugin._session.assembler.close()
+    assert plugin._session.assembler.counts == {"deleted": 1} and plugin.out == []
 
 
 def test_weights_are_taken_while_nothing_runs(plugin):

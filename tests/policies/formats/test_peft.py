@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts
-from aurora_rl.policies.adapters import adapted_layers, add_adapters, merged
+from aurora_rl.policies.adapters import adapted_layers, add_adapters, merge_adapter
 from aurora_rl.policies.formats.files import holds_drafter, load_drafter, save_drafter
 from aurora_rl.policies.formats.peft import adapter_ranks, read_adapters
 from aurora_rl.storage import CheckpointError
@@ -45,7 +45,7 @@ def folder(learned: Drafter, tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_the_shared_drafter_and_its_adapters(learned: Drafter, folder: Path, tmp_path: Path) -> None:
-    save_drafter(merged(learned), tmp_path / "plain")
+    save_drafter(merge_adapter(learned), tmp_path / "plain")
     for name in ("config.json", "model.safetensors"):  # what engines read of it is as without adapters
         assert (folder / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     assert holds_drafter(folder) and adapter_ranks(folder) == {"acme": 2, "globex:eu": 2}
@@ -55,7 +55,7 @@ def test_a_folder_is_the_shared_drafter_and_its_adapters(learned: Drafter, folde
     assert read.adapters == learned.adapters
     expected = learned.published()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in read.published().items())
-    save_drafter(merged(learned), folder)  # replaced, the adapters with it
+    save_drafter(merge_adapter(learned), folder)  # replaced, the adapters with it
     assert adapter_ranks(folder) == {}
 
 
@@ -66,7 +66,7 @@ def test_an_adapter_has_the_names_of_peft_and_is_the_delta(learned: Drafter, fol
     tensors = load_file(folder / "adapters" / "acme" / "adapter_model.safetensors")
     assert len(tensors) == 2 * len(config["target_modules"])
     delta = tensors["base_model.model.fc.lora_B.weight"] @ tensors["base_model.model.fc.lora_A.weight"]
-    alone, shared = merged(learned, "acme").published(), merged(learned).published()
+    alone, shared = merge_adapter(learned, "acme").published(), merge_adapter(learned).published()
     torch.testing.assert_close(alone["fc.weight"], shared["fc.weight"] + delta)
     assert torch.equal(alone["lm_head.weight"], shared["lm_head.weight"])
 

@@ -15,7 +15,7 @@ from sglang_stand_in import Upstream
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aurora_rl.envs import SamplingParams
-from aurora_rl.models.detokenizer import decode
+from aurora_rl.models.detokenizer import detokenize
 from aurora_rl.models.loading import load_target, stop_token_ids
 from aurora_rl.serving.http.front import Front
 from aurora_rl.serving.http.proxy import Proxy
@@ -40,7 +40,7 @@ class Rig(ClientRig):
         self.target: PreTrainedModel = target
         self.stop_tokens = stop_token_ids(target, self.tokenizer)
         super().__init__(
-            target, folder, decode=lambda tokens: decode(self.tokenizer, tokens), draft_vocab=64,
+            target, folder, decode=lambda tokens: detokenize(self.tokenizer, tokens), draft_vocab=64,
             stop_tokens=self.stop_tokens, max_waiting=WAITING,
         )  # fmt: skip
         self._servers: list[HttpServer] = []

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from aurora_rl.models.detokenizer import decode, token_bytes
+from aurora_rl.models.detokenizer import detokenize, token_bytes
 from aurora_rl.models.loading import encode_chat
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.serving.http import front
@@ -38,7 +38,7 @@ def stream_of(pieces: Any) -> tuple[str, list[Any]]:
 def test_a_chat_gets_plain_decodings_text_whole_and_in_pieces(rig: Any, client: openai.OpenAI) -> None:
     prompt = encode_chat(rig.tokenizer, CHAT)
     tokens = rig.plain(prompt, 24)
-    text = decode(rig.tokenizer, tokens)
+    text = detokenize(rig.tokenizer, tokens)
     whole = client.chat.completions.create(model="tiny/model", messages=CHAT, max_tokens=24)
     choice = whole.choices[0]
     assert (choice.message.role, choice.message.content, choice.index) == ("assistant", text, 0)
@@ -160,7 +160,7 @@ def test_every_kind_of_prompt_is_continued(rig: Any, client: openai.OpenAI, prom
         prompt if isinstance(prompt, list) else rig.tokenizer(prompt)["input_ids"]
     ]  # fmt: skip
     answer = client.completions.create(model="tiny/model", prompt=prompt)  # 16 tokens, as in OpenAI's API
-    expected = [decode(rig.tokenizer, rig.plain(tokens, 16)) for tokens in listed]
+    expected = [detokenize(rig.tokenizer, rig.plain(tokens, 16)) for tokens in listed]
     assert [choice.text for choice in answer.choices] == expected
     assert [choice.index for choice in answer.choices] == list(range(len(listed)))
     assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
@@ -218,7 +218,7 @@ def test_the_servers_defaults_hold_where_a_request_names_none(rig: Any) -> None:
 
 
 def test_stop_strings_end_the_text_before_them(rig: Any, client: openai.OpenAI) -> None:
-    text = decode(rig.tokenizer, rig.plain(rig.tokenizer("Once")["input_ids"], 40))
+    text = detokenize(rig.tokenizer, rig.plain(rig.tokenizer("Once")["input_ids"], 40))
     stop = next(text[at : at + 2] for at in range(10, 30) if "\ufffd" not in text[at : at + 2])
     for stops in (stop, ["never there", stop]):
         whole = client.completions.create(model="tiny/model", prompt="Once", max_tokens=40, stop=stops)
@@ -371,7 +371,7 @@ def test_many_clients_at_once_get_their_own_answers(rig: Any) -> None:
 
             return await asyncio.wait_for(asyncio.gather(*map(one, range(len(prompts)))), 60)
 
-    expected = [decode(rig.tokenizer, rig.plain(rig.tokenizer(prompt)["input_ids"], 16)) for prompt in prompts]
+    expected = [detokenize(rig.tokenizer, rig.plain(rig.tokenizer(prompt)["input_ids"], 16)) for prompt in prompts]
     assert asyncio.run(ask()) == expected
 
 
