@@ -39,7 +39,7 @@ flywheel: $(STAMP)  ## serve one user, learn and swap on this machine; ARGS='key
 	$(BIN)/aurora-rl flywheel engine.slots=1 $(ARGS)
 
 test: lint  ## everything that CI runs; all but sglang in one go: imports and the collection of tests take a minute
-	$(IN_FOUR) -m 'not sglang and not vllm and not stress' --doctest-modules tests aurora_rl kernels
+	$(IN_THREE) -m 'not sglang and not vllm and not stress' --doctest-modules tests aurora_rl kernels
 	$(MAKE) sglang
 
 bench: $(STAMP)  ## plain decoding against transformers; see benchmarks/ for the others, which need a trained drafter
@@ -50,18 +50,18 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Processes of one thread each. Two more than there are cores work while tests of servers wait for them. A worker that is
-# done takes over what another has before it.
-IN_FOUR := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal
+# Processes of one thread each. A third one on two cores works while tests of servers wait for them. A worker that is done
+# takes over what another has before it.
+IN_THREE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 unit: $(STAMP)  ## tests and doctests on tiny models
-	$(IN_FOUR) -m 'not smollm2 and not faults and not sglang and not vllm and not stress' --doctest-modules tests aurora_rl kernels
+	$(IN_THREE) -m 'not smollm2 and not faults and not sglang and not vllm and not stress' --doctest-modules tests aurora_rl kernels
 
 smollm2: $(STAMP)  ## tests on the embedded model
-	$(IN_FOUR) -m 'smollm2 and not stress'
+	$(IN_THREE) -m 'smollm2 and not stress'
 
 faults: $(STAMP)  ## tests that interrupt, kill and restart its processes
-	$(IN_FOUR) -m faults tests/faults
+	$(IN_THREE) -m faults tests/faults
 
 # tests/envs/sglang/conftest.py says which of the two processes starts a server of SGLang: it takes half a minute.
 sglang: $(STAMP)  ## tests that start SGLang's own server on the CPU

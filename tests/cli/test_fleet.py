@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def test_a_member_that_refuses_its_configuration_ends_the_fleet(
         f"run_dir={run}",
     ]
     assert cli.main(["fleet", *pairs]) == 2
-    assert "learner did not start: telemetry.logger=mlflow needs the package mlflow" in capsys.readouterr().err
+    told = capsys.readouterr().err  # by whichever member failed first
+    assert re.search(r"(learner|chat-0) did not start: telemetry\.logger=mlflow needs the package mlflow", told)
     assert (run / "members" / "learner.log").is_file()
 
 
