@@ -1,4 +1,8 @@
-"""One pass of the target over rows of slots: what it writes, what its tokens see, and where it is tapped."""
+"""One pass of the target over rows of slots: what it writes, what its tokens see, and where it is tapped.
+
+The trees of a round and a chunk of a prompt share a pass where they can. A pass over a few rows takes about as long as
+one over one row: what takes time is to read the weights.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,15 @@ from transformers import PreTrainedModel
 
 from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.attention_span import First
-from aurora_rl.models.attention import GROUPED_ATTENTION, pass_mask
+from aurora_rl.models.attention import GROUPED_ATTENTION, PartMasks, pass_mask
 from aurora_rl.models.batch_invariant import invariant_mask, whole_blocks
 from aurora_rl.models.inference_modules import FusedDecoderLayer, fuse_decoder_layers
-from aurora_rl.models.kv_cache import SlotCache, column_positions, path_order
+from aurora_rl.models.kv_cache import PassPart, SlotCache, column_positions, path_order
 from aurora_rl.models.target_head import context_length, decoder_of
 
 
 class Rows(NamedTuple):
-    """Tokens of slots in a pass: trees, or a chunk of a prompt.
+    """Tokens of slots that attend together in a pass: trees, or a chunk of a prompt.
 
     Attributes:
         slots: The slots, ``[b]`` int64 on the CPU.
@@ -51,7 +55,7 @@ class ForwardPass:
 
     Attributes:
         form: Form of attention: "fused", "grouped", "sdpa" or "eager".
-        packs: Whether the layers take a pass without its padding.
+        packs: Whether the layers take a pass without its padding, and rows of several kinds together.
         batch_invariant: Whether what is computed for a token must not depend on the rest of the pass.
         cache: Keys and values of every slot; whoever runs a pass sets it before.
         kinds: As given.
@@ -99,26 +103,25 @@ class ForwardPass:
         self._captured[layer] = args[0] if args else kwargs["hidden_states"]
 
     @torch.inference_mode()
-    def __call__(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Run one pass; return the inputs of the output head, ``[b, T, H]``, and the features, ``[b, T, F]``."""
-        slots, first_column, tokens, depth, seen, present = rows
-        device, width = tokens.device, tokens.shape[1]
-        end = whole_blocks(int(first_column.max()) + width, self.batch_invariant)
-        past = first_column.to(device)[:, None]
-        present = present if self.packs and present is not None and not bool(present.all()) else None
-        order = path_order(seen, depth, past, end) if self.batch_invariant else None
-        self.cache.aim(slots, past + torch.arange(width, device=device), end, present, order)
+    def __call__(self, *rows: Rows) -> list[tuple[Tensor, Tensor]]:
+        """Run one pass over all rows where the form packs, so that it reads the weights once, and else one for each.
+
+        Returns:
+            For each of ``rows`` the inputs of the output head, ``[b, T, H]``, and the features, ``[b, T, F]``.
+        """
+        if len(rows) > 1 and not self.packs:
+            return [pair for each in rows for pair in self(each)]
+        parts = [self._part(each) for each in rows]
+        packed = self.packs and (len(rows) > 1 or any(part.present is not None for part in parts))
+        self.cache.aim(*parts, packed=packed)
         arguments = {}
         if self._takes_positions:
-            positions = past + depth + (0 if self.starts is None else self.starts[slots, None].to(device))
-            # A node past the model's last position is never delivered, and a table of positions has no row for it.
-            positions = positions if self._last is None else positions.clamp(max=self._last)
-            arguments["position_ids"] = self.cache.pack(positions)
-        if self._alibi is not None:
-            self._alibi.aim(column_positions(depth, past, end))
+            arguments["position_ids"] = self.cache.pack(*(self._positions(each) for each in rows))
+        if self._alibi is not None:  # of a form that does not pack
+            self._alibi.aim(column_positions(rows[0].depth, _past(rows[0]), parts[0].end))
         hidden = self._decoder(
-            input_ids=self.cache.pack(tokens),
-            attention_mask=self._attention_mask(seen, depth, past, end),
+            input_ids=self.cache.pack(*(each.tokens for each in rows)),
+            attention_mask=self._attention_mask(rows, [part.end for part in parts]),
             past_key_values=self.cache,
             use_cache=True,
             **arguments,
@@ -126,14 +129,39 @@ class ForwardPass:
         self._captured[len(self._layers)] = hidden
         # Empty columns first: a drafter may read no features at all.
         features = torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self._feature_layers)], dim=-1)
-        return self.cache.unpack(hidden), self.cache.unpack(features)
+        return list(zip(self.cache.unpack(hidden), self.cache.unpack(features), strict=True))
 
-    def _attention_mask(
-        self, seen: Tensor | None, depth: Tensor, past: Tensor, end: int
-    ) -> Tensor | dict[str | None, Tensor]:
+    def _part(self, rows: Rows) -> PassPart:
+        past, width = _past(rows), rows.tokens.shape[1]
+        end = whole_blocks(int(rows.past.max()) + width, self.batch_invariant)
+        order = path_order(rows.seen, rows.depth, past, end) if self.batch_invariant else None
+        present = rows.present if rows.present is not None and not bool(rows.present.all()) else None
+        return PassPart(rows.slots, past + torch.arange(width, device=past.device), end, present, order)
+
+    def _positions(self, rows: Rows) -> Tensor:
+        positions = _past(rows) + rows.depth
+        if self.starts is not None:
+            positions = positions + self.starts[rows.slots, None].to(positions.device)
+        # A node past the model's last position is never delivered, and a table of positions has no row for it.
+        return positions if self._last is None else positions.clamp(max=self._last)
+
+    def _attention_mask(self, rows: Sequence[Rows], ends: Sequence[int]) -> Tensor | dict[str | None, Tensor]:
         """Return the mask of a pass as the model takes it, by kind of layer if not all see the whole text."""
         name = GROUPED_ATTENTION if self.form in ("fused", "grouped") else self.form  # some models keep their own
-        form: Any = {"implementation": name, "seen": seen, "dtype": self._model.dtype}
-        mask: Callable[..., Tensor] = invariant_mask if self.batch_invariant else partial(pass_mask, **form)
-        masks = {kind: mask(depth, past, end, first) for kind, first in (self.kinds or {None: None}).items()}
+        form: Any = {"implementation": name, "dtype": self._model.dtype}
+
+        def mask(each: Rows, end: int, first: First | None) -> Tensor:
+            if self.batch_invariant:
+                return invariant_mask(each.depth, _past(each), end, first)
+            return pass_mask(each.depth, _past(each), end, first, seen=each.seen, **form)
+
+        masks = {
+            kind: PartMasks.of([mask(each, end, first) for each, end in zip(rows, ends, strict=True)])
+            for kind, first in (self.kinds or {None: None}).items()
+        }
         return masks[None] if None in masks else masks
+
+
+def _past(rows: Rows) -> Tensor:
+    """Return the first column that is written, where the tokens are, ``[b, 1]``."""
+    return rows.past.to(rows.tokens.device)[:, None]

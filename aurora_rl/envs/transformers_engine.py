@@ -19,7 +19,7 @@ from aurora_rl.context import ContextStore
 from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
 from aurora_rl.envs.batch_invariance import check_batch_invariance, require_fused
-from aurora_rl.envs.engine import Engine, register_engine
+from aurora_rl.envs.engine import Engine, PromptChunk, register_engine
 from aurora_rl.envs.exactness import (
     ELSEWHERE,
     Exactness,
@@ -93,6 +93,7 @@ class TransformersEngine(Engine):
     _least_tolerance: ClassVar[float] = 0.0
     feature_layers: tuple[int, ...] = ()
     _prefill_rows: int = _PREFILL_ROWS
+    _riders: Sequence[Rows] = ()  # chunks of prompts that are read in the next verification
 
     def __init__(
         self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int],
@@ -154,7 +155,7 @@ class TransformersEngine(Engine):
         self._allocate(1, 2, 0)
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         try:
-            _, features = self._pass(Rows(torch.tensor([0]), torch.tensor([0]), zero, zero))
+            ((_, features),) = self._pass(Rows(torch.tensor([0]), torch.tensor([0]), zero, zero))
         except Exception as error:  # Gemma 3n's layers hand on several streams, of four dimensions
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no features at layers {self.feature_layers} that a drafter could "
@@ -203,7 +204,6 @@ class TransformersEngine(Engine):
         self._pass.batch_invariant = batch_invariant and require_fused(self._layers, exactness)
         prepare_for_inference(self.model)
         if batch_invariant:
-            self._pass.packs = False
             make_batch_invariant(self.model)
         try:
             error = self._disagreement(probe)
@@ -288,8 +288,23 @@ class TransformersEngine(Engine):
 
     @override
     def prefill_chunk(self, slot: int, prompt: Tensor, done: int, most: int) -> int:
-        # The last token of a prompt is left to be the root of the first round.
         began = time.perf_counter()
+        prompt, done = self._begin(slot, prompt, done)
+        # The last token of a prompt is left to be the root of the first round.
+        last = min(done + most, len(prompt) - 1)
+        while done < last:
+            rows = self._chunk(slot, prompt, done, last)
+            ((_, features),) = self._pass(rows)
+            self._keep(rows, features)
+            done += features.shape[1]
+        read = self._end(slot, prompt, done)
+        if prompt.is_cuda:  # or it would be the next round that waits
+            torch.cuda.synchronize(prompt.device)
+        self.prefill_seconds += time.perf_counter() - began
+        return read
+
+    def _begin(self, slot: int, prompt: Tensor, done: int) -> tuple[Tensor, int]:
+        """Return a prompt on the device, and how much of it is read, kept rows included."""
         if not 1 <= len(prompt) < self.max_length:
             raise ValueError(f"a prompt has 1..{self.max_length - 1} tokens in this engine, got {len(prompt)}")
         prompt = prompt.to(self.store.tokens.device)
@@ -297,22 +312,28 @@ class TransformersEngine(Engine):
             cache, salt = self.prefix_cache, self.store.cache_salts[slot]
             done = 0 if cache is None else cache.load(prompt[:-1], self._rows(slot), salt)
             self.store.cached_lengths[slot] = done
-        where, stop = torch.tensor([slot]), min(done + most, len(prompt) - 1)
+        return prompt, done
+
+    def _chunk(self, slot: int, prompt: Tensor, done: int, last: int) -> Rows:
+        """Return the next rows of a prompt, up to ``last`` at most."""
         size = self._prefill_rows
         if self._pass.form in ("sdpa", "eager"):
             size = max(16, min(size, _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))))
-        for start in range(done, stop, size):
-            part = prompt[start : min(start + size, stop)]
-            depth = torch.arange(len(part), device=prompt.device)[None]
-            _, features = self._pass(Rows(where, torch.tensor([start]), part[None], depth))
-            self.store.features[slot, start : start + len(part)] = features[0]
-        if stop == len(prompt) - 1:
-            self.store.start(slot, prompt)
-            stop = len(prompt)
-        if prompt.is_cuda:  # or it would be the next round that waits
-            torch.cuda.synchronize(prompt.device)
-        self.prefill_seconds += time.perf_counter() - began
-        return stop
+        part = prompt[None, done : min(done + size, last)]
+        depth = torch.arange(part.shape[1], device=prompt.device)[None]
+        return Rows(torch.tensor([slot]), torch.tensor([done]), part, depth)
+
+    def _keep(self, rows: Rows, features: Tensor) -> None:
+        """Keep the features ``[1, c, F]`` of a chunk."""
+        start = int(rows.past)
+        self.store.features[int(rows.slots), start : start + features.shape[1]] = features[0]
+
+    def _end(self, slot: int, prompt: Tensor, done: int) -> int:
+        """Occupy the slot if all of its prompt but the last token is read; return how many tokens then are."""
+        if done < len(prompt) - 1:
+            return done
+        self.store.start(slot, prompt)
+        return len(prompt)
 
     @override
     def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:
@@ -325,9 +346,26 @@ class TransformersEngine(Engine):
         depth = torch.cat([torch.zeros_like(root)[:, None], depths(parents)], dim=1)
         tokens = torch.cat([root[:, None], torch.where(valid, tokens, 0)], dim=1)
         present = F.pad(valid, (1, 0), value=True)
-        rows = Rows(slots, past, tokens, depth, ancestor_mask(parents, valid), present)
-        self._hidden, self._features = self._pass(rows)
+        trees = Rows(slots, past, tokens, depth, ancestor_mask(parents, valid), present)
+        (self._hidden, self._features), *read = self._pass(trees, *self._riders)
+        for rows, (_, features) in zip(self._riders, read, strict=True):
+            self._keep(rows, features)
         return self._hidden
+
+    @override
+    def verify_with_chunk(
+        self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor, chunk: PromptChunk
+    ) -> tuple[Tensor, int]:
+        prompt, done = self._begin(chunk.slot, chunk.prompt, chunk.done)
+        last = min(done + chunk.most, len(prompt) - 1)
+        riders = [self._chunk(chunk.slot, prompt, done, last)] if done < last else []
+        self._riders = riders
+        try:  # by way of the method that others may have extended
+            hidden = self.verify(slots, tokens, parents, valid)
+        finally:
+            self._riders = ()
+        done += sum(rows.tokens.shape[1] for rows in riders)
+        return hidden, self._end(chunk.slot, prompt, done)
 
     @override
     @torch.inference_mode()

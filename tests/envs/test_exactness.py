@@ -162,7 +162,7 @@ def _wrong_column(monkeypatch: pytest.MonkeyPatch) -> None:
     aim = slot_cache.SlotCache.aim
     monkeypatch.setattr(
         slot_cache.SlotCache, "aim",
-        lambda self, slots, columns, end, *rest: aim(self, slots, columns.flip(1), end, *rest),
+        lambda self, part, packed: aim(self, part._replace(columns=part.columns.flip(1)), packed=packed),
     )  # fmt: skip
 
 

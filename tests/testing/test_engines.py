@@ -31,13 +31,15 @@ class NothingMoved(TransformersEngine):
 
 
 class CausalMask(ForwardPass):
-    def __call__(self, rows: Rows) -> tuple:
-        return super().__call__(rows._replace(seen=None))
+    def __call__(self, *rows: Rows) -> list:
+        return super().__call__(*(each._replace(seen=None) for each in rows))
 
 
 class PositionsInARow(ForwardPass):
-    def __call__(self, rows: Rows) -> tuple:
-        return super().__call__(rows._replace(depth=torch.arange(rows.depth.shape[1]).expand_as(rows.depth)))
+    def __call__(self, *rows: Rows) -> list:
+        return super().__call__(
+            *(each._replace(depth=torch.arange(each.depth.shape[1]).expand_as(each.depth)) for each in rows)
+        )
 
 
 class WrongHead(TransformersEngine):
