@@ -39,7 +39,8 @@ class DrafterPolicy(TensorDictModuleBase):
 
     Before it drafts, the cache takes from the store what it lacks: the tokens of the last round, a new request
     (``is_init``), a window of plain decoding, or everything after a swap. While requests decode, it takes about as many
-    rows as are read in the time of a round, and a slot gets no draft of the drafter's before its cache is level.
+    rows as are read in two fifths of a round's time, and a slot gets no draft of the drafter's before its cache is
+    level.
 
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.
