@@ -1,25 +1,28 @@
 """Prompts of SmolLM2: how long running requests wait for a long one, and what a chat's history costs.
 
-First, one request decodes and a prompt of 900 tokens arrives: the longest time between two rounds, in units of the
-median round before the arrival, with prompts read whole ("whole") and in chunks between rounds ("chunks"). Second,
-chats of five turns on one slot, each turn with the history before it: time to the first token, without and with kept
-rows of finished requests (engine.prefix_cache_tokens). Ways take turns, so that a machine whose speed drifts treats
-them alike. --limit is the number of repetitions and of chats; --cpu-time measures the process's CPU time in place of
-wall time, on a CPU that is shared with others.
+First, one request decodes and a prompt of 900 tokens arrives: the times between two rounds, in units of the median
+round before the arrival, with prompts read whole ("whole") and in chunks along with rounds ("chunks"), and how many
+tokens the running request gets meanwhile, of those that it gets alone. Second, prompts of 64 tokens wait for four
+slots: tokens per second, and the same times. Third, chats of five turns on one slot, each turn with the history before
+it: time to the first token, without and with kept rows of finished requests (engine.prefix_cache_tokens). Ways take
+turns, so that a machine whose speed drifts treats them alike. --limit is the number of repetitions and of chats;
+--cpu-time measures the process's CPU time in place of wall time, on a CPU that is shared with others.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from common import arguments, parse, prompts, write_result
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aurora_rl.envs import Completion, Request, SamplingParams
+from aurora_rl.envs import Completion, Engine, Request, SamplingParams
 from aurora_rl.models.loading import default_dtype, encode_chat, load_target
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, get_drafter
 from aurora_rl.policies.decoder import SpeculativeDecoder
@@ -27,6 +30,8 @@ from aurora_rl.policies.registry import start_untrained
 from aurora_rl.prefix_cache import PrefixCache
 
 TURNS = 5
+# Prompts of the second part, their tokens, and the new tokens of each.
+SHORT_PROMPTS, SHORT, SHORT_NEW = 16, 64, 40
 
 
 class Server(SpeculativeDecoder):
@@ -48,8 +53,9 @@ class Server(SpeculativeDecoder):
 
     def read_prompts_whole(self) -> None:
         """Do as every engine does that cannot stop within a prompt."""
-        read = self.engine.prefill_chunk
-        self.engine.prefill_chunk = lambda slot, prompt, done, most: read(slot, prompt, done, len(prompt))
+        engine, read = self.engine, self.engine.prefill_chunk
+        engine.prefill_chunk = lambda slot, prompt, done, most: read(slot, prompt, done, len(prompt))
+        engine.verify_with_chunk = partial(Engine.verify_with_chunk, engine)
 
 
 def stall(server: Server, prompt: Tensor, running: Tensor) -> dict[str, float]:
@@ -73,13 +79,42 @@ def stall(server: Server, prompt: Tensor, running: Tensor) -> dict[str, float]:
         round()
     (completion,) = server.ended
     server.ended.clear()
-    first = sum(gaps[: len(gaps) - len(completion.tokens) + 1])
+    arrived = gaps[: len(gaps) - len(completion.tokens) + 1]
     return {
         "round_ms": usual * 1e3,
-        "longest_gap_rounds": max(gaps) / usual,
-        "p90_gap_rounds": statistics.quantiles(gaps, n=10)[-1] / usual if len(gaps) > 1 else gaps[0] / usual,
-        "first_token_of_the_prompt_rounds": first / usual,
+        **spread(gaps, usual),
+        "first_token_of_the_prompt_rounds": sum(arrived) / usual,
+        "speed_of_the_running_request": len(arrived) * usual / sum(arrived),
     }
+
+
+def spread(gaps: Sequence[float], usual: float) -> dict[str, float]:
+    ordered = sorted(gaps)
+    return {
+        "longest_gap_rounds": ordered[-1] / usual,
+        "p90_gap_rounds": ordered[math.ceil(0.9 * len(ordered)) - 1] / usual,
+        "median_gap_rounds": statistics.median(ordered) / usual,
+    }
+
+
+def short_prompts(server: Server, texts: Sequence[Tensor]) -> dict[str, float]:
+    """Serve short prompts, four at a time; the first four are read before the first round."""
+    # Of several lengths, or all slots would be free at once.
+    budgets = [SHORT_NEW - 5 * i % 12 for i in range(len(texts))]
+    server.queue = [
+        Request(i, text, SamplingParams(max_tokens=budget))
+        for i, (text, budget) in enumerate(zip(texts, budgets, strict=True))
+    ]
+    server.ended.clear()
+    rounds, gaps, last = server.rounds(), [], time.perf_counter()
+    began = last
+    for _ in rounds:
+        gaps.append(time.perf_counter() - last)
+        last += gaps[-1]
+    tokens = sum(len(completion.tokens) for completion in server.ended)
+    server.ended.clear()
+    usual = statistics.median(gaps[1:16])  # before the first slot is free again
+    return {"tokens_per_second": tokens / (last - began), "round_ms": usual * 1e3, **spread(gaps[1:], usual)}
 
 
 def medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -125,6 +160,15 @@ def main() -> None:
             waits[name].append(stall(way, long, text[:64]))
     stalls = {name: medians(runs) for name, runs in waits.items()}
 
+    four = {name: Server(model, drafter, options.depth, num_slots=4) for name in ways}
+    four["whole"].read_prompts_whole()
+    parts = long[: len(long) // SHORT * SHORT].split(SHORT)
+    shorts = [parts[i % len(parts)] for i in range(SHORT_PROMPTS)]
+    served: dict[str, list[dict[str, float]]] = {name: [] for name in four}
+    for _ in range(options.limit):
+        for name, way in four.items():
+            served[name].append(short_prompts(way, shorts))
+
     both = {name: Server(model, drafter, options.depth, num_slots=1) for name in ("without", "with")}
     cached = both["with"]
     cached.engine.prefix_cache = cache = PrefixCache(8192)
@@ -165,6 +209,7 @@ def main() -> None:
             "repetitions": options.limit,
             "arrival_of_a_long_prompt": stalls,
             "chunk_tokens": ways["chunks"].env._prefill.chunk,
+            "prompts_of_64_tokens": {name: medians(runs) for name, runs in served.items()},
             "chat": [{"turn": number, **medians(turn)} for number, turn in enumerate(turns, 1)],
             "copy_of_the_long_prompt": {name: round(statistics.median(ms), 2) for name, ms in copied.items()},
         },

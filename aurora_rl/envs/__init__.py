@@ -1,6 +1,6 @@
 """Serving as an environment: engines, verification rules, SpecDecodeEnv."""
 
-from aurora_rl.envs.engine import ENGINES, Engine, get_engine, register_engine
+from aurora_rl.envs.engine import ENGINES, Engine, PromptChunk, get_engine, register_engine
 from aurora_rl.envs.processors import generation_processors
 from aurora_rl.envs.request import Completion, Request
 from aurora_rl.envs.spec_decode import SpecDecodeEnv
@@ -17,6 +17,7 @@ __all__ = [
     "Completion",
     "Engine",
     "Greedy",
+    "PromptChunk",
     "Rejection",
     "RejectionWithoutReplacement",
     "Request",

@@ -1,4 +1,4 @@
-"""Reading of prompts: whole while nothing decodes, otherwise in chunks between the rounds of decoding requests."""
+"""Reading of prompts: whole while nothing decodes, otherwise a chunk along with each round of decoding requests."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from aurora_rl.envs.engine import Engine
+from torch import Tensor
+
+from aurora_rl.envs.engine import Engine, PromptChunk
 from aurora_rl.envs.request import Request
 
-# A prompt of so many tokens is read whole, in 2.6 rounds' time at most: chunks would cost a tenth of the throughput.
-_SHORT = 64
-# Tokens of the first chunk and of the shortest: a pass over fewer takes as long as a round all the same.
+# Tokens of the first chunk and of the shortest: where an engine reads it in a pass of its own, fewer take as long.
 _FIRST, _LEAST = 16, 8
-# A chunk takes about so many times the median of the last rounds, so many of them.
-_SHARE, _ROUNDS = 1.0, 8
+# A round with a chunk is to end at most about so many times later than the median of the last ones without, so many.
+_MOST, _ROUNDS = 1.75, 8
 
 
 class ChunkedPrefill:
     """Reads the prompts of requests into their slots, first come, first served.
 
-    While other slots decode, one chunk of a long prompt is read between two rounds. Its length follows from what is
-    measured: a chunk is to take about as long as a round, which is about 12 tokens on a CPU and hundreds on a GPU.
+    While other slots decode, a chunk of a prompt is read along with each round, in one pass with it where the engine
+    can. Its length follows from the time from one round's end to the next's: that is to be less than twice as long as
+    without a chunk, which leaves room for about 12 tokens on a CPU and for hundreds on a GPU. After eight rounds with a
+    chunk, one goes without and is measured.
 
     Attributes:
         chunk: Most tokens of the next chunk.
@@ -32,16 +34,24 @@ class ChunkedPrefill:
         >>> from aurora_rl.envs import TransformersEngine
         >>> from aurora_rl.testing import tiny_target
         >>> engine = TransformersEngine(tiny_target(), num_slots=2, max_length=256, feature_layers=())
+        >>> engine.prefill([0], [torch.tensor([5, 6, 7])])
         >>> prefill = ChunkedPrefill(engine)
-        >>> prefill.add(1, Request(0, torch.arange(150) % 30))
-        >>> [len(prefill.read([1], decoding=True)) for _ in range(2)]
-        [0, 0]
+        >>> prefill.add(1, Request(0, torch.arange(30)))
+        >>> none = torch.zeros(1, 0, dtype=torch.int64)
+        >>> for _ in range(2):
+        ...     hidden = prefill.verify(torch.tensor([0]), none, none, none.bool())
+        ...     print(prefill.take([1], decoding=True))
+        []
+        [(1, Request(...))]
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._reading: dict[int, tuple[Request, int]] = {}  # by slot: the request, and how many tokens of it are read
-        self._rounds: deque[float] = deque(maxlen=_ROUNDS)
+        self._rounds: deque[float] = deque(maxlen=_ROUNDS)  # seconds of those without a chunk
+        self._read, self._with_chunk = 0, 0  # tokens in this round, and rounds with a chunk in a row
+        self._ended = time.perf_counter()
+        self._counted = engine.prefill_seconds  # by the engine, as of the last round's end
         self.chunk = _FIRST
 
     def __contains__(self, slot: int) -> bool:
@@ -56,43 +66,71 @@ class ChunkedPrefill:
         self._reading[slot] = (request, 0)
 
     def clear(self) -> None:
-        """Forget every request whose prompt is not read to the end."""
-        self._reading.clear()
+        """Forget every request that was not taken."""
+        for slot in list(self._reading):
+            self._forget(slot)
 
     def drop(self, request: int) -> bool:
-        """Forget a request, by its id, whose prompt is not read to the end; return whether there was one."""
+        """Forget a request, by its id, that was not taken; return whether there was one."""
         slot = next((slot for slot, (each, _) in self._reading.items() if each.id == request), None)
-        return self._reading.pop(slot, None) is not None if slot is not None else False
+        if slot is not None:
+            self._forget(slot)
+        return slot is not None
 
-    def round(self, seconds: float) -> None:
-        """Note how long a round took."""
-        self._rounds.append(seconds)
+    def _forget(self, slot: int) -> None:
+        if self._complete(slot):
+            self._engine.release(slot)
+        del self._reading[slot]
 
-    def read(self, slots: Sequence[int], *, decoding: bool) -> list[tuple[int, Request]]:
-        """Read on for ``slots``, while others decode or not; return those with complete prompts, and the requests."""
+    def _complete(self, slot: int) -> bool:
+        request, done = self._reading[slot]
+        return done == len(request.prompt)
+
+    def take(self, slots: Sequence[int], *, decoding: bool) -> list[tuple[int, Request]]:
+        """Return those of ``slots`` with complete prompts, and their requests; while nothing decodes, read them all."""
         waiting = [slot for slot in self._reading if slot in slots]
-        if decoding:
-            return [self._pop(slot) for slot in waiting[:1] if self._read_chunk(slot)]
-        begun = {slot: done for slot in waiting if (done := self._reading[slot][1])}
-        for slot, done in begun.items():
-            prompt = self._reading[slot][0].prompt
-            self._engine.prefill_chunk(slot, prompt, done, len(prompt))
-        whole = [slot for slot in waiting if slot not in begun]
-        if whole:
-            self._engine.prefill(whole, [self._reading[slot][0].prompt for slot in whole])
-        return [self._pop(slot) for slot in waiting]
+        if not decoding:
+            begun = [slot for slot in waiting if self._reading[slot][1] and not self._complete(slot)]
+            for slot in begun:
+                request, done = self._reading[slot]
+                self._engine.prefill_chunk(slot, request.prompt, done, len(request.prompt))
+            whole = [slot for slot in waiting if not self._reading[slot][1]]
+            if whole:
+                self._engine.prefill(whole, [self._reading[slot][0].prompt for slot in whole])
+            self._note_end()  # of what no round waited for
+        else:
+            waiting = [slot for slot in waiting if self._complete(slot)]
+        return [(slot, self._reading.pop(slot)[0]) for slot in waiting]
 
-    def _pop(self, slot: int) -> tuple[int, Request]:
-        return slot, self._reading.pop(slot)[0]
-
-    def _read_chunk(self, slot: int) -> bool:
-        """Read a chunk of the slot's prompt; return whether the prompt is complete."""
-        (request, done), began = self._reading[slot], time.perf_counter()
-        most = self.chunk if len(request.prompt) > _SHORT else len(request.prompt)
-        read = self._engine.prefill_chunk(slot, request.prompt, done, most)
-        seconds = time.perf_counter() - began
-        if read - done == self.chunk and self._rounds:  # neither the last tokens of a prompt nor rows that were kept
-            longer = seconds < _SHARE * statistics.median(self._rounds)
-            self.chunk = max(self.chunk * 5 // 4 if longer else self.chunk * 4 // 5, _LEAST)
+    def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:
+        """Do what the engine's ``verify`` does, and read a chunk of the first prompt that is not complete."""
+        self._read = 0
+        slot = next((slot for slot in self._reading if not self._complete(slot)), None)
+        if slot is None or self._with_chunk == _ROUNDS:
+            self._with_chunk = 0
+            return self._engine.verify(slots, tokens, parents, valid)
+        request, done = self._reading[slot]
+        chunk = PromptChunk(slot, request.prompt, done, self.chunk)
+        hidden, read = self._engine.verify_with_chunk(slots, tokens, parents, valid, chunk)
         self._reading[slot] = (request, read)
-        return read == len(request.prompt)
+        self._read, self._with_chunk = read - done, self._with_chunk + 1
+        return hidden
+
+    def end_round(self) -> None:
+        """Note that the round has ended that was verified."""
+        seconds = time.perf_counter() - self._ended
+        if not self._read:
+            self._rounds.append(seconds)
+        elif self._rounds:
+            usual, engine = statistics.median(self._rounds), self._engine
+            # What the chunk added, unless the engine has counted more by itself.
+            engine.prefill_seconds = max(engine.prefill_seconds, self._counted + seconds - usual)
+            if self._read == self.chunk:  # neither the last tokens of a prompt nor rows that were kept
+                if seconds < _MOST * usual:
+                    self.chunk += max(self.chunk // 8, 1)
+                else:
+                    self.chunk = max(self.chunk * 4 // 5, _LEAST)
+        self._note_end()
+
+    def _note_end(self) -> None:
+        self._ended, self._counted = time.perf_counter(), self._engine.prefill_seconds

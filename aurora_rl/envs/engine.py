@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +12,22 @@ from aurora_rl.context import ContextStore
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.registry import Registry
 from aurora_rl.remote_engines import REMOTE_ENGINES
+
+
+class PromptChunk(NamedTuple):
+    """What is to be read of the prompt of a free slot.
+
+    Attributes:
+        slot: The slot.
+        prompt: Its whole prompt, ``[P]`` int64, ``1 <= P < max_length``.
+        done: Tokens that are read, as the call before returned; 0 at first.
+        most: Most tokens to read, at least one.
+    """
+
+    slot: int
+    prompt: Tensor
+    done: int
+    most: int
 
 
 class Engine(ABC):
@@ -22,7 +39,8 @@ class Engine(ABC):
     Attributes:
         store: Tokens, features and hidden states of each slot; the engine appends to it.
         vocab_size: Size of the target's vocabulary.
-        prefill_seconds: Wall time spent in :meth:`prefill` so far.
+        prefill_seconds: Wall time spent on prompts so far: that of :meth:`prefill` and :meth:`prefill_chunk`, which the
+            engine counts, and what chunks add to rounds, which the environment does.
         max_nodes: Most nodes of a slot's tree without its root.
         prefix_cache: Rows of finished requests, which an engine may use where a prompt of the same salt
             (``store.cache_salts``) begins alike; None keeps none.
@@ -80,6 +98,28 @@ class Engine(ABC):
         Returns:
             The output head's input at the root (column 0) and at each node, ``[b, n + 1, H]``.
         """
+
+    def verify_with_chunk(
+        self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor, chunk: PromptChunk
+    ) -> tuple[Tensor, int]:
+        """Verify a round, and read on in the prompt of a free slot.
+
+        An engine may do both in one pass, which then reads the weights once. Unless this method is overridden, the
+        chunk is read by :meth:`prefill_chunk`, in a pass of its own.
+
+        Args:
+            slots: See :meth:`verify`, as ``tokens``, ``parents`` and ``valid``.
+            tokens: See there.
+            parents: See there.
+            valid: See there.
+            chunk: What is to be read of a prompt; the slot is none of ``slots``.
+
+        Returns:
+            What :meth:`verify` returns, and how many tokens of the prompt are read now, ``P`` where it is complete. Its
+            slot takes part from the next round on.
+        """
+        read = self.prefill_chunk(*chunk)
+        return self.verify(slots, tokens, parents, valid), read
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class SpecDecodeEnv(EnvBase):
     the bonus token; an empty tree is plain decoding. The reward is the number of tokens delivered. A slot is done at a
     stop token or string (terminated) or at its token budget (truncated), and takes the next request at its reset. A
     slot without a request is idle: it delivers nothing and is done at every step, so that it asks again. So is a slot
-    whose prompt is still being read, a chunk at each reset while other slots decode.
+    whose prompt is still being read, a chunk with each step while other slots decode.
 
     Args:
         engine: Engine of the target.
@@ -230,7 +230,7 @@ class SpecDecodeEnv(EnvBase):
                 self._release(slot)
         for slot in free[: len(self._taken)]:
             self._prefill.add(slot, self._taken.popleft())
-        loaded, out = self._prefill.read(slots, decoding=bool(self._active)), self._blank()
+        loaded, out = self._prefill.take(slots, decoding=bool(self._active)), self._blank()
         for slot, request in loaded:
             stop = request.sampling_params.stop
             self._active[slot] = _Slot(
@@ -245,21 +245,28 @@ class SpecDecodeEnv(EnvBase):
             self._set_sampling()
         for slot, held in self._active.items():
             out["speculate"][slot] = held.request.speculative
-        out["observation", "position"].copy_(self.engine.store.lengths - 1)
+        out["observation", "position"].copy_(self._positions())
         for key in self.done_keys:
             out[key] = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         return out
 
+    def _positions(self) -> Tensor:
+        """Return the position of each slot's root; −1 of one that takes no part, its prompt complete or not."""
+        positions = torch.full_like(self.engine.store.lengths, -1)
+        active = sorted(self._active)
+        positions[active] = self.engine.store.lengths[active] - 1
+        return positions
+
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
-        store, slots, out = self.engine.store, self.engine.store.occupied, self._blank()
+        # A slot whose prompt a round completes takes part from the next reset on.
+        slots, out = torch.tensor(sorted(self._active), dtype=torch.int64), self._blank()
         out["reward"] = torch.zeros(*self.batch_size, 1, dtype=torch.float32, device=self.device)
         out["terminated"] = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
         out["truncated"] = torch.ones_like(out["terminated"])  # what idle slots report
         if len(slots):
-            began = time.perf_counter()
             self._round(tensordict, slots, out)
-            self._prefill.round(time.perf_counter() - began)
-        out["observation", "position"].copy_(store.lengths - 1)
+            self._prefill.end_round()
+        out["observation", "position"].copy_(self._positions())
         out["done"] = out["terminated"] | out["truncated"]
         return out
 
@@ -276,7 +283,7 @@ class SpecDecodeEnv(EnvBase):
         if width:
             self._check_draft(draft, rows[valid.any(1)])
 
-        hidden = engine.verify(slots, tokens, parents, valid)
+        hidden = self._prefill.verify(slots, tokens, parents, valid)
         roots = store.lengths[slots] - 1
         sampling = self._sampling[rows]
         q = None

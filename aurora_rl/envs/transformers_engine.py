@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -20,7 +19,7 @@ from aurora_rl.context import ContextStore
 from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
 from aurora_rl.envs.batch_invariance import check_batch_invariance, require_fused
-from aurora_rl.envs.engine import Engine, register_engine
+from aurora_rl.envs.engine import Engine, PromptChunk, register_engine
 from aurora_rl.envs.exactness import (
     TRY_SGLANG,
     Exactness,
@@ -33,13 +32,14 @@ from aurora_rl.envs.exactness import (
     takes_positions,
     with_larger_products,
 )
+from aurora_rl.envs.forward_pass import ForwardPass, Rows
 from aurora_rl.envs.kv_shapes import kv_shapes
-from aurora_rl.models.attention import GROUPED_ATTENTION, pass_mask
-from aurora_rl.models.batch_invariant import invariant_mask, make_batch_invariant, whole_blocks
-from aurora_rl.models.inference_modules import FusedDecoderLayer, fuse_decoder_layers, prepare_for_inference
-from aurora_rl.models.kv_cache import SlotCache, column_positions, path_order
+from aurora_rl.models.attention import GROUPED_ATTENTION
+from aurora_rl.models.batch_invariant import make_batch_invariant, whole_blocks
+from aurora_rl.models.inference_modules import prepare_for_inference
+from aurora_rl.models.kv_cache import SlotCache
 from aurora_rl.models.loading import quiet_transformers
-from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers, decoder_of
+from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,7 @@ class TransformersEngine(Engine):
     _least_tolerance: ClassVar[float] = 0.0
     feature_layers: tuple[int, ...] = ()
     _prefill_rows: int = _PREFILL_ROWS
-    _packs: bool = False  # whether the layers take a pass without its padding
-    _batch_invariant: bool = False
+    _riders: Sequence[Rows] = ()  # chunks of prompts that are read in the next verification
 
     def __init__(
         self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int],
@@ -109,8 +108,7 @@ class TransformersEngine(Engine):
         with quiet_transformers():  # which warns of each form of attention that it does not know of a family
             self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe, batch_invariant)
         self.feature_layers = tuple(feature_layers)
-        for layer in set(feature_layers) - {count}:
-            self._layers[layer].register_forward_pre_hook(partial(self._capture, layer), with_kwargs=True)
+        self._pass.capture(self.feature_layers)
         self._allocate(num_slots, max_length, self._feature_size())
         if batch_invariant:
             check_batch_invariance(self, probe.texts[-1][:max_length])
@@ -122,9 +120,8 @@ class TransformersEngine(Engine):
         context = context_length(config)
         if not 2 <= max_length <= (context or max_length):
             raise ValueError(f"max_length must lie in 2..{context} (the model's context), got {max_length}")
-        self.model, self._decoder, self._config = model, decoder_of(model), config
-        self._last = None if context is None else context - 1
-        self._takes_positions, self._mask_kinds = takes_positions(model), mask_kinds(config, name, max_length)
+        self.model, self._config = model, config
+        told, kinds = takes_positions(model), mask_kinds(config, name, max_length)
         make_independent_of_length(model, max_length)
         self.vocab_size = config.vocab_size
         try:
@@ -140,9 +137,8 @@ class TransformersEngine(Engine):
                 str(error) if own else f"{name} does not run on a plain text ({reason_of(error)}); {TRY_SGLANG}"
             ) from error
         self._shapes = kv_shapes(model)
-        self._captured: dict[int, Tensor] = {}
-        self._starts: Tensor | None = None  # of the probe's rows: the position of column 0
-        self._alibi = AlibiPositions.of(model, max_length + self.max_nodes, takes_positions=self._takes_positions)
+        alibi = AlibiPositions.of(model, max_length + self.max_nodes, takes_positions=told)
+        self._pass = ForwardPass(model, self._layers, kinds, alibi, takes_positions=told)
         self.prefill_seconds = 0.0
         return probe
 
@@ -151,15 +147,15 @@ class TransformersEngine(Engine):
         width = self._output.weight.shape[1]
         self.store = ContextStore(num_slots, max_length, feature_size, width, dtype, device)
         # A tree is written after the committed tokens before any of it is accepted.
-        columns = whole_blocks(max_length + self.max_nodes, self._batch_invariant)
-        self._cache = SlotCache(self._shapes, num_slots, columns, dtype, device)
+        columns = whole_blocks(max_length + self.max_nodes, self._pass.batch_invariant)
+        self._pass.cache = SlotCache(self._shapes, num_slots, columns, dtype, device)
 
     def _feature_size(self) -> int:
         """Return the width of the captured features, found by capturing some."""
         self._allocate(1, 2, 0)
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         try:
-            _, features = self._forward(torch.tensor([0]), torch.tensor([0]), zero, zero, None)
+            ((_, features),) = self._pass(Rows(torch.tensor([0]), torch.tensor([0]), zero, zero))
         except Exception as error:  # Gemma 3n's layers hand on several streams, of four dimensions
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} has no features at layers {self.feature_layers} that a drafter could "
@@ -170,7 +166,7 @@ class TransformersEngine(Engine):
     @property
     def cache_bytes(self) -> int:
         """Memory of all slots' keys and values, in bytes."""
-        return self._cache.nbytes
+        return self._pass.cache.nbytes
 
     # ---- the form in which the model is run -------------------------------------------------------------------------
 
@@ -182,7 +178,7 @@ class TransformersEngine(Engine):
                 continue
             undo = None
             try:
-                undo = self._set_form(form, max_length)
+                undo = self._pass.set_form(form, max_length)
                 if form == "fused" and undo is None:
                     continue
                 error = self._disagreement(probe)
@@ -205,10 +201,9 @@ class TransformersEngine(Engine):
 
     def _in_inference_form(self, exactness: Exactness, probe: Probe, batch_invariant: bool) -> Exactness:
         """Replace norms and linear layers by faster ones, for good, and compare once more."""
-        self._batch_invariant = batch_invariant and require_fused(self._layers, exactness)
+        self._pass.batch_invariant = batch_invariant and require_fused(self._layers, exactness)
         prepare_for_inference(self.model)
         if batch_invariant:
-            self._packs = False
             make_batch_invariant(self.model)
         try:
             error = self._disagreement(probe)
@@ -249,20 +244,6 @@ class TransformersEngine(Engine):
             return None
         return wrong
 
-    def _set_form(self, form: str, max_length: int) -> Callable[[], None] | None:
-        """Change how attention is computed; return a function that undoes "fused", None if no layer can be fused."""
-        self._form, self._packs = form, False
-        implementation = GROUPED_ATTENTION if form in ("fused", "grouped") else form
-        if self._config._attn_implementation != implementation:
-            self.model.set_attn_implementation(implementation)
-        rotary = getattr(self._decoder, "rotary_emb", None)
-        if form == "fused" and rotary is not None:
-            # To the model's last position and not the engine's: another engine may serve the model further.
-            undo = fuse_decoder_layers(self._layers, rotary, max_length - 1 if self._last is None else self._last)
-            self._packs = all(isinstance(layer, FusedDecoderLayer) for layer in self._layers)
-            return undo
-        return None
-
     def _disagreement(self, probe: Probe) -> float:
         """Return how far this engine's logits are from the model's own on the probe.
 
@@ -271,10 +252,10 @@ class TransformersEngine(Engine):
         """
         length = max(len(text) for text in probe.texts)
         self._allocate(len(probe.texts), length, 0)
-        kinds, slots = self._mask_kinds, torch.arange(len(probe.texts))
+        kinds, slots = self._pass.kinds, torch.arange(len(probe.texts))
         with probe.short_windows():
-            self._mask_kinds = mask_kinds(self._config, type(self.model).__name__, length)
-            self._starts = probe.starts if self._takes_positions else None
+            self._pass.kinds = mask_kinds(self._config, type(self.model).__name__, length)
+            self._pass.starts = probe.starts
             try:
                 roots = probe.roots.tolist()
                 self._prefill_rows = length // 2
@@ -295,64 +276,10 @@ class TransformersEngine(Engine):
                 none = tree[:, :0]
                 last = self.verify(slots, none, none, none.bool())
             finally:
-                self._mask_kinds, self._starts, self._prefill_rows = kinds, None, _PREFILL_ROWS
+                self._pass.kinds, self._pass.starts, self._prefill_rows = kinds, None, _PREFILL_ROWS
         return probe.difference(self.logits(torch.cat([hidden[:, [0, 2, 4]], last], dim=1)), probe.logits)
 
     # ---- rounds -----------------------------------------------------------------------------------------------------
-
-    def _capture(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._captured[layer] = args[0] if args else kwargs["hidden_states"]
-
-    @torch.inference_mode()
-    def _forward(
-        self,
-        slots: Tensor,
-        past: Tensor,
-        tokens: Tensor,
-        depth: Tensor,
-        seen: Tensor | None,
-        present: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Run one pass over ``tokens`` ``[b, T]``, written from column ``past`` ``[b]`` (on the CPU) of the slots on.
-
-        ``depth`` ``[b, T]`` is a token's distance from ``past``, ``seen`` ``[b, T, T]`` the tokens that it sees (None:
-        those up to itself), and ``present`` ``[b, T]`` says which are no padding (None: all).
-        """
-        device, width = tokens.device, tokens.shape[1]
-        end = whole_blocks(int(past.max()) + width, self._batch_invariant)
-        past = past.to(device)[:, None]
-        present = present if self._packs and present is not None and not bool(present.all()) else None
-        order = path_order(seen, depth, past, end) if self._batch_invariant else None
-        self._cache.aim(slots, past + torch.arange(width, device=device), end, present, order)
-        arguments = {}
-        if self._takes_positions:
-            positions = past + depth + (0 if self._starts is None else self._starts[slots, None].to(device))
-            # A node past the model's last position is never delivered, and a table of positions has no row for it.
-            positions = positions if self._last is None else positions.clamp(max=self._last)
-            arguments["position_ids"] = self._cache.pack(positions)
-        if self._alibi is not None:
-            self._alibi.aim(column_positions(depth, past, end))
-        hidden = self._decoder(
-            input_ids=self._cache.pack(tokens),
-            attention_mask=self._attention_mask(seen, depth, past, end),
-            past_key_values=self._cache,
-            use_cache=True,
-            **arguments,
-        ).last_hidden_state
-        self._captured[len(self._layers)] = hidden
-        # Empty columns first: a drafter may read no features at all.
-        features = torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self.feature_layers)], dim=-1)
-        return self._cache.unpack(hidden), self._cache.unpack(features)
-
-    def _attention_mask(
-        self, seen: Tensor | None, depth: Tensor, past: Tensor, end: int
-    ) -> Tensor | dict[str | None, Tensor]:
-        """Return the mask of a pass as the model takes it, by kind of layer if not all see the whole text."""
-        name = GROUPED_ATTENTION if self._form in ("fused", "grouped") else self._form  # some models keep their own
-        form: Any = {"implementation": name, "seen": seen, "dtype": self.model.dtype}
-        mask: Callable[..., Tensor] = invariant_mask if self._batch_invariant else partial(pass_mask, **form)
-        masks = {kind: mask(depth, past, end, first) for kind, first in (self._mask_kinds or {None: None}).items()}
-        return masks[None] if None in masks else masks
 
     @override
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
@@ -361,8 +288,23 @@ class TransformersEngine(Engine):
 
     @override
     def prefill_chunk(self, slot: int, prompt: Tensor, done: int, most: int) -> int:
-        # The last token of a prompt is left to be the root of the first round.
         began = time.perf_counter()
+        prompt, done = self._begin(slot, prompt, done)
+        # The last token of a prompt is left to be the root of the first round.
+        last = min(done + most, len(prompt) - 1)
+        while done < last:
+            rows = self._chunk(slot, prompt, done, last)
+            ((_, features),) = self._pass(rows)
+            self._keep(rows, features)
+            done += features.shape[1]
+        read = self._end(slot, prompt, done)
+        if prompt.is_cuda:  # or it would be the next round that waits
+            torch.cuda.synchronize(prompt.device)
+        self.prefill_seconds += time.perf_counter() - began
+        return read
+
+    def _begin(self, slot: int, prompt: Tensor, done: int) -> tuple[Tensor, int]:
+        """Return a prompt on the device, and how much of it is read, kept rows included."""
         if not 1 <= len(prompt) < self.max_length:
             raise ValueError(f"a prompt has 1..{self.max_length - 1} tokens in this engine, got {len(prompt)}")
         prompt = prompt.to(self.store.tokens.device)
@@ -370,22 +312,28 @@ class TransformersEngine(Engine):
             cache, salt = self.prefix_cache, self.store.cache_salts[slot]
             done = 0 if cache is None else cache.load(prompt[:-1], self._rows(slot), salt)
             self.store.cached_lengths[slot] = done
-        where, stop = torch.tensor([slot]), min(done + most, len(prompt) - 1)
+        return prompt, done
+
+    def _chunk(self, slot: int, prompt: Tensor, done: int, last: int) -> Rows:
+        """Return the next rows of a prompt, up to ``last`` at most."""
         size = self._prefill_rows
-        if self._form in ("sdpa", "eager"):
+        if self._pass.form in ("sdpa", "eager"):
             size = max(16, min(size, _PREFILL_SCORES // (self._config.num_attention_heads * len(prompt))))
-        for start in range(done, stop, size):
-            part = prompt[start : min(start + size, stop)]
-            depth = torch.arange(len(part), device=prompt.device)[None]
-            _, features = self._forward(where, torch.tensor([start]), part[None], depth, None)
-            self.store.features[slot, start : start + len(part)] = features[0]
-        if stop == len(prompt) - 1:
-            self.store.start(slot, prompt)
-            stop = len(prompt)
-        if prompt.is_cuda:  # or it would be the next round that waits
-            torch.cuda.synchronize(prompt.device)
-        self.prefill_seconds += time.perf_counter() - began
-        return stop
+        part = prompt[None, done : min(done + size, last)]
+        depth = torch.arange(part.shape[1], device=prompt.device)[None]
+        return Rows(torch.tensor([slot]), torch.tensor([done]), part, depth)
+
+    def _keep(self, rows: Rows, features: Tensor) -> None:
+        """Keep the features ``[1, c, F]`` of a chunk."""
+        start = int(rows.past)
+        self.store.features[int(rows.slots), start : start + features.shape[1]] = features[0]
+
+    def _end(self, slot: int, prompt: Tensor, done: int) -> int:
+        """Occupy the slot if all of its prompt but the last token is read; return how many tokens then are."""
+        if done < len(prompt) - 1:
+            return done
+        self.store.start(slot, prompt)
+        return len(prompt)
 
     @override
     def verify(self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor) -> Tensor:
@@ -396,10 +344,28 @@ class TransformersEngine(Engine):
         past = self.store.lengths[slots] - 1
         root = self.store.tokens[slots.to(tokens.device), past.to(tokens.device)]
         depth = torch.cat([torch.zeros_like(root)[:, None], depths(parents)], dim=1)
-        rows = torch.cat([root[:, None], torch.where(valid, tokens, 0)], dim=1)
+        tokens = torch.cat([root[:, None], torch.where(valid, tokens, 0)], dim=1)
         present = F.pad(valid, (1, 0), value=True)
-        self._hidden, self._features = self._forward(slots, past, rows, depth, ancestor_mask(parents, valid), present)
+        trees = Rows(slots, past, tokens, depth, ancestor_mask(parents, valid), present)
+        (self._hidden, self._features), *read = self._pass(trees, *self._riders)
+        for rows, (_, features) in zip(self._riders, read, strict=True):
+            self._keep(rows, features)
         return self._hidden
+
+    @override
+    def verify_with_chunk(
+        self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor, chunk: PromptChunk
+    ) -> tuple[Tensor, int]:
+        prompt, done = self._begin(chunk.slot, chunk.prompt, chunk.done)
+        last = min(done + chunk.most, len(prompt) - 1)
+        riders = [self._chunk(chunk.slot, prompt, done, last)] if done < last else []
+        self._riders = riders
+        try:  # by way of the method that others may have extended
+            hidden = self.verify(slots, tokens, parents, valid)
+        finally:
+            self._riders = ()
+        done += sum(rows.tokens.shape[1] for rows in riders)
+        return hidden, self._end(chunk.slot, prompt, done)
 
     @override
     @torch.inference_mode()
@@ -416,7 +382,7 @@ class TransformersEngine(Engine):
         if bool(moved.any()):
             row, index = moved.nonzero(as_tuple=True)
             base = self.store.lengths[slots].to(device)[row]
-            self._cache.move(slots.to(device)[row], base + path[row, index], base + index)
+            self._pass.cache.move(slots.to(device)[row], base + path[row, index], base + index)
         columns = F.pad(path.clamp(min=-1) + 1, (1, 0))
         rows = torch.arange(len(slots), device=device)[:, None]
         features = self._features[rows, columns]
@@ -431,7 +397,7 @@ class TransformersEngine(Engine):
 
     def _rows(self, slot: int) -> list[Tensor]:
         """Return views of what a slot holds of each token but the last, after nothing but the tokens before it."""
-        return [*self._cache.rows(slot), self.store.features[slot]]
+        return [*self._pass.cache.rows(slot), self.store.features[slot]]
 
 
 class _FewLayers(TransformersEngine):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -48,6 +48,35 @@ class PassMask(Tensor):
         carrier = tokens.new_empty(len(tokens), 1, tokens.shape[1], 0).as_subclass(cls)
         carrier.seen = seen
         return carrier
+
+
+class PartMasks(Tensor):
+    """The masks of a pass of several parts, as transformers passes it on: a tensor of four dimensions, without values.
+
+    Attributes:
+        parts: Mask of each part.
+
+    Example:
+        >>> masks = PartMasks.of([torch.ones(2, 1, 3, 9), torch.ones(1, 1, 4, 7)])
+        >>> masks.shape, [mask.shape[2] for mask in masks_by_part(masks)]
+        (torch.Size([2, 1, 0, 0]), [3, 4])
+    """
+
+    parts: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor]) -> Tensor:
+        """Return the mask of a pass of these parts; that of a single part is its own."""
+        if len(parts) == 1:
+            return parts[0]
+        carrier = parts[0].new_empty(len(parts[0]), 1, 0, 0).as_subclass(cls)
+        carrier.parts = parts
+        return carrier
+
+
+def masks_by_part(mask: Tensor | None) -> Sequence[Tensor | None]:
+    """Return the mask of each part of a pass, which may have a single one."""
+    return mask.parts if isinstance(mask, PartMasks) else [mask]
 
 
 def pass_mask(

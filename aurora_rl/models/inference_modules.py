@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from aurora_rl.models.attention import grouped_attention
+from aurora_rl.models.attention import grouped_attention, masks_by_part
 from aurora_rl.models.kv_cache import SlotCache
 
 
@@ -80,7 +80,7 @@ class FusedDecoderLayer(nn.Module):
 
     Queries, keys and values are one product and rotated together, gate and up another. It takes what transformers
     passes to a decoder layer, an attention mask as :func:`grouped_attention` reads it and a cache. The pass may be
-    without padding (see :meth:`SlotCache.aim`): attention alone needs to know whose rows they are.
+    without padding and of several parts (see :meth:`SlotCache.aim`): attention alone needs to know whose rows they are.
 
     Attributes:
         attend: Attention, :func:`grouped_attention` unless it is replaced.
@@ -124,17 +124,24 @@ class FusedDecoderLayer(nn.Module):
         # Some families have float32 cosines whatever the dtype.
         turned = (turned * cos + torch.cat([-second, first], dim=-1) * sin).to(qkv.dtype)
         query, key, value = turned[:, :, :heads], turned[:, :, heads:].transpose(1, 2), value.transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self._index)
-        slots = past_key_values if isinstance(past_key_values, SlotCache) else None
-        if slots is not None:
-            query = slots.unpack(query)
-        out, _ = self.attend(self, query.transpose(1, 2), key, value, attention_mask, self._scaling)
-        if slots is not None:
-            out = slots.pack(out)
+        if isinstance(past_key_values, SlotCache):
+            past_key_values.write(self._index, key, value)
+            out = self._attend_by_parts(query, attention_mask, past_key_values)
+        else:
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self._index)
+            out, _ = self.attend(self, query.transpose(1, 2), key, value, attention_mask, self._scaling)
         hidden_states = hidden_states + self.o_proj(out.reshape(b, length, -1))
         gate, up = self.gate_up_proj(self.post_attention_layernorm(hidden_states)).chunk(2, dim=-1)
         return hidden_states + self.down_proj(self.act_fn(gate) * up)
+
+    def _attend_by_parts(self, query: Tensor, attention_mask: Tensor | None, cache: SlotCache) -> Tensor:
+        """Attend from queries ``[b, T, heads, d]`` of a pass, each part of it to the keys of its own slots."""
+        out = []
+        for part, (rows, mask) in enumerate(zip(cache.unpack(query), masks_by_part(attention_mask), strict=True)):
+            key, value = cache.read(self._index, part)
+            out.append(self.attend(self, rows.transpose(1, 2), key, value, mask, self._scaling)[0])
+        return cache.pack(*out)
 
 
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -1,7 +1,7 @@
 """A static KV cache for requests of unequal length.
 
-Legend: ``B`` slots, ``b`` of them in a pass, ``T`` tokens of a slot in a pass, ``L`` columns that the pass reads. Of a
-pass, ``depth`` ``[b, T]`` int64 are the depths of its tokens, ``past`` ``[b, 1]`` int64 is the first column that it
+Legend: ``B`` slots, ``b`` of them in a part of a pass, ``T`` tokens of each, ``L`` columns that the part reads. Of a
+part, ``depth`` ``[b, T]`` int64 are the depths of its tokens, ``past`` ``[b, 1]`` int64 is the first column that it
 writes, and ``end`` is ``L``.
 """
 
@@ -80,10 +80,32 @@ class Packing:
         """Return states ``[b, T, ...]`` as ``[1, R, ...]``."""
         return x.flatten(0, 1)[self._index][None]
 
+    def __len__(self) -> int:
+        return len(self._index)
+
     def unpack(self, x: Tensor) -> Tensor:
         """Return states ``[1, R, ...]`` as ``[b, T, ...]``, with zeros for padding."""
         rows = x.new_zeros(self._shape.numel(), *x.shape[2:])
         return rows.index_copy_(0, self._index, x[0]).unflatten(0, self._shape)
+
+
+class PassPart(NamedTuple):
+    """Slots whose tokens attend together in a pass: where they are written, and what they read.
+
+    Attributes:
+        slots: The slots, ``[b]`` int64.
+        columns: Column that each token is written to, ``[b, T]`` int64.
+        end: Columns that are read, ``[0, end)``.
+        present: Tokens that are no padding, ``[b, T]`` bool; None if all are tokens.
+        order: Result of :func:`path_order`, by which each token reads a copy of its columns; None reads a view that all
+            tokens share.
+    """
+
+    slots: Tensor
+    columns: Tensor
+    end: int
+    present: Tensor | None = None
+    order: Tensor | None = None
 
 
 class SlotCache(_KeysAndValuesOnly):
@@ -125,53 +147,77 @@ class SlotCache(_KeysAndValuesOnly):
         if (more := columns - self.columns) > 0:
             self.blocks = {shape: F.pad(block, (0, 0, 0, 0, 0, more)) for shape, block in self.blocks.items()}
 
-    def aim(
-        self, slots: Tensor, columns: Tensor, end: int, present: Tensor | None = None, order: Tensor | None = None
-    ) -> None:
+    def aim(self, *parts: PassPart, packed: bool = False) -> None:
         """Set where the next pass writes and what it reads.
 
         Args:
-            slots: Slots of the pass, ``[b]`` int64.
-            columns: Column that each token is written to, ``[b, T]`` int64.
-            end: Columns that are read, ``[0, end)``.
-            present: Tokens that are no padding, ``[b, T]`` bool. The pass is over these ``R`` tokens in one row,
-                ``[1, R]``. None is a pass over all, ``[b, T]``.
-            order: Result of :func:`path_order`, by which each token reads a copy of its columns; None reads a view that
-                all tokens share.
+            *parts: What attends apart in the pass; one part unless it is packed.
+            packed: Whether the pass is over the ``R`` tokens of all parts that are no padding, in one row ``[1, R]``.
+                Otherwise it is over all of the part's tokens, ``[b, T]``.
         """
-        flat = slots[:, None].to(columns.device) * self.columns + columns
-        self._flat = flat.flatten() if present is None else flat[present]
-        self._packing = None if present is None else Packing(present)
-        self._order = None if order is None else order + slots[:, None, None].to(order.device) * self.columns
-        first, last = int(slots[0]), int(slots[-1])
+        self._packings = None
+        if packed:
+            self._packings = [
+                Packing(torch.ones_like(part.columns, dtype=torch.bool) if part.present is None else part.present)
+                for part in parts
+            ]
+        firsts = [part.slots[:, None].to(part.columns.device) * self.columns for part in parts]
+        self._flat = self.pack(*(first + part.columns for first, part in zip(firsts, parts, strict=True))).flatten()
+        self._views = [
+            (self._rows_of(part), part.end, None if part.order is None else part.order + first[:, None])
+            for first, part in zip(firsts, parts, strict=True)
+        ]
+
+    @staticmethod
+    def _rows_of(part: PassPart) -> slice | Tensor:
         # A run of neighbouring slots is read through a view; any other choice has to be gathered, layer by layer.
-        run = slots.tolist() == list(range(first, last + 1))
-        self._rows = slice(first, last + 1) if run else slots.to(columns.device)
-        self._end = end
+        first, last = int(part.slots[0]), int(part.slots[-1])
+        run = part.slots.tolist() == list(range(first, last + 1))
+        return slice(first, last + 1) if run else part.slots.to(part.columns.device)
 
     @override
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        # `[b, heads, T, d]` in, what the pass may read out: `[b, heads, end, d]`, or a copy for each token by an order.
-        read = []
-        for (shape, index), states in zip(self._places[layer_idx], (key_states, value_states), strict=True):
+        # Of a pass of one part.
+        self.write(layer_idx, key_states, value_states)
+        return self.read(layer_idx, 0)
+
+    def write(self, layer_idx: int, key: Tensor, value: Tensor) -> None:
+        """Write a layer's keys and values of the pass, ``[b, heads, T, d]``."""
+        for (shape, index), states in zip(self._places[layer_idx], (key, value), strict=True):
             held = self.blocks[shape][index]
             held.view(-1, *shape).index_copy_(0, self._flat, states.transpose(1, 2).flatten(0, 1))
-            if self._order is None:
-                read.append(held[self._rows, : self._end].transpose(1, 2))
+
+    def read(self, layer_idx: int, part: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that a part may read, ``[b, heads, L, d]``, or a copy for each token by an order.
+
+        Args:
+            layer_idx: The layer, which has written those of the pass.
+            part: Number of the part, of those that :meth:`aim` was given.
+        """
+        read, (rows, end, order) = [], self._views[part]
+        for shape, index in self._places[layer_idx]:
+            held = self.blocks[shape][index]
+            if order is None:
+                read.append(held[rows, :end].transpose(1, 2))
             else:
-                own = held.view(-1, shape.heads * shape.head_dim).index_select(0, self._order.flatten())
-                read.append(own.view(-1, self._end, *shape).transpose(1, 2))
+                own = held.view(-1, shape.heads * shape.head_dim).index_select(0, order.flatten())
+                read.append(own.view(-1, end, *shape).transpose(1, 2))
         return read[0], read[1]
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """Return the states ``[1, R, ...]`` of a pass as ``[b, T, ...]``, with zeros for padding."""
-        return x if self._packing is None else self._packing.unpack(x)
+    def unpack(self, x: Tensor) -> list[Tensor]:
+        """Return the states ``[1, R, ...]`` of a pass by parts, each ``[b, T, ...]`` with zeros for padding."""
+        if self._packings is None:
+            return [x]
+        rows = x.split([len(packing) for packing in self._packings], dim=1)
+        return [packing.unpack(part) for packing, part in zip(self._packings, rows, strict=True)]
 
-    def pack(self, x: Tensor) -> Tensor:
-        """Return states ``[b, T, ...]`` as the pass has them, without padding ``[1, R, ...]``."""
-        return x if self._packing is None else self._packing.pack(x)
+    def pack(self, *parts: Tensor) -> Tensor:
+        """Return the states of each part, ``[b, T, ...]``, as the pass has them, without padding ``[1, R, ...]``."""
+        if self._packings is None:
+            return parts[0]
+        return torch.cat([packing.pack(x) for packing, x in zip(self._packings, parts, strict=True)], dim=1)
 
     def rows(self, slot: int) -> list[Tensor]:
         """Return views of what a slot holds, a row for each column: ``[columns, n, heads, d]`` for each shape.
@@ -187,11 +233,11 @@ class SlotCache(_KeysAndValuesOnly):
 
     @override
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._end  # transformers asks only if it gets no positions
+        return self._views[0][1]  # transformers asks only if it gets no positions
 
     @override
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self._end, 0  # key length and offset
+        return self._views[0][1], 0  # key length and offset
 
 
 def column_positions(depth: Tensor, past: Tensor, end: int) -> Tensor:

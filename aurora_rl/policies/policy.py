@@ -39,7 +39,8 @@ class DrafterPolicy(TensorDictModuleBase):
 
     Before it drafts, the cache takes what it lacks from the store. That may be the tokens of the last round, a new
     request (``is_init``), a window of plain decoding, or everything after a swap. While requests decode, it takes about
-    as many rows as are read in the time of a round. A slot gets no draft of the drafter's before its cache is level.
+    as many rows as are read in two fifths of a round's time. A slot gets no draft of the drafter's before its cache is
+    level.
 
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.

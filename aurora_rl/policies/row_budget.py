@@ -7,14 +7,16 @@ import time
 from collections import deque
 
 # Rows of the first call, and of the least and the most: fewer cost as much time, and more only memory.
-_FIRST, _LEAST, _MOST = 256, 64, 2048
-_ROUNDS = 8  # whose median time counts
+_FIRST, _LEAST, _MOST = 128, 64, 2048
+# They take at most about this share of the median of so many rounds: one with another request takes longer by itself.
+_SHARE, _ROUNDS = 0.4, 8
 
 
 class RowBudget:
     """Bounds the rows of the drafter's cache that are read next to a round, by the time that they take.
 
-    They are to take about as long as the round, as chunks of a prompt do (``envs.chunked_prefill``).
+    They are to take less than half of a round, so that it ends less than two rounds after the one before, as rounds
+    with a chunk of a prompt do (``envs.chunked_prefill``).
 
     Attributes:
         rows: Rows of the next call.
@@ -22,13 +24,13 @@ class RowBudget:
     Example:
         >>> budget = RowBudget()
         >>> budget.begin(waits=True)
-        256
-        >>> budget.spent(rows=256, seconds=1.0)
+        128
+        >>> budget.spent(rows=128, seconds=1.0)
         >>> for _ in range(2):  # rounds that take much less
         ...     rows = budget.begin(waits=True)
-        >>> budget.spent(rows=256, seconds=1.0)
+        >>> budget.spent(rows=128, seconds=1.0)
         >>> budget.rows
-        204
+        102
     """
 
     def __init__(self) -> None:
@@ -49,7 +51,7 @@ class RowBudget:
         self._reading += seconds
         if rows == self.rows and self._rounds:  # neither what is left of a text nor a text read whole
             usual = statistics.median(self._rounds)
-            if seconds > usual:
+            if seconds > _SHARE * usual:
                 self.rows = max(self.rows * 4 // 5, _LEAST)
-            elif seconds < usual / 4:  # a row costs more in a longer text
+            elif seconds < _SHARE * usual / 4:  # a row costs more in a longer text
                 self.rows = min(self.rows * 2, _MOST)

@@ -23,7 +23,7 @@ from typing_extensions import override
 from aurora_kernels import TreeMask
 from aurora_kernels.rows import log_softmax
 from aurora_rl.models.attention import GROUPED_ATTENTION, PassMask, TextAndTrees
-from aurora_rl.models.kv_cache import SlotCache, uniform_shapes
+from aurora_rl.models.kv_cache import PassPart, SlotCache, uniform_shapes
 from aurora_rl.models.parts import TargetParts, copy_layer, layer_config
 from aurora_rl.policies.drafter import Checkpoint, Drafter, Proposal, Unroll
 from aurora_rl.policies.formats.causal_lm import (
@@ -212,7 +212,7 @@ class StandaloneDrafter(Drafter):
         self, slots: Tensor, tokens: Tensor, position: Tensor, columns: Tensor, mask: TreeMask, end: int
     ) -> Tensor:
         """Run one pass over ``tokens`` ``[b, T]`` that reads the columns before ``end``: ``[b, T, H]``."""
-        self._cache.aim(slots, columns, end)
+        self._cache.aim(PassPart(slots, columns, end))
         return self.model(
             input_ids=tokens,
             position_ids=position,
@@ -339,7 +339,7 @@ def _check_served(lm: Any) -> None:
         lm.set_attn_implementation(GROUPED_ATTENTION)
         cache, slot, served = SlotCache(uniform_shapes(lm.config), 1, 4, lm.dtype, lm.device), torch.tensor([0]), []
         for columns in (tokens[:, :1], tokens[:, 1:]):
-            cache.aim(slot, columns, int(columns.max()) + 1)
+            cache.aim(PassPart(slot, columns, int(columns.max()) + 1))
             mask = PassMask.of(TreeMask(columns[:, 0]), columns)
             out = decoder(columns, mask, columns, past_key_values=cache, use_cache=True)
             served.append(F.linear(out.last_hidden_state, lm.lm_head.weight))

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aurora_kernels.trees import valid_nodes
-from aurora_rl.envs import Engine
+from aurora_rl.envs import Engine, PromptChunk
 from aurora_rl.testing.asserts import require
 
 # Relative to the largest value. Hugging Face norms compute in float32 whatever the dtype, so float64 may differ by
@@ -23,7 +23,8 @@ def check_engine(
     """Check an engine against its model run over each path of each tree by itself, without a cache.
 
     Random trees are verified on slots of unequal length, some nodes invalid; random paths are committed, some cut
-    short; slots are left out of rounds, released and taken again.
+    short; slots are left out of rounds, released and taken again. Of several slots one has its prompt read in chunks
+    along with the rounds of the others.
 
     Args:
         engine: Engine in float64 or float32 with all slots free, and free afterwards, and room for about 40 tokens.
@@ -50,15 +51,30 @@ def check_engine(
     prompts: list[int] = [0] * engine.num_slots
     for _ in range(2):  # in the second turn slots are used again, next to others that go on
         free = [slot for slot, text in enumerate(texts) if not text]
+        late, done = free[-1] if engine.num_slots > 1 else None, 0
         for slot in free:
             prompts[slot] = 1 + (3 * slot + draw(3)) % 9
             texts[slot] = torch.randint(engine.vocab_size, (prompts[slot],), generator=generator).tolist()
-        engine.prefill(free, [torch.tensor(texts[slot]) for slot in free])
+        now = [slot for slot in free if slot != late]
+        engine.prefill(now, [torch.tensor(texts[slot]) for slot in now])
+        prompt: list[int] = []
+        if late is not None:
+            prompt, texts[late] = texts[late], []
         for _ in range(rounds):
-            slots = [slot for slot in range(engine.num_slots) if draw(4)] or [0]
+            ready = [slot for slot, text in enumerate(texts) if text]
+            slots = [slot for slot in ready if draw(4)] or ready[:1]
             if draw(2):  # a round that is verified and never committed must leave no trace
                 engine.verify(torch.tensor(slots), *_random_trees(len(slots), draw(5), engine.vocab_size, generator))
-            _check_round(engine, reference, tuple(feature_layers), slots, texts, draw(7), generator)
+            chunk = None
+            if late is not None and not texts[late]:
+                chunk = PromptChunk(late, torch.tensor(prompt), done, 1 + draw(5))
+            done = _check_round(engine, reference, tuple(feature_layers), slots, texts, draw(7), generator, chunk)
+            if chunk is not None and done == len(prompt):
+                texts[chunk.slot] = prompt
+            _check_store(engine, reference, tuple(feature_layers), texts, prompts)
+        if late is not None and not texts[late]:
+            require(engine.prefill_chunk(late, torch.tensor(prompt), done, len(prompt)) == len(prompt), "prefill_chunk")
+            texts[late] = prompt
             _check_store(engine, reference, tuple(feature_layers), texts, prompts)
         for slot in range(0, engine.num_slots, 2):
             engine.release(slot)
@@ -76,9 +92,20 @@ def _check_round(
     texts: list[list[int]],
     num_nodes: int,
     generator: torch.Generator,
-) -> None:
+    chunk: PromptChunk | None,
+) -> int:
+    """Check a round, and return how many tokens of the chunk's prompt are read after it."""
     tokens, parents, valid = _random_trees(len(slots), num_nodes, engine.vocab_size, generator)
-    hidden = engine.verify(torch.tensor(slots), tokens, parents, valid)
+    read = 0
+    if chunk is None:
+        hidden = engine.verify(torch.tensor(slots), tokens, parents, valid)
+    else:
+        hidden, read = engine.verify_with_chunk(torch.tensor(slots), tokens, parents, valid, chunk)
+        whole = len(chunk.prompt)
+        where = f"slot {chunk.slot}, {chunk.done} of {whole} tokens, at most {chunk.most} more"
+        require(chunk.done < read <= whole, f"verify_with_chunk read {read} tokens in all, {where}")
+        held = int(engine.store.lengths[chunk.slot])
+        require(held == (whole if read == whole else 0), f"the store holds {held} tokens with {read} read, {where}")
     size = engine.store.hidden.shape[-1]
     require(hidden.shape == (len(slots), num_nodes + 1, size), f"verify gave {tuple(hidden.shape)}")
     logits = engine.logits(hidden)
@@ -110,6 +137,7 @@ def _check_round(
         count = int(num_new[row])
         _, expected, _ = _reference_pass(reference, texts[slot], layers)
         _same_values(features[row, :count], expected[-1 - count : -1], f"features that commit gave for slot {slot}")
+    return read
 
 
 def _check_store(
@@ -119,6 +147,8 @@ def _check_store(
     for slot, text in enumerate(texts):
         length = len(text)
         require(int(store.lengths[slot]) == length, f"slot {slot} has length {int(store.lengths[slot])}, not {length}")
+        if not text:  # its prompt is not complete
+            continue
         require(int(store.prompt_lengths[slot]) == prompts[slot], f"slot {slot} forgot the length of its prompt")
         require(store.tokens[slot, :length].tolist() == text, f"the store has other tokens in slot {slot}")
         hidden, features, _ = _reference_pass(reference, text, layers)

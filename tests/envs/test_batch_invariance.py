@@ -13,7 +13,7 @@ from served_models import FAMILIES, SIZES, model_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aurora_rl.envs import TransformersEngine, transformers_engine
+from aurora_rl.envs import TransformersEngine, forward_pass, transformers_engine
 from aurora_rl.envs.batch_invariance import check_batch_invariance
 from aurora_rl.envs.exactness import UnsupportedModelError
 from aurora_rl.models import batch_invariant
@@ -124,7 +124,7 @@ def test_chunks_of_a_prompt_leave_the_same_keys_and_features(models: dict[str, P
     for most in (1, 3, 16, 2, 40):
         done = engine.prefill_chunk(0, text, done, most)
     assert done == LENGTH
-    for rows in (*engine._cache.blocks.values(), engine.store.features[None]):
+    for rows in (*engine._pass.cache.blocks.values(), engine.store.features[None]):
         assert torch.equal(rows[:, 0, : LENGTH - 1], rows[:, 1, : LENGTH - 1])
     logits = plain_logits(engine_of(models["llama"]), text)
     none = torch.zeros(2, 0, dtype=torch.int64)
@@ -157,7 +157,7 @@ def test_the_check_before_serving_finds_it(models: dict[str, PreTrainedModel], m
     engine, (text,) = engine_of(models["float32"]), texts_of(models["float32"], 1)
     check_batch_invariance(engine, text)
     assert engine.store.lengths.tolist() == [0]
-    monkeypatch.setattr(transformers_engine, "path_order", lambda *args: None)
+    monkeypatch.setattr(forward_pass, "path_order", lambda *args: None)
     with pytest.raises(UnsupportedModelError, match=r"change in their last bits .*; set engine.batch_invariant=false"):
         check_batch_invariance(engine, text)
 

@@ -1,8 +1,9 @@
-"""Prompts that are read between rounds: the texts are those of plain decoding, and nobody waits long."""
+"""Prompts that are read along with rounds: the texts are those of plain decoding, and nobody waits long."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -59,11 +60,6 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _every_prompt_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_prefill, "_SHORT", 0)
-
-
 def model_of(config: PretrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     return Auto.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
@@ -98,7 +94,7 @@ def requests(*shapes: tuple[int, int], temperature: float = 0.0) -> list[Request
 class WholePrompts(TransformersEngine):
     """An engine that cannot stop within a prompt, as third parties' may be."""
 
-    prefill_chunk = Engine.prefill_chunk
+    prefill_chunk, verify_with_chunk = Engine.prefill_chunk, Engine.verify_with_chunk
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
         for slot, prompt in zip(slots, prompts, strict=True):
@@ -106,24 +102,23 @@ class WholePrompts(TransformersEngine):
 
 
 class World:
-    """An environment, what its engine read between rounds, and what came out."""
+    """An environment, what its engine read along with rounds, and what came out."""
 
     def __init__(self, engine: Engine, waiting: Sequence[Request]) -> None:
         self.queue, self.done, self.chunks = list(waiting), {}, []  # type: ignore[var-annotated]
-        engine.__dict__.pop("prefill_chunk", None)  # of a world before this one
-        self.engine, prefill_chunk = engine, engine.prefill_chunk
+        engine.__dict__.pop("verify_with_chunk", None)  # of a world before this one
+        self.engine, verify_with_chunk = engine, engine.verify_with_chunk
 
-        def noted(slot: int, prompt: Tensor, done: int, most: int) -> int:
-            read = prefill_chunk(slot, prompt, done, most)
-            if most < len(prompt):
-                self.chunks.append((slot, done, read))
-            return read
+        def noted(*arguments: Any) -> tuple[Tensor, int]:
+            hidden, read = verify_with_chunk(*arguments)
+            self.chunks.append((arguments[-1].slot, arguments[-1].done, read))
+            return hidden, read
 
-        engine.prefill_chunk = noted  # type: ignore[method-assign]
+        engine.verify_with_chunk = noted  # type: ignore[method-assign]
         self.env = SpecDecodeEnv(
             engine, lambda: self.queue.pop(0) if self.queue else None, num_nodes=4, on_completion=self._completed
         )
-        self.env._prefill.round = lambda seconds: None  # chunks of 16 tokens, whatever rounds take here
+        self.env._prefill.end_round = lambda: None  # chunks of 16 tokens, whatever rounds take here
 
     def _completed(self, completion: Completion) -> None:
         self.done[completion.request.id] = completion
@@ -212,40 +207,124 @@ def test_a_full_reset_drops_what_is_read_and_slots_hold_requests_meanwhile() -> 
     assert sorted(world.done) == [0, 3]
 
 
-def test_a_request_is_dropped_while_it_is_read() -> None:
-    prefill = ChunkedPrefill(engine())
-    first, second = requests((50, 3), (20, 3))
-    prefill.add(0, first)
-    prefill.add(1, second)
-    assert prefill.read([0, 1], decoding=True) == [] and len(prefill) == 2
-    assert prefill.drop(first.id) and not prefill.drop(first.id) and 0 not in prefill and 1 in prefill
-    assert prefill.read([0, 1], decoding=False) == [(1, second)]
+class Running:
+    """An engine whose slot 0 decodes, in rounds of so many seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, slots: int = 2) -> None:
+        self.clock, self.engine = 0.0, engine(slots)
+        self.engine.prefill([0], [torch.tensor([5, 6, 7])])
+        monkeypatch.setattr(chunked_prefill.time, "perf_counter", lambda: self.clock)
+        self.prefill = ChunkedPrefill(self.engine)
+
+    def round(self, seconds: float = 1.0) -> None:
+        none = torch.zeros(1, 0, dtype=torch.int64)
+        self.prefill.verify(torch.tensor([0]), none, none, none.bool())
+        self.clock += seconds
+        self.prefill.end_round()
 
 
-@pytest.mark.parametrize(("seconds", "grows"), [(10.0, True), (1e-9, False)])
-def test_a_chunk_grows_as_long_as_it_takes_less_time_than_a_round(seconds: float, grows: bool) -> None:
-    prefill = ChunkedPrefill(engine())
+def test_a_request_is_dropped_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Running(monkeypatch, slots=3)
+    (first, second), prefill = requests((50, 3), (20, 3)), world.prefill
+    prefill.add(1, first)
+    prefill.add(2, second)
+    world.round()
+    assert prefill.take([1, 2], decoding=True) == [] and len(prefill) == 2
+    assert prefill.drop(first.id) and not prefill.drop(first.id) and 1 not in prefill and 2 in prefill
+    assert prefill.take([1, 2], decoding=False) == [(2, second)] and world.engine.store.lengths.tolist() == [3, 0, 20]
+
+
+@pytest.mark.parametrize("clear", [True, False])
+def test_a_request_is_dropped_whose_prompt_a_round_has_just_completed(
+    clear: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = Running(monkeypatch)
+    (request,), prefill = requests((10, 3)), world.prefill
+    prefill.add(1, request)
+    world.round()
+    assert world.engine.store.lengths.tolist() == [3, 10] and len(prefill) == 1
+    assert prefill.clear() is None if clear else prefill.drop(request.id)
+    assert world.engine.store.lengths.tolist() == [3, 0] and len(prefill) == 0
+
+
+def test_a_request_is_cancelled_in_the_round_that_completes_its_prompt() -> None:
+    world = World(engine(), requests((3, 2), (4, 12), (14, 3), (5, 2)))
+    world.env.on_tokens = lambda *args: world.chunks and world.env.cancel(2)
+    world.run()
+    assert world.chunks[0] == (0, 0, 14) and sorted(world.done) == [0, 1, 3]
+    assert world.engine.store.lengths.tolist() == [0, 0]
+
+
+def test_a_round_with_a_chunk_is_one_pass() -> None:
+    world, passes = World(engine(), requests((3, 2), (4, 60), (50, 3))), []
+    td = world.env.reset()
+    world.engine.model.model.register_forward_hook(lambda *args: passes.append(len(world.chunks)))
+    steps = 0
+    while world.env.num_active:
+        td, steps = world.env.step_and_maybe_reset(world.env.rand_action(td))[1], steps + 1
+    assert len(world.chunks) == 4 and len(passes) == steps
+
+
+@pytest.mark.parametrize(("times", "grows"), [(1.7, True), (1.8, False)])
+def test_a_chunk_grows_as_long_as_its_round_takes_less_than_twice_one_without(
+    times: float, grows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = Running(monkeypatch)
+    prefill = world.prefill
+    for seconds in (3.0, 2.0, 1.0):  # without
+        world.round(seconds)
     prefill.chunk = 32
-    prefill.round(seconds)
-    (request,) = requests((100, 3))
-    prefill.add(0, request)
-    prefill.read([0], decoding=True)
-    assert prefill.chunk == (40 if grows else 25)
+    prefill.add(1, requests((100, 3))[0])
+    sizes = []
     for _ in range(3):
-        prefill.read([0], decoding=True)
-    prefill.round(seconds)
-    assert prefill.chunk > 40 if grows else prefill.chunk == 12
+        world.round(2 * times)
+        sizes.append(prefill.chunk)
+    assert sizes == ([36, 40, 40] if grows else [25, 20, 16])  # the last tokens of a prompt tell nothing
+    prefill.clear()
     prefill.chunk = 8  # and no shorter
-    prefill.add(0, request)
-    prefill.read([0], decoding=True)
-    assert prefill.chunk == (10 if grows else 8)
+    prefill.add(1, requests((100, 3))[0])
+    world.round(2 * times)
+    assert prefill.chunk == (9 if grows else 8)
 
 
-def test_a_short_prompt_is_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_prefill, "_SHORT", 40)
-    engine = TransformersEngine(tiny_target(), num_slots=2, max_length=256, feature_layers=())
-    prefill = ChunkedPrefill(engine)
-    for slot, length in ((0, 40), (1, 41)):
-        prefill.add(slot, Request(slot, torch.arange(length) % 30))
-    assert [slot for slot, _ in prefill.read([0], decoding=True)] == [0]
-    assert prefill.read([1], decoding=True) == []
+def test_what_a_chunk_adds_is_time_of_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Running(monkeypatch)
+    before = world.engine.prefill_seconds
+    world.round(2.0)
+    world.prefill.add(1, requests((125, 3))[0])
+    world.round(3.5)
+    world.round(1.0)  # shorter than without
+    assert world.engine.prefill_seconds == pytest.approx(before + 1.5)
+
+
+def test_what_the_engine_counts_itself_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Running(monkeypatch)
+    before = world.engine.prefill_seconds
+
+    def counts(*arguments: Any) -> tuple[Tensor, int]:
+        world.engine.prefill_seconds += 3.0
+        return TransformersEngine.verify_with_chunk(world.engine, *arguments)
+
+    monkeypatch.setattr(world.engine, "verify_with_chunk", counts)
+    world.round(2.0)
+    world.prefill.add(1, requests((125, 3))[0])
+    world.round(4.0)
+    assert world.engine.prefill_seconds == pytest.approx(before + 3.0)
+
+
+def test_prompts_that_nobody_waits_for_make_no_round_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = Running(monkeypatch)
+    world.clock += 100.0
+    world.prefill.take([], decoding=False)
+    world.round(2.0)
+    assert list(world.prefill._rounds) == [2.0]
+
+
+def test_after_eight_rounds_with_a_chunk_one_is_measured_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, passes = Running(monkeypatch), []
+    world.engine.model.model.register_forward_hook(lambda module, args, out: passes.append(len(out[0][0])))
+    world.prefill.chunk, world.prefill.end_round = 10, lambda: None  # type: ignore[method-assign]
+    world.prefill.add(1, requests((125, 3))[0])
+    for _ in range(15):
+        world.round()
+    assert passes == [11] * 8 + [1] + [11] * 4 + [5, 1]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from aurora_kernels import TreeMask
-from aurora_rl.envs import exactness, transformers_engine
+from aurora_rl.envs import exactness, forward_pass, transformers_engine
 from aurora_rl.envs.attention_span import First
 from aurora_rl.envs.exactness import UnsupportedModelError
 from aurora_rl.models import attention, inference_modules
@@ -148,7 +148,7 @@ def _windows_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _positions_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        transformers_engine, "column_positions",
+        forward_pass, "column_positions",
         lambda depth, past, end: torch.arange(end).expand(len(past), -1),
     )  # fmt: skip
 
@@ -162,7 +162,7 @@ def _wrong_column(monkeypatch: pytest.MonkeyPatch) -> None:
     aim = slot_cache.SlotCache.aim
     monkeypatch.setattr(
         slot_cache.SlotCache, "aim",
-        lambda self, slots, columns, end, *rest: aim(self, slots, columns.flip(1), end, *rest),
+        lambda self, part, packed: aim(self, part._replace(columns=part.columns.flip(1)), packed=packed),
     )  # fmt: skip
 
 

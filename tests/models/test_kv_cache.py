@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
 
-from aurora_rl.models.kv_cache import SlotCache, sliding_window, uniform_shapes
+from aurora_rl.models.kv_cache import PassPart, SlotCache, sliding_window, uniform_shapes
 
 
 def cache(columns: int = 3) -> SlotCache:
@@ -17,7 +17,7 @@ def cache(columns: int = 3) -> SlotCache:
 def write(held: SlotCache, slots: list[int], values: list[float]) -> list[float]:
     """Write a value at column 0 of each slot, and return what the pass reads there."""
     rows = torch.tensor(values)[:, None, None, None].expand(-1, 1, 1, 2)
-    held.aim(torch.tensor(slots), torch.zeros(len(slots), 1, dtype=torch.int64), 1)
+    held.aim(PassPart(torch.tensor(slots), torch.zeros(len(slots), 1, dtype=torch.int64), 1))
     keys, read = held.update(rows, rows + 100, 0)
     assert torch.equal(read, keys + 100)
     return keys[:, 0, 0, 0].tolist()

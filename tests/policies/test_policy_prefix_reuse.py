@@ -220,7 +220,9 @@ def with_drops(reuse: bool) -> tuple[Chats, int]:
                 Request(50, torch.cat([text, torch.tensor([8, 9])]), budget),
                 Request(60, torch.cat([words, torch.tensor([30, 11])]), budget),
             ]
-            td = _reset(chats, _reset(chats, td, 0), 0)
+            td = _reset(chats, td, 0)
+        elif chats.rounds == 4:  # its prompt has been read in the round before
+            td = _reset(chats, td, 0)
         return td
 
     return chats.run(dropping), dropped[0]

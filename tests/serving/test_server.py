@@ -11,10 +11,10 @@ import pytest
 import torch
 from oracle_server import DEPTH, OnTime, Oracle, Plain, Serving, Wrong, eagle, requests, truth
 from tensordict import TensorDict
-from torch import Tensor
 
 from aurora_rl.context import TrajectoryRecorder
-from aurora_rl.envs import SamplingParams, TransformersEngine
+from aurora_rl.envs import SamplingParams
+from aurora_rl.envs.forward_pass import ForwardPass, Rows
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
@@ -163,14 +163,14 @@ def test_recording_is_charged_to_speculation(where: str, tmp_path: Path, monkeyp
 
 
 def test_prefill_is_charged_to_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nap, forward = 0.05, TransformersEngine._forward
+    nap, forward = 0.05, ForwardPass.__call__
 
-    def slow(self: TransformersEngine, slots: Tensor, past: Tensor, tokens: Tensor, *args: Tensor) -> tuple:
-        if tokens.shape[1] > DEPTH + 1:  # longer than any tree
+    def slow(self: ForwardPass, *rows: Rows) -> list:
+        if any(each.tokens.shape[1] > DEPTH + 1 for each in rows):  # longer than any tree
             time.sleep(nap)
-        return forward(self, slots, past, tokens, *args)
+        return forward(self, *rows)
 
-    monkeypatch.setattr(TransformersEngine, "_forward", slow)
+    monkeypatch.setattr(ForwardPass, "__call__", slow)
     waiting = requests(5, budget=4, length=12)
     serving = Serving(tmp_path, waiting, Oracle(waiting), windows=Plain())
     began = time.perf_counter()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from aurora_rl.envs import TransformersEngine
+from aurora_rl.envs.forward_pass import ForwardPass, Rows
 from aurora_rl.testing import check_engine, tiny_target
 
 
@@ -21,25 +20,26 @@ class WrongFeatures(TransformersEngine):
 class NothingMoved(TransformersEngine):
     def commit(self, slots: Tensor, path: Tensor, tokens: Tensor, num_new: Tensor) -> Tensor:
         features = super().commit(slots, path, tokens, num_new)
-        for shape, block in self._cache.blocks.items():
+        for shape, block in self._pass.cache.blocks.items():
             block[:, slots] = self._saved[shape][:, slots]
         return features
 
     def verify(self, *args: Tensor) -> Tensor:
         hidden = super().verify(*args)
-        self._saved = {shape: block.clone() for shape, block in self._cache.blocks.items()}
+        self._saved = {shape: block.clone() for shape, block in self._pass.cache.blocks.items()}
         return hidden
 
 
-class CausalMask(TransformersEngine):
-    def _forward(self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, *seen: Tensor | None) -> tuple:
-        return super()._forward(slots, past, tokens, depth, None, *seen[1:])
+class CausalMask(ForwardPass):
+    def __call__(self, *rows: Rows) -> list:
+        return super().__call__(*(each._replace(seen=None) for each in rows))
 
 
-class PositionsInARow(TransformersEngine):
-    def _forward(self, slots: Tensor, past: Tensor, tokens: Tensor, depth: Tensor, *seen: Tensor | None) -> tuple:
-        row = torch.arange(depth.shape[1]).expand_as(depth)
-        return super()._forward(slots, past, tokens, row, *seen)
+class PositionsInARow(ForwardPass):
+    def __call__(self, *rows: Rows) -> list:
+        return super().__call__(
+            *(each._replace(depth=torch.arange(each.depth.shape[1]).expand_as(each.depth)) for each in rows)
+        )
 
 
 class WrongHead(TransformersEngine):
@@ -57,9 +57,10 @@ class WrongHead(TransformersEngine):
         (WrongHead, "logits, slot"),
     ],
 )
-def test_check_names_what_an_engine_breaks(kind: Callable[..., TransformersEngine], message: str) -> None:
+def test_check_names_what_an_engine_breaks(kind: type, message: str) -> None:
     engine = TransformersEngine(tiny_target(), num_slots=3, max_length=64, feature_layers=(0, 2))
-    engine.__class__ = kind  # not before: the engine's own check would refuse what is broken
+    broken = engine._pass if issubclass(kind, ForwardPass) else engine
+    broken.__class__ = kind  # not before: the engine's own check would refuse what is broken
     with pytest.raises(AssertionError, match=message):
         check_engine(engine, tiny_target(), feature_layers=(0, 2))
 
