@@ -153,7 +153,7 @@ class LLM:
         self._waiting: deque[Request] = deque()
         self._ended: list[Completion] = []
         self._busy, self._next_id = False, 0
-        self._seeds = random.Random(seed)  # of sampled requests that have none
+        self._seeds = random.Random(seed)  # for sampled requests without a seed
         self._decoder = SpeculativeDecoder(
             target,
             self.drafter,

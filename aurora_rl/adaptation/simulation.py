@@ -40,7 +40,7 @@ class LocalWire:
     error: str | None = None
     refused = 0  # nobody connects
     overtaken = False
-    served: tuple[()] = ()  # what is published is taken
+    served: tuple[()] = ()  # published weights are taken
 
     def __init__(self) -> None:
         self.waiting: list[TensorDictBase] = []

@@ -29,7 +29,7 @@ _LOOK_S = 0.2
 _TOLD_S = 10.0  # after so long a member that waits for resources is told
 _WORKS = ("learner_ready", "request", "status", "swap")  # events of a member that has started
 _ORDERLY = (0, 130, -signal.SIGTERM)  # the last two had not begun to work
-_END_S = 100.0  # for a member's end; see fleet_cluster for when it is killed
+_END_S = 100.0  # seconds for a member's end; fleet_cluster says when it is killed
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +138,7 @@ class _Fleet:
         members[0].folder.mkdir(exist_ok=True)
         self._posts = [_Post(each, MetricsReader(each.run / "metrics.jsonl", from_now=True)) for each in members]
         self._learner, *self._engines = self._posts
-        self._host: str | None = None  # of the learner
+        self._host: str | None = None  # the learner's
         self._wire: Wire | None = None
 
     def serve(self, stop: Stop) -> None:
@@ -284,7 +284,7 @@ class _Fleet:
     def end(self) -> list[str]:
         """End all members in good order, engines first. Return what went wrong."""
         failures = []
-        for posts in (self._engines, [self._learner]):  # what engines still send is learned from
+        for posts in (self._engines, [self._learner]):  # engines first: the learner gets their last trajectories
             running = [(post.member, post.seat) for post in posts if post.runs and post.seat is not None]
             for _, seat in running:
                 seat.stop()

@@ -82,7 +82,7 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
         '8'
     """
     found = {0: Version(published="the first drafter", served="0")}
-    at_engines: Version | None = None  # that is on trial at a share of the engines
+    at_engines: Version | None = None  # version on trial at a share of the engines
 
     def of(number: int) -> Version:
         return found.setdefault(number, Version())

@@ -71,7 +71,7 @@ class HttpFront:
                 f"max_new_tokens={config.max_new_tokens}: {REMOTE_ENGINES[config.engine.name]} itself chooses the "
                 "budget of requests that name none; leave the key out"
             )
-        needed = not replays and not remote  # which has a port of its own
+        needed = not replays and not remote  # a remote engine has a port of its own
         if config.http.port is None:
             if needed:
                 raise ConfigError("http.port=null: nobody could ask the server; give a port, or drive it by flywheel")

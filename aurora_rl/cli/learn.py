@@ -120,7 +120,7 @@ def _learn(
                 if ranks is not None:
                     ranks.stay()
         except RanksLostError:
-            learner.try_save()  # of the weights before the step that was lost
+            learner.try_save()  # saves the weights before the lost step
             raise
         except (ValueError, OSError) as error:  # the program's fault, not its input's: show where
             raise RuntimeError(f"learning stopped: {type(error).__name__}: {one_line(error)}") from error

@@ -45,7 +45,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path, ranks: Ranks | 
     With ``ranks`` this process is rank 0 of a learner of several, and the others call :func:`build_follower`.
     """
     config, settings = spec.config, spec.config.learner
-    keys = wire_keys(config, learner_keys)  # what is wrong with them is told before a model is loaded
+    keys = wire_keys(config, learner_keys)  # raises before a model is loaded
     parts = load_alone(spec)
     drafter = drafter_from_parts(spec, parts)
     handshake = Handshake.of(parts, drafter, spec.drafter_name)

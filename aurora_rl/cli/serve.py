@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from aurora_rl.serving.async_engine import AsyncEngine
     from aurora_rl.serving.requests import RequestQueue
 
-_DRAIN_S = 5.0  # for what clients have asked before the end
+_DRAIN_S = 5.0  # seconds for the answers to requests that came before the end
 _IDLE_S = 0.1  # between two looks of an idle server for new weights
 _MOST_TOLD = 20  # failed requests that are printed; metrics.jsonl and answers.jsonl have all
-_DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # that each part of a run writes anew
+_DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # each part of a run writes these anew
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -133,7 +133,7 @@ class _Session:
         with self._folder.undone_if_refused():
             attached = config.engine.attaches and not self._replays  # the clients are there, too
             (spec, *rival_specs), prompts = map(resolve, compared(config)), [] if attached else traffic(config)
-            wire_keys(config, engine_keys)  # what is wrong with them is told before a model is loaded
+            wire_keys(config, engine_keys)  # raises before a model is loaded
             http = self._http = HttpFront.of(config, replays=self._replays)
             self._loggers.enter_context(logged(config.telemetry.logger, run_dir))
             say(f"loading {config.model} · run folder {run_dir}")

@@ -80,7 +80,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     settle_options(arguments)
     if arguments.resume is not None:
         config, _ = go_on(config, Path(arguments.resume))
-        if (day0 := Path(arguments.resume) / _DAY0).is_dir():  # what was learned since is in the training state
+        if (day0 := Path(arguments.resume) / _DAY0).is_dir():  # later weights are in the training state
             config = replace(config, drafter=replace(config.drafter, path=str(day0)))
     check_installed(config.telemetry.logger)
     spec, began = resolve(config), time.monotonic()
@@ -250,7 +250,7 @@ class _Training:
         self._outputs = Outputs(self._log)
         self._first: dict[str, Any] = {}
         self._best: dict[str, Any] = {}
-        self._earlier_s = 0.0  # of the processes before this one
+        self._earlier_s = 0.0  # seconds of the processes before this one
 
     def resume(self) -> None:
         """Go on from the state in the run's folder, if there is one."""

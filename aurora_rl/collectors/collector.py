@@ -76,7 +76,7 @@ class ZMQCollector:
         self._lock = threading.Lock()  # shutdown may come from another thread than poll
         self._socket = open_socket(zmq.PULL)
         self._socket.rcvhwm = high_water
-        self._socket.maxmsgsize = limits.max_bytes  # of one frame: refused before it is received
+        self._socket.maxmsgsize = limits.max_bytes  # a larger frame is refused before it is received
         self.address = bind(self._socket, address, limits=limits, keys=keys)
 
     @property

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from aurora_rl.collectors.codec import SCHEMA
 from aurora_rl.storage import save_tensors
 
-_SCHEMA, _LAYERS = "schema", "feature_layers"  # in the metadata of each file
+_SCHEMA, _LAYERS = "schema", "feature_layers"  # keys in the metadata of each file
 
 
 class TrajectoryDataset(Dataset[TensorDict]):

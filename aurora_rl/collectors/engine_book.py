@@ -14,13 +14,13 @@ from aurora_rl.collectors.codec import CodecError, field
 from aurora_rl.telemetry.throttle import Throttle
 
 _MAX_ENGINES = 256  # the least recently seen is forgotten; one that still lives introduces itself again within a second
-_FORGET_S = 60.0  # in which an engine that lives is heard
+_FORGET_S = 60.0  # an engine is forgotten after so many seconds of silence
 _ANSWER_S = 600.0  # after a rejection, for which the other engines' answers are waited for
 # An engine may serve what an earlier learner published. A version so far above that is not believed: the next one to be
 # published must be above all of them.
 _MAX_LEAD = 1 << 32
 _REMEMBERED_CHECKSUMS = 64
-_DIGITS = 32  # of a checksum: what an engine says is kept, so it may not be longer
+_DIGITS = 32  # longest checksum kept from an engine's message, in characters
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class EngineBook:
 
     def __init__(self) -> None:
         self._changed, self._log = threading.Condition(), Throttle(logging.getLogger(__name__))
-        self._engines: OrderedDict[bytes, EngineStatus] = OrderedDict()  # by the connection's identity
+        self._engines: OrderedDict[bytes, EngineStatus] = OrderedDict()  # connection's identity -> status
         self._checksums: OrderedDict[int, str] = OrderedDict()  # an engine may acknowledge what is no longer the newest
         self._published = 0  # the newest, for whomever it is
         self._for_all, self._for_one = 0, dict[str, int]()  # versions to have; those of single engines by name

@@ -37,8 +37,8 @@ _MAX_CONNECTIONS = 256
 # Unfinished messages of all connections together: one of the largest, and never less than this. As much again in
 # messages that the reader has not taken.
 _LEAST_TOTAL = 1 << 26
-_GRACE_S = 0.2  # for bytes that the closed ZeroMQ socket had already written
-_STALL_S = 2.0  # in which a reader that asks gets what is complete
+_GRACE_S = 0.2  # seconds for bytes that the closed ZeroMQ socket had already written
+_STALL_S = 2.0  # seconds after which a reader that received nothing counts as stalled
 _PING_COST_PER_S = 64.0  # under CurveZMQ, PING and PONG look like parts, and no reader takes them
 
 
@@ -62,7 +62,7 @@ class Meter:
         self._max_bytes, self._max_parts, self._sealed = limits.max_bytes, limits.max_leaves + _SPARE_PARTS, sealed
         self._head = bytearray()
         self._greeted = False
-        self._flags = self._left = self._parts = 0  # of the frame: flags, and bytes to come; frames of the message
+        self._flags = self._left = self._parts = 0  # flags of the frame, bytes to come, frames of the message
         self._cost = 0
         self.held, self.spoken = 0, False
 

@@ -82,7 +82,7 @@ class TrajectorySink:
         self._most = min(max_bytes, limits.max_bytes - _HEADER)
         self._max_age = math.inf if max_age is None else max_age
         self._queue: deque[_Queued] = deque()
-        self._deletions: dict[str, float] = {}  # by tenant, up to which Unix time; the latest last
+        self._deletions: dict[str, float] = {}  # tenant -> Unix time of its latest deletion; latest last
         self._untold: dict[str, float] = {}  # those that the connected learner does not know
         self._told_connections = 0
         self._changed = threading.Condition()
@@ -188,7 +188,7 @@ class TrajectorySink:
             return False
         # Taken from the queue only now: a trajectory held back here would outlive newer ones.
         if self._socket.poll(_TURN_MS, zmq.POLLOUT):
-            if self._untold and self._connected:  # what is sent before the monitor's word would be told twice
+            if self._untold and self._connected:  # a message sent before the monitor's word would be told twice
                 self._send_deletion()
             else:
                 self._send_oldest()

@@ -43,7 +43,7 @@ class Socket(zmq.Socket[bytes]):
 
     guard: Guard | None = None
     gatekeeper: Gatekeeper | None = None
-    folder: str | None = None  # of the address between the two
+    folder: str | None = None  # folder of the address between the two
     key_refused = False
     """Whether the watched peer has refused our key at the last attempt."""
     connections = 0
@@ -83,7 +83,7 @@ class Socket(zmq.Socket[bytes]):
     def recv_multipart(self, flags: int = 0, copy: bool = True, track: bool = False) -> Any:
         frames = cast("list[zmq.Frame]", super().recv_multipart(flags, copy=False, track=track))
         if self.guard is not None:
-            body = frames[self.type == zmq.ROUTER :]  # what a ROUTER puts before them did not come over the network
+            body = frames[self.type == zmq.ROUTER :]  # the frame that a ROUTER puts first did not come over the network
             self.guard.taken(peer_of(body), [len(frame) for frame in body])
         return [frame.bytes for frame in frames] if copy else frames
 

@@ -54,7 +54,7 @@ _HEARTBEAT_S = 1.0  # between two ``serving`` messages: a restarted learner know
 _SILENCE_S = 5.0  # without an answer, after which a warning says that the learner is silent
 _CONTROL = Limits(max_bytes=1 << 16, max_leaves=0, max_header_bytes=1 << 16)
 _MAX_REPLIES = 64
-_MAX_JUMP = 1 << 52  # of versions at an engine, so that no learner can leave the next one without room
+_MAX_JUMP = 1 << 52  # largest step of an engine's version: the next learner needs room above it
 
 
 class WeightPublisher:

@@ -47,11 +47,11 @@ class ChunkedPrefill:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._reading: dict[int, tuple[Request, int]] = {}  # by slot: the request, and how many tokens of it are read
+        self._reading: dict[int, tuple[Request, int]] = {}  # slot -> request, and tokens of its prompt that are read
         self._rounds: deque[float] = deque(maxlen=_ROUNDS)  # seconds of those without a chunk
         self._read, self._with_chunk = 0, 0  # tokens in this round, and rounds with a chunk in a row
         self._ended = time.perf_counter()
-        self._counted = engine.prefill_seconds  # by the engine, as of the last round's end
+        self._counted = engine.prefill_seconds  # the engine's count at the last round's end
         self.chunk = _FIRST
 
     def __contains__(self, slot: int) -> bool:
@@ -97,7 +97,7 @@ class ChunkedPrefill:
             whole = [slot for slot in waiting if not self._reading[slot][1]]
             if whole:
                 self._engine.prefill(whole, [self._reading[slot][0].prompt for slot in whole])
-            self._note_end()  # of what no round waited for
+            self._note_end()  # no round waited for this
         else:
             waiting = [slot for slot in waiting if self._complete(slot)]
         return [(slot, self._reading.pop(slot)[0]) for slot in waiting]

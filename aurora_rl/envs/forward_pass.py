@@ -117,7 +117,7 @@ class ForwardPass:
         arguments = {}
         if self._takes_positions:
             arguments["position_ids"] = self.cache.pack(*(self._positions(each) for each in rows))
-        if self._alibi is not None:  # of a form that does not pack
+        if self._alibi is not None:  # only forms that do not pack have it
             self._alibi.aim(column_positions(rows[0].depth, _past(rows[0]), parts[0].end))
         hidden = self._decoder(
             input_ids=self.cache.pack(*(each.tokens for each in rows)),

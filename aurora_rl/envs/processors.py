@@ -175,7 +175,7 @@ def process(
         ``[b, n + 1, V]`` float32, in which `generate` calls processors as well; raw at invalid nodes.
     """
     scores = logits.to(torch.float32, copy=True)
-    calls: Sequence[Any] = processors  # which transformers declares for tensor types that torch no longer makes
+    calls: Sequence[Any] = processors  # transformers declares them for tensor types that torch no longer makes
     trees = zip(texts, tokens.tolist(), parents.tolist(), valid.tolist(), calls, strict=True)
     for row, (text, drafted, parent_of, real, own) in enumerate(trees):
         paths: dict[int, list[int]] = {0: []}  # drafted tokens from the root down to each column

@@ -262,7 +262,7 @@ class SpecDecodeEnv(EnvBase):
         slots, out = torch.tensor(sorted(self._active), dtype=torch.int64), self._blank()
         out["reward"] = torch.zeros(*self.batch_size, 1, dtype=torch.float32, device=self.device)
         out["terminated"] = torch.zeros(*self.batch_size, 1, dtype=torch.bool, device=self.device)
-        out["truncated"] = torch.ones_like(out["terminated"])  # what idle slots report
+        out["truncated"] = torch.ones_like(out["terminated"])  # idle slots report this
         if len(slots):
             self._round(tensordict, slots, out)
             self._prefill.end_round()
@@ -289,7 +289,7 @@ class SpecDecodeEnv(EnvBase):
         q = None
         if self.rule.needs_q:  # rounds that are decoded plainly may come without
             q = draft["q"][rows, :width] if width else hidden.new_zeros(len(slots), 0, engine.vocab_size)
-        packing = Packing(F.pad(valid, (1, 0), value=True))  # what is padding is not multiplied with the head
+        packing = Packing(F.pad(valid, (1, 0), value=True))  # padding is not multiplied with the head
         logits = packing.unpack(engine.logits(packing.pack(hidden)))
         occupied = slots.tolist()
         raw, held = logits, [self._active[slot] for slot in occupied]

@@ -105,7 +105,7 @@ class TransformersEngine(Engine):
         count = len(self._layers)
         if not all(0 <= layer <= count for layer in feature_layers):
             raise ValueError(f"feature_layers must be layer ids in 0..{count}, got {tuple(feature_layers)}")
-        with quiet_transformers():  # which warns of each form of attention that it does not know of a family
+        with quiet_transformers():  # it warns of each form of attention that it does not know of a family
             self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe, batch_invariant)
         self.feature_layers = tuple(feature_layers)
         self._pass.capture(self.feature_layers)
@@ -208,7 +208,7 @@ class TransformersEngine(Engine):
         try:
             error = self._disagreement(probe)
             reason = f"its logits differ by {error:.2g} of their spread"
-        except Exception as raised:  # of a layer that looks into another
+        except Exception as raised:  # a layer may look into another
             error, reason = torch.inf, reason_of(raised)
         if error > exactness.tolerance:
             kind = WrongLogitsError if error < torch.inf else UnsupportedModelError
@@ -223,7 +223,7 @@ class TransformersEngine(Engine):
 
         None if such a copy cannot be made or run; NotCausalError or WrongLogitsError if it is wrong in every form.
         """
-        in_inference_form = self._config._attn_implementation == GROUPED_ATTENTION  # by another engine
+        in_inference_form = self._config._attn_implementation == GROUPED_ATTENTION  # another engine did it
         if self.model.dtype not in (torch.bfloat16, torch.float16) or in_inference_form:
             return None
         wrong: dict[str, str] = {}
@@ -239,7 +239,7 @@ class TransformersEngine(Engine):
                 wrong |= {form: f"{reason} (in float32)" for form, reason in probed.switched_off.items()}
         except (NotCausalError, WrongLogitsError) as error:
             raise type(error)(f"{error} (found in float32)") from error
-        except Exception as error:  # of a copy that no model of the family looks like
+        except Exception as error:  # a copy that looks like no model of the family
             logger.debug("no probe of %s in float32: %s", type(self.model).__name__, error)
             return None
         return wrong
@@ -360,7 +360,7 @@ class TransformersEngine(Engine):
         last = min(done + chunk.most, len(prompt) - 1)
         riders = [self._chunk(chunk.slot, prompt, done, last)] if done < last else []
         self._riders = riders
-        try:  # by way of the method that others may have extended
+        try:  # through self.verify: a subclass may extend it
             hidden = self.verify(slots, tokens, parents, valid)
         finally:
             self._riders = ()

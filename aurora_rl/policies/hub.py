@@ -147,7 +147,7 @@ class HubMixin:
             ConnectionError: The hub could not be reached; the message names the folder where the drafter is saved.
         """
         if run is not None:
-            run_figures(run)  # what is wrong with it is told before the hub is asked
+            run_figures(run)  # raises before the hub is asked
         scratch = Path(tempfile.mkdtemp(prefix="aurora-rl-"))
         folder, kept = scratch / "drafter", False
         try:

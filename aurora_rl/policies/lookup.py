@@ -56,7 +56,7 @@ class EarlierAnswers:
 
     def __init__(self, capacity: int) -> None:
         self._capacity, self._held = capacity, 0
-        self._lengths: deque[tuple[str | None, int]] = deque()  # of each answer, with its salt, the oldest first
+        self._lengths: deque[tuple[str | None, int]] = deque()  # salt and length of each answer, oldest first
         self._texts: dict[str | None, np.ndarray] = {}
 
     def tokens(self, salt: str | None = None) -> np.ndarray:
@@ -215,7 +215,7 @@ def merge_trees(tree: Tree, found: Tree, num_nodes: int, least: float = 0.0) -> 
     both = Tree(tree.tokens.copy(), tree.parents.copy(), tree.log_probs.copy())
     index = {pair: node for node, pair in enumerate(zip(both.parents, both.tokens, strict=True))}
     joint = _joint(tree)
-    place = {-1: -1}  # of each node that was looked up, in the result
+    place = {-1: -1}  # looked-up node -> its index in the result
     for node, chance in enumerate(_joint(found)):
         pair = place[found.parents[node]], found.tokens[node]
         place[node] = index.setdefault(pair, len(both.tokens))

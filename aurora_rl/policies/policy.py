@@ -106,8 +106,8 @@ class DrafterPolicy(TensorDictModuleBase):
         self.prefix_cache: PrefixCache | None = None
         self.earlier: EarlierAnswers | None = None
         self._budget = RowBudget()
-        self._read = torch.zeros_like(store.tokens)  # what the drafter's cache is of: a slot may hold the next request
-        self._salts: list[str | None] = [None] * store.num_slots  # of the requests that it is of
+        self._read = torch.zeros_like(store.tokens)  # tokens in the drafter's cache: the slot may hold the next request
+        self._salts: list[str | None] = [None] * store.num_slots  # salts of the requests in the cache
         self._unsaved = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose rows are not in the prefix cache
         self._failed_slots = torch.zeros(store.num_slots, dtype=torch.bool)  # slots whose requests the drafter failed
         self.drafted, self.looked_up = torch.zeros(2, store.num_slots, dtype=torch.bool)

@@ -306,13 +306,13 @@ class StandaloneDrafter(Drafter):
     @classmethod
     @override
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        return (config.get("architectures") or [""])[0].endswith("ForCausalLM")  # that no other drafter claims
+        return (config.get("architectures") or [""])[0].endswith("ForCausalLM")  # no other drafter claims these
 
     @classmethod
     @override
     def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
         drafter = cls(**read_causal_lm(checkpoint, parts), target_width=parts.embedding.shape[1])
-        if "model" in options:  # what it was made of once; the folder holds what it became
+        if "model" in options:  # the source of its first weights; the folder holds the present ones
             drafter.options = options
         return drafter
 

@@ -96,7 +96,7 @@ class TreeController:
         # Live over measured seconds of plain, of drafter's and of lookup's rounds, and of how many of each.
         self._pace, self._timed = [1.0, 1.0, 1.0], [0, 0, 0]
         self._kept = 1.0  # share of the nodes of the drafter's shapes that are verified
-        self._kind, self._run = -1, 0  # which of the three ran last, and for how many rounds
+        self._kind, self._run = -1, 0  # which of the three kinds ran last, and for how many rounds
         self._resting = 0  # the number of occupied slots at which it was best to leave the drafter alone
         self._probing = 0  # trials that the probe still wants
         # Seconds: of rounds without the drafter since the last one with it, and what drafting had lost by then.

@@ -113,7 +113,7 @@ class RoundTrial:
 
     def _begin_cycle(self) -> None:
         self._at, self._new_first = 0, self._random.random() < 0.5
-        self._window = _Sums(), _Sums()  # of the old and of the new weights
+        self._window = _Sums(), _Sums()  # old weights, new weights
 
     @property
     def new(self) -> bool:

@@ -201,7 +201,7 @@ class InferenceServer:
         if baseline:
             seconds -= recording
             self.stats.rounds.append(Round(True, occupied, 0, recording, completed, count=0))
-        if baseline or speculative:  # what nobody may draft for says nothing of speculation
+        if baseline or speculative:  # a round without drafts allowed says nothing of speculation
             self.stats.rounds.append(Round(not baseline, occupied, tokens, seconds, completed, drafted=drafted))
         self.stats.drafted["baseline" if baseline else self._drafted()] += 1
         self._windows.spent(seconds)

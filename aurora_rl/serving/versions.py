@@ -100,7 +100,7 @@ class Versions:
         )
         # Of the version that is served, the one before it, and the one on trial.
         self._kept = {policy.version: _Kept(_as_served(policy, policy.drafter.published()), "")}
-        self._mended: set[tuple[int, str]] = set()  # what was found before, by version and cause
+        self._mended: set[tuple[int, str]] = set()  # faults found before: version and cause
         self._trial: RoundTrial | None = None
         self._trials = 0
         self._rolled_back: dict[str, str] = {}  # reasons by checksum: a learner that reconnects offers its newest again
@@ -286,7 +286,7 @@ class Versions:
         milliseconds = (time.perf_counter() - began) * 1e3
         self._stats.swap_ms.append(milliseconds)
         self._stats.versions.append(version)
-        served = self._stats.versions[-1:] if self._compares else self._stats.versions[-2:]  # of one drafter alone
+        served = self._stats.versions[-1:] if self._compares else self._stats.versions[-2:]  # both are of one drafter
         self._kept = {number: kept for number, kept in self._kept.items() if number in served}
         self._log.write("swap", version=version, ms=round(milliseconds, 3), requests=len(self._stats.finished))
         # These tensors stay what they are: the next swap puts others in their place.
@@ -302,7 +302,7 @@ class Versions:
     def _acknowledge(self, version: int, loaded: dict[str, Tensor], milliseconds: float) -> None:
         assert self._receiver is not None
         self._receiver.acknowledge(version, checksum(loaded), milliseconds)
-        return_freed_memory()  # of the weights that these replace, and of the message
+        return_freed_memory()  # memory of the replaced weights and of the message
 
     def close(self) -> None:
         """Take no more weights, and close the wire."""

@@ -48,7 +48,7 @@ class Watchdog:
 
     def __init__(self, policy: DrafterPolicy, engine: Engine) -> None:
         self._policy, self._engine, self._store = policy, engine, engine.store
-        self._frozen: dict[str, TensorSample] = {}  # of the version of the question
+        self._frozen: dict[str, TensorSample] = {}  # samples of the version in question
         self._question: _Question | None = None
         self._turn = 0
         self._short = self._long = 0.0
@@ -85,7 +85,7 @@ class Watchdog:
                 or self._answer(weights, earlier)
                 or self._cache(fresh)
             )
-        except torch.OutOfMemoryError:  # of the copy that is asked, which says nothing of the drafter
+        except torch.OutOfMemoryError:  # the copy ran out of memory, which says nothing of the drafter
             return None
         except Exception as error:  # whatever a drafter does, the requests are served
             return Fault("dead", f"asked for a draft, it raises {error!r}")
@@ -123,7 +123,7 @@ class Watchdog:
 
     def _probe(self, tokens: Tensor, features: Tensor, slot: int | None = None) -> Drafter:
         """Return the drafter with a cache of its own, of one slot that holds these pairs, with a slot's adapter."""
-        probe = copy.copy(self._policy.drafter)  # of the same weights
+        probe = copy.copy(self._policy.drafter)  # a copy of the module with the same weights
         probe.allocate(1, len(tokens) + _ASKED.depth + 1)
         if slot is not None and probe.adapters is not None:
             probe.slot_adapters = self._policy.drafter.slot_adapters[slot : slot + 1]

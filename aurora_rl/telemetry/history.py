@@ -174,7 +174,7 @@ class RunHistory:
         self.version: int | None = None
         self.published: int | None = None
         self.saved = 0
-        self._seen: int | None = None  # by the learner that runs, when it began or last saved
+        self._seen: int | None = None  # trajectories seen when the running learner began or last saved
         self.drops: Counter[str] = Counter()
         self.points: list[Point] = []
         self.drafted: Counter[str] = Counter()

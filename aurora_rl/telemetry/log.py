@@ -107,7 +107,7 @@ class MetricsReader:
 
     def __init__(self, path: str | os.PathLike[str], *, from_now: bool = False) -> None:
         self._path = Path(path)
-        self._offset, self._inode = 0, 0  # of the file that is read now
+        self._offset, self._inode = 0, 0  # position in the file being read, and its inode
         self._held: int | None = None  # a descriptor of it, so that its number is not given to another file
         if from_now and self._path.exists():
             with open(self._path, "rb") as file:

@@ -20,7 +20,7 @@ from aurora_rl.training.states import StateError, check_state, states
 
 logger = logging.getLogger(__name__)
 
-_CHECKSUM = "checksum"  # in the document
+_CHECKSUM = "checksum"  # key in the document
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class EngineTrial:
     def __init__(self, rules: EngineTrialRules, engines: Sequence[str], seed: int = 0) -> None:
         self._rules, self._random = rules, random.Random(rules.seed + seed)
         self._test = LossTest(_FIGURES, rules.false_alarm_rate, rules.margin)
-        self._totals = _Sums(), _Sums()  # of the old and of the new weights
+        self._totals = _Sums(), _Sums()  # old weights, new weights
         self._missed = 0
         self.new: list[str] = []
         self.old: list[str] = []
@@ -223,8 +223,8 @@ class EngineCanary:
         self._old: dict[str, Tensor] = {}
         self._numbers = {"version": 0, "against": 0}  # under which the trial is known
         self._have: list[str] = []  # engines with the new weights
-        self._drafted: dict[int, bool | None] = {}  # by version of this window: by new weights? None: not counted
-        self._arrived, self._loaded, self._began = 0, False, 0.0  # of this window
+        self._drafted: dict[int, bool | None] = {}  # window's version -> drafted by new weights; None: not counted
+        self._arrived, self._loaded, self._began = 0, False, 0.0  # this window's
 
     @property
     def trying(self) -> bool:

@@ -42,7 +42,7 @@ from aurora_rl.trajectories import pack
 logger = logging.getLogger(__name__)
 
 _STATE = "the training state"
-_STREAM = "stream.pt"  # of a training state: the replay buffer, and what else the trajectories left
+_STREAM = "stream.pt"  # file of a training state: replay buffer and other state from trajectories
 _MOST_TOLD = 64  # engines that reject a version: a peer may make up ever new names
 _COUNTS = "seen steps skipped version _skipped_in_a_row _credit _since_candidate _decided_steps".split()
 
@@ -120,7 +120,7 @@ class Learner:
         self._credit = self._since_candidate = self._decided_steps = 0
         self._age_limit, self._once = AgeLimit(max_age), once
         self._serving = self._frozen()
-        self._replaced: dict[str, Tensor] | None = None  # what was served before, until the newest is withdrawn
+        self._replaced: dict[str, Tensor] | None = None  # weights served before, until the newest is withdrawn
         self._rejecting: set[str] = set()  # engines that rejected the newest, as told
         self._start_check = StartCheck(self._serving, log)
         self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
@@ -236,7 +236,7 @@ class Learner:
 
     def _drop(self, gone: Callable[[TensorDictBase], bool]) -> tuple[list[TensorDictBase], int]:
         """Drop trajectories. Return those that were not learned from, and how many there were in all."""
-        held = self._gate.drop(gone)  # what is held is in no buffer
+        held = self._gate.drop(gone)  # held trajectories are in no buffer
         unlearned = held + [each for each in self._new if gone(each)]
         self._new = [each for each in self._new if not gone(each)]
         if self._sound is not None and gone(self._sound):

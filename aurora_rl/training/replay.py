@@ -21,7 +21,7 @@ from aurora_rl.trajectories import pack, size_of
 _NEWEST = 32  # trajectories
 _PRESENT = 2  # times the capacity: trajectories of others after which an engine that sends none has gone
 _LATELY = 8  # times the newest that are asked for: the same, for them
-_NOTES = ("source", "tenant", "captured", "seconds")  # of the collector, on each trajectory
+_NOTES = ("source", "tenant", "captured", "seconds")  # added by the collector to each trajectory
 
 
 def as_state(trajectory: TensorDictBase) -> dict[str, Any]:
@@ -56,8 +56,8 @@ class NewestTrajectories(ListStorage):
         super().__init__(capacity)
         self._max_bytes = math.inf if max_bytes is None else max_bytes
         self._recent = RecentEngines(_PRESENT * capacity)
-        self._engines: list[str] = []  # of each trajectory
-        self._number, self._bytes = Counter[str](), Counter[str]()  # of each engine's trajectories
+        self._engines: list[str] = []  # one for each trajectory
+        self._number, self._bytes = Counter[str](), Counter[str]()  # for each engine's trajectories
 
     @override
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:

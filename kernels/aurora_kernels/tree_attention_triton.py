@@ -46,7 +46,7 @@ def _add_block(
         scores = (2 * tl.sigmoid(2 * scores) - 1) * outer
     scores = tl.where(visible, scores, -float("inf"))
     new = tl.maximum(largest, tl.max(scores, 1))
-    base = tl.where(new == -float("inf"), 0.0, new)  # of rows that have seen nothing yet
+    base = tl.where(new == -float("inf"), 0.0, new)  # rows that have seen nothing yet
     weights = tl.exp2(scores - base[:, None])
     kept = tl.exp2(largest - base)
     values = tl.load(

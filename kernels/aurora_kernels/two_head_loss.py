@@ -246,7 +246,7 @@ def _walk(
             for step, index in enumerate(plan.head_of):
                 weight, x = weights[step, rows], states[step][rows].to(dtype)
                 if plan.sparse:
-                    x = x.masked_fill((weight == 0)[:, None], 0.0)  # what is discarded may hold anything
+                    x = x.masked_fill((weight == 0)[:, None], 0.0)  # discarded rows may hold anything
                 logits = x @ products[index].T
                 gradient = state_learns[step] or head_learns[index]
                 value, agrees = _row_values(plan, log_p, best, chosen, logits, gradient=gradient)

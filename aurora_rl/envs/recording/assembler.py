@@ -132,10 +132,10 @@ class RecordedTotals:
     """Sums over recorded requests."""
 
     requests: int = 0
-    terminated: int = 0  # by themselves, not by their budget
+    terminated: int = 0  # ended by themselves, not by their budget
     prompt_tokens: int = 0
-    tokens: int = 0  # of completions
-    speculative_tokens: int = 0  # that speculative rounds delivered, bonus tokens included
+    tokens: int = 0  # tokens of completions
+    speculative_tokens: int = 0  # tokens from speculative rounds, bonus tokens included
     speculative_rounds: int = 0
     drafted_tokens: int = 0
     accepted: Mapping[int, int] = field(default_factory=dict)  # rounds by the number of drafts that they accepted
@@ -190,7 +190,7 @@ class TrajectoryAssembler:
         self.counts: Counter[str] = Counter()
         self.totals = RecordedTotals()
         self._emitting = threading.Lock()
-        self._deletions: dict[str, float] = {}  # by tenant, the monotonic time of the latest; the latest last
+        self._deletions: dict[str, float] = {}  # tenant -> monotonic time of its latest deletion; latest last
         self._ended: queue.SimpleQueue[tuple[_Record, list[int], SamplingParams, bool] | str | None]
         self._ended = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trajectories", daemon=True)
@@ -264,7 +264,7 @@ class TrajectoryAssembler:
 
     def delete(self, tenant: str) -> None:
         """Drop what is kept of a tenant's texts, and make no trajectory of its requests that have begun until now."""
-        with self._emitting:  # what was found to stay is in the queue before the queue is searched
+        with self._emitting:  # trajectories that stay are queued before the queue is searched
             self._deletions.pop(tenant, None)
             self._deletions[tenant] = time.monotonic()
         if len(self._deletions) > MOST_DELETIONS:

@@ -78,7 +78,7 @@ class EngineClient:
     """Error that is raised if the server fails or refuses."""
     watched: ClassVar[tuple[str, ...]] = ("prefill", "verify")
     """Entries of "seen" in the plugin's status that one request must raise."""
-    _folder: str | None = None  # of the plugin's address, if the server was launched here
+    _folder: str | None = None  # folder of the plugin's address, if the server was launched here
 
     def __init__(
         self,

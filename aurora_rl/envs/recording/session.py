@@ -31,15 +31,15 @@ ATTACH: dict[str, type | tuple[type, ...]] = {
     "weights": str,  # address of its publisher
     "keys": bool,  # whether they have keys
     "handshake": dict,
-    "version": int,  # of the weights that the server was started with
+    "version": int,  # version of the weights that the server was started with
     "capture_rate": (int, float),  # share of requests to capture
     "queue": int,  # trajectories that wait for an absent learner
-    "queue_bytes": int,  # of them, at most
+    "queue_bytes": int,  # most bytes of queued trajectories
     "max_age": (int, float),  # seconds that they may wait; 0 knows no limit
     "max_message": int,  # bytes of a trajectory or of weights on the wire
-    "top_k": int,  # of the target's distribution, where the input of its head cannot be reached
-    "max_bytes": int,  # that requests on their way may hold
-    "store_bytes": int,  # of features of earlier texts, for prompts with a cached prefix
+    "top_k": int,  # recorded entries of the target's distribution if the head's input is out of reach
+    "max_bytes": int,  # most bytes that unfinished requests hold
+    "store_bytes": int,  # most bytes of features kept for prompts with a cached prefix
 }
 """Fields of an ``attach`` request and their types."""
 
@@ -99,7 +99,7 @@ class Session:
         self.assembler = TrajectoryAssembler(self.sink.extend, **memory)
         self.swap_ms: list[float] = []
         self.faults: list[dict[str, Any]] = []
-        self._digests: dict[int, str] = {}  # of the versions that were loaded here
+        self._digests: dict[int, str] = {}  # checksums of the versions loaded here
         self.flush_due = True  # texts in the prefix cache have no features here
         self.background = ThreadPoolExecutor(1, thread_name_prefix="acknowledge")
 
@@ -145,7 +145,7 @@ class Session:
         self.receiver.reject(version, reason)
         if before in self._digests:
             self.receiver.acknowledge(before, self._digests[before], 0.0)
-        else:  # what was served when the learner attached
+        else:  # the weights served when the learner attached
             self.receiver.go_back(before)
 
     def note_fault(self, **fault: Any) -> None:

@@ -142,7 +142,7 @@ def _part_sizes(model: Any, name: str, fused: str, rows: int) -> list[int]:
 
 def _shard(owner: Any, held: Tensor, published: Tensor) -> Shard | None:
     """Return the rank's part of a tensor by the layout of the module that holds it; None if it does not fit."""
-    if (rows := getattr(owner, "shard_indices", None)) is not None:  # by vocabulary, with padding after its rows
+    if (rows := getattr(owner, "shard_indices", None)) is not None:  # split by vocabulary, with padding after its rows
         if published.shape != (owner.org_vocab_size, *held.shape[1:]):
             return None
         published = published[rows.org_vocab_start_index : rows.org_vocab_end_index]

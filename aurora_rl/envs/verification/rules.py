@@ -207,7 +207,7 @@ def descend(
     target's token at each position, ``[S]`` int64. What it draws at a position of a slot must depend on the column only
     through the distribution there. The other arguments are those of ``VerificationRule.verify``.
 
-    >>> text = torch.tensor([0, 4, 8, 9])  # what the target says at each position
+    >>> text = torch.tensor([0, 4, 8, 9])  # the target's token at each position
     >>> tokens, parents, valid = torch.tensor([[4, 7]]), torch.tensor([[-1, 0]]), torch.ones(1, 2, dtype=torch.bool)
     >>> descend(lambda slots, columns, positions: text[positions], tokens, parents, valid, torch.tensor([0]))
     Verdict(accepted=tensor([[ True, False]]), bonus_token=tensor([8]))

@@ -57,7 +57,7 @@ def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> T
     if len(rows):
         limited = scores[rows]
         edge = limited.topk(int(top_k[rows].max())).values.gather(1, top_k[rows, None] - 1)
-        scores[rows] = limited.masked_fill(limited < edge, -math.inf)  # what ties with the k-th stays
+        scores[rows] = limited.masked_fill(limited < edge, -math.inf)  # ties with the k-th stay
     rows = (top_p < 1).nonzero()[:, 0]
     if len(rows):
         scores[rows] = _top_p(scores[rows], top_p[rows], min(vocab_size, _NUCLEUS_WIDTH))

@@ -36,7 +36,7 @@ def register() -> None:
     from aurora_rl.envs.vllm.scheduler_notes import SchedulerNotes
 
     def on_worker(original: Callable, *args: Any, **kwargs: Any) -> Any:
-        from aurora_rl.envs.vllm.plugin import Plugin  # for workers alone: it imports what they need to record
+        from aurora_rl.envs.vllm.plugin import Plugin  # workers only: it imports what recording needs
 
         return Plugin(address, os.environ.get(keys_variable(ENGINE))).on_worker(original, *args, **kwargs)
 

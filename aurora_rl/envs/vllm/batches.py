@@ -107,7 +107,7 @@ def assemble_part(
     if part.count != part.logit_rows:  # put back, and its text comes from the prefix cache but for its end
         assembler.drop(part.rid, "retracted")
         return
-    if draft.filler:  # what was said, a token a round
+    if draft.filler:  # decoded plainly, a token a round
         for step, token in enumerate([part.root, *said[:-1]]):
             at, row = part.start + step, slice(step, step + 1)
             rows = {name: values[row] for name, values in target.items()}

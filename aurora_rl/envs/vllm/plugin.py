@@ -40,7 +40,7 @@ _HALVES = ("execute_model", "sample_tokens")
 class _Kept(NamedTuple):
     """Copies of one request's part of a batch, before its tokens are known."""
 
-    place: int  # of the request in the batch
+    place: int  # row of the request in the batch
     part: BatchPart
     features: Tensor
     target: TargetRows
@@ -58,7 +58,7 @@ class Plugin(RecorderPlugin):
         self._between = threading.RLock()  # held while a half of a batch runs, and while weights are loaded
         self._kept: list[_Kept] = []
         self._params: dict[str, Any] = {}  # vLLM's sampling parameters of recorded requests, by id
-        self._drafts: dict[str, Draft] = {}  # of recorded requests, to be verified next
+        self._drafts: dict[str, Draft] = {}  # drafts of recorded requests, verified next
         self._scores: list[Tensor] | None = None  # log-probabilities of each drafting step; None where nobody asks
         self._fits = True  # whether the batch has room for drafts after it
 
@@ -91,7 +91,7 @@ class Plugin(RecorderPlugin):
         model.compute_logits = tapped
 
     def _score(self, logits: Tensor) -> None:
-        scores, self._scores = self._scores, None  # of a fault, such as too little memory, none is left
+        scores, self._scores = self._scores, None  # a fault, such as too little memory, leaves none
         assert scores is not None
         scores.append(logits.log_softmax(-1, dtype=torch.float32).amax(-1))
         self._scores = scores
@@ -142,7 +142,7 @@ class Plugin(RecorderPlugin):
     @override
     def _attach(self, fields: dict[str, Any]) -> None:
         super()._attach(fields)
-        self._params, self._drafts = {}, {}  # of requests of another session
+        self._params, self._drafts = {}, {}  # they belong to another session
 
     # ---- swaps ------------------------------------------------------------------------------------------------------
 

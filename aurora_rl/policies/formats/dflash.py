@@ -52,7 +52,7 @@ def write_dflash(drafter: DFlashDrafter, layout: str) -> Checkpoint:
     Raises:
         ValueError: SGLang cannot capture one of the features.
     """
-    if layout == "sglang":  # whose DFlash has no place for the embedding
+    if layout == "sglang":  # SGLang's DFlash has no place for the embedding
         check_captured(drafter.feature_layers, drafter.num_target_layers, lowest=1)
     tensors = drafter.published()
     entries: dict[str, Any] = {

@@ -24,8 +24,8 @@ from aurora_rl.policies.formats.checks import check_captured
 from aurora_rl.storage import CheckpointError
 
 _ARCHITECTURE = "eagle3"
-_LAYERS = 3  # that it reads of a target
-_BROKEN = (OSError, ValueError, LookupError)  # what GGUFReader raises for other files, which it does not check
+_LAYERS = 3  # number of target layers that llama.cpp reads
+_BROKEN = (OSError, ValueError, LookupError)  # GGUFReader does not check its file, and raises these for others
 _ROPE = ("default", "linear", "llama3")
 # What stands for a whole file, and the type of its matrices; vectors are in float32 in all of them.
 _TYPES = {

@@ -17,7 +17,7 @@ from aurora_rl.envs.logprobs import TokenLogprobs
 from aurora_rl.models.detokenizer import detokenize
 from aurora_rl.serving.async_engine import Job
 
-_LEAST = -9999.0  # what OpenAI writes for log-probabilities that JSON has no number for
+_LEAST = -9999.0  # OpenAI's value for a log-probability that JSON cannot write
 _BATCH = 16  # entries of a list that are encoded at once; of tokens with 20 alternatives that takes about a millisecond
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 

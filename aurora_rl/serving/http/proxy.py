@@ -189,7 +189,7 @@ class Proxy(Application):
         kept = {name: reply.headers[name] for name in ("content-type", "retry-after") if name in reply.headers}
         content = reply.content
         if answer is not None and reply.is_success:
-            content = await asyncio.to_thread(answer.whole, content)  # which may have megabytes of log-probabilities
+            content = await asyncio.to_thread(answer.whole, content)  # it may hold megabytes of log-probabilities
         return Response(content, reply.status_code, headers=kept)
 
     async def _exchange(

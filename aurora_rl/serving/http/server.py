@@ -23,9 +23,9 @@ from aurora_rl.telemetry.throttle import Throttle
 logger = logging.getLogger(__name__)
 _throttle = Throttle(logger)
 
-_HEAD_S = 20  # for the head of a request, from its first byte, or from the opening of its connection
+_HEAD_S = 20  # seconds for the head of a request, from its first byte or from the connection's opening
 _MOST_HEAD = 1 << 16  # bytes of a head
-_UNREAD_S = 60  # in which a client must read something of what waits for it
+_UNREAD_S = 60  # close a connection whose client reads nothing for this many seconds
 _KEEP_ALIVE_S = 75
 _SHUTDOWN_S = 5
 

@@ -44,7 +44,7 @@ class SGLangAnswer:
         # Of several prompts with one choice each SGLang tells about the first alone.
         self.fields = dict(fields) if several and n == 1 else {**fields, _ASKED: True}
         self._details: list[dict[str, Any]] = []
-        self._part = b""  # of an event
+        self._part = b""  # an incomplete event
         self._held: tuple[bytes, dict[str, Any]] | None = None  # an event that may be the last
 
     def whole(self, content: bytes) -> bytes:
