@@ -41,8 +41,8 @@ class DrafterConfig:
     verified in its place. 0 turns it off. null is 8, or 0 where lookup cannot be had: SGLang, vLLM, sampled trees,
     drafter.name=ngram."""
     history: int = 65536
-    """Tokens of earlier answers that lookup searches, for a request those of its own cache_salt; 0 searches the
-    request's own text alone. Requests with learn=false leave nothing in it."""
+    """Most tokens of earlier answers kept for lookup. A request searches answers of its own cache_salt only. 0 keeps
+    none: lookup then searches the request's own text alone. Requests with learn=false leave nothing in it."""
     mode: str = "topk"
     """Choice of nodes: topk takes the likeliest; sampled and sampled_without_replacement draw, for policy gradients."""
     adaptive: bool = True

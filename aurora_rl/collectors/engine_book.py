@@ -15,7 +15,7 @@ from aurora_rl.telemetry.throttle import Throttle
 
 _MAX_ENGINES = 256  # the least recently seen is forgotten; one that still lives introduces itself again within a second
 _FORGET_S = 60.0  # an engine is forgotten after so many seconds of silence
-_ANSWER_S = 600.0  # after a rejection, for which the other engines' answers are waited for
+_ANSWER_S = 600.0  # most seconds to wait for the other engines after one rejects a version
 # An engine may serve what an earlier learner published. A version so far above that is not believed: the next one to be
 # published must be above all of them.
 _MAX_LEAD = 1 << 32

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import deque
 
-# Rows of the first call, and of the least and the most: fewer cost as much time, and more only memory.
+# Initial, smallest and largest number of rows. Fewer rows save no time, and more only cost memory.
 _FIRST, _LEAST, _MOST = 128, 64, 2048
 # They take at most about this share of the median of so many rounds: one with another request takes longer by itself.
 _SHARE, _ROUNDS = 0.4, 8

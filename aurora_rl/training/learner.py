@@ -63,7 +63,7 @@ class Learner:
         batch_size: New trajectories of an optimizer step.
         replay: Most replayed batches for each batch of new trajectories, taken while nothing new waits.
         publish_every: New trajectories between two candidates.
-        max_skipped: Steps in a row that may come out without a finite loss and gradient, for no trajectory's sake.
+        max_skipped: Most steps in a row without a finite loss and gradient that no single trajectory explains.
         checkpoint: Folder of the training states. Published drafters are kept next to it, in ``versions``.
         keep: Published drafters that are kept.
         keep_states: Training states that are kept.

@@ -45,7 +45,7 @@ class DraftLoader:
     """Loads weights into the draft model of one worker, between two batches.
 
     Args:
-        model: vLLM's draft model, without a wrapper: what is put in place of a module must not stay in that.
+        model: vLLM's draft model, unwrapped: a module replaced on a wrapper would not reach it.
         target: The target, from which vLLM's draft model may borrow its embedding and its head.
         vllm_config: vLLM's configuration.
     """
