@@ -59,8 +59,8 @@ class DrafterPolicy(TensorDictModuleBase):
             goes on with lookup, or without speculation if the shape has none. None, the default, raises the drafter's
             own error instead.
         speculate: False emits empty trees: plain decoding.
-        least: Chance of a path below which its last node is left out of a tree; 0, the default, leaves none out. Nodes
-            that were drawn at random always stay.
+        min_path_probability: Least chance of a path: a node whose path has less is left out of a tree. 0, the default,
+            leaves none out. Nodes that were drawn at random always stay.
         drafted: Slots that the drafter was asked for in the last call, those with empty trees too, ``[B]`` bool.
         looked_up: Slots whose whole tree was looked up in the last call, empty trees too, ``[B]`` bool. Either the
             drafter failed their requests or has not read all of them, or the shape is ``lookup_only``.
@@ -100,7 +100,7 @@ class DrafterPolicy(TensorDictModuleBase):
         drafted = ("tokens", "parents", "mask", "log_probs", "mode")
         self.out_keys = [*(("draft", key) for key in drafted), "policy_version", "cache_version"]
         self.drafter, self.num_nodes, self.version = drafter, num_nodes, version
-        self.shape, self.speculate, self.rebuild_on_install, self.least = shape, True, True, 0.0
+        self.shape, self.speculate, self.rebuild_on_install, self.min_path_probability = shape, True, True, 0.0
         self._store, self._vocab_size, self._generator, self.layers = store, vocab_size, generator, layers
         self.on_fault: Callable[[int, str], None] | None = None
         self.prefix_cache: PrefixCache | None = None
@@ -224,7 +224,7 @@ class DrafterPolicy(TensorDictModuleBase):
                 self.drafted = ready & ~self._failed_slots & (self.drafter.cached == store.lengths - 1)
             if self.shape.lookup:
                 self.looked_up = ready & ~self.drafted  # with the slots that the drafter failed just now
-            if self.shape.lookup or (self.least and self.shape.mode == "topk"):
+            if self.shape.lookup or (self.min_path_probability and self.shape.mode == "topk"):
                 self._finish(draft)
         return TensorDict(draft, batch_size=shape[:1])
 
@@ -284,13 +284,13 @@ class DrafterPolicy(TensorDictModuleBase):
         found: dict[int, Tree] = {}
         for slot in slots:
             earlier = None if self.earlier is None else self.earlier.tokens(self._store.cache_salts[slot])
-            found[slot] = ngram_tree(texts[slot, : lengths[slot]], wanted, earlier, self.least)
+            found[slot] = ngram_tree(texts[slot, : lengths[slot]], wanted, earlier, self.min_path_probability)
         return found
 
     def _finish(self, draft: dict[str, Tensor]) -> None:
         """Merge what is looked up for each slot into its tree, which is empty if the drafter did not draft."""
         shape, slots = self.shape, (self.drafted | self.looked_up).nonzero().flatten().tolist()
-        found = {slot: tree for slot, tree in self._look_up(slots).items() if tree.tokens or self.least}
+        found = {slot: tree for slot, tree in self._look_up(slots).items() if tree.tokens or self.min_path_probability}
         if not found:
             return
         device = draft["tokens"].device
@@ -298,7 +298,7 @@ class DrafterPolicy(TensorDictModuleBase):
         held = zip(*(draft[name][rows].tolist() for name in ("tokens", "parents", "log_probs", "mask")), strict=True)
         for tree, (tokens, parents, log_probs, mask) in zip(found.values(), held, strict=True):
             drafted = Tree(tokens, parents, log_probs).kept([node for node, there in enumerate(mask) if there])
-            trees.append(merge_trees(drafted, tree, shape.num_nodes, self.least))
+            trees.append(merge_trees(drafted, tree, shape.num_nodes, self.min_path_probability))
         both = padded(trees, self.num_nodes, device)
         for name in ("tokens", "parents", "log_probs", "mask"):
             draft[name][rows] = getattr(both, name)

@@ -173,7 +173,7 @@ class InferenceServer:
         controller = self.versions.controller if occupied else None
         if controller is not None and not baseline:
             self._reshape(controller, self.versions.rest(controller.choose(occupied)), occupied)
-            policy.least = controller.price(policy.shape, occupied)
+            policy.min_path_probability = controller.price(policy.shape, occupied)
         policy.speculate = not baseline and policy.shape.depth > 0
         prefill, recorded, self._recording = env.engine.prefill_seconds, env.recording_seconds, 0.0
         completed = len(self.stats.finished)

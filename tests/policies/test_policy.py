@@ -186,7 +186,7 @@ def test_nodes_that_do_not_earn_their_rows_are_left_out() -> None:
         joint[:, node] *= torch.where(parent >= 0, above, 1.0)
     chances = joint[whole["mask"]].sort().values
     least = float(chances[8:10].mean())
-    serving.policy.least = least
+    serving.policy.min_path_probability = least
     kept = serving.policy.draft(init)
     for slot in range(3):
         nodes = whole["mask"][slot] & (joint[slot] >= least)
@@ -195,7 +195,7 @@ def test_nodes_that_do_not_earn_their_rows_are_left_out() -> None:
     assert 0 < int(kept["mask"].sum()) < int(whole["mask"].sum())
     # Nodes that were drawn stay, or the law of the text would depend on what was drawn.
     serving.policy.shape = TreeShape(3, 2, 6, mode="sampled")
-    serving.policy.least = 1.0
+    serving.policy.min_path_probability = 1.0
     assert serving.policy.draft(init)["mask"].all()
 
 
