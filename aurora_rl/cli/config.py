@@ -322,7 +322,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
                 ) from error
             raise ConfigError(f"{source}: {_scalar_for(values, merged) or str(error).splitlines()[0]}") from error
     try:
-        named = {key for _, values in sources for key in _keys(values)}
+        named = {key for _, values in sources[len(usual) :] for key in _keys(values)}  # by the user
         for settle in (keep_nothing, without_trials, without_extras):
             settle(merged, named)
         config = OmegaConf.to_object(merged)
