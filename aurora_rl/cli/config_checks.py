@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from aurora_rl.cli.config import Config
 
 _POSITIVE = """
-    engine.slots engine.max_length engine.threads http.max_body http.max_waiting drafter.vocab_size
+    engine.slots engine.max_length http.max_body http.max_waiting drafter.vocab_size
     drafter.depth drafter.width drafter.adapter_rank
-    baseline.window wire.queue wire.queue_bytes learner.threads learner.batch_size learner.buffer learner.buffer_bytes
+    baseline.window wire.queue wire.queue_bytes learner.batch_size learner.buffer learner.buffer_bytes
     learner.max_skipped learner.publish_every checkpoint.keep gate.requests canary.requests traffic.requests
 """
 
@@ -45,6 +45,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     **dict.fromkeys(
         ("wire.max_message", "telemetry.max_log"), ("be at least 65536 bytes", lambda value: value >= 1 << 16)
     ),
+    # More hang: each thread has a stack, and every operation waits for all of them.
+    **dict.fromkeys(("engine.threads", "learner.threads"), ("lie in 1..1024", lambda value: 1 <= value <= 1024)),
     "http.host": ("not be empty", bool),
     "http.port": ("lie in 0..65535 or be null", lambda value: value is None or 0 <= value <= 65535),
     "http.timeout": ("be a number of seconds above 0", lambda value: 0 < value < math.inf),
