@@ -52,10 +52,10 @@ class HttpFront:
         unknown = None
         try:
             self._server = HttpServer(config.http.host, config.http.port)
-        except ValueError as error:  # UnicodeError: one that cannot be a name
-            if not isinstance(error, UnicodeError) and not isinstance(error.__cause__, socket.gaierror):
+        except ValueError as error:
+            unknown = error.__cause__
+            if not isinstance(unknown, socket.gaierror | TypeError):
                 raise
-            unknown = error.__cause__ or error
         if unknown is not None:  # not within the block: an error that comes from a gaierror is taken for passing
             reason = unknown.strerror if isinstance(unknown, OSError) else unknown
             raise ConfigError(

@@ -30,7 +30,7 @@ def test_a_port_in_use_is_named() -> None:
             HttpFront.of(load_config(overrides=[f"http.port={port}"]))
 
 
-@pytest.mark.parametrize("host", ["nowhere.invalid", "\u00e9" * 70])
+@pytest.mark.parametrize("host", ["nowhere.invalid", "\u00e9" * 70], ids=["unknown", "no name"])
 @pytest.mark.parametrize("replays", [False, True])
 def test_a_host_that_is_no_name_does_not_pass_by_itself(host: str, replays: bool) -> None:
     says = f"^http.host={host} is no address and no known name: .*; give an address of this machine, such as 127"
