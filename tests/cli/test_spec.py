@@ -171,7 +171,10 @@ def test_device_and_dtype(configured: Callable[..., Config]) -> None:
         ),
         ("drafter.num_nodes=null; drafter.width=9; drafter.depth=9", "drafter.num_nodes=null make trees of 657 nodes"),
         ("traffic.path=/nowhere.jsonl", "cannot read requests from /nowhere.jsonl"),
-        ("traffic.requests=99999999", "asked for 99999999 requests; the generator has"),
+        (
+            "traffic.requests=99999999",
+            r"^traffic.requests=99999999: .*; the generator has (\d+) distinct ones; ask for \1 or fewer$",
+        ),
     ],
 )
 def test_what_is_wrong_is_found_before_the_model_is_loaded(pair: str, wrong: str) -> None:
