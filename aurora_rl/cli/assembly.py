@@ -55,17 +55,23 @@ def load_alone(spec: RunSpec) -> TargetParts:
     return load_parts(spec.config.model, dtype=spec.dtype, device=spec.device)
 
 
+def check_embedded(config: Config) -> None:
+    """Raise ConfigError if the engine is a server of its own, for commands that run one in this process."""
+    if config.engine.remote:
+        raise ConfigError(
+            f"engine.name={config.engine.name} is a server of its own, and this command runs the engine in this "
+            "process; set engine.name=transformers"
+        )
+
+
 def engine_maker(spec: RunSpec) -> Callable[..., Engine]:
     """Return the class of the engine in this process, with its options: it is called as ``TransformersEngine`` is.
 
     Raises:
         ConfigError: The engine is a server of its own.
     """
-    if spec.engine_class is None:
-        raise ConfigError(
-            f"engine.name={spec.config.engine.name} is a server of its own, and this command runs the engine in this "
-            "process; set engine.name=transformers"
-        )
+    check_embedded(spec.config)
+    assert spec.engine_class is not None
     # Engines of others need not have the option.
     return partial(spec.engine_class, **({"batch_invariant": True} if spec.config.engine.batch_invariant else {}))
 
@@ -86,7 +92,8 @@ def traffic(config: Config) -> list[Prompt]:
     if source.path is not None:
         model = config.http.served_model_name or config.model
         return read_jsonl(source.path, limit=source.limit, shuffle=source.shuffle, seed=config.seed, model=model)
-    return generate_traffic(min(source.requests, source.limit or source.requests), seed=config.seed)
+    with naming(f"traffic.requests={source.requests}"):
+        return generate_traffic(min(source.requests, source.limit or source.requests), seed=config.seed)
 
 
 def request_queue(spec: RunSpec, target: LoadedTarget, prompts: Sequence[Prompt]) -> RequestQueue:

@@ -11,7 +11,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.assembly import LoadedTarget, check_context, engine_maker, load, start_drafter
+from aurora_rl.cli.assembly import LoadedTarget, check_context, check_embedded, engine_maker, load, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
@@ -39,6 +39,7 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
         ConfigError: The engine is a server of its own.
         ModelError: The model cannot be loaded.
     """
+    check_embedded(config)  # before it is told that the usual drafter does not go with a server
     spec = resolve(config)
     new_engine = engine_maker(spec)
     target = load(spec)

@@ -6,13 +6,15 @@ lists are tuples, and its mappings are read-only. ``dataclasses.replace`` makes 
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, StringNode, TupleConfig
+import yaml
+from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.cli.config_canary import CanaryConfig, without_trials
@@ -20,6 +22,7 @@ from aurora_rl.cli.config_checks import check_config, without_extras
 from aurora_rl.cli.config_drafter import DrafterConfig
 from aurora_rl.cli.config_fleet import FleetConfig
 from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
+from aurora_rl.cli.config_tree import MOST_SHOWN, keys_of, node_at, wrong_type
 from aurora_rl.cli.cpus import usable_cpus
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import frozen, plain
@@ -264,7 +267,6 @@ class Config:
             object.__setattr__(self, name, frozen(value))
 
 
-_OWN_KEYS = ("drafter.options", "fleet.engines", "fleet.learner")  # theirs are known elsewhere
 _MOVED = {"control": "baseline", "drafter.made_for": "drafter.trained_for", "engine.control": "engine.plugin_address"}
 
 
@@ -288,41 +290,45 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
     sources = [(pair, _from_pair(pair, merged)) for pair in usual]
     if path is not None:
         try:
-            loaded = OmegaConf.load(path)
+            text = Path(path).read_text(encoding="utf-8")
+            # OmegaConf takes a text for one key, such as the whole of a file that is no YAML.
+            maps = isinstance(yaml.compose(text), yaml.MappingNode | None)
+            loaded = OmegaConf.load(io.StringIO(text)) if maps else None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
         except Exception as error:  # the YAML parser has its own hierarchy of errors
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{path} must hold a mapping of keys, got a {type(loaded).__name__}")
+            raise ConfigError(
+                f"{path} holds no mapping of keys, but {text.strip()[:MOST_SHOWN]!r}; write lines such as "
+                "model: smollm2, or name another file"
+            )
         sources.append((str(path), loaded))
     for pair in overrides:
         if "=" not in pair:
             raise ConfigError(f"expected key=value, got {pair!r}; for example engine.slots=2")
         sources.append((pair, _from_pair(pair, merged)))
-    known = _keys(merged)
+    known = keys_of(merged)
     for source, values in sources:
-        for key in _keys(values):
+        for key in keys_of(values):
             if (now := _moved(key)) is not None:
                 raise ConfigError(f"{key!r} in {source} is called {now!r} now")
             if key not in known:
                 near = nearest_key(key)
                 if near == f"{key}.name":  # drafter=eagle3
                     near += f"={OmegaConf.select(values, key)}"
-                raise ConfigError(f"unknown key {key!r} in {source}; did you mean {near!r}?")
-            node = _node(values, key)
+                raise ConfigError(f"unknown key {key[:MOST_SHOWN]!r} in {source}; did you mean {near!r}?")
+            node = node_at(values, key)
             if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
                 raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")
         try:
             merged.merge_with(values)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
-            if "objectives" in values:
-                raise ConfigError(
-                    f"objectives in {source} must be a list of mappings, such as objectives=[{{name: imitation}}]"
-                ) from error
-            raise ConfigError(f"{source}: {_scalar_for(values, merged) or str(error).splitlines()[0]}") from error
+            if told := wrong_type(values, merged):
+                raise ConfigError(told if source in overrides else f"{source}: {told}") from error
+            raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
     try:
-        named = {key for _, values in sources for key in _keys(values)}
+        named = {key for _, values in sources[len(usual) :] for key in keys_of(values)}  # by the user
         for settle in (keep_nothing, without_trials, without_extras):
             settle(merged, named)
         config = OmegaConf.to_object(merged)
@@ -331,19 +337,6 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
     assert isinstance(config, Config)
     check_config(config)
     return config
-
-
-def _scalar_for(values: DictConfig, merged: DictConfig) -> str:
-    """Return which key has one value in the place of a list or a mapping, and what to write; empty if none has."""
-    for key in _keys(values):
-        wanted, value = _node(merged, key), _node(values, key)
-        if OmegaConf.is_config(value) or (value._is_none() and wanted._is_optional()):
-            continue
-        if isinstance(wanted, TupleConfig):
-            return f"{key} must be a list, such as {key}=[{'' if value._is_none() else value}]"
-        if isinstance(wanted, DictConfig):
-            return f"{key} must be a mapping, such as {key}={{NAME: VALUE}}"
-    return ""
 
 
 def _moved(key: str) -> str | None:
@@ -358,7 +351,7 @@ def nearest_key(name: str) -> str:
         >>> nearest_key("slots"), nearest_key("drafter"), nearest_key("engine.slot")
         ('engine.slots', 'drafter.name', 'engine.slots')
     """
-    known = _keys(_schema())
+    known = keys_of(_schema())
     if f"{name}.name" in known:
         return f"{name}.name"
     last = [key for key in known if key.rpartition(".")[2] == name]
@@ -368,9 +361,9 @@ def nearest_key(name: str) -> str:
 def _from_pair(pair: str, config: DictConfig) -> DictConfig:
     """Read ``key=value``: a string key takes the text, with ``${key}`` replaced, any other key takes YAML."""
     key, _, text = pair.partition("=")
-    node = _node(config, key)
+    node = node_at(config, key)
     if isinstance(node, StringNode) and not (text == "null" and node._is_optional()):
-        known = _keys(config)
+        known = keys_of(config)
         # What is left of ${ has other meanings to OmegaConf, and written to a run's configuration would get them there.
         rest = re.sub(r"(?<!\\)\$\{([\w.]+)\}", lambda found: "" if found[1] in known else found[0], text)
         if "${" in rest:
@@ -393,26 +386,6 @@ def _schema() -> DictConfig:
         if isinstance(part, DictConfig):
             OmegaConf.set_readonly(part, None)
     return tree
-
-
-def _node(config: DictConfig, key: str) -> Any:
-    """Return the node at ``key``, None if there is none; interpolations are not followed."""
-    node: Any = config
-    for part in key.split("."):
-        node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
-    return node
-
-
-def _keys(config: DictConfig, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name in config:
-        value = config._get_node(name)
-        key = f"{prefix}{name!s}"
-        if isinstance(value, DictConfig) and len(value) and key not in _OWN_KEYS:
-            keys += _keys(value, key + ".")
-        else:
-            keys.append(key)
-    return keys
 
 
 def to_yaml(config: Config, *, run_dir: bool = True) -> str:

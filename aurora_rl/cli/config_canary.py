@@ -25,7 +25,7 @@ class CanaryConfig:
 
     share: float = 0.5
     """Share of the rounds that new weights draft during their trial. 0 swaps them in at once, which is the default of
-    `aurora-rl flywheel`, and all that SGLang and vLLM do."""
+    `aurora-rl flywheel` without ``compare``, and all that SGLang and vLLM do."""
     window: int = 8
     """Rounds of a window. A window of the new weights is compared with one of the old weights next to it."""
     false_alarm_rate: float = 0.01
@@ -47,9 +47,12 @@ class CanaryConfig:
 
 
 def without_trials(merged: DictConfig, named: Collection[str]) -> None:
-    """Turn off what an engine or ``compare`` does without, unless it was named: then it is refused."""
-    if merged.engine.name in REMOTE_ENGINES and "canary.share" not in named:
-        merged.canary.share = 0.0
+    """Set what an engine or ``compare`` needs or does without, unless the user named it: then it is refused."""
+    if "canary.share" not in named:
+        if merged.engine.name in REMOTE_ENGINES:
+            merged.canary.share = 0.0
+        elif merged.compare:  # even where the command's own default is 0
+            merged.canary.share = CanaryConfig.share
     if merged.compare and "learner.spawn" not in named:
         merged.learner.spawn = False
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from aurora_rl.cli.config import Config
 
 _POSITIVE = """
-    engine.slots engine.max_length engine.threads http.max_body http.max_waiting drafter.vocab_size
+    engine.slots http.max_body http.max_waiting drafter.vocab_size
     drafter.depth drafter.width drafter.adapter_rank
-    baseline.window wire.queue wire.queue_bytes learner.threads learner.batch_size learner.buffer learner.buffer_bytes
+    baseline.window wire.queue wire.queue_bytes learner.batch_size learner.buffer learner.buffer_bytes
     learner.max_skipped learner.publish_every checkpoint.keep gate.requests canary.requests traffic.requests
 """
 
@@ -45,6 +45,12 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     **dict.fromkeys(
         ("wire.max_message", "telemetry.max_log"), ("be at least 65536 bytes", lambda value: value >= 1 << 16)
     ),
+    # More hang: each thread has a stack, and every operation waits for all of them.
+    **dict.fromkeys(("engine.threads", "learner.threads"), ("lie in 1..1024", lambda value: 1 <= value <= 1024)),
+    "engine.max_length": ("be at least 2, for a prompt and an answer", lambda value: value >= 2),
+    "temperature": ("be a finite number of at least 0", lambda value: 0 <= value < math.inf),
+    "top_k": ("be at least -1", lambda value: value >= -1),
+    "top_p": ("be above 0 and at most 1", lambda value: 0 < value <= 1),
     "http.host": ("not be empty", bool),
     "http.port": ("lie in 0..65535 or be null", lambda value: value is None or 0 <= value <= 65535),
     "http.timeout": ("be a number of seconds above 0", lambda value: 0 < value < math.inf),
@@ -92,6 +98,8 @@ def check_config(config: Config) -> None:
         value = attrgetter(key)(config)
         if not holds(value):
             raise ConfigError(f"{key} must {duty}, got {plain(value)!r}")
+    if config.traffic.path == "":
+        raise ConfigError("traffic.path is empty; name a file, or null")
     if learner.buffer < learner.batch_size:
         raise ConfigError(
             f"learner.buffer={learner.buffer} is less than learner.batch_size={learner.batch_size}, so that no step "
@@ -103,11 +111,6 @@ def check_config(config: Config) -> None:
     _check_wire(config)
     check_privacy(config)
     check_fleet(config)
-    if not config.temperature >= 0 or not 0 < config.top_p <= 1 or config.top_k < -1:
-        raise ConfigError(
-            "sampling needs temperature >= 0, top_k >= -1 and 0 < top_p <= 1, got "
-            f"{config.temperature}, {config.top_k}, {config.top_p}"
-        )
 
 
 def _check_wire(config: Config) -> None:

@@ -19,7 +19,14 @@ from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.policies import Drafter, TargetParts, get_drafter
 from aurora_rl.policies.adapters import merge_adapter
-from aurora_rl.policies.formats.files import TRAINED_FOR, drafter_class, holds_drafter, load_drafter, local_folder
+from aurora_rl.policies.formats.files import (
+    TRAINED_FOR,
+    check_layout,
+    drafter_class,
+    holds_drafter,
+    load_drafter,
+    local_folder,
+)
 from aurora_rl.policies.formats.llama_cpp import holds_gguf, save_gguf
 from aurora_rl.policies.formats.peft import adapter_ranks, read_adapters
 from aurora_rl.policies.formats.vllm import LAYER_IDS
@@ -90,6 +97,9 @@ def _init(config: Config, out: Path, layout: str | None) -> int:
             f"drafter.name={spec.drafter_name} has no weights to write; serve it by its name, or start another, "
             "such as drafter.name=eagle3"
         )
+    if layout is not None:
+        with naming(f"--to {layout}"):  # now, not after the target was loaded
+            check_layout(spec.drafter_class, layout)
     prompts = traffic(config)
     target = load(spec)
     drafter = start_drafter(spec, target, encoded_prompts(target, prompts[:VOCAB_PROMPTS]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ class HttpFront:
         metrics: What is exported for Prometheus; to follow the events of the run.
 
     Raises:
-        ConfigError: A package is missing.
+        ConfigError: A package is missing, or the host's name is unknown.
         ValueError: The port is in use, or the file of keys cannot be read.
     """
 
@@ -48,7 +49,19 @@ class HttpFront:
 
         assert config.http.port is not None
         self._keys = read_api_keys(config.http.api_keys)
-        self._server = HttpServer(config.http.host, config.http.port)
+        unknown = None
+        try:
+            self._server = HttpServer(config.http.host, config.http.port)
+        except ValueError as error:
+            unknown = error.__cause__
+            if not isinstance(unknown, socket.gaierror | TypeError):
+                raise
+        if unknown is not None:  # not within the block: an error that comes from a gaierror is taken for passing
+            reason = unknown.strerror if isinstance(unknown, OSError) else unknown
+            raise ConfigError(
+                f"http.host={config.http.host} is no address and no known name: {reason}; give an address of this "
+                "machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
+            )
         self.url = self._server.url
         self.metrics = Exporter()
         self._load: Callable[[], Mapping[str, int]]

@@ -162,6 +162,12 @@ def _shape(config: Config, name: str, engine: type[Engine] | None) -> TreeShape:
             f"drafter.lookup={lookup}: trees of {REMOTE_ENGINES[config.engine.name]} take no lookup; leave the key "
             "out, or set it to 0"
         )
+    if settings.num_nodes is not None and settings.num_nodes < settings.depth:
+        # Not "or null": that keeps all nodes, at this width often more than the engine verifies.
+        raise ConfigError(
+            f"drafter.depth={settings.depth} is more than drafter.num_nodes={settings.num_nodes}, and a tree holds one "
+            f"path of that depth at least; set drafter.num_nodes={settings.depth} or more"
+        )
     with naming("drafter"):
         tree = TreeShape(settings.depth, settings.width, settings.num_nodes, settings.mode, lookup)
     if engine is not None and lookup > engine.max_nodes:

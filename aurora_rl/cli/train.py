@@ -19,7 +19,7 @@ from tensordict import TensorDict
 from torch.utils.data import ConcatDataset, Subset
 
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
-from aurora_rl.cli.assembly import VOCAB_PROMPTS, engine_maker, load, request_queue, start_drafter, traffic
+from aurora_rl.cli.assembly import VOCAB_PROMPTS, check_embedded, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.config_privacy import check_records
 from aurora_rl.cli.errors import ConfigError
@@ -83,9 +83,10 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         if (day0 := Path(arguments.resume) / _DAY0).is_dir():  # later weights are in the training state
             config = replace(config, drafter=replace(config.drafter, path=str(day0)))
     check_installed(config.telemetry.logger)
+    if not arguments.recording:
+        check_embedded(config)
     spec, began = resolve(config), time.monotonic()
     if not arguments.recording:
-        engine_maker(spec)
         check_records(config)
     prompts = [] if arguments.recording else questions(traffic(config))
     data = fingerprint(arguments.recording or [], prompts)

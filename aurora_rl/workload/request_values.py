@@ -180,11 +180,12 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def chat_messages(value: Any) -> tuple[ChatMessage, ...]:
+def chat_messages(value: Any, *, by: str = "this server") -> tuple[ChatMessage, ...]:
     """Return the messages of a chat as templates take them: texts by role.
 
     Args:
         value: The field ``messages``.
+        by: Who does not support what messages may not have.
 
     Raises:
         FieldError: The first message that cannot be given to a template, by its place.
@@ -197,17 +198,19 @@ def chat_messages(value: Any) -> tuple[ChatMessage, ...]:
         raise missing("messages")
     if not isinstance(value, list) or not value:
         raise wrong("messages", value, "give a list with at least one message")
-    return tuple(_message(each, f"messages[{index}]") for index, each in enumerate(value))
+    return tuple(_message(each, f"messages[{index}]", by) for index, each in enumerate(value))
 
 
-def _message(value: Any, place: str) -> ChatMessage:
+def _message(value: Any, place: str, by: str) -> ChatMessage:
     if not isinstance(value, dict):
         raise wrong(place, value, "give an object with 'role' and 'content'")
     where = f"{place}."
     if value.get("role") in ("tool", "function"):  # before its fields, of which tool_call_id is one
         fix = "give another one: such messages are not supported, as tools are not"
         raise wrong(f"{where}role", value["role"], fix)
-    fields = check_fields(value, ("role", "content", "name"), where=where, harmless=(), neutral=_EMPTY_OF_MESSAGE)
+    fields = check_fields(
+        value, ("role", "content", "name"), where=where, harmless=(), neutral=_EMPTY_OF_MESSAGE, by=by
+    )
     role, content = fields.get("role"), fields.get("content")
     if role is None:
         raise missing(f"{where}role")

@@ -40,6 +40,7 @@ DOMAINS = tuple(TEMPLATES)
 """Subjects of the built-in traffic."""
 
 
+_BY = "traffic files"
 _MOST_TOLD = 20  # bad lines that an error names
 
 
@@ -111,9 +112,13 @@ def read_jsonl(
     if limit is not None and limit < 1:
         raise TrafficError(f"the limit on requests is {limit}; it must be 1 or more")
     try:
-        lines = Path(path).read_bytes().splitlines()
+        text = Path(path).read_bytes()
     except OSError as error:
         raise TrafficError(f"cannot read requests from {path}: {error.strerror or error}") from error
+    # At once, and not line by line: every line of a compressed file or one in UTF-16 would be named.
+    if (other := _not_utf8(text)) is not None:
+        raise TrafficError(f"{path} is not UTF-8 (in line {other}); save it as UTF-8, and not compressed")
+    lines = text.splitlines()
 
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
@@ -145,6 +150,16 @@ def read_jsonl(
     return prompts[:limit]
 
 
+def _not_utf8(text: bytes) -> int | None:
+    """Return the number of the first line that is not UTF-8; None if all are. UTF-16 may be UTF-8 of zeros."""
+    try:
+        text.decode()
+        place = text.find(b"\0")
+    except UnicodeDecodeError as error:
+        place = error.start
+    return None if place < 0 else 1 + text.count(b"\n", 0, place)
+
+
 def _parse(line: bytes, number: int, model: str | None) -> Prompt:
     """Turn one line into a prompt, or raise ValueError with what is wrong with it."""
     try:
@@ -159,13 +174,13 @@ def _parse(line: bytes, number: int, model: str | None) -> Prompt:
     for key in columns:
         if close := difflib.get_close_matches(key.lower().replace("-", "_"), _OURS, n=1, cutoff=0.81):
             raise ValueError(f"unknown key {key!r}; did you mean {close[0]!r}?")
-    fields = check_fields(record, (*_KEYS, *_OF_HTTP), harmless={*HARMLESS, *columns})
-    messages = chat_messages(fields.get("messages"))
+    fields = check_fields(record, (*_KEYS, *_OF_HTTP), harmless={*HARMLESS, *columns}, by=_BY)
+    messages = chat_messages(fields.get("messages"), by=_BY)
     # Earlier turns may be empty (an assistant's silence); what is to be answered may not.
     if not messages[-1]["content"].strip():
         last = len(messages) - 1
         raise ValueError(f"empty prompt: the content of messages[{last}], the last, is empty; give it a text")
-    fields = check_fields(fields, _KEYS, neutral=_OF_HTTP, by="traffic files")
+    fields = check_fields(fields, _KEYS, neutral=_OF_HTTP, by=_BY)
     if (named := string_field(fields, "model")) not in (None, model):
         serves = "" if model is None else f", and this run serves {model!r}"
         raise FieldError(f"model is {named!r:.200}{serves}; leave it out", "model")
@@ -228,7 +243,9 @@ def generate_traffic(
         raise TrafficError(f"domains are {sorted(unknown) if domains else 'empty'}; there are {', '.join(DOMAINS)}")
     most = _most_requests(domains, unseen)
     if num_requests > most:
-        raise TrafficError(f"asked for {num_requests} requests; the generator has {most} distinct ones at most")
+        raise TrafficError(
+            f"asked for {num_requests} requests; the generator has {most} distinct ones; ask for {most} or fewer"
+        )
     return [filled.prompt for filled in _generate(num_requests, seed, tuple(domains), unseen)]
 
 

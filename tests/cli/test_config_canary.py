@@ -42,6 +42,15 @@ def test_what_does_not_go_together_is_named(pairs: list[str], message: str) -> N
         load_config(overrides=pairs)
 
 
+def test_compare_has_its_share_where_the_commands_default_is_none() -> None:
+    usual = ["canary.share=0"]
+    assert load_config(usual=usual).canary.share == 0
+    assert load_config(overrides=[BOTH], usual=usual).canary.share == 0.5
+    assert load_config(overrides=[BOTH, "canary.share=0.25"], usual=usual).canary.share == 0.25
+    with pytest.raises(ConfigError, match="^compare needs a share of the rounds .*, got canary.share=0; set"):
+        load_config(overrides=[BOTH, "canary.share=0"], usual=usual)
+
+
 def test_names_folders_and_classes_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("mine", "ngram"):

@@ -61,8 +61,9 @@ def test_init_refuses_what_has_no_folder(target: list[str], tmp_path: Path, caps
     assert "drafter.name=ngram has no weights to write; serve it by its name, or start another" in (
         capsys.readouterr().err
     )
-    assert init(tmp_path / "d0", "--to", "gguf", *target, "drafter.name=medusa") == 2
-    assert "MedusaDrafter has no format 'gguf'; it has aurora_rl, vllm" in capsys.readouterr().err
+    unread = ["model=/nowhere", *target[1:], "drafter.name=medusa"]  # loading it would be another error
+    assert init(tmp_path / "d0", "--to", "gguf", *unread) == 2
+    assert "--to gguf: MedusaDrafter has no format 'gguf'; it has aurora_rl, vllm" in capsys.readouterr().err
     assert init(tmp_path / "d0", *target, "drafter.name=medusa", f"drafter.path={tmp_path / 'mine'}") == 2
     assert capsys.readouterr().err == (
         f"aurora-rl: drafter.path={tmp_path / 'mine'}: drafter init starts an untrained drafter; leave the key out, or "

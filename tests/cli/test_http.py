@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.errors import ConfigError, may_pass
 from aurora_rl.cli.http import HttpFront
 from aurora_rl.cli.spec import resolve
 from aurora_rl.serving.http.server import HttpServer
@@ -28,6 +28,15 @@ def test_a_port_in_use_is_named() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"http.port={port}: Address already in use; choose others, or port 0"):
             HttpFront.of(load_config(overrides=[f"http.port={port}"]))
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "\u00e9" * 70], ids=["unknown", "no name"])
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_host_that_is_no_name_does_not_pass_by_itself(host: str, replays: bool) -> None:
+    says = f"^http.host={host} is no address and no known name: .*; give an address of this machine, such as 127"
+    with pytest.raises(ConfigError, match=says) as caught:
+        HttpFront.of(load_config(overrides=[f"http.host={host}", "http.port=0"]), replays=replays)
+    assert not may_pass(caught.value)
 
 
 def test_a_run_that_needs_no_clients_is_told_how_to_do_without() -> None:

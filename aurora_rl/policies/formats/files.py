@@ -75,6 +75,17 @@ def holds_drafter(folder: str | os.PathLike[str]) -> bool:
     return folder.is_dir() and {path.name for path in folder.iterdir()} - {ADAPTERS} == set(_FILES)
 
 
+def check_layout(kind: type[Drafter], layout: str) -> None:
+    """Raise ValueError if a drafter's class has no such format.
+
+    Example:
+        >>> from aurora_rl.policies import MedusaDrafter
+        >>> check_layout(MedusaDrafter, "vllm")
+    """
+    if layout not in kind.formats:
+        raise ValueError(f"{kind.__name__} has no format {layout!r}; it has {', '.join(kind.formats)}")
+
+
 def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
     """Return what :func:`save_drafter` would write, but for adapters.
 
@@ -85,8 +96,7 @@ def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
     if not drafter.formats:
         raise ValueError(f"{type(drafter).__name__} has no formats and is not saved; serve it by its name")
     asked, layout = layout, layout or drafter.formats[0]
-    if layout not in drafter.formats:
-        raise ValueError(f"{type(drafter).__name__} has no format {layout!r}; it has {', '.join(drafter.formats)}")
+    check_layout(type(drafter), layout)
     # Files name the tokens that have a row, in places without their order.
     check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
     checkpoint = merge_adapter(drafter).write(layout)
@@ -150,8 +160,7 @@ def load_drafter(
             if config.get(name, size) != size:
                 raise ValueError(f"config.json: {name} is {config[name]}, the target has {size}")
         layout = layout or found.formats[0]
-        if layout not in found.formats:
-            raise ValueError(f"{found.__name__} has no format {layout!r}; it has {', '.join(found.formats)}")
+        check_layout(found, layout)
         if kind not in (None, found):
             raise ValueError(
                 f"config.json is of {found.__name__}, and {kind.__name__} is asked for; ask for the former, or none"

@@ -169,10 +169,11 @@ class HttpServer:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((host, port))
-        except OSError as error:
+        except (OSError, TypeError) as error:  # a TypeError for a host that cannot be a name
             self._socket.close()
+            reason = getattr(error, "strerror", None) or error
             raise ValueError(
-                f"cannot listen at http.host={host}, http.port={port}: {error.strerror or error}; choose others, or "
+                f"cannot listen at http.host={host}, http.port={port}: {reason}; choose others, or "
                 "port 0 for any that is free"
             ) from error
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._socket.getsockname()[1]}"
