@@ -28,11 +28,12 @@ from aurora_rl.policies.registry import names_drafter, start_untrained
 from aurora_rl.policies.tree_shape import USUAL_LOOKUP
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
+from aurora_rl.workload.request_values import chat_messages
 
 logger = logging.getLogger(__name__)
 
-PromptType = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
-"""A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content"."""
+PromptType = str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
+"""A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content", as over HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,14 +313,8 @@ class LLM:
         if isinstance(prompt, str):
             return torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.int64)
         if isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt):
-            if not all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
-                raise ValueError("every message of a chat needs 'role' and 'content'; give both")
-            for message in prompt:
-                if not isinstance(message["content"], str):  # type: ignore[index]
-                    raise ValueError(
-                        f"the content of a message is {message['content']!r}; give its text, a str"  # type: ignore[index]
-                    )
-            return torch.tensor(encode_chat(self.tokenizer, prompt))  # type: ignore[arg-type]
+            messages = chat_messages([dict(part) if isinstance(part, Mapping) else part for part in prompt])
+            return torch.tensor(encode_chat(self.tokenizer, messages), dtype=torch.int64)
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             tokens = torch.as_tensor(prompt)
             if tokens.ndim == 1 and not (len(tokens) and (tokens.is_floating_point() or tokens.dtype == torch.bool)):

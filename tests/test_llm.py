@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from aurora_rl import LLM, Completion, Eagle3Drafter, SamplingParams, TargetParts, TreeShape
@@ -157,7 +158,7 @@ def test_a_prompt_that_cannot_be_served_is_told_before_any_is(drafted: LLM, monk
         ([], "the prompt is empty; give at least one token"),
         ([1, 300], r"the prompt's tokens must lie in 0\.\.299"),
         ("x" * 600, "a prompt of 600 tokens and 24 new ones exceed the context of 512"),
-        ([*CHAT, 5], "every message of a chat needs 'role' and 'content'"),
+        ([*CHAT, 5], r"messages\[1\] is 5; give an object with 'role' and 'content'"),
         *((prompt, "give a text, a list of token ids") for prompt in (None, [1.5, 2.0], [[1, 2]], ["a"], {}, 5)),
     ]
     expected = texts(drafted.generate("good", SHORT))
@@ -401,13 +402,19 @@ def test_what_is_no_prompt_is_named(tiny_folder: Path, prompts: Any) -> None:
         llm.generate(prompts)
     with pytest.raises(ValueError, match=r"sampling_params is a dict; give SamplingParams"):
         llm.generate("hi", [{"max_tokens": 3}])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="prompt 0 cannot be served: every message of a chat needs 'role' and"):
-        llm.generate([{"prompt": "hi"}])
-    for content in (None, 5, [{"type": "text", "text": "hi"}]):
-        with pytest.raises(
-            ValueError, match="prompt 0 cannot be served: the content of a message is .*; give its text"
-        ):
-            llm.generate([{"role": "user", "content": content}])
+
+
+def test_a_chat_is_judged_as_over_http(plain: LLM) -> None:
+    def served(messages: list[dict[str, Any]]) -> Tensor:
+        return plain.generate(messages, SHORT)[0].tokens
+
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    chat = [{"role": "system", "content": ""}, {"role": "user", "content": "a\nb"}]
+    assert torch.equal(served([{"role": "developer", "content": ""}, {"role": "user", "content": parts}]), served(chat))
+    served([{"role": "user", "content": ""}])  # the template takes it
+    for content, role, says in ((None, "user", "content is missing"), ("hi", "wizard", 'role is "wizard"; give one')):
+        with pytest.raises(ValueError, match=rf"prompt 0 cannot be served: messages\[0\]\.{says}"):
+            served([{"role": role, "content": content}])
 
 
 def test_a_drafter_of_another_target_is_refused(tiny_folder: Path) -> None:

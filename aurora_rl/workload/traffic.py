@@ -161,10 +161,6 @@ def _parse(line: bytes, number: int, model: str | None) -> Prompt:
             raise ValueError(f"unknown key {key!r}; did you mean {close[0]!r}?")
     fields = check_fields(record, (*_KEYS, *_OF_HTTP), harmless={*HARMLESS, *columns})
     messages = chat_messages(fields.get("messages"))
-    # Earlier turns may be empty (an assistant's silence); what is to be answered may not.
-    if not messages[-1]["content"].strip():
-        last = len(messages) - 1
-        raise ValueError(f"empty prompt: the content of messages[{last}], the last, is empty; give it a text")
     fields = check_fields(fields, _KEYS, neutral=_OF_HTTP, by="traffic files")
     if (named := string_field(fields, "model")) not in (None, model):
         serves = "" if model is None else f", and this run serves {model!r}"
@@ -175,8 +171,8 @@ def _parse(line: bytes, number: int, model: str | None) -> Prompt:
     if not isinstance(domain, str):
         raise ValueError(f"'domain' must be a string, got {as_json(domain)}")
     follow_ups = record.get("follow_ups", [])
-    if not isinstance(follow_ups, list) or not all(isinstance(turn, str) and turn.strip() for turn in follow_ups):
-        raise ValueError(f"'follow_ups' must be a list of strings that are not empty, got {as_json(follow_ups)}")
+    if not isinstance(follow_ups, list) or not all(isinstance(turn, str) for turn in follow_ups):
+        raise ValueError(f"'follow_ups' must be a list of strings, got {as_json(follow_ups)}")
     sampling = sampling_fields(fields)
     stop = sampling.pop("stop", ())
     return Prompt(
