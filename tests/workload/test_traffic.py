@@ -132,6 +132,10 @@ def message(**keys: Any) -> str:
     return json.dumps({"messages": [{"role": "user", "content": "Hi"} | keys]})
 
 
+def turn(**keys: Any) -> str:
+    return json.dumps({"conversations": [keys]})
+
+
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
@@ -141,6 +145,13 @@ def message(**keys: Any) -> str:
         ("[1]", "expected an object with 'messages', got [1]"),
         ("null", "expected an object with 'messages', got null"),
         ('{"prompt": "Hi"}', "messages is missing"),
+        (turn(**{"from": "bing"}), 'conversations[0].from is "bing"; give one of system, human, gpt'),
+        (turn(**{"from": "gpt"}), "conversations[0].value is missing"),
+        (turn(**{"from": "gpt", "value": 3}), "conversations[0].value is 3; give a string"),
+        (turn(role="gpt", content=""), 'conversations[0].role is "gpt"; give one of'),
+        ('{"conversations": [{"from": "gpt", "value": "", "a": 1}]}', "unknown field 'conversations[0].a'"),
+        ('{"conversations": "Hi"}', 'conversations is "Hi"; give a list with at least one message'),
+        (GOOD.replace("{", '{"conversations": [], ', 1), "messages and conversations are both given; give one of them"),
         ('{"messages": []}', "messages is []; give a list with at least one message"),
         ('{"message": []}', "unknown key 'message'; did you mean 'messages'"),
         (GOOD.replace("{", '{"followups": [], ', 1), "unknown key 'followups'; did you mean 'follow_ups'"),
@@ -188,6 +199,17 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str | bytes, wrong: str
     path = write(tmp_path, GOOD, "", line, GOOD)
     with pytest.raises(TrafficError, match=rf"requests\.jsonl, line 3: {re.escape(wrong)}"):
         read_jsonl(path, limit=1)  # the whole file is checked
+
+
+def test_conversations_of_public_data_are_messages(tmp_path: Path) -> None:
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    chat = [*asked, {"role": "assistant", "content": "Hello"}]
+    turns = [{"from": who, "value": m["content"]} for who, m in zip(("system", "human", "gpt"), chat, strict=True)]
+    lines = [
+        json.dumps({"id": str(id), "conversations": each, "conversation_id": 3})
+        for id, each in enumerate((chat, turns))
+    ]
+    assert [list(prompt.messages) for prompt in read_jsonl(write(tmp_path, *lines))] == [chat, chat]
 
 
 def test_what_is_empty_is_the_templates_to_refuse(tmp_path: Path) -> None:
