@@ -170,9 +170,7 @@ class HttpServer:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((host, port))
-            self._socket.listen(
-                _BACKLOG
-            )  # until then, another server may bind the same port and fail only as it starts
+            self._socket.listen(_BACKLOG)  # until then another server may bind the port, and fail only as it starts
         except OSError as error:
             self._socket.close()
             raise ValueError(
