@@ -120,8 +120,8 @@ class TrajectoryDataset(Dataset[TensorDict]):
                 if old or schema != str(SCHEMA):
                     layout = "of an earlier release ('spine' for 'sequence')" if old else f"schema {schema}"
                     raise ValueError(
-                        f"{self._path(index)} has the layout {layout}, this release reads {SCHEMA}; record the requests "
-                        "again"
+                        f"{self._path(index)} has the layout {layout}, this release reads {SCHEMA}; record the "
+                        "requests again"
                     )
                 yield file
         except (SafetensorError, OSError) as error:
