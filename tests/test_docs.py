@@ -20,7 +20,7 @@ from aurora_rl.adaptation.scenario import read_scenario
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.config_canary import compared
-from aurora_rl.cli.main import main
+from aurora_rl.cli.main import COMMANDS, main
 from aurora_rl.envs.engine import ENGINES
 from aurora_rl.envs.verification.rules import RULES
 from aurora_rl.objectives import registry
@@ -371,6 +371,15 @@ def test_the_page_of_the_http_api_names_every_field() -> None:
     }
     named = re.findall(r"`(\w+)`", (DOCS / "reference" / "http.md").read_text())
     assert taken | HARMLESS | NEUTRAL.keys() <= set(named)
+
+
+def test_the_quickstart_has_every_command_and_which_of_them_take_keys() -> None:
+    text = (DOCS / "quickstart.md").read_text().split("## The commands")[1].split("\n## ")[0]
+    assert set(re.findall(r"^\| `aurora-rl (\w+)", text, re.M)) == COMMANDS.keys()
+    (said,) = re.findall(r"^All but (.+?), which take a folder", text, re.M)
+    modules = {name: importlib.import_module(f"aurora_rl.cli.{each.module}") for name, each in COMMANDS.items()}
+    without = {name for name, module in modules.items() if "add_no_config_arguments" in vars(module)}
+    assert set(re.findall(r"`(\w+)`", said)) == without
 
 
 def test_the_walks_name_at_most_six_files() -> None:
