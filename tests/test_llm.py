@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from aurora_rl import LLM, Completion, Eagle3Drafter, SamplingParams, TargetParts, TreeShape
@@ -159,7 +158,11 @@ def test_a_prompt_that_cannot_be_served_is_told_before_any_is(drafted: LLM, monk
         ([1, 300], r"the prompt's tokens must lie in 0\.\.299"),
         ("x" * 600, "a prompt of 600 tokens and 24 new ones exceed the context of 512"),
         ([*CHAT, 5], r"messages\[1\] is 5; give an object with 'role' and 'content'"),
-        *((prompt, "give a text, a list of token ids") for prompt in (None, [1.5, 2.0], [[1, 2]], ["a"], {}, 5)),
+        ({"prompt_token_ids": [1]}, "an object with 'prompt_token_ids' is no prompt; give the ids themselves"),
+        *(
+            (prompt, "it is .*; give a text, a list of token ids")
+            for prompt in (None, [1.5, 2.0], [[1, 2]], ["a"], {}, 5)
+        ),
     ]
     expected = texts(drafted.generate("good", SHORT))
     with monkeypatch.context() as patch:
@@ -393,28 +396,6 @@ def test_the_embedded_model_counts(smollm2_path: Path) -> None:
     assert [completion.tokens.tolist()] == by_transformers(smollm2_path, [chat], 24, torch.float32)
     assert "".join(chunk.text for chunk in served.stream(chat, SamplingParams(max_tokens=24))) == completion.text
     assert "<|" not in completion.text and completion.acceptance_length > 1.2
-
-
-@pytest.mark.parametrize("prompts", [{"role": "user", "content": "hi"}, {"prompt": "hi"}, None, 5, {"hi"}])
-def test_what_is_no_prompt_is_named(tiny_folder: Path, prompts: Any) -> None:
-    llm = LLM(tiny_folder, device="cpu")
-    with pytest.raises(ValueError, match="prompts is a .*; give a text, token ids, a list of messages"):
-        llm.generate(prompts)
-    with pytest.raises(ValueError, match=r"sampling_params is a dict; give SamplingParams"):
-        llm.generate("hi", [{"max_tokens": 3}])  # type: ignore[list-item]
-
-
-def test_a_chat_is_judged_as_over_http(plain: LLM) -> None:
-    def served(messages: list[dict[str, Any]]) -> Tensor:
-        return plain.generate(messages, SHORT)[0].tokens
-
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    chat = [{"role": "system", "content": ""}, {"role": "user", "content": "a\nb"}]
-    assert torch.equal(served([{"role": "developer", "content": ""}, {"role": "user", "content": parts}]), served(chat))
-    served([{"role": "user", "content": ""}])  # the template takes it
-    for content, role, says in ((None, "user", "content is missing"), ("hi", "wizard", 'role is "wizard"; give one')):
-        with pytest.raises(ValueError, match=rf"prompt 0 cannot be served: messages\[0\]\.{says}"):
-            served([{"role": role, "content": content}])
 
 
 def test_a_drafter_of_another_target_is_refused(tiny_folder: Path) -> None:
