@@ -143,7 +143,10 @@ ELSEWHERE = {
         "record": "aurora_rl.serving.recorded_requests.record_requests",
     },
     "report": {"EMPTY_SUMMARY": "aurora_rl.telemetry.stats.Stats.summary"},
-    "server": {"DrafterFault, cost_table, measure_rounds": "aurora_rl.policies.calibration"},
+    "server": {
+        "DrafterFault": "aurora_rl.policies.calibration.DrafterError",
+        "cost_table, measure_rounds": "aurora_rl.policies.calibration",
+    },
     "serving.answers": {"Answers": "aurora_rl.serving.requests.RequestQueue"},
     "sglang": {
         "control": "aurora_rl.envs.recording.plugin_server", "engine": "aurora_rl.envs.sglang.client",

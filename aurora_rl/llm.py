@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import random
+import reprlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,11 +29,14 @@ from aurora_rl.policies.registry import names_drafter, start_untrained
 from aurora_rl.policies.tree_shape import USUAL_LOOKUP
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
+from aurora_rl.workload.request_values import chat_messages
 
 logger = logging.getLogger(__name__)
 
-PromptType = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
-"""A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content"."""
+_OF_VLLM = {"prompt_token_ids": "the ids themselves", "prompt": "the text itself"}  # its prompts, and what to give
+
+PromptType = str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
+"""A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content", as over HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,20 +315,23 @@ class LLM:
     def _encoded(self, prompt: PromptType) -> Tensor:
         if isinstance(prompt, str):
             return torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.int64)
-        if isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt):
-            if not all(isinstance(part, Mapping) and {"role", "content"} <= part.keys() for part in prompt):
-                raise ValueError("every message of a chat needs 'role' and 'content'; give both")
-            for message in prompt:
-                if not isinstance(message["content"], str):  # type: ignore[index]
-                    raise ValueError(
-                        f"the content of a message is {message['content']!r}; give its text, a str"  # type: ignore[index]
-                    )
-            return torch.tensor(encode_chat(self.tokenizer, prompt))  # type: ignore[arg-type]
+        parts = [prompt] if isinstance(prompt, Mapping) else prompt if isinstance(prompt, Sequence) else []
+        objects = [part for part in parts if isinstance(part, Mapping)]
+        for key, fix in _OF_VLLM.items():
+            if any(key in each and "role" not in each for each in objects):
+                raise ValueError(f"an object with {key!r} is no prompt; give {fix}")
+        if objects and parts is prompt:
+            turns = [dict(part) if isinstance(part, Mapping) else part for part in prompt]
+            messages = chat_messages(turns, by="LLM")
+            return torch.tensor(encode_chat(self.tokenizer, messages), dtype=torch.int64)
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             tokens = torch.as_tensor(prompt)
             if tokens.ndim == 1 and not (len(tokens) and (tokens.is_floating_point() or tokens.dtype == torch.bool)):
                 return tokens.long()
-        raise ValueError("give a text, a list of token ids, or a list of messages with role and content")
+        got = reprlib.repr(prompt)
+        if isinstance(prompt, Tensor):
+            got = f"a tensor of shape {list(prompt.shape)} and {prompt.dtype}"
+        raise ValueError(f"it is {got}; give a text, a list of token ids, or a list of messages with role and content")
 
 
 def _kind(value: object) -> str:

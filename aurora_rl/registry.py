@@ -81,6 +81,9 @@ class Registry(Generic[P]):
         installed = (point.name for point in entry_points(group=self._group))
         return iter(sorted({*self._registered, *self._reserved, *installed}))
 
+    def __repr__(self) -> str:
+        return f"<Registry of {self._group}: {', '.join(self)}>"
+
     def name_of(self, part: Any) -> str:
         """Return the name of a part: the registered one, that of its entry point, or its import path."""
         for name, (defined, kept) in {**self._loaded, **self._registered}.items():

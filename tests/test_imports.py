@@ -1,9 +1,13 @@
-"""Modules import only what stands above them in the list of docs/design.md."""
+"""Modules import only what stands above them in the list of docs/design.md, and packages that are declared."""
 
 from __future__ import annotations
 
 import ast
 import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -57,3 +61,27 @@ def test_folders_import_each_other_only_where_the_page_says_so() -> None:
         if file.parent != PACKAGE
     }
     assert {(a, b) for a, b in edges if a < b and (b, a) in edges} == {("envs", "policies")}
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """By the distribution that has it: what another package brings may go with a release of that."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = chain(project["dependencies"], *project["optional-dependencies"].values())
+    declared = {distribution(re.split(r"[\[<>=; ]", line)[0]) for line in wanted}
+    own = ("aurora_rl", "aurora_kernels")
+    files = [file for home in (PACKAGE, ROOT / "kernels" / "aurora_kernels") for file in home.rglob("*.py")]
+    names = {name for file in files for name in packages(file)} - sys.stdlib_module_names - {*own}
+    homes = packages_distributions()  # one that is not installed here has the name of its package
+    assert {name for name in names if not declared & set(map(distribution, homes.get(name, [name])))} == set()
+
+
+def distribution(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def packages(file: Path) -> set[str]:
+    """The packages that a file imports, in its functions too."""
+    nodes = list(ast.walk(ast.parse(file.read_text())))
+    whole = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    parts = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.partition(".")[0] for name in whole | parts}

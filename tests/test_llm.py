@@ -157,8 +157,12 @@ def test_a_prompt_that_cannot_be_served_is_told_before_any_is(drafted: LLM, monk
         ([], "the prompt is empty; give at least one token"),
         ([1, 300], r"the prompt's tokens must lie in 0\.\.299"),
         ("x" * 600, "a prompt of 600 tokens and 24 new ones exceed the context of 512"),
-        ([*CHAT, 5], "every message of a chat needs 'role' and 'content'"),
-        *((prompt, "give a text, a list of token ids") for prompt in (None, [1.5, 2.0], [[1, 2]], ["a"], {}, 5)),
+        ([*CHAT, 5], r"messages\[1\] is 5; give an object with 'role' and 'content'"),
+        ({"prompt_token_ids": [1]}, "an object with 'prompt_token_ids' is no prompt; give the ids themselves"),
+        *(
+            (prompt, "it is .*; give a text, a list of token ids")
+            for prompt in (None, [1.5, 2.0], [[1, 2]], ["a"], {}, 5)
+        ),
     ]
     expected = texts(drafted.generate("good", SHORT))
     with monkeypatch.context() as patch:
@@ -392,22 +396,6 @@ def test_the_embedded_model_counts(smollm2_path: Path) -> None:
     assert [completion.tokens.tolist()] == by_transformers(smollm2_path, [chat], 24, torch.float32)
     assert "".join(chunk.text for chunk in served.stream(chat, SamplingParams(max_tokens=24))) == completion.text
     assert "<|" not in completion.text and completion.acceptance_length > 1.2
-
-
-@pytest.mark.parametrize("prompts", [{"role": "user", "content": "hi"}, {"prompt": "hi"}, None, 5, {"hi"}])
-def test_what_is_no_prompt_is_named(tiny_folder: Path, prompts: Any) -> None:
-    llm = LLM(tiny_folder, device="cpu")
-    with pytest.raises(ValueError, match="prompts is a .*; give a text, token ids, a list of messages"):
-        llm.generate(prompts)
-    with pytest.raises(ValueError, match=r"sampling_params is a dict; give SamplingParams"):
-        llm.generate("hi", [{"max_tokens": 3}])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="prompt 0 cannot be served: every message of a chat needs 'role' and"):
-        llm.generate([{"prompt": "hi"}])
-    for content in (None, 5, [{"type": "text", "text": "hi"}]):
-        with pytest.raises(
-            ValueError, match="prompt 0 cannot be served: the content of a message is .*; give its text"
-        ):
-            llm.generate([{"role": "user", "content": content}])
 
 
 def test_a_drafter_of_another_target_is_refused(tiny_folder: Path) -> None:

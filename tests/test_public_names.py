@@ -1,11 +1,14 @@
-"""What `import aurora_rl` gives: sixteen names, at once and without torch."""
+"""What `import aurora_rl` gives: sixteen names, at once and without torch; and that errors are called so."""
 
 from __future__ import annotations
 
+import ast
+import builtins
 import importlib
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +49,18 @@ def test_other_names_are_refused_as_usual() -> None:
         exec("from aurora_rl import LLn")
     with pytest.raises(ModuleNotFoundError, match="No module named 'aurora_rl.no_such_module'"):
         importlib.import_module("aurora_rl.no_such_module")
+
+
+def test_the_name_of_an_exception_ends_in_error() -> None:
+    files = [file for home in aurora_rl.__path__ for file in Path(home).rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    bases = {
+        node.name: {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+        for node in nodes
+        if isinstance(node, ast.ClassDef)
+    }
+    errors = {name for name, each in vars(builtins).items() if isinstance(each, type) and issubclass(each, Exception)}
+    while more := {name for name, of in bases.items() if of & errors} - errors:
+        errors |= more
+    own = errors & bases.keys()
+    assert len(own) > 15 and {name for name in own if not name.endswith("Error")} == set()

@@ -59,6 +59,7 @@ def test_the_three_ways_to_a_part(parts: Registry[type[Part]]) -> None:
     assert parts.register("mine")(Part) is Part and parts.get("mine") is Part
     assert parts.get("installed") is own and parts.get(f"{MODULE}:Own") is own
     assert list(parts) == ["counter", "elsewhere", "ghost", "installed", "mine"]
+    assert repr(parts) == "<Registry of tests.parts: counter, elsewhere, ghost, installed, mine>"
 
 
 @pytest.mark.parametrize(

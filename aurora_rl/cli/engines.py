@@ -20,7 +20,7 @@ from aurora_rl.envs import Request, SpecDecodeEnv, generation_processors
 from aurora_rl.models.detokenizer import detokenize
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.policies import Drafter, DrafterPolicy, TreeShape
-from aurora_rl.policies.calibration import DrafterFault, cost_table, measure_rounds
+from aurora_rl.policies.calibration import DrafterError, cost_table, measure_rounds
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.prefix_cache import PrefixCache
@@ -86,7 +86,7 @@ def embedded_server(
             layers=None if tuple(drafter.feature_layers) == layers else layers,
         )
 
-    faults: list[tuple[int, DrafterFault]] = []  # by version
+    faults: list[tuple[int, DrafterError]] = []  # by version
 
     def timed(policy: DrafterPolicy) -> TreeController | None:
         if not config.drafter.adaptive:
@@ -95,7 +95,7 @@ def embedded_server(
         try:
             candidates = TreeController.candidates(shape)
             costs = measure_rounds(engine, policy, tried, candidates, processors=processors)
-        except DrafterFault as error:
+        except DrafterError as error:
             faults.append((policy.version, error))
             alone = shape.without_drafter(shape.lookup) if shape.lookup else None
             policy.shape = alone or TreeShape(0, mode=shape.mode)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from tensordict import TensorDict, TensorDictBase
@@ -89,17 +91,8 @@ class TrajectoryDataset(Dataset[TensorDict]):
         """
         if not 0 <= index < self._count:
             raise IndexError(f"{self.folder} holds {self._count} trajectories, asked for number {index}")
-        try:
-            with safe_open(self._path(index), "pt") as file:
-                schema = (file.metadata() or {}).get(_SCHEMA, str(SCHEMA))
-                flat = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self._path(index)} is no trajectory: {error}") from error
-        if "spine.tokens" in flat or schema != str(SCHEMA):
-            layout = "of an earlier release ('spine' for 'sequence')" if "spine.tokens" in flat else f"schema {schema}"
-            raise ValueError(
-                f"{self._path(index)} has the layout {layout}, this release reads {SCHEMA}; record the requests again"
-            )
+        with self._opened(index) as file:
+            flat = {name: file.get_tensor(name) for name in file.keys()}
         return TensorDict(flat, batch_size=[]).unflatten_keys(".")
 
     def numbers(self, name: str) -> list[int]:
@@ -109,16 +102,30 @@ class TrajectoryDataset(Dataset[TensorDict]):
             name: Where it stands, such as "request" or "sampling.rule".
 
         Raises:
-            ValueError: A file is broken or lacks it.
+            ValueError: A file is broken, lacks it, or has the layout of another release.
         """
         found = []
         for index in range(self._count):
-            try:
-                with safe_open(self._path(index), "pt") as file:
-                    found.append(int(file.get_tensor(name)))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{self._path(index)} is no trajectory: {error}") from error
+            with self._opened(index) as file:
+                found.append(int(file.get_tensor(name)))
         return found
+
+    @contextlib.contextmanager
+    def _opened(self, index: int) -> Iterator[Any]:
+        """Open a file of this layout; what is wrong with it, also while it is read, is a ValueError."""
+        try:
+            with safe_open(self._path(index), "pt") as file:
+                schema, names = (file.metadata() or {}).get(_SCHEMA, str(SCHEMA)), file.keys()
+                old = "spine.tokens" in names
+                if old or schema != str(SCHEMA):
+                    layout = "of an earlier release ('spine' for 'sequence')" if old else f"schema {schema}"
+                    raise ValueError(
+                        f"{self._path(index)} has the layout {layout}, this release reads {SCHEMA}; record the "
+                        "requests again"
+                    )
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self._path(index)} is no trajectory: {error}") from error
 
     def digest(self, count: int) -> str:
         """Return a checksum of the first ``count`` trajectories. It tells recordings of the same name apart."""

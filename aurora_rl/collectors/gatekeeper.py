@@ -11,7 +11,7 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
-from aurora_rl.collectors.keys import KeyFault, ServerKeys
+from aurora_rl.collectors.keys import ServerKeys, WireKeyError
 from aurora_rl.telemetry.throttle import Throttle
 
 _ADDRESS = "inproc://zeromq.zap.01"  # where libzmq asks, by the ZeroMQ Authentication Protocol (RFC 27)
@@ -68,7 +68,7 @@ class Gatekeeper:
         public = z85.encode(credentials[0]) if credentials and len(credentials[0]) == 32 else b""
         try:
             name = self._keys.name_of(public)
-        except KeyFault as fault:  # a file that was added since
+        except WireKeyError as fault:  # a file that was added since
             name = None
             self._log.warning("keys", "%s", fault)
         if name is None:

@@ -42,7 +42,7 @@ _STALL_S = 2.0  # seconds after which a reader that received nothing counts as s
 _PING_COST_PER_S = 64.0  # under CurveZMQ, PING and PONG look like parts, and no reader takes them
 
 
-class TooLong(ValueError):
+class TooLongError(ValueError):
     """A peer sends more than a message may have, or no ZMTP 3 at all."""
 
 
@@ -73,7 +73,7 @@ class Meter:
             Cost of the messages that have ended in them. Sealed: of the parts that have begun in them.
 
         Raises:
-            TooLong: The unfinished message has too many parts or bytes, or these are no frames of ZMTP 3.
+            TooLongError: The unfinished message has too many parts or bytes, or these are no frames of ZMTP 3.
         """
         at = passed = 0
         while at < len(data):
@@ -106,20 +106,20 @@ class Meter:
         if not self._greeted:
             # ZeroMQ also speaks older versions, whose frames differ.
             if head[0] != 0xFF or not head[9] & 1 or head[10] < 3:
-                raise TooLong("it does not speak ZMTP 3")
+                raise TooLongError("it does not speak ZMTP 3")
             self._greeted, self._flags = True, _COMMAND
             return
         self._flags, self._left = head[0], int.from_bytes(head[1:])
         if self._flags & _COMMAND:
             if self._flags & _MORE or self._left > _MAX_COMMAND:
-                raise TooLong(f"a command of {self._left} bytes with flags {self._flags}")
+                raise TooLongError(f"a command of {self._left} bytes with flags {self._flags}")
             return
         self.spoken = True
         size = max(self._left - _SEAL, 0) if self._sealed else self._left
         self._cost += cost(size)
         self._parts += 1
         if self._parts > self._max_parts or self.held + size > self._max_bytes:
-            raise TooLong(
+            raise TooLongError(
                 f"its message has more than the {self._max_bytes} bytes or {self._max_parts} parts that are accepted"
             )
 
@@ -276,7 +276,7 @@ class Guard:
                 since = now
                 inside.sendall(chunk[:count])
                 self._await_reader(key)
-        except TooLong as error:
+        except TooLongError as error:
             self._warn(network, str(error))
             _shut(network, inside)
         except OSError:
@@ -299,7 +299,7 @@ class Guard:
         """Wait while the reader has too much to take.
 
         Raises:
-            TooLong: It can take nothing, and the most of what it has are unfinished messages of this connection.
+            TooLongError: It can take nothing, and the most of what it has are unfinished messages of this connection.
         """
         with self._moved:
             while self._inside.total() > self._total and not self._closing:
@@ -313,7 +313,7 @@ class Guard:
                     self._inside.clear()  # bytes of connections that were closed before ZeroMQ read them
                 elif self._inside[key] == max(self._inside.values()):
                     self._inside[key] = 0
-                    raise TooLong(f"unfinished messages exceed {self._total} bytes, and it holds most of them")
+                    raise TooLongError(f"unfinished messages exceed {self._total} bytes, and it holds most of them")
 
     def _warn(self, network: socket.socket, reason: str) -> None:
         if not self._warned:

@@ -25,7 +25,7 @@ _LEARNER, _ENGINES = "learner", "engines"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
 
 
-class KeyFault(ValueError):
+class WireKeyError(ValueError):
     """A key that is missing or cannot be used; the message names the file and the fix."""
 
 
@@ -63,14 +63,14 @@ class ServerKeys:
         """Return the name of an admitted key; None if it is not admitted.
 
         Raises:
-            KeyFault: It is in none of the files, one of which is broken.
+            WireKeyError: It is in none of the files, one of which is broken.
         """
         broken = None
         for file in sorted(self.admitted.glob("*.key")) if self.admitted.is_dir() else [self.admitted]:
             try:
                 if _read(file)[0] == public:
                     return file.stem
-            except KeyFault as fault:  # the other files still count
+            except WireKeyError as fault:  # the other files still count
                 broken = fault
         if broken is not None:
             raise broken
@@ -81,11 +81,11 @@ def learner_keys(folder: str | os.PathLike[str]) -> ServerKeys:
     """Read the keys of a learner, which admits the engines of the folder.
 
     Raises:
-        KeyFault: A file is missing, broken, or may be read by others.
+        WireKeyError: A file is missing, broken, or may be read by others.
     """
     engines = Path(folder) / _ENGINES
     if not any(engines.glob("*.key")):
-        raise KeyFault(
+        raise WireKeyError(
             f"{engines} holds no public key (NAME.key), so that no engine would be admitted; {_cure(folder)}"
         )
     for file in engines.glob("*.key"):
@@ -97,7 +97,7 @@ def engine_keys(folder: str | os.PathLike[str]) -> ClientKeys:
     """Read the keys of the engine whose secret key the folder holds, to connect to the learner.
 
     Raises:
-        KeyFault: A file is missing, broken, or may be read by others; or there are several secret keys.
+        WireKeyError: A file is missing, broken, or may be read by others; or there are several secret keys.
     """
     file, (public, secret) = _engine(folder)
     return ClientKeys(file.stem, public, secret, _read(Path(folder) / f"{_LEARNER}.key")[0])
@@ -126,7 +126,7 @@ def make_keys(folder: str | os.PathLike[str], engine: str = "engine") -> list[Pa
         The files that were written.
 
     Raises:
-        KeyFault: The name cannot be that of a file, the folder is one, or libzmq was built without CURVE.
+        WireKeyError: The name cannot be that of a file, the folder is one, or libzmq was built without CURVE.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -135,11 +135,11 @@ def make_keys(folder: str | os.PathLike[str], engine: str = "engine") -> list[Pa
         (['learner.key', 'learner.key_secret', 'engine.key', 'engine.key_secret'], [])
     """
     if not re.fullmatch(_NAME, engine):
-        raise KeyFault(f"the name of an engine has letters, digits, - and _, got {engine!r}")
+        raise WireKeyError(f"the name of an engine has letters, digits, - and _, got {engine!r}")
     if not zmq.has("curve"):
-        raise KeyFault("libzmq was built without CURVE; install pyzmq from PyPI, whose wheels have it")
+        raise WireKeyError("libzmq was built without CURVE; install pyzmq from PyPI, whose wheels have it")
     if Path(folder).is_file():
-        raise KeyFault(f"{folder} is a file; name a folder")
+        raise WireKeyError(f"{folder} is a file; name a folder")
     written = []
     for path in (Path(folder) / f"{_LEARNER}.key", Path(folder) / _ENGINES / f"{engine}.key"):
         hidden = path.with_suffix(".key_secret")
@@ -159,18 +159,18 @@ def _engine(folder: str | os.PathLike[str]) -> tuple[Path, tuple[bytes, bytes]]:
     files = sorted(engines.glob("*.key_secret"))
     if len(files) != 1:
         found = f"the secret keys {', '.join(file.name for file in files)}" if files else "no secret key"
-        raise KeyFault(f"{engines} holds {found}, and an engine needs one, its own; {_cure(folder)}")
+        raise WireKeyError(f"{engines} holds {found}, and an engine needs one, its own; {_cure(folder)}")
     return files[0], _secret(files[0], folder)
 
 
 def _secret(file: Path, folder: str | os.PathLike[str]) -> tuple[bytes, bytes]:
     if not file.exists():
-        raise KeyFault(f"{file} is missing; {_cure(folder)}")
+        raise WireKeyError(f"{file} is missing; {_cure(folder)}")
     if stat.S_IMODE(file.stat().st_mode) & 0o077:
-        raise KeyFault(f"{file} may be read by others; chmod 600 {file}")
+        raise WireKeyError(f"{file} may be read by others; chmod 600 {file}")
     public, secret = _read(file)
     if secret is None:
-        raise KeyFault(f"{file} has no secret key; {_cure(folder)}")
+        raise WireKeyError(f"{file} has no secret key; {_cure(folder)}")
     return public, secret
 
 
@@ -178,10 +178,12 @@ def _read(file: Path) -> tuple[bytes, bytes | None]:
     try:
         public, secret = load_certificate(file)
     except (OSError, ValueError) as error:
-        raise KeyFault(f"{file} holds no key: {error}; copy it again from where `aurora-rl keys` was run") from error
+        raise WireKeyError(
+            f"{file} holds no key: {error}; copy it again from where `aurora-rl keys` was run"
+        ) from error
     for key in (public, secret):
         if key is not None and not re.fullmatch(rb"[!-~]{40}", key):
-            raise KeyFault(f"{file} holds a broken key; copy it again from where `aurora-rl keys` was run")
+            raise WireKeyError(f"{file} holds a broken key; copy it again from where `aurora-rl keys` was run")
     return public, secret
 
 

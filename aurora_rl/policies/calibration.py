@@ -14,7 +14,7 @@ from aurora_rl.policies.policy import DrafterPolicy
 from aurora_rl.policies.tree_shape import TreeShape
 
 
-class DrafterFault(Exception):
+class DrafterError(Exception):
     """A drafter failed before there was a request that could go on without it."""
 
 
@@ -43,13 +43,13 @@ def measure_rounds(
         Seconds of a round without prefill, by number of occupied slots (1, 2, 4, ... and all of them) and by shape.
 
     Raises:
-        DrafterFault: The drafter failed; the slots are free again.
+        DrafterError: The drafter failed; the slots are free again.
     """
     kept, slots = policy.shape, engine.num_slots
     counts = (*(2**i for i in range(slots.bit_length())), slots)
 
     def give_up(slot: int, fault: str) -> None:
-        raise DrafterFault(fault)
+        raise DrafterError(fault)
 
     policy.on_fault = give_up  # until a server takes over
     try:

@@ -34,7 +34,7 @@ def record_requests(
         slots: Requests served at the same time.
         **settings: Further arguments of :class:`SpeculativeDecoder`, such as ``stop_tokens``.
     """
-    recorded = {int(trajectory["request"]) for trajectory in recording}
+    recorded = set(recording.numbers("request"))
     waiting = [request for request in requests if request.id not in recorded]
     if not waiting:
         return

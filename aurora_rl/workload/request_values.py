@@ -180,11 +180,14 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def chat_messages(value: Any, *, by: str = "this server") -> tuple[ChatMessage, ...]:
+def chat_messages(value: Any, place: str = "messages", *, by: str = "this server") -> tuple[ChatMessage, ...]:
     """Return the messages of a chat as templates take them: texts by role.
 
+    Whether a message may be empty is the template's to say.
+
     Args:
-        value: The field ``messages``.
+        value: The field that has them.
+        place: Its name.
         by: Who does not support what messages may not have.
 
     Raises:
@@ -195,10 +198,10 @@ def chat_messages(value: Any, *, by: str = "this server") -> tuple[ChatMessage, 
         ({'role': 'system', 'content': 'Be brief.'},)
     """
     if value is None:
-        raise missing("messages")
+        raise missing(place)
     if not isinstance(value, list) or not value:
-        raise wrong("messages", value, "give a list with at least one message")
-    return tuple(_message(each, f"messages[{index}]", by) for index, each in enumerate(value))
+        raise wrong(place, value, "give a list with at least one message")
+    return tuple(_message(each, f"{place}[{index}]", by) for index, each in enumerate(value))
 
 
 def _message(value: Any, place: str, by: str) -> ChatMessage:

@@ -24,18 +24,21 @@ from aurora_rl.workload.request_values import (
     boolean_field,
     cache_salt_field,
     chat_messages,
+    missing,
     parse_json,
     sampling_fields,
     string_field,
+    wrong,
 )
 from aurora_rl.workload.templates import TEMPLATES
 
 _OURS = ("messages", "id", "domain", "follow_ups", "speculative", "learn", "cache_salt", *BUDGETS, *SAMPLING)
-_KEYS = (*_OURS, "model")
+_KEYS = (*_OURS, "conversations", "model")
 # A line asks for one answer to one chat, a text: what a server takes beyond that has no place in a file.
 _OF_HTTP: Mapping[str, tuple[Any, ...]] = {
     "prompt": (), "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "stream": (False,), "stream_options": (),
 }  # fmt: skip
+_SPEAKERS = {"system": "system", "human": "user", "gpt": "assistant"}  # of ShareGPT
 DOMAINS = tuple(TEMPLATES)
 """Subjects of the built-in traffic."""
 
@@ -91,6 +94,7 @@ def read_jsonl(
     """Read requests from a JSONL file.
 
     A line is `{"messages": [{"role": ..., "content": ...}, ...]}`; docs/quickstart.md lists the keys that it may have.
+    Public data's `{"conversations": [{"from": "human", "value": ...}, ...]}` is read, too.
     Fields of OpenAI's requests are checked as in a body of /v1/chat/completions. What would change the answer and is
     not supported is refused. Blank lines and other keys are skipped. The whole file is checked, whatever the limit, so
     that a run never meets a bad line half way.
@@ -122,8 +126,8 @@ def read_jsonl(
 
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
-    wrong: list[tuple[int, ValueError]] = []  # the first of them
-    num_wrong = 0
+    bad: list[tuple[int, ValueError]] = []  # the first of them
+    num_bad = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -132,16 +136,16 @@ def read_jsonl(
             if prompt.id in seen:
                 raise ValueError(f"id {prompt.id!r} was already used in line {seen[prompt.id]}")
         except ValueError as error:  # json's and UTF-8's errors are ValueErrors too
-            num_wrong += 1
-            if len(wrong) < _MOST_TOLD:  # an error holds its line and its frames
-                wrong.append((number, error))
+            num_bad += 1
+            if len(bad) < _MOST_TOLD:  # an error holds its line and its frames
+                bad.append((number, error))
             continue
         seen[prompt.id] = number
         prompts.append(prompt)
-    if wrong:
-        more = f"; and {num_wrong - _MOST_TOLD} more" if num_wrong > _MOST_TOLD else ""
-        told = "; ".join(f"line {number}: {error}" for number, error in wrong)
-        raise TrafficError(f"{path}, {told}{more}") from wrong[0][1]
+    if bad:
+        more = f"; and {num_bad - _MOST_TOLD} more" if num_bad > _MOST_TOLD else ""
+        told = "; ".join(f"line {number}: {error}" for number, error in bad)
+        raise TrafficError(f"{path}, {told}{more}") from bad[0][1]
     if not prompts:
         raise TrafficError(f"{path} holds no requests")
 
@@ -175,11 +179,7 @@ def _parse(line: bytes, number: int, model: str | None) -> Prompt:
         if close := difflib.get_close_matches(key.lower().replace("-", "_"), _OURS, n=1, cutoff=0.81):
             raise ValueError(f"unknown key {key!r}; did you mean {close[0]!r}?")
     fields = check_fields(record, (*_KEYS, *_OF_HTTP), harmless={*HARMLESS, *columns}, by=_BY)
-    messages = chat_messages(fields.get("messages"), by=_BY)
-    # Earlier turns may be empty (an assistant's silence); what is to be answered may not.
-    if not messages[-1]["content"].strip():
-        last = len(messages) - 1
-        raise ValueError(f"empty prompt: the content of messages[{last}], the last, is empty; give it a text")
+    messages = _messages(fields)
     fields = check_fields(fields, _KEYS, neutral=_OF_HTTP, by=_BY)
     if (named := string_field(fields, "model")) not in (None, model):
         serves = "" if model is None else f", and this run serves {model!r}"
@@ -190,8 +190,8 @@ def _parse(line: bytes, number: int, model: str | None) -> Prompt:
     if not isinstance(domain, str):
         raise ValueError(f"'domain' must be a string, got {as_json(domain)}")
     follow_ups = record.get("follow_ups", [])
-    if not isinstance(follow_ups, list) or not all(isinstance(turn, str) and turn.strip() for turn in follow_ups):
-        raise ValueError(f"'follow_ups' must be a list of strings that are not empty, got {as_json(follow_ups)}")
+    if not isinstance(follow_ups, list) or not all(isinstance(turn, str) for turn in follow_ups):
+        raise ValueError(f"'follow_ups' must be a list of strings, got {as_json(follow_ups)}")
     sampling = sampling_fields(fields)
     stop = sampling.pop("stop", ())
     return Prompt(
@@ -205,6 +205,31 @@ def _parse(line: bytes, number: int, model: str | None) -> Prompt:
         **{key: boolean_field(fields, key) is not False for key in ("speculative", "learn")},
         cache_salt=cache_salt_field(fields),
     )
+
+
+def _messages(fields: Mapping[str, Any]) -> tuple[ChatMessage, ...]:
+    """Return a line's messages. Public data calls them ``conversations``, and may have them in ShareGPT's form."""
+    turns = fields.get("conversations")
+    if turns is None:
+        return chat_messages(fields.get("messages"), by=_BY)
+    if fields.get("messages") is not None:
+        raise FieldError("messages and conversations are both given; give one of them", "conversations")
+    if isinstance(turns, list):
+        turns = [_message(turn, f"conversations[{index}].") for index, turn in enumerate(turns)]
+    return chat_messages(turns, "conversations", by=_BY)
+
+
+def _message(turn: Any, where: str) -> Any:
+    """Return a turn of ShareGPT's, which has ``from`` and ``value``, as a message; anything else as it is."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    speaker = turn["from"]
+    if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+        raise wrong(f"{where}from", speaker, f"give one of {', '.join(_SPEAKERS)}")
+    if string_field(turn, "value", where) is None:
+        raise missing(f"{where}value")
+    further = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {"role": _SPEAKERS[speaker], "content": turn["value"], **further}
 
 
 # ---- from the generator -----------------------------------------------------------------------------------------

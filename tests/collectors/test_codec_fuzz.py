@@ -20,7 +20,7 @@ import torch
 from aurora_rl.collectors import codec
 from aurora_rl.collectors.codec import CodecError, Limits, decode, encode
 from aurora_rl.collectors.engine_book import EngineBook
-from aurora_rl.collectors.guard import Meter, TooLong
+from aurora_rl.collectors.guard import Meter, TooLongError
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.trajectories import make_trajectory, validate
@@ -180,6 +180,6 @@ def test_no_stream_makes_the_meter_do_more_than_raise_its_error(sealed: bool) ->
                 step = choose.randint(1, 50)
                 assert meter.feed(memoryview(stream)[at : at + step]) >= 0 and meter.held <= 100
                 at += step
-        except TooLong:
+        except TooLongError:
             refused += 1
     assert 0 < refused < FRAMES // 4

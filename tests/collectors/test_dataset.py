@@ -67,8 +67,9 @@ def test_a_recording_says_which_layers_its_features_are_of(tmp_path: Path) -> No
 
 def test_a_recording_of_an_earlier_layout_is_named(tmp_path: Path) -> None:
     save_file({"spine.tokens": torch.arange(3)}, tmp_path / "000000.safetensors")
-    with pytest.raises(ValueError, match="the layout of an earlier release .* record the requests again"):
-        TrajectoryDataset(tmp_path)[0]
+    for read in (lambda recording: recording[0], lambda recording: recording.numbers("request")):
+        with pytest.raises(ValueError, match="the layout of an earlier release .* record the requests again"):
+            read(TrajectoryDataset(tmp_path))
 
 
 def test_a_recording_of_another_schema_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

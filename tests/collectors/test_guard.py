@@ -20,7 +20,7 @@ from zmtp_peers import GREETING, PING, part, peer, shake_hands, until
 from aurora_rl.collectors import guard
 from aurora_rl.collectors.codec import Limits, encode
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.guard import Meter, TooLong
+from aurora_rl.collectors.guard import Meter, TooLongError
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.sockets import bind, open_socket
@@ -165,5 +165,5 @@ def test_the_meter_follows_frames_however_the_bytes_are_cut(step: int) -> None:
     ],
 )
 def test_what_the_meter_refuses(stream: bytes, says: str) -> None:
-    with pytest.raises(TooLong, match=says):
+    with pytest.raises(TooLongError, match=says):
         Meter(Limits(max_bytes=100, max_leaves=0)).feed(memoryview(stream))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from aurora_rl.collectors.keys import (
-    KeyFault,
+    WireKeyError,
     engine_keys,
     learner_keys,
     make_keys,
@@ -64,7 +64,7 @@ def test_a_broken_key_hides_no_other(tmp_path: Path) -> None:
     learner, engine = learner_keys(tmp_path), engine_keys(tmp_path)
     (tmp_path / "engines/a.key").write_text("nothing")
     assert learner.name_of(engine.public) == "engine"
-    with pytest.raises(KeyFault, match="a.key holds no key"):
+    with pytest.raises(WireKeyError, match="a.key holds no key"):
         learner.name_of(engine.server)
 
 
@@ -100,12 +100,12 @@ def test_what_is_wrong_with_a_folder_is_one_line(
 ) -> None:
     make_keys(tmp_path)
     spoil(tmp_path)
-    with pytest.raises(KeyFault, match=says):
+    with pytest.raises(WireKeyError, match=says):
         read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["", "../learner", "a b", ".hidden", "learner/x"])
 def test_a_name_is_that_of_a_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(KeyFault, match="the name of an engine has letters"):
+    with pytest.raises(WireKeyError, match="the name of an engine has letters"):
         make_keys(tmp_path, name)
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.policies import Proposal, TreeShape
-from aurora_rl.policies.calibration import DrafterFault, measure_rounds
+from aurora_rl.policies.calibration import DrafterError, measure_rounds
 from aurora_rl.policies.tree_controller import TreeController
 
 
@@ -60,6 +60,6 @@ def test_a_fault_while_rounds_are_measured_leaves_the_engine_free(tmp_path: Path
 
     waiting = requests(2, budget=22)
     serving = Serving(tmp_path, waiting, NotANumber(waiting), slots=2)
-    with pytest.raises(DrafterFault, match="NotANumber failed: ValueError.*not a number"):
+    with pytest.raises(DrafterError, match="NotANumber failed: ValueError.*not a number"):
         measure_rounds(serving.engine, serving.policy, waiting[1], [TreeShape(0), TreeShape(DEPTH)])
     assert not len(serving.engine.store.occupied) and serving.policy.shape == TreeShape(DEPTH)

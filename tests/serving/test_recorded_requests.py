@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from aurora_rl.collectors.dataset import TrajectoryDataset
@@ -13,7 +14,7 @@ from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.testing import serve, tiny_target
 
 
-def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
+def test_recording_serves_what_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, shape = tiny_target(), TreeShape(3, 2, mode="sampled")
     drafter = Eagle3Drafter.from_target(TargetParts.of(target), draft_vocab=torch.arange(16)).double()
     prompts = [torch.arange(2 + i) for i in range(4)]
@@ -29,6 +30,7 @@ def test_recording_serves_what_is_not_there_yet(tmp_path: Path) -> None:
         text = expected[int(trajectory["request"])]["sequence", "tokens"]
         assert torch.equal(trajectory["sequence", "tokens"], text)  # of the target, whatever was drafted
         assert int(trajectory["sampling", "draft_mode"]) == 1 and len(trajectory["nodes", "tokens"]) > 0
+    monkeypatch.setattr(TrajectoryDataset, "__getitem__", lambda *_: pytest.fail("a trajectory was read for its id"))
     before = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
     record_requests(tiny_target(), drafter, requests, recording, shape=shape)
     assert [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())] == before

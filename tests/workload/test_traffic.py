@@ -134,6 +134,10 @@ def message(**keys: Any) -> str:
     return json.dumps({"messages": [{"role": "user", "content": "Hi"} | keys]})
 
 
+def turn(**keys: Any) -> str:
+    return json.dumps({"conversations": [keys]})
+
+
 @pytest.mark.parametrize(
     ("line", "wrong"),
     [
@@ -142,17 +146,18 @@ def message(**keys: Any) -> str:
         ("[1]", "expected an object with 'messages', got [1]"),
         ("null", "expected an object with 'messages', got null"),
         ('{"prompt": "Hi"}', "messages is missing"),
+        (turn(**{"from": "bing"}), 'conversations[0].from is "bing"; give one of system, human, gpt'),
+        (turn(**{"from": "gpt"}), "conversations[0].value is missing"),
+        (turn(**{"from": "gpt", "value": 3}), "conversations[0].value is 3; give a string"),
+        (turn(role="gpt", content=""), 'conversations[0].role is "gpt"; give one of'),
+        ('{"conversations": [{"from": "gpt", "value": "", "a": 1}]}', "unknown field 'conversations[0].a'"),
+        ('{"conversations": "Hi"}', 'conversations is "Hi"; give a list with at least one message'),
+        (GOOD.replace("{", '{"conversations": [], ', 1), "messages and conversations are both given; give one of them"),
         ('{"messages": []}', "messages is []; give a list with at least one message"),
         ('{"message": []}', "unknown key 'message'; did you mean 'messages'"),
         (GOOD.replace("{", '{"followups": [], ', 1), "unknown key 'followups'; did you mean 'follow_ups'"),
-        (
-            GOOD.replace("{", '{"follow_ups": [""], ', 1),
-            "'follow_ups' must be a list of strings that are not empty, got [\"\"]",
-        ),
-        (
-            GOOD.replace("{", '{"follow_ups": "Why?", ', 1),
-            "'follow_ups' must be a list of strings that are not empty, got ",
-        ),
+        (GOOD.replace("{", '{"follow_ups": [1], ', 1), "'follow_ups' must be a list of strings, got [1]"),
+        (GOOD.replace("{", '{"follow_ups": "Why?", ', 1), "'follow_ups' must be a list of strings, got "),
         (GOOD.replace("{", '{"max_token": 3, ', 1), "unknown key 'max_token'; did you mean 'max_tokens'"),
         (GOOD.replace("{", '{"Top-P": 0.5, ', 1), "unknown key 'Top-P'; did you mean 'top_p'"),
         (GOOD.replace("{", '{"learn": "no", ', 1), 'learn is "no"; give true or false'),
@@ -185,7 +190,6 @@ def message(**keys: Any) -> str:
         (message(role="tool", tool_call_id="a"), 'messages[0].role is "tool"; give another one'),
         (message(role=["user"]), 'messages[0].role is ["user"]; give one of'),
         (message(content=None), "messages[0].content is missing"),
-        (message(content=" \n"), "empty prompt: the content of messages[0], the last, is empty; give it a text"),
         (
             message(content="\ud800"),
             "not valid JSON: a text has '\\ud800', half a surrogate pair, which no tokenizer takes; remove it",
@@ -211,6 +215,22 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str | bytes, wrong: str
 def test_a_file_that_is_not_utf_8(tmp_path: Path, content: bytes, line: int) -> None:
     with pytest.raises(TrafficError, match=rf"requests.jsonl is not UTF-8 \(in line {line}\); save it as UTF-8, and"):
         read_jsonl(write(tmp_path, content))
+
+
+def test_conversations_of_public_data_are_messages(tmp_path: Path) -> None:
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    chat = [*asked, {"role": "assistant", "content": "Hello"}]
+    turns = [{"from": who, "value": m["content"]} for who, m in zip(("system", "human", "gpt"), chat, strict=True)]
+    lines = [
+        json.dumps({"id": str(id), "conversations": each, "conversation_id": 3})
+        for id, each in enumerate((chat, turns))
+    ]
+    assert [list(prompt.messages) for prompt in read_jsonl(write(tmp_path, *lines))] == [chat, chat]
+
+
+def test_what_is_empty_is_the_templates_to_refuse(tmp_path: Path) -> None:
+    (prompt,) = read_jsonl(write(tmp_path, message(content="").replace("{", '{"follow_ups": [""], ', 1)))
+    assert prompt.messages == ({"role": "user", "content": ""},) and prompt.follow_ups == ("",)
 
 
 def test_all_bad_lines_are_named(tmp_path: Path) -> None:

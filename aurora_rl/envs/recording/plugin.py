@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.collectors.keys import KeyFault, plugin_server_keys
+from aurora_rl.collectors.keys import WireKeyError, plugin_server_keys
 from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer
 from aurora_rl.envs.recording.session import Session
 from aurora_rl.tenants import check_tenant
@@ -55,7 +55,7 @@ class RecorderPlugin:
         try:
             keys = None if self._keys is None else plugin_server_keys(self._keys)
             self._server = PluginServer(self._address, self._answer, keys=keys)
-        except (OSError, KeyFault) as error:  # also in further processes of a server on several GPUs, refused later
+        except (OSError, WireKeyError) as error:  # also in further processes of a server on several GPUs, refused later
             logger.error("nobody can attach here: %s", error)
 
     def _answer(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Session:
 
     Raises:
         PluginError: A field is missing, unknown or of the wrong type.
-        KeyFault: A key cannot be used.
+        WireKeyError: A key cannot be used.
         OSError: An address is malformed.
 
     Attributes:

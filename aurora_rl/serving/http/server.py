@@ -28,6 +28,7 @@ _MOST_HEAD = 1 << 16  # bytes of a head
 _UNREAD_S = 60  # close a connection whose client reads nothing for this many seconds
 _KEEP_ALIVE_S = 75
 _SHUTDOWN_S = 5
+_BACKLOG = 2048  # connections that wait to be accepted
 
 
 class _Connection(HttpToolsProtocol):
@@ -149,8 +150,8 @@ class _Connection(HttpToolsProtocol):
 class HttpServer:
     """Serve an application from a thread of this process.
 
-    The port is taken when the object is made, so that a port in use is an error before a model is loaded; nothing is
-    answered before :meth:`start`.
+    The port is taken when the object is made, so that a port in use is an error before a model is loaded. Clients
+    may connect from then on, and are answered after :meth:`start`.
 
     Args:
         host: Address to listen at.
@@ -169,6 +170,7 @@ class HttpServer:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((host, port))
+            self._socket.listen(_BACKLOG)  # until then another server may bind the port, and fail only as it starts
         except (OSError, TypeError) as error:  # a TypeError for a host that cannot be a name
             self._socket.close()
             reason = getattr(error, "strerror", None) or error
@@ -185,6 +187,7 @@ class HttpServer:
         config = uvicorn.Config(
             app,
             http=_Connection,
+            backlog=_BACKLOG,
             lifespan="off",
             ws="none",
             log_config=None,

@@ -68,7 +68,6 @@ def test_an_answer_may_take_longer_than_a_head(slow: Any, monkeypatch: pytest.Mo
 def test_a_port_that_is_in_use_is_told_before_anything_is_served() -> None:
     first = HttpServer("127.0.0.1", 0)
     try:
-        first._socket.listen()
         port = int(first.url.rpartition(":")[2])
         with pytest.raises(ValueError, match=f"cannot listen at http.host=127.0.0.1, http.port={port}: .*in use"):
             HttpServer("127.0.0.1", port)
