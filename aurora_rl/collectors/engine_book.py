@@ -32,7 +32,8 @@ class EngineStatus:
     `rejected_at` is when that was.
     `checksum` is that of the weights that it serves, as it says. `ahead`: it serves a version newer than the one that
     it is to have, from an earlier learner, and ignores older ones. `foreign` is the version that it serves if an
-    earlier learner published other weights under its number.
+    earlier learner published other weights under its number: it is below `first_offered`, the first version that was
+    sent over this connection.
     """
 
     name: str
@@ -43,6 +44,7 @@ class EngineStatus:
     rejected: tuple[int | None, str] | None = None
     rejected_at: float = 0.0
     offered: int | None = None
+    first_offered: int | None = None
     in_flight: bool = False
     checksum: str | None = None
     ahead: bool = False
@@ -150,6 +152,7 @@ class EngineBook:
                     continue
                 elif not status.in_flight and version != status.offered and version > status.serving:
                     status.offered, status.in_flight = version, True
+                    status.first_offered = status.first_offered or version
                     found.append((identity, version))
             return found
 
@@ -266,7 +269,7 @@ class EngineBook:
                 return  # from an earlier learner: nothing to compare with
             if digest == published:
                 status.acknowledged = version
-            elif (status.offered or 0) < version:  # it was not sent that
+            elif version < (status.first_offered or version + 1):  # it was not sent that
                 status.foreign = version
             else:
                 reason = f"the loaded weights have checksum {digest}, the published ones {published}"

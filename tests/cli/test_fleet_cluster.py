@@ -60,7 +60,7 @@ def test_what_a_cluster_lacks_is_named(cluster: Cluster) -> None:
 
 def test_a_process_runs_to_its_end_and_its_output_is_in_the_log(seat: Seat, tmp_path: Path) -> None:
     assert seat.ended() is None  # not begun
-    for words, status, text in ((["--version"], 0, "aurora-rl "), (["learn", "seed=x"], 2, "aurora-rl: seed=x")):
+    for words, status, text in ((["--version"], 0, "aurora-rl "), (["learn", "seed=x"], 2, "aurora-rl: seed is 'x'")):
         seat.start(words, tmp_path / "log")
         assert seat.ended(60) == status
         assert text in (tmp_path / "log").read_text()

@@ -95,6 +95,8 @@ def test_an_engine_overtakes_what_it_is_to_have_by_a_newer_version_or_other_weig
     assert book.overtaken and book.engines["a"].foreign == 1 and book.rejected_by(1) == {}
     book.publish(2, "second", ["a"])
     assert not book.overtaken and book.due() == [(b"a", 2)]
+    note(book, b"a", version=1, checksum="of another learner")  # still, while the second is on its way
+    assert book.rejected_by(1) == {}
     note(book, b"a", version=2, checksum="second", received=2)
     assert not book.overtaken  # though the others are to have version 1
     note(book, b"b", version=2)
