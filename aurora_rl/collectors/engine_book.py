@@ -33,7 +33,7 @@ class EngineStatus:
     `checksum` is that of the weights that it serves, as it says. `ahead`: it serves a version newer than the one that
     it is to have, from an earlier learner, and ignores older ones. `foreign` is the version that it serves if an
     earlier learner published other weights under its number: it is below `first_offered`, the first version that was
-    sent over this connection.
+    sent over this connection. `taken` is the number of weights of an earlier learner that it may serve next.
     """
 
     name: str
@@ -45,6 +45,7 @@ class EngineStatus:
     rejected_at: float = 0.0
     offered: int | None = None
     first_offered: int | None = None
+    taken: int = 0
     in_flight: bool = False
     checksum: str | None = None
     ahead: bool = False
@@ -84,7 +85,8 @@ class EngineBook:
     def next_version(self) -> int:
         """Above everything published and everything that an engine serves."""
         with self._changed:
-            return 1 + max([self._published, *(status.serving for status in self._engines.values())])
+            there = (max(status.serving, status.taken) for status in self._engines.values())
+            return 1 + max([self._published, *there])
 
     @property
     def overtaken(self) -> bool:
@@ -245,6 +247,9 @@ class EngineBook:
                 return
             if version is None or version == status.offered:
                 status.in_flight = False
+            if "taken" in meta:  # it gets the same weights under a larger number
+                status.foreign, status.taken = version, self._served_version({"version": meta["taken"]})
+                return
             status.reject(version, reason)
             self._changed.notify_all()
         self._log.warning("rejected", "engine %r rejected version %s: %r", status.name, version, reason)

@@ -3,7 +3,8 @@
 The engine speaks first and repeats itself; so either side may start, vanish or restart at any time:
 
 - engine (DEALER, connects): ``serving`` {version, checksum, received, handshake} when connected, after each change and
-  as heartbeat; ``ack`` {version, checksum, swap_ms} of what was loaded, or ``nack`` {version, reason}.
+  as heartbeat; ``ack`` {version, checksum, swap_ms} of what was loaded, or ``nack`` {version, reason}. A nack also has
+  ``taken``, a number, if weights of an earlier learner with it are on trial: the next number must be larger.
 - learner (ROUTER, binds): ``accepted`` {}, or ``refused`` {reason} where the handshake differs; ``weights`` {version,
   checksum, identity} and tensors, if newer than what the engine serves. The identity is the handshake's.
 
@@ -284,6 +285,7 @@ class WeightReceiver:
         self._checksum = checksum
         self._received: int | None = None
         self._pending: tuple[int, TensorDict] | None = None
+        self._newest = version, checksum  # number and declared checksum of the newest weights that came
         self._replies: deque[list[Buffer]] = deque(maxlen=_MAX_REPLIES)
         self._next_beat = 0.0
         self._socket = open_socket(zmq.DEALER)
@@ -326,6 +328,7 @@ class WeightReceiver:
     def reject(self, version: int, reason: str) -> None:
         """Report that weights from `latest` were not installed and the old ones stay. They are not offered again."""
         with self._lock:
+            self._newest = min(self._newest, (self._version, self._checksum), key=lambda weights: weights[0])
             self._reply("nack", version=version, reason=reason)
 
     def close(self, timeout: float = 1.0) -> None:
@@ -408,8 +411,12 @@ class WeightReceiver:
                     self._log.warning("weights", "version %d is refused, %d stays: %s", version, self._version, refusal)
                     self.rejected += 1
                     self._reply("nack", version=version, reason=refusal)
-                elif version > max(self._version, self._pending[0] if self._pending else 0):
-                    self._pending = version, message.tensors
+                elif version > max(self._version, self._newest[0]):
+                    self._pending, self._newest = (version, message.tensors), (version, declared)
+                elif version > self._version and (version, declared) != self._newest:
+                    # A learner that has just begun gives numbers that its predecessor's weights have here, on trial.
+                    reason = f"version {self._newest[0]} of an earlier learner is about to be served"
+                    self._reply("nack", version=version, reason=reason, taken=self._newest[0])
         else:
             raise CodecError(f"a learner sends accepted, refused or weights, not {message.kind!r}")
 

@@ -388,3 +388,23 @@ def test_close_is_bounded_and_idempotent() -> None:
     for closable in (receiver, publisher, receiver, publisher):
         closable.close(0.5)
     assert time.monotonic() - start < 3
+
+
+def test_a_new_learner_gives_no_number_that_weights_on_trial_have() -> None:
+    address = free_address()
+    first = WeightPublisher(address, handshake=HANDSHAKE)
+    receiver = engine(address)
+    first.publish(5, weights(5.0))
+    version, on_trial = take(receiver)
+    first.close()
+    second = WeightPublisher(address, handshake=HANDSHAKE)
+    second.publish(2, weights(9.0))
+    until(lambda: second.overtaken)
+    assert second.rejected_by(2) == {} and receiver.latest() is None
+    assert second.next_version == 6
+    receiver.acknowledge(version, checksum(on_trial), swap_ms=1.0)
+    second.publish(second.next_version, weights(9.0))
+    version, tensors = take(receiver)
+    assert version == 6 and (tensors["layer", "w"] == 9).all() and not second.overtaken
+    receiver.close()
+    second.close()
