@@ -22,7 +22,7 @@ from aurora_rl.cli.config_checks import check_config, without_extras
 from aurora_rl.cli.config_drafter import DrafterConfig
 from aurora_rl.cli.config_fleet import FleetConfig
 from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
-from aurora_rl.cli.config_tree import MOST_SHOWN, keys_of, node_at, wrong_type
+from aurora_rl.cli.config_tree import MOST_SHOWN, keys_of, nested, node_at, wrong_type
 from aurora_rl.cli.cpus import usable_cpus
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import frozen, plain
@@ -327,6 +327,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
             if told := wrong_type(values, merged):
                 raise ConfigError(told if source in overrides else f"{source}: {told}") from error
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+        if told := nested(values, merged):
+            raise ConfigError(told if source in overrides else f"{source}: {told}")
     try:
         named = {key for _, values in sources[len(usual) :] for key in keys_of(values)}  # by the user
         for settle in (keep_nothing, without_trials, without_extras):

@@ -6,7 +6,7 @@ import contextlib
 import json
 from typing import Any, get_args
 
-from omegaconf import DictConfig, OmegaConf, TupleConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
 
 MOST_SHOWN = 80
@@ -57,6 +57,20 @@ def wrong_type(values: DictConfig, merged: DictConfig) -> str:
         need = "two names or folders" if key == "compare" else "integers" if kind is int else "texts"
         if others := [each for each in value if type(each) is not kind]:
             return f"{key} holds {_shown(others[0])}; give {need}"
+    return ""
+
+
+def nested(values: DictConfig, merged: DictConfig) -> str:
+    """Return which list of integers or texts holds a list or a mapping, which OmegaConf lets through; empty if none."""
+    for key in keys_of(values):
+        wanted, node = node_at(merged, key), node_at(values, key)
+        if not isinstance(wanted, TupleConfig) or not isinstance(node, ListConfig):
+            continue
+        kind = get_args(wanted._metadata.ref_type)[0]
+        for index in range(len(node)) if kind in (int, str) else ():
+            if OmegaConf.is_config(each := node._get_node(index)):
+                held = _shown(OmegaConf.to_container(each))
+                return f"{key} holds {held}; give {'integers' if kind is int else 'texts'}"
     return ""
 
 
