@@ -340,6 +340,7 @@ def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_pa
         ({"dtype": None}, "dtype is None; give auto, float32"),
         ({"device": None}, "device='None' cannot be used here .*; try cpu, or auto"),
         ({"device": "meta:x"}, "device='meta:x' cannot be used here .*; try cpu, or auto"),
+        ({"device": "meta"}, r"device='meta' cannot be used here \(Tensor.item.*; try cpu, or auto"),
         ({"drafter": Eagle3Drafter}, "drafter is a class, Eagle3Drafter; give a name such as 'eagle3', a folder"),
         ({"drafter": 3}, "drafter is a int; give a name such as 'eagle3', a folder"),
         ({"drafter": ""}, "no drafter is called ''"),

@@ -118,9 +118,9 @@ def usable_device(name: str | torch.device) -> torch.device:
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # meta has tensors, and no values
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]  # torch goes on with a list of its backends
         raise ValueError(f"device={str(name)!r} cannot be used here ({reason}); try cpu, or auto") from error
     return device
 

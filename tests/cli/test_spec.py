@@ -164,6 +164,7 @@ def test_device_and_dtype(configured: Callable[..., Config]) -> None:
             "drafter.options.lookup of the drafter hybrid is drafter.name=medusa drafter.lookup=4 now",
         ),
         ("device=warp", "device='warp' cannot be used here"),
+        ("device=meta", "device='meta' cannot be used here"),
         (
             "drafter.num_nodes=65; drafter.depth=6",
             "drafter.depth=6, drafter.width=4 and drafter.num_nodes=65 make trees of 65 nodes, and the engine verifies "
