@@ -57,8 +57,9 @@ def main() -> None:
         learner.close()
     stats = server.stats
     count = len(stats.finished)
-    first, last = stats.acceptance(0, count // 4), stats.acceptance(count - count // 4, count)
-    print(f"{count} requests, {len(stats.swap_ms)} swaps, acceptance length {first:.2f} -> {last:.2f}, in {run_dir}")
+    quarters = stats.acceptance(0, count // 4), stats.acceptance(count - count // 4, count)
+    first, last = ("–" if each is None else f"{each:.2f}" for each in quarters)  # None: nothing was drafted
+    print(f"{count} requests, {len(stats.swap_ms)} swaps, acceptance length {first} -> {last}, in {run_dir}")
 
 
 if __name__ == "__main__":
