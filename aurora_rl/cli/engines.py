@@ -144,8 +144,8 @@ def embedded_server(
         captures=Capture(config.engine.capture_rate, config.privacy.opt_out, config.seed),
     )
     for version, fault in faults:
-        those = "every request is" if rival is None else f"in the turns of version {version} every request is"
-        server.note_fault(str(fault), version, f"{those} served without the drafter")
+        which = "every request is" if rival is None else f"in the turns of version {version} every request is"
+        server.note_fault(str(fault), version, f"{which} served without the drafter")
     return server
 
 

@@ -247,7 +247,7 @@ class EngineBook:
                 return
             if version is None or version == status.offered:
                 status.in_flight = False
-            if "taken" in meta:  # it gets the same weights under a larger number
+            if "taken" in meta:  # it gets the same weights under a larger number; see the protocol in weights.py
                 status.foreign, status.taken = version, self._served_version({"version": meta["taken"]})
                 return
             status.reject(version, reason)

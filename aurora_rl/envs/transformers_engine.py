@@ -93,7 +93,7 @@ class TransformersEngine(Engine):
     _least_tolerance: ClassVar[float] = 0.0
     feature_layers: tuple[int, ...] = ()
     _prefill_rows: int = _PREFILL_ROWS
-    _riders: Sequence[Rows] = ()  # chunks of prompts that are read in the next verification
+    _chunk_rows: Sequence[Rows] = ()  # chunks of prompts that are read in the next verification
 
     def __init__(
         self, model: PreTrainedModel, *, num_slots: int, max_length: int, feature_layers: Sequence[int],
@@ -347,8 +347,8 @@ class TransformersEngine(Engine):
         tokens = torch.cat([root[:, None], torch.where(valid, tokens, 0)], dim=1)
         present = F.pad(valid, (1, 0), value=True)
         trees = Rows(slots, past, tokens, depth, ancestor_mask(parents, valid), present)
-        (self._hidden, self._features), *read = self._pass(trees, *self._riders)
-        for rows, (_, features) in zip(self._riders, read, strict=True):
+        (self._hidden, self._features), *read = self._pass(trees, *self._chunk_rows)
+        for rows, (_, features) in zip(self._chunk_rows, read, strict=True):
             self._keep(rows, features)
         return self._hidden
 
@@ -358,13 +358,13 @@ class TransformersEngine(Engine):
     ) -> tuple[Tensor, int]:
         prompt, done = self._begin(chunk.slot, chunk.prompt, chunk.done)
         last = min(done + chunk.most, len(prompt) - 1)
-        riders = [self._chunk(chunk.slot, prompt, done, last)] if done < last else []
-        self._riders = riders
+        chunk_rows = [self._chunk(chunk.slot, prompt, done, last)] if done < last else []
+        self._chunk_rows = chunk_rows
         try:  # through self.verify: a subclass may extend it
             hidden = self.verify(slots, tokens, parents, valid)
         finally:
-            self._riders = ()
-        done += sum(rows.tokens.shape[1] for rows in riders)
+            self._chunk_rows = ()
+        done += sum(rows.tokens.shape[1] for rows in chunk_rows)
         return hidden, self._end(chunk.slot, prompt, done)
 
     @override

@@ -177,3 +177,13 @@ def test_an_engine_that_went_away_within_a_trial_is_to_have_what_all_have_when_i
     assert not book.overtaken and not book.engines["a"].ahead  # the same weights, under a later number
     note(book, b"b", version=3, checksum="second")
     assert book.overtaken and book.engines["b"].ahead
+
+
+@pytest.mark.parametrize("taken", ["2", True, None, -1, 2**62])
+def test_a_taken_number_that_cannot_be_one_counts_for_nothing(taken: Any) -> None:
+    book = EngineBook()
+    book.publish(1, "first")
+    note(book, b"a")
+    with pytest.raises(CodecError, match="version"):
+        book.note_nack(b"a", {"version": 1, "reason": "", "taken": taken})
+    assert not book.overtaken and book.next_version == 2
