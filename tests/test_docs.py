@@ -85,11 +85,14 @@ def test_python_blocks_run(page: Path, tiny_folder: Path, tmp_path: Path, monkey
 def test_the_readme_s_example_prints_clean_text(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("aurora_rl.llm")
     (block,) = blocks(ROOT / "README.md", "python")
+    # In float32, where the page's figure does not depend on how a CPU rounds.
+    assert block.count('drafter="eagle3"') == 1
+    block = block.replace('drafter="eagle3"', 'drafter="eagle3", dtype="float32"')
     exec(compile(block, "README.md", "exec"), {})
     out = capsys.readouterr().out
     *text, acceptance_length = out.split()
-    # The text depends on the dtype that the CPU takes: 1.21 tokens a round in float32, 1.06 in bfloat16.
-    assert len(text) > 5 and "<|" not in out and float(acceptance_length) > 1.0
+    assert len(text) > 5 and "<|" not in out
+    assert f"an acceptance length of {float(acceptance_length):.2f} tokens a round" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"), ids=name)
