@@ -39,7 +39,7 @@ def test_two_processes_learn_from_a_server_and_one_goes_on(
     for process in ranks:  # as torchrun does
         process.send_signal(signal.SIGTERM)
     statuses, outputs = ended(ranks, tmp_path)
-    assert statuses == [0, 0] and outputs[1] == "", outputs
+    assert statuses == [0, 0] and outputs[1] == "", "\n".join(outputs)
     (done,) = events(run, "learner_done")
     assert done["steps"] == events(run, "train")[-1]["steps"] and not events(run, "step_skipped")
     check_state(states(run / "learner")[0])

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from forked_commands import ForkedProcess, Forks
+from torch.distributed import TCPStore
 
 
-def start_ranks(forks: Forks, folder: Path, words: Sequence[str], size: int = 2) -> list[ForkedProcess]:
+class Ranks(list[ForkedProcess]):
+    """Processes of one group, and the store by which they find each other, as `torchrun` holds it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        # The store chooses its port. One that was found free beforehand may be taken by the time that a rank opens it.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.place = {
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port), "GLOO_SOCKET_IFNAME": "lo",
+        }  # fmt: skip
+
+
+def start_ranks(forks: Forks, folder: Path, words: Sequence[str], size: int = 2) -> Ranks:
     """Start ``size`` processes with the same words, whose outputs go to ``rank<number>`` in a folder."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    started = []
+    ranks = Ranks(size)
     with ExitStack() as files:
         for rank in range(size):
             output = files.enter_context((folder / f"rank{rank}").open("wb"))
-            variables = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(forks.start(words, output, output, env=variables))
-    return started
+            variables = os.environ | ranks.place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(forks.start(words, output, output, env=variables))
+    return ranks
 
 
 def ended(processes: Sequence[ForkedProcess], folder: Path, seconds: float = 60.0) -> tuple[list[int], list[str]]:

@@ -26,7 +26,7 @@ def ran(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     folder = tmp_path_factory.mktemp("ranks")
     names = ["every_objective", "not_finite", "states", "unlike"]
     statuses, outputs = ended(start_ranks(forks, folder, [PROGRAM, ",".join(names), str(folder)]), folder)
-    assert statuses == [0, 0], outputs
+    assert statuses == [0, 0], "\n".join(outputs)
     return lambda name: json.loads((folder / f"{name}.json").read_text())
 
 
@@ -74,7 +74,7 @@ def test_the_order_of_settings_is_no_difference(ran: Callable[..., dict[str, Any
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_killed_ends_the_other(forks: Forks, tmp_path: Path, victim: int) -> None:
     statuses, outputs = ended(start_ranks(forks, tmp_path, [PROGRAM, f"lost{victim}", str(tmp_path)]), tmp_path)
-    assert statuses[victim] == -9 and statuses[1 - victim] == 0, outputs
+    assert statuses[victim] == -9 and statuses[1 - victim] == 0, "\n".join(outputs)
     told = json.loads(outputs[1 - victim].splitlines()[-1])
     assert told["error"].startswith(f"rank {1 - victim} of 2 has lost the others: one of them has ended")
     assert told["steps"] == 2 and told["seconds"] < 20

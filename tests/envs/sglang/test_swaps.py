@@ -24,7 +24,7 @@ def play(forks: Forks, folder: Path, name: str) -> tuple[list[int], dict[str, An
     """The exit statuses of two ranks, and what the first found."""
     statuses, outputs = ended(start_ranks(forks, folder, [PROGRAM, name, str(folder)]), folder)
     found = folder / f"{name}.json"
-    assert found.exists(), outputs
+    assert found.exists(), "\n".join(outputs)
     told = json.loads(found.read_text())
     assert "failed" not in told, (told, outputs)
     return statuses, told
