@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from loopback_ports import free_ports
 
 from aurora_rl.cli.config import load_config
-from aurora_rl.envs.recording.client import free_ports
 from aurora_rl.objectives import make_objectives
 from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.testing import tiny_target, tiny_trajectory

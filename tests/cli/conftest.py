@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from loopback_ports import free_addresses
 
 from aurora_rl.cli.config import Config, load_config
-
-
-def free_addresses() -> list[str]:
-    """Two addresses on ports that are free, for the two halves of the wire."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [f"tcp://127.0.0.1:{each.getsockname()[1]}" for each in sockets]
 
 
 @pytest.fixture

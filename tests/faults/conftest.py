@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 from forked_commands import ForkedProcess, Forks
+from loopback_ports import free_addresses
 from processes import alive, wait
 
 from aurora_rl.telemetry.log import MetricsReader
@@ -98,8 +98,7 @@ class Command:
 @pytest.fixture
 def arguments(tiny_folder: Path) -> list[str]:
     """Short requests on the tiny model, a learner that publishes often, and a wire of the test's own."""
-    with socket.create_server(("127.0.0.1", 0)) as trajectories, socket.create_server(("127.0.0.1", 0)) as weights:
-        ports = [server.getsockname()[1] for server in (trajectories, weights)]
+    trajectories, weights = free_addresses()
     return [
         *(
             f"model={tiny_folder}",
@@ -112,7 +111,7 @@ def arguments(tiny_folder: Path) -> list[str]:
         *("http.port=null", "drafter.adaptive=false"),  # rounds are measured where a test asks for it: 2 s a server
         *("learner.batch_size=2", "learner.publish_every=4", "gate.requests=3", "gate.margin=9"),
         *("canary.window=2", "canary.most_rounds=8"),  # too few pairs to prove anything: what is tried is promoted
-        *(f"wire.trajectories=tcp://127.0.0.1:{ports[0]}", f"wire.weights=tcp://127.0.0.1:{ports[1]}"),
+        *(f"wire.trajectories={trajectories}", f"wire.weights={weights}"),
     ]
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import openai
 import pytest
 import yaml
 from http_clients import ask
+from loopback_ports import free_ports
 from processes import alive, wait
 from ray import cluster_utils
 from run_events import events
@@ -24,18 +24,6 @@ from aurora_rl.training.states import check_state, states
 pytestmark = pytest.mark.faults
 Start = Callable[..., Any]
 NODE = {"include_dashboard": False, "object_store_memory": 80 << 20}
-
-
-def free_ports() -> int:
-    """The first of two free ports that follow each other."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as first:
-            port = first.getsockname()[1]
-            try:
-                with socket.create_server(("127.0.0.1", port + 1)):
-                    return port
-            except (OSError, OverflowError):
-                continue
 
 
 def processes(*words: str) -> list[int]:
@@ -69,7 +57,7 @@ def children(pid: int) -> list[int]:
 
 
 def test_engines_and_learner_that_die_are_started_again(start: Start, tmp_path: Path) -> None:
-    port = free_ports()
+    port, _ = free_ports(2)
     file = tmp_path / "fleet.yaml"
     group = {"replicas": 2, "num_cpus": 0.5, "overrides": [f"http.port={port}"]}
     file.write_text(yaml.safe_dump({"fleet": {"engines": {"chat": group}, "learner": {"num_cpus": 0.5}}}))
@@ -130,7 +118,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_a_learner_whose_node_dies_goes_on_at_another_address(start: Start, tmp_path: Path, nodes: Any) -> None:
     first = nodes.add_node(num_cpus=0, resources={"learner": 1}, node_ip_address="127.0.0.2", **NODE)
     file = tmp_path / "fleet.yaml"
-    engines = {"chat": {"num_cpus": 1, "overrides": [f"http.port={(port := free_ports())}"]}}
+    engines = {"chat": {"num_cpus": 1, "overrides": [f"http.port={(port := free_ports()[0])}"]}}
     learner = {"num_cpus": 0, "resources": {"learner": 1}}
     section = {"address": nodes.address, "engines": engines, "learner": learner}
     file.write_text(yaml.safe_dump({"fleet": section}))

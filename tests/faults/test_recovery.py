@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import httpx
 import pytest
 import zmq
 from http_clients import Asker, ask, client
+from loopback_ports import free_ports
 from processes import alive, wait
 from safetensors.torch import load_file
 from tcp_proxy import TCPProxy
@@ -134,8 +134,7 @@ def test_where_every_training_state_is_broken_the_learner_starts_anew_from_what_
 @pytest.mark.stress
 @pytest.mark.parametrize("both", [False, True])
 def test_a_server_that_is_killed_goes_on_in_its_folder(start: Start, both: bool) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        port = holder.getsockname()[1]
+    (port,) = free_ports()
     server = start("serve", f"http.port={port}")
     api = client(server)
     before = {number: ask(api, f"Number {number}?", max_tokens=8).choices[0].message.content for number in range(5)}

@@ -18,11 +18,11 @@ import httpx
 import openai
 import pytest
 from forked_commands import Forks
+from loopback_ports import free_ports
 from processes import wait
 from sglang_requests import environment, requests
 
 from aurora_rl.cli import main as cli
-from aurora_rl.envs.recording.client import free_ports
 from aurora_rl.envs.sglang.client import CPU_ARGUMENTS, CPU_VARIABLES, SGLangClient, SGLangError
 from aurora_rl.telemetry.log import MetricsReader
 

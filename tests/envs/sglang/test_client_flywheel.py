@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from loopback_ports import free_ports
 from sglang_requests import other_weights
 
-from aurora_rl.envs.recording.client import free_ports
 from aurora_rl.policies.formats.files import load_drafter
 
 pytestmark = pytest.mark.sglang
