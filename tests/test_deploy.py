@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.config_fleet import engine_groups, learner_placement
+from aurora_rl.cli.config.fleet import engine_groups, learner_placement
 from aurora_rl.telemetry.prometheus import METRICS
 
 ROOT = Path(__file__).parents[1]

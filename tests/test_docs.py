@@ -19,7 +19,7 @@ import torch
 from aurora_rl.adaptation.scenario import read_scenario
 from aurora_rl.cli import spec
 from aurora_rl.cli.config import Config, load_config
-from aurora_rl.cli.config_canary import compared
+from aurora_rl.cli.config.canary import compared
 from aurora_rl.cli.main import COMMANDS, main
 from aurora_rl.envs.engine import ENGINES
 from aurora_rl.envs.verification.rules import RULES

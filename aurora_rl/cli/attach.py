@@ -10,7 +10,7 @@ from dataclasses import replace
 from aurora_rl.cli import serve
 from aurora_rl.cli.arguments import SAVED_LAST, add_config_arguments, add_resume_argument
 from aurora_rl.cli.config import Config
-from aurora_rl.cli.config_checks import check_config
+from aurora_rl.cli.config.checks import check_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.signals import Stop
 from aurora_rl.remote_engines import EXAMPLES, REMOTE_ENGINES, address_variable

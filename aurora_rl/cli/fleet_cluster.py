@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from aurora_rl.cli.config_fleet import Placement
+from aurora_rl.cli.config.fleet import Placement
 from aurora_rl.cli.errors import ConfigError
 
 _END_S = 90.0  # an engine drains, a learner completes its step, and both write their reports

@@ -119,7 +119,7 @@ class _Session:
                 traffic,
                 wire_keys,
             )  # fmt: skip
-            from aurora_rl.cli.config_canary import compared
+            from aurora_rl.cli.config.canary import compared
             from aurora_rl.cli.engines import embedded_server
             from aurora_rl.cli.http import HttpFront
             from aurora_rl.cli.remote import remote_server

@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset, Subset
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, check_embedded, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config
-from aurora_rl.cli.config_privacy import check_records
+from aurora_rl.cli.config.privacy import check_records
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.learner import learning
 from aurora_rl.cli.output import plain_console

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.config_canary import compared
+from aurora_rl.cli.config.canary import compared
 from aurora_rl.cli.engines import _wire, embedded_server
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.remote import remote_server

@@ -12,7 +12,7 @@ import pytest
 from processes import wait
 
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.config_fleet import Placement
+from aurora_rl.cli.config.fleet import Placement
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.fleet import _Fleet
 from aurora_rl.cli.fleet_cluster import Cluster, LostError, Seat

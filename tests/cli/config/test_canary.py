@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aurora_rl.cli.config import load_config, to_yaml
-from aurora_rl.cli.config_canary import compared
+from aurora_rl.cli.config.canary import compared
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.run_dir import make_absolute
 from aurora_rl.cli.spec import resolve

@@ -17,12 +17,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
-from aurora_rl.cli.config_canary import CanaryConfig, without_trials
-from aurora_rl.cli.config_checks import check_config, without_extras
-from aurora_rl.cli.config_drafter import DrafterConfig
-from aurora_rl.cli.config_fleet import FleetConfig
-from aurora_rl.cli.config_privacy import PrivacyConfig, keep_nothing
-from aurora_rl.cli.config_tree import MOST_SHOWN, keys_of, nested, node_at, wrong_type
+from aurora_rl.cli.config.canary import CanaryConfig, without_trials
+from aurora_rl.cli.config.checks import check_config, without_extras
+from aurora_rl.cli.config.drafter import DrafterConfig
+from aurora_rl.cli.config.fleet import FleetConfig
+from aurora_rl.cli.config.privacy import PrivacyConfig, keep_nothing
+from aurora_rl.cli.config.tree import MOST_SHOWN, keys_of, nested, node_at, wrong_type
 from aurora_rl.cli.cpus import usable_cpus
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import frozen, plain

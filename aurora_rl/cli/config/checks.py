@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 
 from aurora_rl.addresses import is_local
 from aurora_rl.cli.arguments import as_pair
-from aurora_rl.cli.config_canary import check_trials
-from aurora_rl.cli.config_drafter import check_drafter_config
-from aurora_rl.cli.config_fleet import check_fleet
-from aurora_rl.cli.config_privacy import check_privacy
+from aurora_rl.cli.config.canary import check_trials
+from aurora_rl.cli.config.drafter import check_drafter_config
+from aurora_rl.cli.config.fleet import check_fleet
+from aurora_rl.cli.config.privacy import check_privacy
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
 from aurora_rl.telemetry.loggers import LOGGERS

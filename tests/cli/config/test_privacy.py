@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aurora_rl.cli.config import load_config, to_yaml
-from aurora_rl.cli.config_privacy import check_records
+from aurora_rl.cli.config.privacy import check_records
 from aurora_rl.cli.errors import ConfigError
 
 ZERO = "privacy.zero_retention=true"

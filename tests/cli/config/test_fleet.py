@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.config_fleet import EngineGroup, Placement, engine_groups, learner_placement
+from aurora_rl.cli.config.fleet import EngineGroup, Placement, engine_groups, learner_placement
 from aurora_rl.cli.errors import ConfigError
 
 FILE = """
