@@ -39,6 +39,8 @@ MOVED = {
     "testing.forms": "testing.variants",
     "testing.stand_ins": "testing.fixtures", "testing.tabular": "testing.enumerable_worlds",
     "sglang": "envs.sglang", "envs.sglang.recorder": "envs.recording.assembler",
+    **{f"cli.config_{name}": f"cli.config.{name}" for name in (
+        "canary", "checks", "drafter", "fleet", "privacy", "tree")},
     "cli.flywheel": "cli.serve", "cli.export": "cli.drafter",
     "objectives.tree_index": "tree_index", "serving.answers": "serving.requests",
     "collectors.weight_scheme": "collectors.weights", "serving.recording": "serving.recorded_requests",
@@ -95,7 +97,9 @@ ELSEWHERE = {
     "checkpoints": {"CheckpointError, read_folder, save_tensors, write_folder": "aurora_rl.storage"},
     "collectors.hello": {"Hello": "aurora_rl.collectors.handshake.Handshake"},
     "collectors.weight_scheme": {"ZMQWeightSyncScheme": "aurora_rl.collectors.weights.WeightPublisher"},
-    "config": {"ControlConfig": "aurora_rl.cli.config.BaselineConfig"},
+    "config": {
+        "ControlConfig": "aurora_rl.cli.config.BaselineConfig", "ConfigError": "aurora_rl.cli.errors",
+    },
     "conversations": {"Conversations": "aurora_rl.serving.requests.RequestQueue"},
     "envs.sampling": {
         "SamplingBatch, SamplingParams": "aurora_rl.sampling_params",

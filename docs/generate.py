@@ -56,7 +56,7 @@ def _default(field: Field) -> str:
 
 def configuration() -> Iterator[str]:
     """Return the lines of the reference of configuration keys."""
-    yield _GENERATED.format("aurora_rl/cli/config.py and the sections that it imports")
+    yield _GENERATED.format("aurora_rl/cli/config/schema.py")
     yield "# Configuration keys\n"
     yield "Set a key by `key=value` on the command line, or in a YAML file that `--config` names:\n"
     yield "```bash\naurora-rl flywheel --config run.yaml engine.slots=4 'objectives=[{name: imitation}]'\n```\n"

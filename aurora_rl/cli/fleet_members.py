@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aurora_rl.addresses import is_local
-from aurora_rl.cli.config import Config, load_config, to_yaml
-from aurora_rl.cli.config.fleet import FleetConfig, Placement, engine_groups, learner_placement
+from aurora_rl.cli.config import Config, FleetConfig, load_config, to_yaml
+from aurora_rl.cli.config.fleet import Placement, engine_groups, learner_placement
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.ranks import refuse_parallel
 from aurora_rl.cli.run_dir import make_absolute

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aurora_rl.cli.config import load_config
-from aurora_rl.cli.config.fleet import FleetConfig
+from aurora_rl.cli.config import FleetConfig, load_config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.fleet_members import Member, Wire, members_of
 from aurora_rl.collectors.keys import engine_keys, learner_keys

@@ -1,49 +1,15 @@
-"""The configuration of trials on live traffic: of new weights, and of two drafters that are compared."""
+"""Checks of trials on live traffic, of new weights and of two drafters that are compared, and what goes with them."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from omegaconf import DictConfig
 
+from aurora_rl.cli.config.schema import CanaryConfig, Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.remote_engines import REMOTE_ENGINES
-
-if TYPE_CHECKING:
-    from aurora_rl.cli.config import Config
-
-
-@dataclass(frozen=True)
-class CanaryConfig:
-    """How weights that passed the gate are tried before they draft every round.
-
-    An embedded engine tries them in a share of its rounds. A learner of several engines, of any kind, may try them at a
-    share of the engines first.
-    """
-
-    share: float = 0.5
-    """Share of the rounds that new weights draft during their trial. 0 swaps them in at once, which is the default of
-    `aurora-rl flywheel` without ``compare``, and all that SGLang and vLLM do."""
-    window: int = 8
-    """Rounds of a window. A window of the new weights is compared with one of the old weights next to it."""
-    false_alarm_rate: float = 0.01
-    """Chance that weights as good as the old ones are rolled back, at most."""
-    margin: float = 0.05
-    """Relative loss of acceptance length or of throughput that is tolerated: weights are promoted once a larger one is
-    ruled out."""
-    most_rounds: int | None = 512
-    """Rounds that new weights draft before they are promoted if no loss was proven; null tries them until a loss is
-    proven or ruled out."""
-    engines: float = 0.0
-    """Share of the engines that get new weights first, if several are connected to the learner; at least one does. 0
-    gives them to all engines at once. For the learner, which compares at ``false_alarm_rate`` and ``margin`` too."""
-    requests: int = 8
-    """Requests per engine in a window of the trial at a share of the engines, on average over a group of them."""
-    most_requests: int | None = 256
-    """Requests with new weights, per engine that has them at a time, before all engines get them if no loss was proven.
-    null tries them until a loss is proven or ruled out."""
 
 
 def without_trials(merged: DictConfig, named: Collection[str]) -> None:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Collection
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -16,12 +16,10 @@ from aurora_rl.cli.config.canary import check_trials
 from aurora_rl.cli.config.drafter import check_drafter_config
 from aurora_rl.cli.config.fleet import check_fleet
 from aurora_rl.cli.config.privacy import check_privacy
+from aurora_rl.cli.config.schema import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
 from aurora_rl.telemetry.loggers import LOGGERS
-
-if TYPE_CHECKING:
-    from aurora_rl.cli.config import Config
 
 _POSITIVE = """
     engine.slots http.max_body http.max_waiting drafter.vocab_size

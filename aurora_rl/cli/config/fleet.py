@@ -1,35 +1,16 @@
-"""The configuration of a fleet: which members Ray places, and by which resources."""
+"""The members of a fleet, as its section of the configuration describes them, and checks of it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from aurora_rl.cli.config.schema import Config
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
 from aurora_rl.settings import check_values, settings_of
-
-if TYPE_CHECKING:
-    from aurora_rl.cli.config import Config
-
-
-@dataclass(frozen=True)
-class FleetConfig:
-    """Engines and a learner on a Ray cluster, for `aurora-rl fleet` alone ([fleet](../fleet.md))."""
-
-    address: str | None = None
-    """Ray cluster to join: auto or host:port. null starts one on this host for as long as the fleet runs."""
-    engines: dict[str, Any] = field(default_factory=dict)
-    """Groups of engines by name: ``replicas``, ``num_cpus``, ``num_gpus`` and ``resources`` of each engine, and
-    ``overrides``, its own ``key=value`` pairs."""
-    learner: dict[str, Any] = field(default_factory=dict)
-    """``num_cpus``, ``num_gpus``, ``resources`` and ``overrides`` of the learner."""
-    max_restarts: int | None = None
-    """Times that a member is started again before the fleet ends with an error; null has no limit."""
-    timeout: float = 300.0
-    """Most seconds that a member waits for its resources when the fleet starts."""
 
 
 @dataclass(frozen=True)

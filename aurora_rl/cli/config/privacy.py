@@ -1,41 +1,22 @@
-"""The configuration of privacy, and what it demands of other keys."""
+"""Checks of privacy, and what it demands of other keys."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from aurora_rl.cli.arguments import as_pair
+from aurora_rl.cli.config.schema import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.tenants import check_tenant
-
-if TYPE_CHECKING:
-    from aurora_rl.cli.config import Config
 
 _KEPT = (
     "engine.prefix_cache_tokens",
     "drafter.history",
     "learner.replay",
 )  # each keeps texts after their gradient step
-
-
-@dataclass(frozen=True)
-class PrivacyConfig:
-    """Capture and retention of users' texts (docs/privacy.md). Server and learner need the same values."""
-
-    opt_out: tuple[str, ...] = ()
-    """Tenants whose requests are never captured, by their names in the header X-Aurora-Tenant."""
-    max_age: float | None = None
-    """Seconds from the end of a request after which its trajectory is dropped. It is dropped wherever it waits: in the
-    server's queue, the replay buffer or the gate. null keeps it until a newer one takes its place."""
-    zero_retention: bool = False
-    """Drop each trajectory after its gradient step, keep no answers, rows or texts of ended requests for others, and
-    write no text to disk. ``learner.replay``, ``drafter.history`` and ``engine.prefix_cache_tokens`` are 0, and
-    recordings are refused. For the embedded engine."""
 
 
 def keep_nothing(merged: DictConfig, named: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Configuration of the commands: one dataclass per part, read by OmegaConf from a file and ``key=value`` pairs.
+"""Every configuration key: one dataclass per section.
 
 Constructors elsewhere take flat arguments and never see these classes. Nothing of a :class:`Config` can be changed: its
 lists are tuples, and its mappings are read-only. ``dataclasses.replace`` makes another.
@@ -6,28 +6,12 @@ lists are tuples, and its mappings are read-only. ``dataclasses.replace`` makes 
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf, StringNode
-from omegaconf.errors import OmegaConfBaseException
-
-from aurora_rl.cli.config.canary import CanaryConfig, without_trials
-from aurora_rl.cli.config.checks import check_config, without_extras
-from aurora_rl.cli.config.drafter import DrafterConfig
-from aurora_rl.cli.config.fleet import FleetConfig
-from aurora_rl.cli.config.privacy import PrivacyConfig, keep_nothing
-from aurora_rl.cli.config.tree import MOST_SHOWN, keys_of, nested, node_at, wrong_type
 from aurora_rl.cli.cpus import usable_cpus
-from aurora_rl.cli.errors import ConfigError
-from aurora_rl.cli.frozen import frozen, plain
+from aurora_rl.cli.frozen import frozen
 from aurora_rl.remote_engines import REMOTE_ENGINES
-from aurora_rl.settings import nearest
 
 
 @dataclass(frozen=True)
@@ -87,6 +71,47 @@ class TrafficConfig:
     """Serve the file's requests in random order."""
     requests: int = 300
     """Requests that the built-in generator makes."""
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """The drafter and the trees that it proposes."""
+
+    name: str | None = None
+    """An architecture (one of ``list(aurora_rl.policies.DRAFTERS)``), or package.module:Class; null takes that of the
+    checkpoint in ``drafter.path``, or medusa."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Architecture-specific options, for example ``fc_norm: true``."""
+    path: str | None = None
+    """A drafter checkpoint to start from, a folder or hub id; null starts untrained."""
+    trained_for: str = "target"
+    """Weights that a checkpoint must be trained for: target takes those of the target alone, any takes all."""
+    vocab_size: int = 8192
+    """Rows of the draft head."""
+    feature_layers: tuple[int, ...] | None = None
+    """Target layers that make the features; null takes the architecture's default."""
+    depth: int = 4
+    """Longest path."""
+    width: int = 4
+    """Most children of a node: 1 drafts a chain, more a top-k tree. 1 with engine.name=vllm."""
+    num_nodes: int | None = 4
+    """Most nodes of a tree; null keeps all."""
+    lookup: int | None = None
+    """Most nodes that are looked up in the request's text and in earlier answers. They are merged into each tree or
+    verified in its place. 0 turns it off. null is 8, or 0 where lookup cannot be had: SGLang, vLLM, sampled trees,
+    drafter.name=ngram."""
+    history: int = 65536
+    """Most tokens of earlier answers kept for lookup. A request searches answers of its own cache_salt only. 0 keeps
+    none: lookup then searches the request's own text alone. Requests with learn=false leave nothing in it."""
+    mode: str = "topk"
+    """Choice of nodes: topk takes the likeliest; sampled and sampled_without_replacement draw, for policy gradients."""
+    adaptive: bool = True
+    """Choose depth, chain or tree, or no speculation by measured acceptance and costs; false keeps one shape."""
+    adapters: tuple[str, ...] = ()
+    """Tenants with a drafter of their own: a small delta (LoRA) on the shared one, which drafts for requests of this
+    tenant and learns from them alone. For the embedded engine, with eagle3 or eagle."""
+    adapter_rank: int = 8
+    """Rank of these deltas. One has at most 20 MB."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +228,52 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
+class CanaryConfig:
+    """How weights that passed the gate are tried before they draft every round.
+
+    An embedded engine tries them in a share of its rounds. A learner of several engines, of any kind, may try them at a
+    share of the engines first.
+    """
+
+    share: float = 0.5
+    """Share of the rounds that new weights draft during their trial. 0 swaps them in at once, which is the default of
+    `aurora-rl flywheel` without ``compare``, and all that SGLang and vLLM do."""
+    window: int = 8
+    """Rounds of a window. A window of the new weights is compared with one of the old weights next to it."""
+    false_alarm_rate: float = 0.01
+    """Chance that weights as good as the old ones are rolled back, at most."""
+    margin: float = 0.05
+    """Relative loss of acceptance length or of throughput that is tolerated: weights are promoted once a larger one is
+    ruled out."""
+    most_rounds: int | None = 512
+    """Rounds that new weights draft before they are promoted if no loss was proven; null tries them until a loss is
+    proven or ruled out."""
+    engines: float = 0.0
+    """Share of the engines that get new weights first, if several are connected to the learner; at least one does. 0
+    gives them to all engines at once. For the learner, which compares at ``false_alarm_rate`` and ``margin`` too."""
+    requests: int = 8
+    """Requests per engine in a window of the trial at a share of the engines, on average over a group of them."""
+    most_requests: int | None = 256
+    """Requests with new weights, per engine that has them at a time, before all engines get them if no loss was proven.
+    null tries them until a loss is proven or ruled out."""
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Capture and retention of users' texts (docs/privacy.md). Server and learner need the same values."""
+
+    opt_out: tuple[str, ...] = ()
+    """Tenants whose requests are never captured, by their names in the header X-Aurora-Tenant."""
+    max_age: float | None = None
+    """Seconds from the end of a request after which its trajectory is dropped. It is dropped wherever it waits: in the
+    server's queue, the replay buffer or the gate. null keeps it until a newer one takes its place."""
+    zero_retention: bool = False
+    """Drop each trajectory after its gradient step, keep no answers, rows or texts of ended requests for others, and
+    write no text to disk. ``learner.replay``, ``drafter.history`` and ``engine.prefix_cache_tokens`` are 0, and
+    recordings are refused. For the embedded engine."""
+
+
+@dataclass(frozen=True)
 class TelemetryConfig:
     """Where the figures of a run go, next to its ``metrics.jsonl``."""
 
@@ -211,6 +282,23 @@ class TelemetryConfig:
     none. All but csv are packages of their own."""
     max_log: int = 268435456
     """Most bytes of ``metrics.jsonl``. Once it has so many it replaces ``metrics.1.jsonl``, and is begun anew."""
+
+
+@dataclass(frozen=True)
+class FleetConfig:
+    """Engines and a learner on a Ray cluster, for `aurora-rl fleet` alone ([fleet](../fleet.md))."""
+
+    address: str | None = None
+    """Ray cluster to join: auto or host:port. null starts one on this host for as long as the fleet runs."""
+    engines: dict[str, Any] = field(default_factory=dict)
+    """Groups of engines by name: ``replicas``, ``num_cpus``, ``num_gpus`` and ``resources`` of each engine, and
+    ``overrides``, its own ``key=value`` pairs."""
+    learner: dict[str, Any] = field(default_factory=dict)
+    """``num_cpus``, ``num_gpus``, ``resources`` and ``overrides`` of the learner."""
+    max_restarts: int | None = None
+    """Times that a member is started again before the fleet ends with an error; null has no limit."""
+    timeout: float = 300.0
+    """Most seconds that a member waits for its resources when the fleet starts."""
 
 
 @dataclass(frozen=True)
@@ -265,139 +353,3 @@ class Config:
     def __post_init__(self) -> None:
         for name, value in list(vars(self).items()):
             object.__setattr__(self, name, frozen(value))
-
-
-_MOVED = {"control": "baseline", "drafter.made_for": "drafter.trained_for", "engine.control": "engine.plugin_address"}
-
-
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), usual: Sequence[str] = ()) -> Config:
-    """Merge the defaults, then a YAML file, then ``key=value`` pairs.
-
-    Args:
-        path: YAML file with any of the keys.
-        overrides: Pairs such as ``engine.slots=2``.
-        usual: Pairs that take the place of defaults.
-
-    Raises:
-        ConfigError: The file cannot be read, a key is unknown (the nearest known key is named) or a value is of the
-            wrong type or out of range.
-
-    Example:
-        >>> load_config(overrides=["engine.slots=2"]).engine.slots
-        2
-    """
-    merged = _schema()
-    sources = [(pair, _from_pair(pair, merged)) for pair in usual]
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            # OmegaConf takes a text for one key, such as the whole of a file that is no YAML.
-            maps = isinstance(yaml.compose(text), yaml.MappingNode | None)
-            loaded = OmegaConf.load(io.StringIO(text)) if maps else None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
-        except Exception as error:  # the YAML parser has its own hierarchy of errors
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(loaded, DictConfig):
-            raise ConfigError(
-                f"{path} holds no mapping of keys, but {text.strip()[:MOST_SHOWN]!r}; write lines such as "
-                "model: smollm2, or name another file"
-            )
-        sources.append((str(path), loaded))
-    for pair in overrides:
-        if "=" not in pair:
-            raise ConfigError(f"expected key=value, got {pair!r}; for example engine.slots=2")
-        sources.append((pair, _from_pair(pair, merged)))
-    known = keys_of(merged)
-    for source, values in sources:
-        for key in keys_of(values):
-            if (now := _moved(key)) is not None:
-                raise ConfigError(f"{key!r} in {source} is called {now!r} now")
-            if key not in known:
-                near = nearest_key(key)
-                if near == f"{key}.name":  # drafter=eagle3
-                    near += f"={OmegaConf.select(values, key)}"
-                raise ConfigError(f"unknown key {key[:MOST_SHOWN]!r} in {source}; did you mean {near!r}?")
-            node = node_at(values, key)
-            if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
-                raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")
-        try:
-            merged.merge_with(values)
-        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
-            if told := wrong_type(values, merged):
-                raise ConfigError(told if source in overrides else f"{source}: {told}") from error
-            raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
-        if told := nested(values, merged):
-            raise ConfigError(told if source in overrides else f"{source}: {told}")
-    try:
-        named = {key for _, values in sources[len(usual) :] for key in keys_of(values)}  # by the user
-        for settle in (keep_nothing, without_trials, without_extras):
-            settle(merged, named)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        raise ConfigError(str(error).replace("\n", " ")) from error
-    assert isinstance(config, Config)
-    check_config(config)
-    return config
-
-
-def _moved(key: str) -> str | None:
-    """Return the new name of a key if it, or a key above it, was renamed."""
-    return next((now + key[len(was) :] for was, now in _MOVED.items() if key == was or key.startswith(f"{was}.")), None)
-
-
-def nearest_key(name: str) -> str:
-    """Return the configuration key that a user most likely meant by ``name``.
-
-    Example:
-        >>> nearest_key("slots"), nearest_key("drafter"), nearest_key("engine.slot")
-        ('engine.slots', 'drafter.name', 'engine.slots')
-    """
-    known = keys_of(_schema())
-    if f"{name}.name" in known:
-        return f"{name}.name"
-    last = [key for key in known if key.rpartition(".")[2] == name]
-    return last[0] if last else nearest(name, known)
-
-
-def _from_pair(pair: str, config: DictConfig) -> DictConfig:
-    """Read ``key=value``: a string key takes the text, with ``${key}`` replaced, any other key takes YAML."""
-    key, _, text = pair.partition("=")
-    node = node_at(config, key)
-    if isinstance(node, StringNode) and not (text == "null" and node._is_optional()):
-        known = keys_of(config)
-        # What is left of ${ has other meanings to OmegaConf, and written to a run's configuration would get them there.
-        rest = re.sub(r"(?<!\\)\$\{([\w.]+)\}", lambda found: "" if found[1] in known else found[0], text)
-        if "${" in rest:
-            raise ConfigError(
-                f"{pair}: ${{ begins the name of a key, such as ${{model}}, got {rest[rest.index('${') :]!r}"
-            )
-        values = OmegaConf.create({})
-        OmegaConf.update(values, key, text)
-        return values
-    try:
-        return OmegaConf.from_dotlist([pair])
-    except Exception as error:  # the YAML parser has its own hierarchy of errors
-        raise ConfigError(f"{pair}: not a valid value: {str(error).splitlines()[0]}") from error
-
-
-def _schema() -> DictConfig:
-    """Return the defaults as a tree that takes values: OmegaConf makes that of a frozen dataclass read-only."""
-    tree = OmegaConf.structured(Config)
-    for part in (tree, *tree.values()):
-        if isinstance(part, DictConfig):
-            OmegaConf.set_readonly(part, None)
-    return tree
-
-
-def to_yaml(config: Config, *, run_dir: bool = True) -> str:
-    """Return the configuration as YAML that :func:`load_config` reads back.
-
-    Args:
-        config: The configuration.
-        run_dir: False leaves ``run_dir`` out, so that a run's saved configuration starts another run elsewhere.
-    """
-    tree = plain(config)
-    if not run_dir:
-        del tree["run_dir"]
-    return OmegaConf.to_yaml(OmegaConf.create(tree))

@@ -1,73 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from aurora_rl.cli.config import Config, load_config, to_yaml
 from aurora_rl.cli.errors import ConfigError
-
-
-def keys(config: Any, prefix: str = "") -> list[str]:
-    found = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        found += keys(value, f"{prefix}{field.name}.") if is_dataclass(value) else [prefix + field.name]
-    return found
-
-
-def test_the_keys_are_frozen() -> None:
-    """A key is a promise to users: add one here on purpose, and describe it in the documentation."""
-    assert keys(Config()) == [
-        *("model", "device", "dtype"),
-        *("engine.name", "engine.slots", "engine.max_length", "engine.prefix_cache_tokens", "engine.threads"),
-        *("engine.url", "engine.plugin_address", "engine.arguments", "engine.capture_rate"),
-        "engine.batch_invariant",
-        *("http.host", "http.port", "http.api_keys", "http.served_model_name"),
-        *("http.max_body", "http.max_waiting", "http.timeout"),
-        "http.cors_origins",
-        *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
-        *("max_new_tokens", "temperature", "top_k", "top_p", "rule", "generation_config", "seed"),
-        *("drafter.name", "drafter.options", "drafter.path", "drafter.trained_for"),
-        *("drafter.vocab_size", "drafter.feature_layers"),
-        *(
-            "drafter.depth",
-            "drafter.width",
-            "drafter.num_nodes",
-            "drafter.lookup",
-            "drafter.history",
-            "drafter.mode",
-            "drafter.adaptive",
-            "drafter.adapters",
-            "drafter.adapter_rank",
-        ),
-        *("baseline.share", "baseline.window"),
-        *("wire.trajectories", "wire.weights", "wire.queue", "wire.queue_bytes", "wire.max_message", "wire.keys"),
-        "objectives",
-        *(
-            "learner.spawn",
-            "learner.threads",
-            "learner.nice",
-            "learner.batch_size",
-            "learner.replay",
-            "learner.buffer",
-            "learner.buffer_bytes",
-        ),
-        *("learner.muon_lr", "learner.adam_lr", "learner.publish_every", "learner.max_skipped"),
-        *("learner.keep", "learner.parallel", "learner.resume", "learner.record"),
-        *("checkpoint.keep", "checkpoint.buffer"),
-        *("gate.requests", "gate.margin"),
-        *("canary.share", "canary.window", "canary.false_alarm_rate", "canary.margin", "canary.most_rounds"),
-        *("canary.engines", "canary.requests", "canary.most_requests"),
-        "compare",
-        *("privacy.opt_out", "privacy.max_age", "privacy.zero_retention"),
-        "telemetry.logger",
-        "telemetry.max_log",
-        *("fleet.address", "fleet.engines", "fleet.learner", "fleet.max_restarts", "fleet.timeout"),
-        "run_dir",
-    ]
 
 
 def test_pairs_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
@@ -246,8 +184,3 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path, text: str | bytes | None
 def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "run.yaml") == Config()
-
-
-def test_the_engine_gets_the_threads_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aurora_rl.cli.config.usable_cpus", lambda: 3)
-    assert load_config().engine.threads == 2

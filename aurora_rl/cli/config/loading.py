@@ -1,0 +1,156 @@
+"""Configurations read by OmegaConf from defaults, a YAML file and ``key=value`` pairs, and written back."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf, StringNode
+from omegaconf.errors import OmegaConfBaseException
+
+from aurora_rl.cli.config.canary import without_trials
+from aurora_rl.cli.config.checks import check_config, without_extras
+from aurora_rl.cli.config.privacy import keep_nothing
+from aurora_rl.cli.config.schema import Config
+from aurora_rl.cli.config.tree import MOST_SHOWN, keys_of, nested, node_at, wrong_type
+from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.frozen import plain
+from aurora_rl.settings import nearest
+
+_MOVED = {"control": "baseline", "drafter.made_for": "drafter.trained_for", "engine.control": "engine.plugin_address"}
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), usual: Sequence[str] = ()) -> Config:
+    """Merge the defaults, then a YAML file, then ``key=value`` pairs.
+
+    Args:
+        path: YAML file with any of the keys.
+        overrides: Pairs such as ``engine.slots=2``.
+        usual: Pairs that take the place of defaults.
+
+    Raises:
+        ConfigError: The file cannot be read, a key is unknown (the nearest known key is named) or a value is of the
+            wrong type or out of range.
+
+    Example:
+        >>> load_config(overrides=["engine.slots=2"]).engine.slots
+        2
+    """
+    merged = _schema()
+    sources = [(pair, _from_pair(pair, merged)) for pair in usual]
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            # OmegaConf takes a text for one key, such as the whole of a file that is no YAML.
+            maps = isinstance(yaml.compose(text), yaml.MappingNode | None)
+            loaded = OmegaConf.load(io.StringIO(text)) if maps else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
+        except Exception as error:  # the YAML parser has its own hierarchy of errors
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(
+                f"{path} holds no mapping of keys, but {text.strip()[:MOST_SHOWN]!r}; write lines such as "
+                "model: smollm2, or name another file"
+            )
+        sources.append((str(path), loaded))
+    for pair in overrides:
+        if "=" not in pair:
+            raise ConfigError(f"expected key=value, got {pair!r}; for example engine.slots=2")
+        sources.append((pair, _from_pair(pair, merged)))
+    known = keys_of(merged)
+    for source, values in sources:
+        for key in keys_of(values):
+            if (now := _moved(key)) is not None:
+                raise ConfigError(f"{key!r} in {source} is called {now!r} now")
+            if key not in known:
+                near = nearest_key(key)
+                if near == f"{key}.name":  # drafter=eagle3
+                    near += f"={OmegaConf.select(values, key)}"
+                raise ConfigError(f"unknown key {key[:MOST_SHOWN]!r} in {source}; did you mean {near!r}?")
+            node = node_at(values, key)
+            if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
+                raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")
+        try:
+            merged.merge_with(values)
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
+            if told := wrong_type(values, merged):
+                raise ConfigError(told if source in overrides else f"{source}: {told}") from error
+            raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
+        if told := nested(values, merged):
+            raise ConfigError(told if source in overrides else f"{source}: {told}")
+    try:
+        named = {key for _, values in sources[len(usual) :] for key in keys_of(values)}  # by the user
+        for settle in (keep_nothing, without_trials, without_extras):
+            settle(merged, named)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ConfigError(str(error).replace("\n", " ")) from error
+    assert isinstance(config, Config)
+    check_config(config)
+    return config
+
+
+def _moved(key: str) -> str | None:
+    """Return the new name of a key if it, or a key above it, was renamed."""
+    return next((now + key[len(was) :] for was, now in _MOVED.items() if key == was or key.startswith(f"{was}.")), None)
+
+
+def nearest_key(name: str) -> str:
+    """Return the configuration key that a user most likely meant by ``name``.
+
+    Example:
+        >>> nearest_key("slots"), nearest_key("drafter"), nearest_key("engine.slot")
+        ('engine.slots', 'drafter.name', 'engine.slots')
+    """
+    known = keys_of(_schema())
+    if f"{name}.name" in known:
+        return f"{name}.name"
+    last = [key for key in known if key.rpartition(".")[2] == name]
+    return last[0] if last else nearest(name, known)
+
+
+def _from_pair(pair: str, config: DictConfig) -> DictConfig:
+    """Read ``key=value``: a string key takes the text, with ``${key}`` replaced, any other key takes YAML."""
+    key, _, text = pair.partition("=")
+    node = node_at(config, key)
+    if isinstance(node, StringNode) and not (text == "null" and node._is_optional()):
+        known = keys_of(config)
+        # What is left of ${ has other meanings to OmegaConf, and written to a run's configuration would get them there.
+        rest = re.sub(r"(?<!\\)\$\{([\w.]+)\}", lambda found: "" if found[1] in known else found[0], text)
+        if "${" in rest:
+            raise ConfigError(
+                f"{pair}: ${{ begins the name of a key, such as ${{model}}, got {rest[rest.index('${') :]!r}"
+            )
+        values = OmegaConf.create({})
+        OmegaConf.update(values, key, text)
+        return values
+    try:
+        return OmegaConf.from_dotlist([pair])
+    except Exception as error:  # the YAML parser has its own hierarchy of errors
+        raise ConfigError(f"{pair}: not a valid value: {str(error).splitlines()[0]}") from error
+
+
+def _schema() -> DictConfig:
+    """Return the defaults as a tree that takes values: OmegaConf makes that of a frozen dataclass read-only."""
+    tree = OmegaConf.structured(Config)
+    for part in (tree, *tree.values()):
+        if isinstance(part, DictConfig):
+            OmegaConf.set_readonly(part, None)
+    return tree
+
+
+def to_yaml(config: Config, *, run_dir: bool = True) -> str:
+    """Return the configuration as YAML that :func:`load_config` reads back.
+
+    Args:
+        config: The configuration.
+        run_dir: False leaves ``run_dir`` out, so that a run's saved configuration starts another run elsewhere.
+    """
+    tree = plain(config)
+    if not run_dir:
+        del tree["run_dir"]
+    return OmegaConf.to_yaml(OmegaConf.create(tree))
