@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from aurora_rl.cli.config import load_config
-from aurora_rl.envs.recording.client import free_ports
+from aurora_rl.envs.remote.client import free_ports
 from aurora_rl.objectives import make_objectives
 from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.testing import tiny_target, tiny_trajectory

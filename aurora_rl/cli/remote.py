@@ -18,8 +18,8 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import plugin_client_keys
 from aurora_rl.envs import SamplingParams
 from aurora_rl.envs.processors import text_settings
-from aurora_rl.envs.recording.client import EngineClient, EngineError
-from aurora_rl.envs.recording.plugin_server import PluginError, ask
+from aurora_rl.envs.remote.client import EngineClient, EngineError
+from aurora_rl.envs.remote.plugin_server import PluginError, ask
 from aurora_rl.envs.sglang.client import SGLangClient, reserved_context
 from aurora_rl.envs.vllm.client import VLLMClient
 from aurora_rl.models.loading import DEFAULT_TARGET, embedded_model_path, stop_token_ids

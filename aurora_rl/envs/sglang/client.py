@@ -11,7 +11,7 @@ import torch
 from typing_extensions import override
 
 from aurora_rl.envs import Request
-from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
+from aurora_rl.envs.remote.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
 from aurora_rl.envs.sglang import ENGINE, LEARNED
 from aurora_rl.envs.sglang.layout import cores_of, ranks_of
 from aurora_rl.policies.formats.vllm import LAYER_IDS

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import override
 
 from aurora_rl.envs import Request
-from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
+from aurora_rl.envs.remote.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
 from aurora_rl.envs.vllm import ENGINE, LEARNED
 from aurora_rl.storage import read_folder
 

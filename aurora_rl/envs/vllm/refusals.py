@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs.recording.checks import check_target
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.checks import check_target
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.envs.vllm import LEARNED
 from aurora_rl.envs.vllm.weights import draft_vocab
 

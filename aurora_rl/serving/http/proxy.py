@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from typing_extensions import override
 
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.serving.async_engine import QueueFullError
 from aurora_rl.serving.http.app import Application
 from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine

@@ -22,7 +22,7 @@ from processes import wait
 from sglang_requests import environment, requests
 
 from aurora_rl.cli import main as cli
-from aurora_rl.envs.recording.client import free_ports
+from aurora_rl.envs.remote.client import free_ports
 from aurora_rl.envs.sglang.client import CPU_ARGUMENTS, CPU_VARIABLES, SGLangClient, SGLangError
 from aurora_rl.telemetry.log import MetricsReader
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from sglang_requests import other_weights
 
-from aurora_rl.envs.recording.client import free_ports
+from aurora_rl.envs.remote.client import free_ports
 from aurora_rl.policies.formats.files import load_drafter
 
 pytestmark = pytest.mark.sglang

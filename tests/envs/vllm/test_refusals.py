@@ -6,7 +6,7 @@ import pytest
 import torch
 from attach_fields import DRAFT_VOCAB, HANDSHAKE, HEAD
 
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.envs.vllm.refusals import SUPPORTED, check_models, check_server
 
 EMBEDDING = object()

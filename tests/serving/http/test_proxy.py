@@ -14,7 +14,7 @@ import pytest
 from processes import wait
 from sglang_stand_in import ANSWER, CHAT, REFUSAL, Upstream, post
 
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin_server import PluginError
 
 # ---- what goes on, and what comes back ------------------------------------------------------------------------------
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import plugin_client_keys
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.recording.plugin_server import PluginError
-from aurora_rl.envs.recording.replicas import ask_all
+from aurora_rl.envs.remote.plugin_server import PluginError
+from aurora_rl.envs.remote.replicas import ask_all
 from aurora_rl.policies.registry import recognized
 from aurora_rl.remote_engines import address_variable, keys_variable
 from aurora_rl.storage import CheckpointError
