@@ -178,7 +178,7 @@ class LearnerConfig:
     shard of weights and optimizer states; null is for one process."""
     resume: str | None = None
     """Training state to continue."""
-    record: str | None = None
+    recording: str | None = None
     """Folder to write every trajectory to that arrives; null keeps none."""
 
 
@@ -267,7 +267,12 @@ class Config:
             object.__setattr__(self, name, frozen(value))
 
 
-_MOVED = {"control": "baseline", "drafter.made_for": "drafter.trained_for", "engine.control": "engine.plugin_address"}
+_MOVED = {
+    "control": "baseline",
+    "drafter.made_for": "drafter.trained_for",
+    "engine.control": "engine.plugin_address",
+    "learner.record": "learner.recording",
+}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), usual: Sequence[str] = ()) -> Config:

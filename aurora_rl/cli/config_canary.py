@@ -88,7 +88,7 @@ def check_trials(config: Config) -> None:
         )
     if config.learner.spawn:
         raise ConfigError("compare is of two drafters that stay what they are, got learner.spawn=true; leave it out")
-    for name in ("resume", "record"):
+    for name in ("resume", "recording"):
         if (value := getattr(config.learner, name)) is not None:
             raise ConfigError(f"learner.{name}={value} has no effect with compare, as nobody learns; leave it out")
     if config.drafter.name is not None or config.drafter.path is not None:

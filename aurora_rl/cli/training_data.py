@@ -78,7 +78,7 @@ def recorded_prompts(folders: Sequence[Path], count: int) -> list[list[int]]:
     for folder in folders:
         recording = TrajectoryDataset(folder)
         if not len(recording):
-            raise ConfigError(f"--recording {folder} holds no trajectories; learner.record={folder} records a run's")
+            raise ConfigError(f"--recording {folder} holds no trajectories; learner.recording={folder} records a run's")
         for index in range(min(len(recording), -(-count // len(folders)))):
             sequence = recording[index]["sequence"]
             prompts.append(sequence["tokens"][: int(sequence["prompt_length"])].tolist())
