@@ -17,6 +17,7 @@ _RENAMED = {
     "serving.recorded_requests": {"record": "record_requests"},
     "workload.traffic": {"generate": "generate_traffic"}, "training.parallel": {"Command": "RankCommand"},
     "settings": {"check": "check_values"}, "envs.sglang.weights": {"load_drafter": "swap_weights"},
+    "policies.formats.checks": {"check_captured": "check_feature_layers"},
     "testing.families": {"Verdict": "FamilyOutcome", "verdict": "try_family"},
 }  # fmt: skip
 # Old to new, below aurora_rl: modules, then names that left a module which is still there.
@@ -134,8 +135,9 @@ ELSEWHERE = {
     "policies.shape": {"ShapeController": "aurora_rl.policies.tree_controller.TreeController"},
     "policies.target": {
         "choose_draft_vocab, token_prior": "aurora_rl.models.draft_vocab",
-        "check_captured, check_fixed_rope, check_heads_stated, check_layers_rise, check_rope, refuse_own_attention, "
-        "settle_attention, written_config": "aurora_rl.policies.formats.checks",
+        "check_captured": "aurora_rl.policies.formats.checks.check_feature_layers",
+        "check_fixed_rope, check_heads_stated, check_layers_rise, check_rope, refuse_own_attention, settle_attention, "
+        "written_config": "aurora_rl.policies.formats.checks",
         "targets_entries": "aurora_rl.models.parts.target_entries",
     },
     "recordings": {

@@ -251,7 +251,7 @@ class EngineClient:
         """Record from now on and take weights, after one request has shown that the hooks are in force.
 
         Args:
-            handshake: What the learner expects; compared with the engine's model, drafter and captured layers.
+            handshake: What the learner expects; compared with the engine's model, drafter and feature layers.
             trajectories: Address of the learner's collector.
             weights: Address of its publisher.
             version: Version of the weights that the server has now.

@@ -79,7 +79,7 @@ def check_server(config: Any, *, missing: list[str], version: str) -> None:
 
 
 def check_models(runner: Any, handshake: Handshake) -> None:
-    """Refuse another target, other captured layers or another draft vocabulary than the learner's.
+    """Refuse another target, other feature layers or another draft vocabulary than the learner's.
 
     Args:
         runner: Model runner of the worker.

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from aurora_rl.models.parts import TargetParts, default_feature_layers, target_entries
 from aurora_rl.policies.drafter import Checkpoint, check_draft_vocab
 from aurora_rl.policies.formats.checks import (
-    check_captured,
+    check_feature_layers,
     check_heads_stated,
     check_layers_rise,
     settle_attention,
@@ -57,7 +57,7 @@ def write_eagle3(drafter: Eagle3Drafter, layout: str) -> Checkpoint:
     """
     config, layers = drafter.config, drafter.feature_layers
     if layout != "hf":
-        check_captured(layers, config.num_target_layers)
+        check_feature_layers(layers, config.num_target_layers)
     known = torch.zeros(drafter.vocab_size, dtype=torch.bool)
     known[drafter.draft_vocab.cpu()] = True
     entries: dict[str, Any] = {

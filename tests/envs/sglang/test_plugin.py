@@ -29,7 +29,7 @@ class LlamaForCausalLMEagle3(torch.nn.Module):
 
 @pytest.fixture
 def engine(monkeypatch):
-    """What the checks read of a scheduler: arguments, captured layers, head and draft map."""
+    """What the checks read of a scheduler: arguments, feature layers, head and draft map."""
     monkeypatch.setattr(plugin_module, "version", lambda name: plugin_module.SUPPORTED[-1])
     args = SimpleNamespace(
         speculative_algorithm="EAGLE3",

@@ -14,7 +14,7 @@ EMBEDDING = object()
 
 @pytest.fixture
 def runner():
-    """What the checks read of a model runner: configuration, captured layers, head and draft map."""
+    """What the checks read of a model runner: configuration, feature layers, head and draft map."""
     drafting = SimpleNamespace(
         method="eagle3",
         parallel_drafting=False,
