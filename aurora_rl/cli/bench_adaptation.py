@@ -187,7 +187,7 @@ class _Bench:
                 list(iter(queue, None)),
                 recording,
                 layers,
-                slots=max(config.engine.slots, _RECORDING_SLOTS),
+                num_slots=max(config.engine.slots, _RECORDING_SLOTS),
                 stop_tokens=stop_token_ids(target.model, target.tokenizer),
                 seed=config.seed,
                 engine=engine_maker(self._base),

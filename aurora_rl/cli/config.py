@@ -41,7 +41,7 @@ class EngineConfig:
     name: str = "transformers"
     """Engine: transformers, sglang, vllm, or package.module:Class of one in this process."""
     slots: int = 2
-    """Requests decoded at the same time."""
+    """Requests decoded at the same time; Python calls it ``num_slots``."""
     max_length: int = 1024
     """Most tokens of a request, prompt and completion together."""
     prefix_cache_tokens: int = 8192

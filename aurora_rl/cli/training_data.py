@@ -144,7 +144,7 @@ def record_answers(
             waiting,
             recording,
             shape=spec.tree,
-            slots=config.engine.slots,
+            num_slots=config.engine.slots,
             stop_tokens=stop_tokens,
             processors=processors,
             seed=config.seed,

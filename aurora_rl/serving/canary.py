@@ -63,16 +63,18 @@ class _Sums:
     """What rounds of one drafter came to."""
 
     tokens: int = 0
-    slots: int = 0
+    occupied: int = 0
     seconds: float = 0.0
 
-    def add(self, tokens: int, slots: int, seconds: float) -> None:
-        self.tokens, self.slots, self.seconds = self.tokens + tokens, self.slots + slots, self.seconds + seconds
+    def add(self, tokens: int, occupied: int, seconds: float) -> None:
+        self.tokens += tokens
+        self.occupied += occupied
+        self.seconds += seconds
 
     @property
     def figures(self) -> dict[str, float]:
         return {
-            "acceptance_length": self.tokens / self.slots if self.slots else math.nan,
+            "acceptance_length": self.tokens / self.occupied if self.occupied else math.nan,
             "tokens_per_second": self.tokens / self.seconds if self.seconds else math.nan,
         }
 
@@ -97,7 +99,7 @@ class RoundTrial:
 
     Example:
         >>> trial = RoundTrial(RoundTrialRules(window=4))
-        >>> while (verdict := trial.observe(tokens=1 if trial.new else 3, slots=1, seconds=1.0)) is None:
+        >>> while (verdict := trial.observe(tokens=1 if trial.new else 3, occupied=1, seconds=1.0)) is None:
         ...     pass
         >>> verdict.promote, verdict.rounds, verdict.acceptance_length
         (False, 80, Both(old=3.0, new=1.0))
@@ -121,17 +123,17 @@ class RoundTrial:
         window = self._at // self._rules.window
         return window < 2 and (window == 0) == self._new_first
 
-    def observe(self, tokens: int, slots: int, seconds: float) -> RoundTrialVerdict | None:
+    def observe(self, tokens: int, occupied: int, seconds: float) -> RoundTrialVerdict | None:
         """Take in a round that the weights named by :attr:`new` drafted; return the verdict once there is one.
 
         Args:
             tokens: Tokens delivered.
-            slots: Slots that took part.
+            occupied: Slots that took part.
             seconds: Wall time.
         """
         window, place = divmod(self._at, self._rules.window)
         if window < 2 and place:
-            self._window[self.new].add(tokens, slots, seconds)
+            self._window[self.new].add(tokens, occupied, seconds)
         self.rounds += 1
         self._at += 1
         verdict = self._compare() if self._at == 2 * self._rules.window else None
@@ -142,8 +144,8 @@ class RoundTrial:
     def _compare(self) -> RoundTrialVerdict | None:
         """Take in a pair of windows."""
         old, new = self._window
-        self._old.add(old.tokens, old.slots, old.seconds)
-        self._new.add(new.tokens, new.slots, new.seconds)
+        self._old.add(old.tokens, old.occupied, old.seconds)
+        self._new.add(new.tokens, new.occupied, new.seconds)
         figures = new.figures
         self._test.add({name: Both(before, figures[name]) for name, before in old.figures.items()})
         if (decided := self._test.verdict) is not None:
