@@ -254,8 +254,8 @@ class Config:
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     compare: tuple[str, ...] = ()
     """Two drafters to compare on live traffic, ``[a, b]``: each a folder, a hub id, or a name as of ``drafter.name``.
-    They draft in turns as ``canary`` says, a in place of the served weights and b in place of the new ones. Nobody
-    learns. Empty compares none."""
+    They draft in turns as ``canary`` says, the first in place of the served weights and the second in place of the
+    new ones. Nobody learns. Empty compares none."""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)

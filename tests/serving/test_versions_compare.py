@@ -20,7 +20,8 @@ RULES = RoundTrialRules(window=4)
 
 
 def compared(folder: Path, first: Drafter, second: Drafter, **options: object) -> Serving:
-    return Serving(folder, [], first, **{"second": second, "second_version": 1, "trial_rules": RULES, **options})
+    usual = {"second_version": 1, "trial_rules": RULES}
+    return Serving(folder, [], first, second_drafter=second, **{**usual, **options})
 
 
 @pytest.mark.parametrize("better", [0, 1])
