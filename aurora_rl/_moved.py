@@ -18,6 +18,7 @@ _RENAMED = {
     "workload.traffic": {"generate": "generate_traffic"}, "training.parallel": {"Command": "RankCommand"},
     "settings": {"check": "check_values"}, "envs.sglang.weights": {"load_drafter": "swap_weights"},
     "policies.formats.checks": {"check_captured": "check_feature_layers"},
+    "policies.formats.files": {"check_layout": "check_format"},
     "testing.families": {"Verdict": "FamilyOutcome", "verdict": "try_family"},
 }  # fmt: skip
 # Old to new, below aurora_rl: modules, then names that left a module which is still there.

@@ -41,7 +41,7 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
-def write_dflash(drafter: DFlashDrafter, layout: str) -> Checkpoint:
+def write_dflash(drafter: DFlashDrafter, format: str) -> Checkpoint:
     """Return a DFlash as "hf" or "sglang" has it.
 
     Neither holds embedding or head, which are the target's. The ids in the file are one less than ``feature_layers``:
@@ -52,7 +52,7 @@ def write_dflash(drafter: DFlashDrafter, layout: str) -> Checkpoint:
     Raises:
         ValueError: SGLang cannot capture one of the features.
     """
-    if layout == "sglang":  # SGLang's DFlash has no place for the embedding
+    if format == "sglang":  # SGLang's DFlash has no place for the embedding
         check_feature_layers(drafter.feature_layers, drafter.num_target_layers, lowest=1)
     tensors = drafter.published()
     entries: dict[str, Any] = {
