@@ -268,6 +268,8 @@ class Config:
 
 
 _MOVED = {
+    "canary.most_requests": "canary.max_requests",
+    "canary.most_rounds": "canary.max_rounds",
     "control": "baseline",
     "drafter.made_for": "drafter.trained_for",
     "engine.control": "engine.plugin_address",

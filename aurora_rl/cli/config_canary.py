@@ -33,7 +33,7 @@ class CanaryConfig:
     margin: float = 0.05
     """Relative loss of acceptance length or of throughput that is tolerated: weights are promoted once a larger one is
     ruled out."""
-    most_rounds: int | None = 512
+    max_rounds: int | None = 512
     """Rounds that new weights draft before they are promoted if no loss was proven; null tries them until a loss is
     proven or ruled out."""
     engines: float = 0.0
@@ -41,7 +41,7 @@ class CanaryConfig:
     gives them to all engines at once. For the learner, which compares at ``false_alarm_rate`` and ``margin`` too."""
     requests: int = 8
     """Requests per engine in a window of the trial at a share of the engines, on average over a group of them."""
-    most_requests: int | None = 256
+    max_requests: int | None = 256
     """Requests with new weights, per engine that has them at a time, before all engines get them if no loss was proven.
     null tries them until a loss is proven or ruled out."""
 
@@ -60,14 +60,14 @@ def without_trials(merged: DictConfig, named: Collection[str]) -> None:
 def check_trials(config: Config) -> None:
     """Raise ConfigError if values of ``canary`` and ``compare`` do not go together, or not with the engine."""
     canary, compare = config.canary, f"compare={list(config.compare)}"
-    if canary.most_rounds is not None and canary.most_rounds < canary.window:
+    if canary.max_rounds is not None and canary.max_rounds < canary.window:
         raise ConfigError(
-            f"canary.most_rounds={canary.most_rounds} is less than a window of canary.window={canary.window} rounds; "
+            f"canary.max_rounds={canary.max_rounds} is less than a window of canary.window={canary.window} rounds; "
             f"set it to {canary.window} or more, or to null"
         )
-    if canary.most_requests is not None and canary.most_requests < canary.requests:
+    if canary.max_requests is not None and canary.max_requests < canary.requests:
         raise ConfigError(
-            f"canary.most_requests={canary.most_requests} is less than a window of canary.requests={canary.requests} "
+            f"canary.max_requests={canary.max_requests} is less than a window of canary.requests={canary.requests} "
             f"requests; set it to {canary.requests} or more, or to null"
         )
     if config.engine.remote and (canary.share or config.compare):

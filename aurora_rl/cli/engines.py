@@ -186,6 +186,6 @@ def _trial_rules(config: Config) -> RoundTrialRules | None:
         window=settings.window,
         false_alarm_rate=settings.false_alarm_rate,
         margin=settings.margin,
-        most_rounds=settings.most_rounds,
+        max_rounds=settings.max_rounds,
         seed=config.seed,
     )

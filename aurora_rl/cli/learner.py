@@ -142,7 +142,7 @@ def _canary(config: Config, publisher: WeightPublisher, log: MetricsLog) -> Engi
     if not settings.engines:
         return None
     rules = EngineTrialRules(
-        settings.engines, settings.requests, settings.false_alarm_rate, settings.margin, settings.most_requests,
+        settings.engines, settings.requests, settings.false_alarm_rate, settings.margin, settings.max_requests,
         config.seed,
     )  # fmt: skip
     return EngineCanary(publisher, rules, log)

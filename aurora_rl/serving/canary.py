@@ -22,7 +22,7 @@ class RoundTrialRules:
         window: Rounds of a window, at least 2. The first, in which the drafter's cache catches up, is not measured.
         false_alarm_rate: Chance that weights as good as the old ones are ever rolled back, at most.
         margin: Relative loss that is tolerated: weights are promoted once a larger one is ruled out.
-        most_rounds: Rounds that they draft before they are promoted if no loss was proven; None tries them until a loss
+        max_rounds: Rounds that they draft before they are promoted if no loss was proven; None tries them until a loss
             is proven or ruled out.
         seed: Seed of the order of the windows.
     """
@@ -31,7 +31,7 @@ class RoundTrialRules:
     window: int = 8
     false_alarm_rate: float = 0.01
     margin: float = 0.05
-    most_rounds: int | None = 512
+    max_rounds: int | None = 512
     seed: int = 0
 
 
@@ -88,7 +88,7 @@ class RoundTrial:
     compares acceptance length and tokens per second.
 
     - Rolled back: either figure is proven to be lower.
-    - Promoted: of both figures a loss above the margin is ruled out; or ``most_rounds`` were drafted.
+    - Promoted: of both figures a loss above the margin is ruled out; or ``max_rounds`` were drafted.
 
     Args:
         rules: How weights are tried.
@@ -150,7 +150,7 @@ class RoundTrial:
         self._test.add({name: Both(before, figures[name]) for name, before in old.figures.items()})
         if (decided := self._test.verdict) is not None:
             return self._verdict(*decided)
-        drafted, most = self._test.pairs * self._rules.window, self._rules.most_rounds
+        drafted, most = self._test.pairs * self._rules.window, self._rules.max_rounds
         if most is not None and drafted >= most:
             return self._verdict(True, f"no loss was proven in {drafted} rounds that they drafted")
         return None

@@ -88,7 +88,7 @@ def test_new_weights_go_to_a_share_of_the_engines_first_if_that_is_set(
         assert built._canary is None
     with learner(configured("canary.engines=0.25", "canary.requests=4", "canary.margin=0.1"), tmp_path) as built:
         rules = built._canary._rules
-    assert (rules.share, rules.requests, rules.margin, rules.most_requests) == (0.25, 4, 0.1, 256)
+    assert (rules.share, rules.requests, rules.margin, rules.max_requests) == (0.25, 4, 0.1, 256)
 
 
 def test_each_optimizer_has_its_own_rate(configured: Callable[..., Config], tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_each_version_drafts_with_its_own_weights_and_its_own_cache(tmp_path: Pa
         eagle(0),
         second_drafter=eagle(0),
         receiver=inbox,
-        trial_rules=RoundTrialRules(window=3, most_rounds=60),
+        trial_rules=RoundTrialRules(window=3, max_rounds=60),
         slots=3,
     )
     serving.run_until(lambda: bool(inbox.acknowledged or inbox.rejected), known)
