@@ -59,7 +59,7 @@ def embedded_server(
     if second_drafter is not None:
         layers = tuple(sorted({*layers, *second_drafter[1].feature_layers}))
     num_nodes = max(run.tree.max_nodes for run, _ in drafters)
-    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
+    handshake = Handshake.of(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     # A prompt with a budget of its own may leave less room than the configuration's.
     usual = usual[: config.engine.max_length // 2]
@@ -126,7 +126,7 @@ def embedded_server(
         processors=processors,
         on_refused=requests.refused,
     )
-    sink, receiver = (None, None) if second_drafter is not None else _wire(config, greeting, policy.drafter)
+    sink, receiver = (None, None) if second_drafter is not None else _wire(config, handshake, policy.drafter)
     windows = BaselineWindows(config.baseline.share, config.baseline.window, config.seed)
     server = InferenceServer(
         env,
@@ -149,14 +149,14 @@ def embedded_server(
     return server
 
 
-def _wire(config: Config, greeting: Handshake, drafter: Drafter) -> tuple[TrajectorySink, WeightReceiver]:
+def _wire(config: Config, handshake: Handshake, drafter: Drafter) -> tuple[TrajectorySink, WeightReceiver]:
     """Open the engine's ends of the wire."""
     keys, limits = wire_keys(config, engine_keys), Limits(max_bytes=config.wire.max_message)
     name = engine_name(keys)
     with opening("wire.trajectories", config.wire.trajectories):
         sink = TrajectorySink(
             config.wire.trajectories,
-            handshake=greeting,
+            handshake=handshake,
             keys=keys,
             capacity=config.wire.queue,
             max_bytes=config.wire.queue_bytes,
@@ -167,7 +167,7 @@ def _wire(config: Config, greeting: Handshake, drafter: Drafter) -> tuple[Trajec
     with opening("wire.weights", config.wire.weights):
         receiver = WeightReceiver(
             config.wire.weights,
-            handshake=greeting,
+            handshake=handshake,
             keys=keys,
             checksum=checksum(drafter.published()),
             name=name,

@@ -106,7 +106,7 @@ def remote_server(
     """
     config, settings = spec.config, spec.config.engine
     engine, name = _ENGINES[settings.name], REMOTE_ENGINES[settings.name]
-    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
+    handshake = Handshake.of(target.parts, drafter, spec.drafter_name)
     if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
         values = ", ".join(f"{name}={value!r}" for name, value in found.items())
         if requests is None:
@@ -132,7 +132,7 @@ def remote_server(
 
         def attach() -> dict[str, Any]:
             return client.attach(
-                handshake=greeting,
+                handshake=handshake,
                 trajectories=config.wire.trajectories,
                 weights=config.wire.weights,
                 capture_rate=settings.capture_rate,
