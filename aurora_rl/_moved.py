@@ -17,6 +17,8 @@ _RENAMED = {
     "serving.recorded_requests": {"record": "record_requests"},
     "workload.traffic": {"generate": "generate_traffic"}, "training.parallel": {"Command": "RankCommand"},
     "settings": {"check": "check_values"}, "envs.sglang.weights": {"load_drafter": "swap_weights"},
+    "policies.formats.checks": {"check_captured": "check_feature_layers"},
+    "policies.formats.files": {"check_layout": "check_format"},
     "testing.families": {"Verdict": "FamilyOutcome", "verdict": "try_family"},
 }  # fmt: skip
 # Old to new, below aurora_rl: modules, then names that left a module which is still there.
@@ -38,7 +40,7 @@ MOVED = {
     "output": "cli.output", "traffic": "workload.traffic", "traffic_templates": "workload.templates",
     "testing.forms": "testing.variants",
     "testing.stand_ins": "testing.fixtures", "testing.tabular": "testing.enumerable_worlds",
-    "sglang": "envs.sglang", "envs.sglang.recorder": "envs.recording.assembler",
+    "sglang": "envs.sglang", "envs.sglang.recorder": "envs.remote.assembler",
     **{f"cli.config_{name}": f"cli.config.{name}" for name in (
         "canary", "checks", "drafter", "fleet", "privacy", "tree")},
     "cli.flywheel": "cli.serve", "cli.export": "cli.drafter",
@@ -46,12 +48,12 @@ MOVED = {
     "collectors.weight_scheme": "collectors.weights", "serving.recording": "serving.recorded_requests",
     "serving.sglang": "serving.attached",
     "cli.recording": "cli.training_data", "adaptation.recording": "adaptation.recorded_stream",
-    "envs.sglang.control": "envs.recording.plugin_server",
+    "envs.recording": "envs.remote", "envs.sglang.control": "envs.remote.plugin_server",
     "envs.sglang.SGLangEngine": "envs.sglang.client.SGLangClient",
-    "envs.sglang.client.SGLangCompletion": "envs.recording.client.EngineCompletion",
+    "envs.sglang.client.SGLangCompletion": "envs.remote.client.EngineCompletion",
     "cli.sglang": "cli.attach", "cli.engines.sglang_server": "cli.remote.remote_server",
     "cli.engines.served_config": "cli.remote.served_config",
-    **{f"envs.sglang.{name}": f"envs.recording.{name}" for name in (
+    **{f"envs.sglang.{name}": f"envs.remote.{name}" for name in (
         "assembler", "copies", "plugin_server", "session")},
     "collectors.Hello": "collectors.handshake.Handshake",
     "collectors.ZMQWeightSyncScheme": "collectors.weights.WeightPublisher",
@@ -138,8 +140,9 @@ ELSEWHERE = {
     "policies.shape": {"ShapeController": "aurora_rl.policies.tree_controller.TreeController"},
     "policies.target": {
         "choose_draft_vocab, token_prior": "aurora_rl.models.draft_vocab",
-        "check_captured, check_fixed_rope, check_heads_stated, check_layers_rise, check_rope, refuse_own_attention, "
-        "settle_attention, written_config": "aurora_rl.policies.formats.checks",
+        "check_captured": "aurora_rl.policies.formats.checks.check_feature_layers",
+        "check_fixed_rope, check_heads_stated, check_layers_rise, check_rope, refuse_own_attention, settle_attention, "
+        "written_config": "aurora_rl.policies.formats.checks",
         "targets_entries": "aurora_rl.models.parts.target_entries",
     },
     "recordings": {
@@ -153,15 +156,15 @@ ELSEWHERE = {
     },
     "serving.answers": {"Answers": "aurora_rl.serving.requests.RequestQueue"},
     "sglang": {
-        "control": "aurora_rl.envs.recording.plugin_server", "engine": "aurora_rl.envs.sglang.client",
-        "recorder": "aurora_rl.envs.recording.assembler",
-        "server": "aurora_rl.serving.attached", "ControlError": "aurora_rl.envs.recording.plugin_server.PluginError",
-        "ControlServer": "aurora_rl.envs.recording.plugin_server.PluginServer",
+        "control": "aurora_rl.envs.remote.plugin_server", "engine": "aurora_rl.envs.sglang.client",
+        "recorder": "aurora_rl.envs.remote.assembler",
+        "server": "aurora_rl.serving.attached", "ControlError": "aurora_rl.envs.remote.plugin_server.PluginError",
+        "ControlServer": "aurora_rl.envs.remote.plugin_server.PluginServer",
         "ENVIRONMENT": "aurora_rl.remote_engines.address_variable",
         "SGLangEngine": "aurora_rl.envs.sglang.client.SGLangClient",
-        "SGLangCompletion": "aurora_rl.envs.recording.client.EngineCompletion",
-        "free_ports": "aurora_rl.envs.recording.client",
-        "session": "aurora_rl.envs.recording.session", "load_drafter": "aurora_rl.envs.sglang.weights.swap_weights",
+        "SGLangCompletion": "aurora_rl.envs.remote.client.EngineCompletion",
+        "free_ports": "aurora_rl.envs.remote.client",
+        "session": "aurora_rl.envs.remote.session", "load_drafter": "aurora_rl.envs.sglang.weights.swap_weights",
         "RemoteServer": "aurora_rl.serving.attached.DrivenServer",
     },
     "serving.sglang": {"SGLangServer": "aurora_rl.serving.attached.DrivenServer"},

@@ -79,7 +79,7 @@ class LLM:
         shape: Tree to draft instead of a chain; ``num_speculative_tokens`` is not used then. It needs a drafter.
         dtype: "float32", "bfloat16", ... or a torch dtype; "auto" is bfloat16 where the device computes in it.
         device: Device of the target; "auto" is CUDA if there is one.
-        num_slots: Requests decoded side by side.
+        num_slots: Requests decoded at the same time.
         max_length: Most tokens of prompt and completion; None takes the model's context, at most 2048.
         record: Whether completions carry their trajectory, which :meth:`learn` needs.
         seed: Seed of an untrained drafter's weights, of sampled drafts, and of the seeds that sampled requests without

@@ -95,7 +95,7 @@ def trial(rules: RoundTrialRules, slots: int, loss: float, seed: int) -> tuple[R
 def summarized(rules: RoundTrialRules, slots: int, loss: float, trials: int) -> dict[str, float | None]:
     found = [trial(rules, slots, loss, seed) for seed in range(trials)]
     back = [verdict.rounds for verdict, _ in found if not verdict.promote]
-    early = [verdict.rounds for verdict, _ in found if verdict.promote and verdict.rounds < (rules.most_rounds or 0)]
+    early = [verdict.rounds for verdict, _ in found if verdict.promote and verdict.rounds < (rules.max_rounds or 0)]
     lost = [drafted * loss for _, drafted in found]
     return {
         "loss": loss,
@@ -126,7 +126,7 @@ def main() -> None:
     ]
     losses = (-0.3, -0.1, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.566)  # the last: nothing is accepted
     grid = [summarized(rules, slots, loss, options.trials) for slots in (1, 2, 8) for loss in losses]
-    rule = {name: getattr(rules, name) for name in ("share", "window", "false_alarm_rate", "margin", "most_rounds")}
+    rule = {name: getattr(rules, name) for name in ("share", "window", "false_alarm_rate", "margin", "max_rounds")}
     write_result(
         __file__,
         options,

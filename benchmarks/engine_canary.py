@@ -85,7 +85,7 @@ def main() -> None:
         nulls.append({"rate": rate, "false_alarms": alarms / options.nulls})
     losses = (-0.3, -0.1, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.566)  # the last: nothing is accepted
     grid = [summarized(rules, count, loss, options.trials) for count in ENGINES for loss in losses]
-    rule = {name: getattr(rules, name) for name in ("share", "requests", "false_alarm_rate", "margin", "most_requests")}
+    rule = {name: getattr(rules, name) for name in ("share", "requests", "false_alarm_rate", "margin", "max_requests")}
     write_result(
         __file__,
         options,

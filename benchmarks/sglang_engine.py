@@ -162,7 +162,7 @@ def measure(options: argparse.Namespace) -> dict:
     levels = [int(level) for level in options.concurrency.split(",")]
     folder = str(embedded_model_path()) if options.model == "smollm2" else options.model
     launched = {
-        "slots": max(levels),
+        "num_slots": max(levels),
         "max_length": max(map(len, tokens)) + options.max_new_tokens,
         "dtype": str(dtype).removeprefix("torch."),
         "device": options.device,

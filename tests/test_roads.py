@@ -93,7 +93,7 @@ def public(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An EAGLE-3 as its authors publish it: no layers, no fingerprint, nothing of RoPE."""
     resolved = spec.resolve(load_config(overrides=[f"model={target}", "drafter.name=eagle3", *SMALL]))
     folder = tmp_path_factory.mktemp("hub") / "eagle3"
-    assembly.start_drafter(resolved, assembly.load(resolved), []).save_pretrained(folder, layout="hf")
+    assembly.start_drafter(resolved, assembly.load(resolved), []).save_pretrained(folder, format="hf")
     entries = json.loads((folder / "config.json").read_text())
     for name in ("aurora_rl_made_for", "rope_parameters", "rope_scaling", "rope_theta"):
         entries.pop(name, None)

@@ -52,10 +52,10 @@ def record_plain_decoding(
     recording: TrajectoryDataset,
     layers: Sequence[int],
     *,
-    slots: int,
+    num_slots: int,
     **settings: object,
 ) -> None:
     """Record the target's answers by plain decoding, with the features of some layers; see :func:`record_requests`."""
     nobody = NgramDrafter(model.config.get_text_config().vocab_size)
     nobody.feature_layers = tuple(layers)  # nothing is drafted: it says alone what is recorded
-    record_requests(model, nobody, requests, recording, shape=TreeShape(0), slots=slots, **settings)
+    record_requests(model, nobody, requests, recording, shape=TreeShape(0), num_slots=num_slots, **settings)

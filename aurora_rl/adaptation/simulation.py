@@ -110,7 +110,7 @@ def simulate(
     wire: LocalWire | None = None,
     earlier: EarlierAnswers | None = None,
     pace: float = math.inf,
-    at_once: int = 1,
+    num_slots: int = 1,
     points: Collection[int] = (),
     keep: Callable[[int, dict[str, Tensor]], None] = lambda request, weights: None,
     tell: Callable[[int, ArmRun], None] = lambda done, run: None,
@@ -131,7 +131,7 @@ def simulate(
         wire: Where the learner takes trajectories from and puts weights.
         earlier: Answers in which lookup searches, at first empty.
         pace: Optimizer steps that the learner takes in the time of a request. What it does not use is lost.
-        at_once: Requests that are served side by side, hence do not find each other's answers.
+        num_slots: Requests that are decoded at the same time, hence do not find each other's answers.
         points: Numbers of served requests after which the weights are kept.
         keep: Called with such a number and the weights that serve then.
         tell: Called now and then with the number of requests done, and the run so far.
@@ -173,7 +173,7 @@ def simulate(
                 (version, weights), wire.newest = wire.newest, None
                 serving.install(weights)
         run.steps.append(0 if learner is None else learner.steps)
-        if len(pending) >= (_AT_ONCE if earlier is None else at_once) or done in points:
+        if len(pending) >= (_AT_ONCE if earlier is None else num_slots) or done in points:
             flush()
             tell(done, run)
         if done in points:

@@ -56,8 +56,8 @@ def _ask(address: str, kind: str, config: Config, engine: str) -> int:
     """Ask the plugin, and print its status."""
     from aurora_rl.cli.assembly import wire_keys
     from aurora_rl.collectors.keys import plugin_client_keys
-    from aurora_rl.envs.recording.plugin_server import PluginError
-    from aurora_rl.envs.recording.replicas import ask_all
+    from aurora_rl.envs.remote.plugin_server import PluginError
+    from aurora_rl.envs.remote.replicas import ask_all
 
     try:
         status = ask_all(address, kind, engine=engine, keys=wire_keys(config, plugin_client_keys))

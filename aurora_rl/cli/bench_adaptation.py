@@ -187,7 +187,7 @@ class _Bench:
                 list(iter(queue, None)),
                 recording,
                 layers,
-                slots=max(config.engine.slots, _RECORDING_SLOTS),
+                num_slots=max(config.engine.slots, _RECORDING_SLOTS),
                 stop_tokens=stop_token_ids(target.model, target.tokenizer),
                 seed=config.seed,
                 engine=engine_maker(self._base),
@@ -272,7 +272,7 @@ class _Bench:
 
             result = simulate(
                 stream, serving, _shape(spec, arm), learner=learner, wire=wire, earlier=earlier,
-                pace=self._scenario.pace, at_once=spec.config.engine.slots, points=sampled, keep=keep, tell=tell,
+                pace=self._scenario.pace, num_slots=spec.config.engine.slots, points=sampled, keep=keep, tell=tell,
                 save=save, state=state,
             )  # fmt: skip
         figures = {

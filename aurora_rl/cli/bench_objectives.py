@@ -48,7 +48,7 @@ HELP = "learn from one recorded stream by several objectives, and compare on wha
 
 def register(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--recording", type=Path, required=True, help="folder that learner.record=... filled")
+    parser.add_argument("--recording", type=Path, required=True, help="folder that learner.recording=... filled")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"), help="folder of the results")
     parser.add_argument("--variants", default="forward_kl,discard", help="names; configured is objectives=...")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each variant")

@@ -21,7 +21,7 @@ from aurora_rl.policies import Drafter, TargetParts, get_drafter
 from aurora_rl.policies.adapters import merge_adapter
 from aurora_rl.policies.formats.files import (
     TRAINED_FOR,
-    check_layout,
+    check_format,
     drafter_class,
     holds_drafter,
     load_drafter,
@@ -56,7 +56,7 @@ def register(parser: argparse.ArgumentParser) -> None:
         "--target-gguf", type=Path, help=f"with --to {_GGUF}, the target's own file, whose vocabulary the drafter's has"
     )
     export.add_argument("--adapter", help="adapter to merge into the drafter; without it the shared drafter is written")
-    export.add_argument("--from", dest="layout", help="layout of what is read; the one of run folders by default")
+    export.add_argument("--from", dest="format", help="format of what is read; the one of run folders by default")
     add_config_arguments(export, "model=..., the target")
 
     text = "print what a drafter's folder holds and which engines load it"
@@ -90,22 +90,22 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     return _inspect(config, arguments.drafter, named)
 
 
-def _init(config: Config, out: Path, layout: str | None) -> int:
+def _init(config: Config, out: Path, format: str | None) -> int:
     spec = resolve(replace(config, drafter=replace(config.drafter, path=None)))
     if not spec.drafter_class.formats:
         raise ConfigError(
             f"drafter.name={spec.drafter_name} has no weights to write; serve it by its name, or start another, "
             "such as drafter.name=eagle3"
         )
-    if layout is not None:
-        with naming(f"--to {layout}"):  # now, not after the target was loaded
-            check_layout(spec.drafter_class, layout)
+    if format is not None:
+        with naming(f"--to {format}"):  # now, not after the target was loaded
+            check_format(spec.drafter_class, format)
     prompts = traffic(config)
     target = load(spec)
     drafter = start_drafter(spec, target, encoded_prompts(target, prompts[:VOCAB_PROMPTS]))
-    layout = layout or ("vllm" if "vllm" in drafter.formats else next(iter(drafter.formats), None))
-    drafter.to(spec.dtype).save_pretrained(out.resolve(), layout=layout)
-    print(f"{type(drafter).__name__} for {config.model}, untrained, written to {out} ({layout})")
+    format = format or ("vllm" if "vllm" in drafter.formats else next(iter(drafter.formats), None))
+    drafter.to(spec.dtype).save_pretrained(out.resolve(), format=format)
+    print(f"{type(drafter).__name__} for {config.model}, untrained, written to {out} ({format})")
     return 0
 
 
@@ -118,7 +118,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
         )
     # Sizes and positions are checked against the target, and written as the target has them.
     spec, kind = _resolve(config, arguments.drafter), _kind(config, arguments.drafter)
-    drafter = _load(spec, kind, load_alone(spec), arguments.layout)
+    drafter = _load(spec, kind, load_alone(spec), arguments.format)
     if (name := arguments.adapter) is not None:
         folder = local_folder(arguments.drafter)
         ranks = adapter_ranks(folder)
@@ -129,7 +129,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
     if arguments.to == _GGUF:
         save_gguf(drafter, arguments.out.resolve(), arguments.target_gguf)
     else:
-        drafter.save_pretrained(arguments.out.resolve(), layout=arguments.to)
+        drafter.save_pretrained(arguments.out.resolve(), format=arguments.to)
     print(f"{type(drafter).__name__} for {config.model} written to {arguments.out} ({arguments.to})")
     return 0
 
@@ -186,14 +186,14 @@ def _resolve(config: Config, source: str) -> RunSpec:
     return resolve(replace(config, drafter=replace(config.drafter, path=source)))
 
 
-def _load(spec: RunSpec, kind: type[Drafter], parts: TargetParts, layout: str | None = None) -> Drafter:
+def _load(spec: RunSpec, kind: type[Drafter], parts: TargetParts, format: str | None = None) -> Drafter:
     settings = spec.config.drafter
     assert settings.path is not None
     return load_drafter(
         settings.path,
         parts,
         kind,
-        layout=layout,
+        format=format,
         options=plain(settings.options),
         trained_for=settings.trained_for,
     )

@@ -39,7 +39,7 @@ def embedded_server(
     usual: list[int],
     drafter: Drafter,
     log: MetricsLog,
-    rival: tuple[RunSpec, Drafter] | None = None,
+    second_drafter: tuple[RunSpec, Drafter] | None = None,
 ) -> InferenceServer:
     """Build a server on an engine in this process, which puts the target's model into inference form.
 
@@ -50,16 +50,16 @@ def embedded_server(
         usual: Token ids of a usual prompt, with which rounds are timed.
         drafter: The drafter, in float32.
         log: Log of the server's events.
-        rival: Spec and drafter to compare with; the specs differ by the drafter alone, and nobody learns. None
-            compares nothing.
+        second_drafter: Spec and drafter to compare with the first; the specs differ by the drafter alone, and nobody
+            learns. None compares nothing.
     """
     config, tree = spec.config, spec.tree
-    drafters = [(spec, drafter)] if rival is None else [(spec, drafter), rival]
+    drafters = [(spec, drafter)] if second_drafter is None else [(spec, drafter), second_drafter]
     layers = tuple(drafter.feature_layers)
-    if rival is not None:
-        layers = tuple(sorted({*layers, *rival[1].feature_layers}))
+    if second_drafter is not None:
+        layers = tuple(sorted({*layers, *second_drafter[1].feature_layers}))
     num_nodes = max(run.tree.max_nodes for run, _ in drafters)
-    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
+    handshake = Handshake.of(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     # A prompt with a budget of its own may leave less room than the configuration's.
     usual = usual[: config.engine.max_length // 2]
@@ -106,7 +106,7 @@ def embedded_server(
     policies = [new_policy(*each, version) for version, each in enumerate(drafters)]
     trial_rules = _trial_rules(config)
     policy, controllers = policies[0], [timed(each) for each in policies]
-    if rival is None and trial_rules is not None:
+    if second_drafter is None and trial_rules is not None:
         policies.append(new_policy(spec, drafter))
     tokenizer = target.tokenizer  # not the target: its plain weights are not to outlive their packed forms
     if config.engine.prefix_cache_tokens:  # not before: what is measured are not requests
@@ -126,7 +126,7 @@ def embedded_server(
         processors=processors,
         on_refused=requests.refused,
     )
-    sink, receiver = (None, None) if rival is not None else _wire(config, greeting, policy.drafter)
+    sink, receiver = (None, None) if second_drafter is not None else _wire(config, handshake, policy.drafter)
     windows = BaselineWindows(config.baseline.share, config.baseline.window, config.seed)
     server = InferenceServer(
         env,
@@ -137,26 +137,26 @@ def embedded_server(
         sink=sink,
         receiver=receiver,
         trial_rules=trial_rules,
-        second=policies[-1],
+        second_policy=policies[-1],
         second_controller=controllers[-1],
         watched=True,
         note=requests.completed,
         captures=Capture(config.engine.capture_rate, config.privacy.opt_out, config.seed),
     )
     for version, fault in faults:
-        which = "every request is" if rival is None else f"in the turns of version {version} every request is"
+        which = "every request is" if second_drafter is None else f"in the turns of version {version} every request is"
         server.note_fault(str(fault), version, f"{which} served without the drafter")
     return server
 
 
-def _wire(config: Config, greeting: Handshake, drafter: Drafter) -> tuple[TrajectorySink, WeightReceiver]:
+def _wire(config: Config, handshake: Handshake, drafter: Drafter) -> tuple[TrajectorySink, WeightReceiver]:
     """Open the engine's ends of the wire."""
     keys, limits = wire_keys(config, engine_keys), Limits(max_bytes=config.wire.max_message)
     name = engine_name(keys)
     with opening("wire.trajectories", config.wire.trajectories):
         sink = TrajectorySink(
             config.wire.trajectories,
-            handshake=greeting,
+            handshake=handshake,
             keys=keys,
             capacity=config.wire.queue,
             max_bytes=config.wire.queue_bytes,
@@ -167,7 +167,7 @@ def _wire(config: Config, greeting: Handshake, drafter: Drafter) -> tuple[Trajec
     with opening("wire.weights", config.wire.weights):
         receiver = WeightReceiver(
             config.wire.weights,
-            handshake=greeting,
+            handshake=handshake,
             keys=keys,
             checksum=checksum(drafter.published()),
             name=name,
@@ -186,6 +186,6 @@ def _trial_rules(config: Config) -> RoundTrialRules | None:
         window=settings.window,
         false_alarm_rate=settings.false_alarm_rate,
         margin=settings.margin,
-        most_rounds=settings.most_rounds,
+        max_rounds=settings.max_rounds,
         seed=config.seed,
     )

@@ -132,7 +132,7 @@ class HttpFront:
         proxy = Proxy(
             server.client.url,
             max_waiting=spec.config.http.max_waiting,
-            slots=lambda: server.slots,
+            num_slots=lambda: server.num_slots,
             num_spec_tokens=lambda: server.depth,
             opt_out=spec.config.privacy.opt_out,
             delete=server.client.delete,

@@ -60,8 +60,9 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path, ranks: Ranks | 
         validate(trajectory, vocab_size=vocab_size, hidden_size=width, feature_size=feature_size)
         require_replayable(rule_of_code(int(trajectory["sampling", "rule"])))
 
-    with naming("learner.record", (ValueError, OSError)):
-        recording = None if settings.record is None else TrajectoryDataset(settings.record, drafter.feature_layers)
+    with naming("learner.recording", (ValueError, OSError)):
+        folder = settings.recording
+        recording = None if folder is None else TrajectoryDataset(folder, drafter.feature_layers)
         if recording is not None:
             recording.folder.mkdir(parents=True, exist_ok=True)
     outputs = Outputs(log)
@@ -141,7 +142,7 @@ def _canary(config: Config, publisher: WeightPublisher, log: MetricsLog) -> Engi
     if not settings.engines:
         return None
     rules = EngineTrialRules(
-        settings.engines, settings.requests, settings.false_alarm_rate, settings.margin, settings.most_requests,
+        settings.engines, settings.requests, settings.false_alarm_rate, settings.margin, settings.max_requests,
         config.seed,
     )  # fmt: skip
     return EngineCanary(publisher, rules, log)

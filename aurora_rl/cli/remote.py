@@ -18,8 +18,8 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import plugin_client_keys
 from aurora_rl.envs import SamplingParams
 from aurora_rl.envs.processors import text_settings
-from aurora_rl.envs.recording.client import EngineClient, EngineError
-from aurora_rl.envs.recording.plugin_server import PluginError, ask
+from aurora_rl.envs.remote.client import EngineClient, EngineError
+from aurora_rl.envs.remote.plugin_server import PluginError, ask
 from aurora_rl.envs.sglang.client import SGLangClient, reserved_context
 from aurora_rl.envs.vllm.client import VLLMClient
 from aurora_rl.models.loading import DEFAULT_TARGET, embedded_model_path, stop_token_ids
@@ -106,7 +106,7 @@ def remote_server(
     """
     config, settings = spec.config, spec.config.engine
     engine, name = _ENGINES[settings.name], REMOTE_ENGINES[settings.name]
-    greeting = Handshake.of(target.parts, drafter, spec.drafter_name)
+    handshake = Handshake.of(target.parts, drafter, spec.drafter_name)
     if config.generation_config == "auto" and (found := text_settings(target.model.generation_config)):
         values = ", ".join(f"{name}={value!r}" for name, value in found.items())
         if requests is None:
@@ -132,7 +132,7 @@ def remote_server(
 
         def attach() -> dict[str, Any]:
             return client.attach(
-                handshake=greeting,
+                handshake=handshake,
                 trajectories=config.wire.trajectories,
                 weights=config.wire.weights,
                 capture_rate=settings.capture_rate,
@@ -156,7 +156,7 @@ def remote_server(
                 client,
                 attach,
                 requests,
-                slots=settings.slots,
+                num_slots=settings.slots,
                 stop_tokens=stop_tokens,
                 log=log,
                 note=requests.completed,
@@ -206,7 +206,7 @@ def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> Eng
         embedded_model_path() if config.model == DEFAULT_TARGET else config.model,
         drafter=folder,
         **engine.shape(**shape),
-        slots=config.engine.slots,
+        num_slots=config.engine.slots,
         max_length=config.engine.max_length,
         dtype=str(spec.dtype).removeprefix("torch."),
         device=spec.device.type,

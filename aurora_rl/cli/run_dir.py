@@ -139,7 +139,7 @@ def make_absolute(config: Config) -> Config:
         drafter=drafter if drafter.path is None else replace(drafter, path=found(drafter.path)),
         http=replace(config.http, api_keys=path(config.http.api_keys)),
         wire=replace(config.wire, keys=path(config.wire.keys)),
-        learner=replace(learner, record=path(learner.record), resume=path(learner.resume)),
+        learner=replace(learner, recording=path(learner.recording), resume=path(learner.resume)),
         compare=tuple(map(compared, config.compare)),
     )
 

@@ -132,7 +132,7 @@ class _Session:
         torch.set_num_threads(config.engine.threads)
         with self._folder.undone_if_refused():
             attached = config.engine.attaches and not self._replays  # the clients are there, too
-            (spec, *rival_specs), prompts = map(resolve, compared(config)), [] if attached else traffic(config)
+            (spec, *second_spec), prompts = map(resolve, compared(config)), [] if attached else traffic(config)
             wire_keys(config, engine_keys)  # raises before a model is loaded
             http = self._http = HttpFront.of(config, replays=self._replays)
             self._loggers.enter_context(logged(config.telemetry.logger, run_dir))
@@ -152,10 +152,10 @@ class _Session:
             step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
             drafter, learner_config = first_drafter(spec, target, firsts, day0)
-            rivals = [(rival, start_drafter(rival, target, firsts)) for rival in rival_specs]
+            second_drafter = [(each, start_drafter(each, target, firsts)) for each in second_spec]  # of one at most
             # Not earlier: a run that is refused while it loads leaves no event. Not later: the learner writes its own.
             self._log.write("begin", traffic=first_id, unseen=unseen_from(len(prompts)) if built_in else None)
-            if rivals:
+            if second_drafter:
                 self._log.write("compare", drafters=list(config.compare))
             if config.learner.spawn:
                 with self._stop.held():
@@ -174,7 +174,9 @@ class _Session:
                     address = f"{engine} listens at {remote.client.url}/v1"
                 else:
                     usual = firsts[0] if firsts else [0, 0]
-                    self._server = embedded = embedded_server(spec, target, clients, usual, drafter, self._log, *rivals)
+                    self._server = embedded = embedded_server(
+                        spec, target, clients, usual, drafter, self._log, *second_drafter
+                    )
                     clients.attach(embedded)
                     self._step, address = clients.step, ""
             except (ValueError, OSError):

@@ -63,8 +63,8 @@ def register(parser: argparse.ArgumentParser) -> None:
         action="append",
         type=Path,
         metavar="FOLDER",
-        help="folder of trajectories, as learner.record fills it; may be repeated. Without it the target answers the "
-        "traffic first, such as traffic.path=chats.jsonl, and its answers are recorded",
+        help="folder of trajectories, as learner.recording fills it; may be repeated. Without it the target answers "
+        "the traffic first, such as traffic.path=chats.jsonl, and its answers are recorded",
     )
     parser.add_argument("--epochs", type=int, help="passes over what is learned from (4)")
     parser.add_argument(

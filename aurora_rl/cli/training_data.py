@@ -78,7 +78,7 @@ def recorded_prompts(folders: Sequence[Path], count: int) -> list[list[int]]:
     for folder in folders:
         recording = TrajectoryDataset(folder)
         if not len(recording):
-            raise ConfigError(f"--recording {folder} holds no trajectories; learner.record={folder} records a run's")
+            raise ConfigError(f"--recording {folder} holds no trajectories; learner.recording={folder} records a run's")
         for index in range(min(len(recording), -(-count // len(folders)))):
             sequence = recording[index]["sequence"]
             prompts.append(sequence["tokens"][: int(sequence["prompt_length"])].tolist())
@@ -144,7 +144,7 @@ def record_answers(
             waiting,
             recording,
             shape=spec.tree,
-            slots=config.engine.slots,
+            num_slots=config.engine.slots,
             stop_tokens=stop_tokens,
             processors=processors,
             seed=config.seed,

@@ -25,7 +25,7 @@ _DIGITS = 32  # longest checksum kept from an engine's message, in characters
 
 @dataclass(slots=True)
 class EngineStatus:
-    """The learner's record of the engine of one connection; times are `time.monotonic` seconds.
+    """What the learner knows of the engine of one connection; times are `time.monotonic` seconds.
 
     `acknowledged` is the newest version whose checksum, after loading, was the published one. `rejected` is the last
     version that was refused or loaded wrong, with the reason. Its version is None if the message could not be read.

@@ -76,7 +76,7 @@ class ForwardPass:
         self.kinds, self._alibi, self._takes_positions = kinds, alibi, takes_positions
         self.form, self.packs, self.batch_invariant = "eager", False, False
         self.starts: Tensor | None = None
-        self._captured: dict[int, Tensor] = {}
+        self._inputs: dict[int, Tensor] = {}
         self._feature_layers: tuple[int, ...] = ()
 
     def set_form(self, form: str, max_length: int) -> Callable[[], None] | None:
@@ -93,14 +93,14 @@ class ForwardPass:
             return undo
         return None
 
-    def capture(self, layers: Sequence[int]) -> None:
+    def set_feature_layers(self, layers: Sequence[int]) -> None:
         """Let the inputs of these layers be a pass's features; the layer after the last is the head's input."""
         self._feature_layers = tuple(layers)
         for layer in set(layers) - {len(self._layers)}:
-            self._layers[layer].register_forward_pre_hook(partial(self._capture, layer), with_kwargs=True)
+            self._layers[layer].register_forward_pre_hook(partial(self._keep_input, layer), with_kwargs=True)
 
-    def _capture(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._captured[layer] = args[0] if args else kwargs["hidden_states"]
+    def _keep_input(self, layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._inputs[layer] = args[0] if args else kwargs["hidden_states"]
 
     @torch.inference_mode()
     def __call__(self, *rows: Rows) -> list[tuple[Tensor, Tensor]]:
@@ -126,9 +126,9 @@ class ForwardPass:
             use_cache=True,
             **arguments,
         ).last_hidden_state
-        self._captured[len(self._layers)] = hidden
+        self._inputs[len(self._layers)] = hidden
         # Empty columns first: a drafter may read no features at all.
-        features = torch.cat([hidden[..., :0], *(self._captured[layer] for layer in self._feature_layers)], dim=-1)
+        features = torch.cat([hidden[..., :0], *(self._inputs[layer] for layer in self._feature_layers)], dim=-1)
         return list(zip(self.cache.unpack(hidden), self.cache.unpack(features), strict=True))
 
     def _part(self, rows: Rows) -> PassPart:

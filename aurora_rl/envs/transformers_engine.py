@@ -108,7 +108,7 @@ class TransformersEngine(Engine):
         with quiet_transformers():  # it warns of each form of attention that it does not know of a family
             self.exactness = self._in_inference_form(self._choose_form(probe, max_length), probe, batch_invariant)
         self.feature_layers = tuple(feature_layers)
-        self._pass.capture(self.feature_layers)
+        self._pass.set_feature_layers(self.feature_layers)
         self._allocate(num_slots, max_length, self._feature_size())
         if batch_invariant:
             check_batch_invariance(self, probe.texts[-1][:max_length])
@@ -151,7 +151,7 @@ class TransformersEngine(Engine):
         self._pass.cache = SlotCache(self._shapes, num_slots, columns, dtype, device)
 
     def _feature_size(self) -> int:
-        """Return the width of the captured features, found by capturing some."""
+        """Return the width of the features, found by a pass."""
         self._allocate(1, 2, 0)
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.model.device)
         try:

@@ -24,7 +24,7 @@ class SpeculativeDecoder:
         requests: Requests in order, or a function that returns the next one, None if there is none now.
         shape: Trees to draft.
         max_length: Most tokens of a slot, prompt and completion.
-        num_slots: Requests decoded side by side.
+        num_slots: Requests decoded at the same time.
         seed: Seed of drafts that are sampled.
         engine: Class of the engine, or a function with its arguments that returns one.
         **settings: Further arguments of :class:`~aurora_rl.envs.SpecDecodeEnv`, such as ``on_completion``

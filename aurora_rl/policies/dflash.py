@@ -298,8 +298,8 @@ class DFlashDrafter(Drafter):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     @override
-    def write(self, layout: str) -> Checkpoint:
-        return write_dflash(self, layout)
+    def write(self, format: str) -> Checkpoint:
+        return write_dflash(self, format)
 
     @classmethod
     @override
@@ -308,7 +308,7 @@ class DFlashDrafter(Drafter):
 
     @classmethod
     @override
-    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, format: str, **options: Any) -> Self:
         arguments, tensors = read_dflash(checkpoint, parts, options.get("mask_token_id"))
         usual = _spread(parts.config.num_hidden_layers, arguments["config"].num_hidden_layers)
         drafter = cls(**{**arguments, **_targets(parts), "feature_layers": arguments["feature_layers"] or usual})

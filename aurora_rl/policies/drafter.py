@@ -111,7 +111,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         max_depth: Depth of the deepest node that the drafter can propose.
         unroll_depth: Depths that imitation unrolls by default.
         draft_modes: Modes of :class:`TreeShape` that the drafter can draft in.
-        formats: Names of the layouts that :meth:`write` and :meth:`read` know; runs are kept in the first.
+        formats: Names of the formats that :meth:`write` and :meth:`read` know; runs are kept in the first.
         target_sizes: Entries of a checkpoint's ``config.json`` that must be the target's.
         sglang_algorithm: SGLang's ``--speculative-algorithm`` for folders in the format "sglang"; None if SGLang does
             not serve the architecture. ``aurora_rl.envs.sglang.LEARNED`` has those that learn there.
@@ -332,7 +332,7 @@ class Drafter(HubMixin, nn.Module, ABC):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-    def write(self, layout: str) -> Checkpoint:
+    def write(self, format: str) -> Checkpoint:
         """Return the drafter in one of its :attr:`formats`; by default with the arguments of :meth:`from_target`."""
         config = {
             "architectures": [type(self).__name__],
@@ -349,13 +349,13 @@ class Drafter(HubMixin, nn.Module, ABC):
         return config.get("architectures") == [cls.__name__]
 
     @classmethod
-    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, format: str, **options: Any) -> Self:
         """Read a drafter for a target, in float32, from what :meth:`write` wrote or another program published.
 
         Args:
             checkpoint: Tensors and configuration.
             parts: Frozen pieces of the target.
-            layout: One of the :attr:`formats`.
+            format: One of the :attr:`formats`.
             options: ``drafter.options`` of the user; only what the checkpoint does not say is taken from here.
 
         Raises:

@@ -178,8 +178,8 @@ class EagleDrafter(RecurrentDrafter):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     @override
-    def write(self, layout: str) -> Checkpoint:
-        return write_eagle(self, layout)
+    def write(self, format: str) -> Checkpoint:
+        return write_eagle(self, format)
 
     @classmethod
     @override
@@ -191,7 +191,7 @@ class EagleDrafter(RecurrentDrafter):
 
     @classmethod
     @override
-    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, format: str, **options: Any) -> Self:
         arguments, tensors = read_eagle(checkpoint, parts, options.get("attention", "target"))
         drafter = cls(**arguments)
         drafter.install(tensors)

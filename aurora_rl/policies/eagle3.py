@@ -157,8 +157,8 @@ class Eagle3Drafter(RecurrentDrafter):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     @override
-    def write(self, layout: str) -> Checkpoint:
-        return write_eagle3(self, layout)
+    def write(self, format: str) -> Checkpoint:
+        return write_eagle3(self, format)
 
     @classmethod
     @override
@@ -167,8 +167,8 @@ class Eagle3Drafter(RecurrentDrafter):
 
     @classmethod
     @override
-    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        arguments, tensors = read_eagle3(checkpoint, parts, layout, options.get("attention", "target"))
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, format: str, **options: Any) -> Self:
+        arguments, tensors = read_eagle3(checkpoint, parts, format, options.get("attention", "target"))
         drafter = cls(**arguments)
         drafter.install(tensors)
         return drafter

@@ -35,19 +35,19 @@ _Path = str | os.PathLike[str]
 class HubMixin:
     """Saving, loading and publishing of a drafter by the names that Hugging Face's libraries use."""
 
-    def save_pretrained(self, folder: _Path, *, layout: str | None = None) -> None:
+    def save_pretrained(self, folder: _Path, *, format: str | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors``.
 
         Args:
             folder: Folder to write; a drafter in it is replaced.
-            layout: One of the drafter's ``formats``; None takes the first.
+            format: One of the drafter's ``formats``; None takes the first.
 
         Raises:
             CheckpointError: The drafter has no such format, or the folder holds something else.
         """
         from aurora_rl.policies.formats.files import save_drafter
 
-        save_drafter(cast("Drafter", self), folder, layout)
+        save_drafter(cast("Drafter", self), folder, format)
 
     @classmethod
     def from_pretrained(
@@ -55,7 +55,7 @@ class HubMixin:
         source: _Path,
         target: PreTrainedModel | TargetParts | _Path,
         *,
-        layout: str | None = None,
+        format: str | None = None,
         options: Mapping[str, Any] = MappingProxyType({}),
         trained_for: str = "target",
         revision: str | None = None,
@@ -69,7 +69,7 @@ class HubMixin:
             source: Folder, or id of a repository on the hub.
             target: Model, its parts, or its name as in the configuration: "smollm2", a folder or a hub id. A model must
                 not be in an engine yet.
-            layout: Format of the checkpoint; None takes the first of the architecture's ``formats``.
+            format: Format of the checkpoint; None takes the first of the architecture's ``formats``.
             options: Options of the architecture that the checkpoint does not state.
             trained_for: "target" refuses a drafter trained for weights other than the target's; "any" takes it.
             revision: Branch, tag or commit of the drafter's repository; None takes its main branch. A folder has none.
@@ -101,7 +101,7 @@ class HubMixin:
             source,
             parts,
             kind,
-            layout=layout,
+            format=format,
             options=options,
             trained_for=trained_for,
             revision=revision,
@@ -116,7 +116,7 @@ class HubMixin:
         base_model: str | None = None,
         run: _Path | None = None,
         license: str | None = None,
-        layout: str | None = None,
+        format: str | None = None,
         private: bool | None = None,
         token: str | None = None,
         commit_message: str = "Upload a drafter",
@@ -131,7 +131,7 @@ class HubMixin:
             base_model: Hub id of the target; None takes the model of the run, unless that was a folder.
             run: Folder of the run that trained the drafter; its ``summary.json`` and ``config.yaml`` go into the card.
             license: License of the weights, such as "apache-2.0"; None states none.
-            layout: One of the drafter's ``formats``; None takes the first.
+            format: One of the drafter's ``formats``; None takes the first.
             private: Whether a new repository is private; None leaves it to the account's setting.
             token: Token of the hub; None takes the one that ``hf auth login`` stored.
             commit_message: Message of the commit.
@@ -151,7 +151,7 @@ class HubMixin:
         scratch = Path(tempfile.mkdtemp(prefix="aurora-rl-"))
         folder, kept = scratch / "drafter", False
         try:
-            self.save_pretrained(folder, layout=layout)
+            self.save_pretrained(folder, format=format)
             config, api = json.loads((folder / "config.json").read_text()), HfApi(token=token)
             card = model_card(
                 cast("Drafter", self),

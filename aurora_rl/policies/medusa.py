@@ -204,9 +204,9 @@ class MedusaDrafter(Drafter):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     @override
-    def write(self, layout: str) -> Checkpoint:
+    def write(self, format: str) -> Checkpoint:
         checkpoint = super().write("aurora_rl")
-        if layout != "vllm":
+        if format != "vllm":
             return checkpoint
         # A subclass's heads are laid out as these are.
         config = {**checkpoint.config, "architectures": [MedusaDrafter.__name__]}
@@ -219,8 +219,8 @@ class MedusaDrafter(Drafter):
 
     @classmethod
     @override
-    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
-        if layout == "vllm" or checkpoint.config.get("architectures") == ["MedusaModel"]:
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, format: str, **options: Any) -> Self:
+        if format == "vllm" or checkpoint.config.get("architectures") == ["MedusaModel"]:
             # Heads that other programs trained read the input of the target's output head.
             tensors, config = from_vllm(*checkpoint)
             checkpoint = Checkpoint(tensors, {"feature_layers": [parts.config.num_hidden_layers], **config})

@@ -300,7 +300,7 @@ class StandaloneDrafter(Drafter):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     @override
-    def write(self, layout: str) -> Checkpoint:
+    def write(self, format: str) -> Checkpoint:
         return write_causal_lm(self)
 
     @classmethod
@@ -310,7 +310,7 @@ class StandaloneDrafter(Drafter):
 
     @classmethod
     @override
-    def read(cls, checkpoint: Checkpoint, parts: TargetParts, layout: str, **options: Any) -> Self:
+    def read(cls, checkpoint: Checkpoint, parts: TargetParts, format: str, **options: Any) -> Self:
         drafter = cls(**read_causal_lm(checkpoint, parts), target_width=parts.embedding.shape[1])
         if "model" in options:  # the source of its first weights; the folder holds the present ones
             drafter.options = options

@@ -17,9 +17,9 @@ from typing import Any
 from typing_extensions import override
 
 from aurora_rl.envs import Completion, Request
-from aurora_rl.envs.recording.assembler import RecordedTotals
-from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.assembler import RecordedTotals
+from aurora_rl.envs.remote.client import EngineClient, EngineCompletion, EngineError
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.serving.server import note_request
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import Round
@@ -78,7 +78,7 @@ class AttachedServer:
         return self.status["depth"]
 
     @property
-    def slots(self) -> int:
+    def num_slots(self) -> int:
         """Requests that the engine decodes at the same time."""
         return self.status["slots"]
 
@@ -180,7 +180,7 @@ class DrivenServer(AttachedServer):
         client: Client of the engine.
         attach: Attaches the learner to the engine; called now, and again when the engine was restarted.
         requests: Called for the next request; None if there is none now.
-        slots: Requests in flight.
+        num_slots: Requests in flight.
         stop_tokens: Token ids that end a completion.
         log: Log of requests and swaps.
         note: Called with each completion; returns its domain.
@@ -194,7 +194,7 @@ class DrivenServer(AttachedServer):
         attach: Callable[[], dict[str, Any]],
         requests: Callable[[], Request | None],
         *,
-        slots: int,
+        num_slots: int,
         stop_tokens: Sequence[int],
         log: MetricsLog,
         note: Callable[[Completion], str],
@@ -202,16 +202,16 @@ class DrivenServer(AttachedServer):
         published: Callable[[], Path | None] = lambda: None,
     ) -> None:
         super().__init__(client, attach, log=log, published=published)
-        self._requests, self._slots = requests, slots
+        self._requests, self._num_slots = requests, num_slots
         self._stop_tokens, self._note, self._on_refused = tuple(stop_tokens), note, on_refused
-        self._pool = ThreadPoolExecutor(slots, thread_name_prefix="requests")
+        self._pool = ThreadPoolExecutor(num_slots, thread_name_prefix="requests")
         self._flying: dict[Future[EngineCompletion], Request] = {}
         self._last_completion = time.perf_counter()
 
     @override
     def step(self) -> bool:
         """Send requests to free slots and take finished ones. Return False if nothing is in flight."""
-        while len(self._flying) < self._slots and (request := self._requests()) is not None:
+        while len(self._flying) < self._num_slots and (request := self._requests()) is not None:
             self._flying[self._pool.submit(self.client.generate, request, stop_tokens=self._stop_tokens)] = request
         if not self._flying:
             self.watch()

@@ -22,7 +22,7 @@ class RoundTrialRules:
         window: Rounds of a window, at least 2. The first, in which the drafter's cache catches up, is not measured.
         false_alarm_rate: Chance that weights as good as the old ones are ever rolled back, at most.
         margin: Relative loss that is tolerated: weights are promoted once a larger one is ruled out.
-        most_rounds: Rounds that they draft before they are promoted if no loss was proven; None tries them until a loss
+        max_rounds: Rounds that they draft before they are promoted if no loss was proven; None tries them until a loss
             is proven or ruled out.
         seed: Seed of the order of the windows.
     """
@@ -31,7 +31,7 @@ class RoundTrialRules:
     window: int = 8
     false_alarm_rate: float = 0.01
     margin: float = 0.05
-    most_rounds: int | None = 512
+    max_rounds: int | None = 512
     seed: int = 0
 
 
@@ -63,16 +63,18 @@ class _Sums:
     """What rounds of one drafter came to."""
 
     tokens: int = 0
-    slots: int = 0
+    occupied: int = 0
     seconds: float = 0.0
 
-    def add(self, tokens: int, slots: int, seconds: float) -> None:
-        self.tokens, self.slots, self.seconds = self.tokens + tokens, self.slots + slots, self.seconds + seconds
+    def add(self, tokens: int, occupied: int, seconds: float) -> None:
+        self.tokens += tokens
+        self.occupied += occupied
+        self.seconds += seconds
 
     @property
     def figures(self) -> dict[str, float]:
         return {
-            "acceptance_length": self.tokens / self.slots if self.slots else math.nan,
+            "acceptance_length": self.tokens / self.occupied if self.occupied else math.nan,
             "tokens_per_second": self.tokens / self.seconds if self.seconds else math.nan,
         }
 
@@ -86,7 +88,7 @@ class RoundTrial:
     compares acceptance length and tokens per second.
 
     - Rolled back: either figure is proven to be lower.
-    - Promoted: of both figures a loss above the margin is ruled out; or ``most_rounds`` were drafted.
+    - Promoted: of both figures a loss above the margin is ruled out; or ``max_rounds`` were drafted.
 
     Args:
         rules: How weights are tried.
@@ -97,7 +99,7 @@ class RoundTrial:
 
     Example:
         >>> trial = RoundTrial(RoundTrialRules(window=4))
-        >>> while (verdict := trial.observe(tokens=1 if trial.new else 3, slots=1, seconds=1.0)) is None:
+        >>> while (verdict := trial.observe(tokens=1 if trial.new else 3, occupied=1, seconds=1.0)) is None:
         ...     pass
         >>> verdict.promote, verdict.rounds, verdict.acceptance_length
         (False, 80, Both(old=3.0, new=1.0))
@@ -121,17 +123,17 @@ class RoundTrial:
         window = self._at // self._rules.window
         return window < 2 and (window == 0) == self._new_first
 
-    def observe(self, tokens: int, slots: int, seconds: float) -> RoundTrialVerdict | None:
+    def observe(self, tokens: int, occupied: int, seconds: float) -> RoundTrialVerdict | None:
         """Take in a round that the weights named by :attr:`new` drafted; return the verdict once there is one.
 
         Args:
             tokens: Tokens delivered.
-            slots: Slots that took part.
+            occupied: Slots that took part.
             seconds: Wall time.
         """
         window, place = divmod(self._at, self._rules.window)
         if window < 2 and place:
-            self._window[self.new].add(tokens, slots, seconds)
+            self._window[self.new].add(tokens, occupied, seconds)
         self.rounds += 1
         self._at += 1
         verdict = self._compare() if self._at == 2 * self._rules.window else None
@@ -142,13 +144,13 @@ class RoundTrial:
     def _compare(self) -> RoundTrialVerdict | None:
         """Take in a pair of windows."""
         old, new = self._window
-        self._old.add(old.tokens, old.slots, old.seconds)
-        self._new.add(new.tokens, new.slots, new.seconds)
+        self._old.add(old.tokens, old.occupied, old.seconds)
+        self._new.add(new.tokens, new.occupied, new.seconds)
         figures = new.figures
         self._test.add({name: Both(before, figures[name]) for name, before in old.figures.items()})
         if (decided := self._test.verdict) is not None:
             return self._verdict(*decided)
-        drafted, most = self._test.pairs * self._rules.window, self._rules.most_rounds
+        drafted, most = self._test.pairs * self._rules.window, self._rules.max_rounds
         if most is not None and drafted >= most:
             return self._verdict(True, f"no loss was proven in {drafted} rounds that they drafted")
         return None

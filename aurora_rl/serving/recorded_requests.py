@@ -20,7 +20,7 @@ def record_requests(
     recording: TrajectoryDataset,
     *,
     shape: TreeShape,
-    slots: int = 2,
+    num_slots: int = 2,
     **settings: Any,
 ) -> None:
     """Serve requests in this process, and record those that are not there yet.
@@ -31,7 +31,7 @@ def record_requests(
         requests: Requests, told apart by their ids.
         recording: Dataset that gets the trajectories, in the order of completion.
         shape: The trees.
-        slots: Requests served at the same time.
+        num_slots: Requests decoded at the same time.
         **settings: Further arguments of :class:`SpeculativeDecoder`, such as ``stop_tokens``.
     """
     recorded = set(recording.numbers("request"))
@@ -49,7 +49,7 @@ def record_requests(
         waiting,
         shape=shape,
         max_length=max(len(r.prompt) + r.sampling_params.max_tokens for r in waiting),
-        num_slots=slots,
+        num_slots=num_slots,
         on_completion=keep,
         **settings,
     )

@@ -63,9 +63,9 @@ class InferenceServer:
         sink: Takes trajectories; None if nobody learns.
         receiver: Brings weights; None if nobody learns.
         trial_rules: How new weights are tried before they draft every round; None swaps them in at once.
-        second: Policy of another copy of the drafter on the same engine, for trials; or of another drafter and version,
-            which is compared with the first.
-        second_controller: Chooses the shape of that other drafter's drafts.
+        second_policy: Policy of another copy of the drafter on the same engine, for trials; or of another drafter and
+            version, which is compared with the first.
+        second_controller: Chooses the shape of the second drafter's drafts.
         watched: Whether the drafter is checked while it serves.
         note: Called with each completion; returns its domain.
         captures: Called with each request that ended; returns whether it is captured. None captures
@@ -87,7 +87,7 @@ class InferenceServer:
         sink: TrajectorySink | None = None,
         receiver: WeightReceiver | None = None,
         trial_rules: RoundTrialRules | None = None,
-        second: DrafterPolicy | None = None,
+        second_policy: DrafterPolicy | None = None,
         second_controller: TreeController | None = None,
         watched: bool = False,
         note: Callable[[Completion], str] = lambda completion: "",
@@ -101,7 +101,7 @@ class InferenceServer:
             controller=controller,
             receiver=receiver,
             trial_rules=trial_rules,
-            second=second,
+            second_policy=second_policy,
             second_controller=second_controller,
             watch=partial(Watchdog, engine=env.engine) if watched else None,
         )

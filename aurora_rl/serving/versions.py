@@ -70,8 +70,9 @@ class Versions:
         controller: Chooses the shape of every round's drafts; None keeps the policy's.
         receiver: Brings weights; None if nobody learns.
         trial_rules: How new weights are tried; None swaps them in at once.
-        second: Policy of another copy of the drafter on the same engine, for trials; or of another drafter and version.
-        second_controller: Chooses the shape of that other drafter's drafts.
+        second_policy: Policy of another copy of the drafter on the same engine, for trials; or of another drafter and
+            version.
+        second_controller: Chooses the shape of the second drafter's drafts.
         watch: Makes the watchdog of a policy; None watches nothing.
 
     Raises:
@@ -87,16 +88,18 @@ class Versions:
         controller: TreeController | None = None,
         receiver: WeightReceiver | None = None,
         trial_rules: RoundTrialRules | None = None,
-        second: DrafterPolicy | None = None,
+        second_policy: DrafterPolicy | None = None,
         second_controller: TreeController | None = None,
         watch: Callable[[DrafterPolicy], Watchdog] | None = None,
     ) -> None:
-        if trial_rules is not None and second is None:
+        if trial_rules is not None and second_policy is None:
             raise ValueError("a trial needs a second policy, of another copy of the drafter")
         self._log, self._stats, self._receiver, self._trial_rules = log, stats, receiver, trial_rules
         self._seat = _Seat(policy, controller, watch and watch(policy))
-        self._second = (
-            None if second is None or trial_rules is None else _Seat(second, second_controller, watch and watch(second))
+        self._idle = (  # the policy that does not draft this round
+            None
+            if second_policy is None or trial_rules is None
+            else _Seat(second_policy, second_controller, watch and watch(second_policy))
         )
         # Of the version that is served, the one before it, and the one on trial.
         self._kept = {policy.version: _Kept(_as_served(policy, policy.drafter.published()), "")}
@@ -107,11 +110,11 @@ class Versions:
         # Weights are staged and hashed while rounds go on: one thread, so that acknowledgements keep their order.
         self._background = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._staged: tuple[int, Future[tuple[_Seat, _Kept, Callable[[], None]]]] | None = None
-        self._compares = self._second is not None and self._second.policy.version != policy.version
-        if self._second is not None and self._compares:
-            rival = self._second.policy
-            self._kept[rival.version] = _Kept(_as_served(rival, rival.drafter.published()), "")
-            self._try(self._second, rival.version)
+        self._compares = self._idle is not None and self._idle.policy.version != policy.version
+        if self._idle is not None and self._compares:
+            second = self._idle.policy
+            self._kept[second.version] = _Kept(_as_served(second, second.drafter.published()), "")
+            self._try(self._idle, second.version)
 
     @property
     def policy(self) -> DrafterPolicy:
@@ -131,7 +134,7 @@ class Versions:
     @property
     def policies(self) -> list[DrafterPolicy]:
         """Every policy that may draft."""
-        return [seat.policy for seat in (self._seat, self._second) if seat is not None]
+        return [seat.policy for seat in (self._seat, self._idle) if seat is not None]
 
     @property
     def refused(self) -> str | None:
@@ -148,15 +151,15 @@ class Versions:
             earlier = {number: kept.weights for number, kept in self._kept.items() if number < self.policy.version}
             if (fault := seat.watchdog.check(self._kept[self.policy.version].weights, earlier, fresh)) is not None:
                 self._mend(fault)
-        if self._second is not None:  # the policy that drafts is told by the environment
-            self._second.fresh |= fresh
+        if self._idle is not None:  # the policy that drafts is told by the environment
+            self._idle.fresh |= fresh
 
     def _draft_by(self, *, new: bool) -> None:
         """Give the turn to the weights on trial, or to those that are served."""
-        assert self._second is not None
+        assert self._idle is not None
         if (self.policy.version != self._stats.version) == new:
             return
-        self._seat, self._second = self._second, self._seat
+        self._seat, self._idle = self._idle, self._seat
         self.policy.renew(self._seat.fresh)
         self._seat.fresh.zero_()
 
@@ -268,7 +271,7 @@ class Versions:
             raise ValueError(self._rolled_back[digest])
         # Weights that are served already, as a learner that resumes publishes them, need no trial but their number.
         served = self._kept[self._stats.version].digest or checksum(dict(self._seat.policy.drafter.published()))
-        seat = self._seat if self._second is None or digest == served else self._second
+        seat = self._seat if self._idle is None or digest == served else self._idle
         put = seat.policy.stage(weights, version)
         return seat, _Kept(_as_served(seat.policy, weights), digest), put
 

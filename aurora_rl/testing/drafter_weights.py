@@ -120,23 +120,23 @@ def check_swap(
 
 def check_saved(drafter: Drafter, parts: TargetParts, trajectories: list[TensorDict]) -> None:
     """Check that the drafter comes back from its folder, in each of its formats."""
-    for layout in drafter.formats:
+    for format in drafter.formats:
         try:
-            _check_format(drafter, parts, trajectories, layout)
+            _check_format(drafter, parts, trajectories, format)
         except CheckpointError as error:
-            raise AssertionError(f"the format {layout!r} cannot be written: {error}") from error
+            raise AssertionError(f"the format {format!r} cannot be written: {error}") from error
 
 
-def _check_format(drafter: Drafter, parts: TargetParts, trajectories: list[TensorDict], layout: str) -> None:
+def _check_format(drafter: Drafter, parts: TargetParts, trajectories: list[TensorDict], format: str) -> None:
     """Check a format with real files. Raise CheckpointError if the drafter cannot be written in it."""
-    kind, way, batch = type(drafter), f"by way of the format {layout!r}", pack(trajectories)
+    kind, way, batch = type(drafter), f"by way of the format {format!r}", pack(trajectories)
     with tempfile.TemporaryDirectory() as folder:
         # The first as runs are kept, by no name: SGLang cannot capture all that a drafter of a tiny target reads.
-        save_drafter(drafter, Path(folder) / "saved", None if layout == drafter.formats[0] else layout)
+        save_drafter(drafter, Path(folder) / "saved", None if format == drafter.formats[0] else format)
         config = json.loads((Path(folder) / "saved" / "config.json").read_text())
         require(kind.recognizes(config), f"recognizes is false for the drafter's own folder, {way}")
         try:
-            read = load_drafter(Path(folder) / "saved", parts, kind, layout=layout, options=drafter.options)
+            read = load_drafter(Path(folder) / "saved", parts, kind, format=format, options=drafter.options)
         except CheckpointError as error:
             raise AssertionError(f"the drafter's own folder cannot be read {way}: {error}") from error
     require(dict(read.options) == dict(drafter.options), f"options change to {dict(read.options)} {way}")

@@ -29,7 +29,7 @@ def check_engine(
     Args:
         engine: Engine in float64 or float32 with all slots free, and free afterwards, and room for about 40 tokens.
         reference: Model of the engine as Hugging Face runs it, a copy of its own.
-        feature_layers: Layers that the engine was told to capture.
+        feature_layers: Layers whose inputs are the features of the engine.
         rounds: Rounds of each of the two turns.
         seed: Seed of prompts, trees and paths.
 

@@ -38,7 +38,7 @@ class EngineTrialRules:
             that began before the window are not counted.
         false_alarm_rate: Chance that weights as good as the former ones are ever rolled back for a loss, at most.
         margin: Relative loss that is tolerated: weights are promoted once a larger one is ruled out.
-        most_requests: Requests with the new weights, per engine that has them at a time, before they are promoted if no
+        max_requests: Requests with the new weights, per engine that has them at a time, before they are promoted if no
             loss was proven. None tries them until a loss is proven or ruled out.
         seed: Seed of the draws.
     """
@@ -47,7 +47,7 @@ class EngineTrialRules:
     requests: int = 8
     false_alarm_rate: float = 0.01
     margin: float = 0.05
-    most_requests: int | None = 256
+    max_requests: int | None = 256
     seed: int = 0
 
 
@@ -110,7 +110,7 @@ class EngineTrial:
     :class:`~aurora_rl.statistics.PairedTest` needs. The engines of the two groups stay the same while they are there.
 
     - Rolled back: acceptance length or tokens per second is proven to be lower.
-    - Promoted: of both figures a loss above the margin is ruled out; or ``most_requests`` were served.
+    - Promoted: of both figures a loss above the margin is ruled out; or ``max_requests`` were served.
 
     Args:
         rules: How weights are tried.
@@ -173,7 +173,7 @@ class EngineTrial:
         self._test.add(_both(*self._window))
         if (decided := self._test.verdict) is not None:
             return self.end(*decided)
-        served, most = self._test.pairs * self._rules.requests, self._rules.most_requests
+        served, most = self._test.pairs * self._rules.requests, self._rules.max_requests
         if most is not None and served >= most:
             return self.end(True, f"no loss was proven in {served} requests per engine that had them")
         return None

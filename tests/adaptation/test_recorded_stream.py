@@ -26,9 +26,9 @@ def requests() -> list[Request]:
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("phase")
     recording = TrajectoryDataset(folder, LAYERS)
-    record_plain_decoding(tiny_target(), requests()[:3], recording, LAYERS, slots=2)
+    record_plain_decoding(tiny_target(), requests()[:3], recording, LAYERS, num_slots=2)
     assert len(recording) == 3
-    record_plain_decoding(tiny_target(), requests(), recording, LAYERS, slots=2)  # goes on
+    record_plain_decoding(tiny_target(), requests(), recording, LAYERS, num_slots=2)  # goes on
     assert len(recording) == 5
     return folder
 
@@ -54,7 +54,7 @@ def test_features_of_some_layers_are_those_of_a_recording_of_these_layers(
     recorded: Path, wanted: tuple[int, ...], tmp_path: Path
 ) -> None:
     recording = TrajectoryDataset(tmp_path, wanted)
-    record_plain_decoding(tiny_target(), requests(), recording, wanted, slots=2)
+    record_plain_decoding(tiny_target(), requests(), recording, wanted, num_slots=2)
     alone, some = RecordedPhase(tmp_path, wanted, wanted), RecordedPhase(recorded, LAYERS, wanted)
     for index in range(len(alone)):
         a, b = alone[index], some[index]

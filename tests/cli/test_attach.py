@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from aurora_rl.cli import main as cli
-from aurora_rl.envs.recording import plugin_server
-from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer
+from aurora_rl.envs.remote import plugin_server
+from aurora_rl.envs.remote.plugin_server import PluginError, PluginServer
 
 
 @pytest.fixture

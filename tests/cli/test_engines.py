@@ -181,9 +181,9 @@ def test_a_compared_drafter_that_fails_while_it_is_timed_is_named_by_its_version
     first, second = map(spec.resolve, compared(config))
     target = assembly.load(first)
     requests = assembly.request_queue(first, target, assembly.traffic(config))
-    drafter, rival = (assembly.start_drafter(each, target, []) for each in (first, second))
+    drafter, second_drafter = (assembly.start_drafter(each, target, []) for each in (first, second))
     log, usual = MetricsLog(tmp_path / "metrics.jsonl", "test"), requests.first_prompts(1)[0]
-    embedded_server(first, target, requests, usual, drafter, log, (second, rival)).close()
+    embedded_server(first, target, requests, usual, drafter, log, (second, second_drafter)).close()
     (fault,) = (event for event in MetricsReader(log.path) if event["event"] == "drafter_fault")
     assert (fault["request"], fault["version"]) == (None, 1) and "no ideas at all" in fault["fault"]
     assert "in the turns of version 1 every request is served without the drafter: " in caplog.text

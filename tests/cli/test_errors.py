@@ -16,7 +16,7 @@ def test_an_error_is_named_and_other_kinds_pass() -> None:
         raise ValueError("no such thing")
     with pytest.raises(KeyError), naming("drafter.options"):
         raise KeyError("other")
-    with pytest.raises(ConfigError, match="^learner.record: full$"), naming("learner.record", (ValueError, OSError)):
+    with pytest.raises(ConfigError, match="^learner.resume: full$"), naming("learner.resume", (ValueError, OSError)):
         raise OSError("full")
     with naming("nothing"):
         pass

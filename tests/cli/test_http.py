@@ -93,7 +93,7 @@ def test_before_sglang_requests_are_passed_on(monkeypatch: pytest.MonkeyPatch) -
 
     upstream.start(Starlette(routes=[Route("/v1/completions", answer, methods=["POST"])]))
     engine, stats = SimpleNamespace(url=upstream.url, delete=None), SimpleNamespace(version=3)
-    server: Any = SimpleNamespace(client=engine, stats=stats, slots=2, depth=3)
+    server: Any = SimpleNamespace(client=engine, stats=stats, num_slots=2, depth=3)
     front.start_proxy(spec, server, RunHistory())
     try:
         with httpx.Client(base_url=front.url, headers={"Authorization": "Bearer key"}) as client:

@@ -36,7 +36,7 @@ def learner(config: Config, folder: Path) -> Iterator[object]:
 def test_a_learner_of_several_objectives(configured: Callable[..., Config], tmp_path: Path) -> None:
     config = configured(
         "objectives=[{name: imitation, steps: 2}, {name: acceptance_reward, weight: 0.5}]",
-        *("drafter.mode=sampled", "drafter.name=eagle3", f"learner.record={tmp_path / 'stream'}"),
+        *("drafter.mode=sampled", "drafter.name=eagle3", f"learner.recording={tmp_path / 'stream'}"),
     )
     with learner(config, tmp_path) as built:
         assert [o.name for o in built._loss.objectives] == ["imitation", "acceptance_reward"]
@@ -88,7 +88,7 @@ def test_new_weights_go_to_a_share_of_the_engines_first_if_that_is_set(
         assert built._canary is None
     with learner(configured("canary.engines=0.25", "canary.requests=4", "canary.margin=0.1"), tmp_path) as built:
         rules = built._canary._rules
-    assert (rules.share, rules.requests, rules.margin, rules.most_requests) == (0.25, 4, 0.1, 256)
+    assert (rules.share, rules.requests, rules.margin, rules.max_requests) == (0.25, 4, 0.1, 256)
 
 
 def test_each_optimizer_has_its_own_rate(configured: Callable[..., Config], tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_each_optimizer_has_its_own_rate(configured: Callable[..., Config], tmp_
 
 
 def test_a_recording_of_other_layers_is_not_continued(configured: Callable[..., Config], tmp_path: Path) -> None:
-    config = configured("drafter.name=eagle3", f"learner.record={tmp_path / 'stream'}")
+    config = configured("drafter.name=eagle3", f"learner.recording={tmp_path / 'stream'}")
     TrajectoryDataset(tmp_path / "stream", (0, 2)).append(TensorDict({"request": torch.tensor(1)}))
-    message = "learner.record: .*stream was recorded for a drafter that reads layers 0,2, this one reads 0,1"
+    message = "learner.recording: .*stream was recorded for a drafter that reads layers 0,2, this one reads 0,1"
     with pytest.raises(ConfigError, match=message), learner(config, tmp_path):
         pass
 

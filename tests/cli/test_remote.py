@@ -14,8 +14,8 @@ from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.config import load_config, to_yaml
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.remote import remote_server, served_config
-from aurora_rl.envs.recording import plugin_server
-from aurora_rl.envs.recording.plugin_server import PluginServer
+from aurora_rl.envs.remote import plugin_server
+from aurora_rl.envs.remote.plugin_server import PluginServer
 from aurora_rl.telemetry.log import MetricsLog
 
 SERVED = {

@@ -14,7 +14,7 @@ from aurora_rl.telemetry.log import MetricsReader
 def test_two_architectures_are_compared_and_the_history_says_how(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = ["compare=[medusa,eagle3]", "canary.share=0.5", "canary.window=2", "canary.most_rounds=2"]
+    pairs = ["compare=[medusa,eagle3]", "canary.share=0.5", "canary.window=2", "canary.max_rounds=2"]
     pairs += ["drafter.depth=2", "drafter.adaptive=false", "drafter.lookup=0", "baseline.share=0"]
     assert cli.main(["flywheel", *arguments, *pairs]) == 0
     run = tmp_path / "run"

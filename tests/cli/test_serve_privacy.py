@@ -80,7 +80,7 @@ def test_a_server_leaves_no_text_but_in_a_recording(
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    pairs = [*LEARNING, "http.port=0", f"learner.record={run / 'stream'}"]
+    pairs = [*LEARNING, "http.port=0", f"learner.recording={run / 'stream'}"]
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
         assert cli.main(["serve", *arguments, *pairs]) == 0

@@ -278,7 +278,7 @@ def test_lines_that_the_log_lost_are_counted(
         (["--resume", "BROKEN:{'held_out': []}", "run_dir=null"], "train.json: held_out must be a number, got []"),
         (["--resume", "BROKEN:{'recording': 'x'}", "run_dir=null"], "recording must be a list or null, got 'x'"),
         (["--resume", "BROKEN:{'recording': [3]}", "run_dir=null"], "train.json is broken: "),
-        (["--recording", "EMPTY"], "holds no trajectories; learner.record="),
+        (["--recording", "EMPTY"], "holds no trajectories; learner.recording="),
         (["drafter.name=ngram", "drafter.feature_layers=null"], "has no weights to learn"),
         (["learner.batch_size=10"], "learner.batch_size=10 is more than the 5 requests that are left to learn from"),
         (

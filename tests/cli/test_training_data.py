@@ -59,7 +59,7 @@ def test_prompts_come_from_every_recording(tmp_path: Path) -> None:
     assert recorded_prompts(folders, 3) == [[1], [2, 2], [4, 5]]
     assert recorded_prompts(folders[:1], 1) == [[1]]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=f"--recording {tmp_path}/empty holds no trajectories; learner.record="):
+    with pytest.raises(ConfigError, match=f"--recording {tmp_path}/empty holds no trajectories; learner.recording="):
         recorded_prompts([folders[0], tmp_path / "empty"], 4)
 
 

@@ -27,7 +27,7 @@ from aurora_rl.collectors.keys import (
 )
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
-from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer, ask
+from aurora_rl.envs.remote.plugin_server import PluginError, PluginServer, ask
 
 HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"

@@ -25,7 +25,7 @@ from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.sockets import bind, open_socket
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
-from aurora_rl.envs.recording.plugin_server import PluginServer, ask
+from aurora_rl.envs.remote.plugin_server import PluginServer, ask
 
 HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"

@@ -110,7 +110,7 @@ def arguments(tiny_folder: Path) -> list[str]:
         *("engine.max_length=256", "engine.threads=1", "learner.threads=1", "learner.nice=0", "max_new_tokens=8"),
         *("http.port=null", "drafter.adaptive=false"),  # rounds are measured where a test asks for it: 2 s a server
         *("learner.batch_size=2", "learner.publish_every=4", "gate.requests=3", "gate.margin=9"),
-        *("canary.window=2", "canary.most_rounds=8"),  # too few pairs to prove anything: what is tried is promoted
+        *("canary.window=2", "canary.max_rounds=8"),  # too few pairs to prove anything: what is tried is promoted
         *(f"wire.trajectories={trajectories}", f"wire.weights={weights}"),
     ]
 

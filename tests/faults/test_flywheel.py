@@ -139,7 +139,7 @@ def test_a_port_in_use_is_told_before_a_request_is_served(
 def test_several_objectives_on_sampled_trees_learn_and_what_arrives_is_recorded(start: Start, tmp_path: Path) -> None:
     flywheel = start(
         "flywheel", "traffic.requests=24", "temperature=1.0", "drafter.mode=sampled", "drafter.name=eagle3",
-        "drafter.num_nodes=8", f"learner.record={tmp_path / 'stream'}",
+        "drafter.num_nodes=8", f"learner.recording={tmp_path / 'stream'}",
         "objectives=[{name: imitation}, {name: acceptance_reward, baseline: leave_one_out, clip: 0.2}]",
     )  # fmt: skip
     assert flywheel.ended() == 0, flywheel.text

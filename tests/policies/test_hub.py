@@ -47,10 +47,10 @@ def test_a_drafter_is_read_for_a_model_its_parts_and_its_name(tiny_folder: Path,
 
 
 def test_a_subclass_reads_its_own_kind_in_the_layout_that_is_asked_for(drafter: Eagle3Drafter, tmp_path: Path) -> None:
-    drafter.save_pretrained(tmp_path, layout="vllm")
+    drafter.save_pretrained(tmp_path, format="vllm")
     assert "eagle_aux_hidden_state_layer_ids" in json.loads((tmp_path / "config.json").read_text())
     target = tiny_target(dtype=torch.float32)
-    assert Eagle3Drafter.from_pretrained(tmp_path, target, layout="vllm").feature_layers == (1, 2)
+    assert Eagle3Drafter.from_pretrained(tmp_path, target, format="vllm").feature_layers == (1, 2)
     with pytest.raises(CheckpointError, match=r"is of Eagle3Drafter, and MedusaDrafter is asked for"):
         MedusaDrafter.from_pretrained(tmp_path, target)
     other_target = tiny_target(dtype=torch.float32, seed=1)

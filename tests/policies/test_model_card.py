@@ -101,7 +101,7 @@ def test_a_card_names_no_folder_of_the_machine(
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout", "layers", "engines"),
+    ("kind", "format", "layers", "engines"),
     [
         (Eagle3Drafter, "sglang", (1, 2), ["aurora_rl", "sglang"]),
         (Eagle3Drafter, "vllm", (1, 2), ["aurora_rl", "sglang", "vllm"]),
@@ -115,10 +115,10 @@ def test_a_card_names_no_folder_of_the_machine(
     ],
 )
 def test_engines_that_load_a_folder(
-    kind: type[Drafter], layout: str, layers: tuple[int, ...] | None, engines: list[str]
+    kind: type[Drafter], format: str, layers: tuple[int, ...] | None, engines: list[str]
 ) -> None:
     parts = TargetParts.of(tiny_target())
-    config = kind.from_target(parts, draft_vocab=torch.arange(16), feature_layers=layers).write(layout).config
+    config = kind.from_target(parts, draft_vocab=torch.arange(16), feature_layers=layers).write(format).config
     commands = engine_commands(kind, config, "drafter", "target")
     assert list(commands) == engines
     if "sglang" in commands:

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoTokenizer
 
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.recording.assembler import RecordedTotals
-from aurora_rl.envs.recording.client import EngineCompletion, EngineError
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.assembler import RecordedTotals
+from aurora_rl.envs.remote.client import EngineCompletion, EngineError
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.serving import attached as attached_module
 from aurora_rl.serving.attached import AttachedServer, DrivenServer
 from aurora_rl.serving.requests import RequestQueue
@@ -101,7 +101,7 @@ def run(tmp_path):
         engine,
         engine.attach,
         lambda: queue.pop(0) if queue else None,
-        slots=3,
+        num_slots=3,
         stop_tokens=[9],
         log=MetricsLog(tmp_path / "metrics.jsonl", "server"),
         note=lambda completion: f"domain {completion.request.id}",
@@ -148,7 +148,7 @@ def test_a_request_without_an_answer_ends_its_conversation_and_no_other(tiny_fol
         engine,
         engine.attach,
         source,
-        slots=2,
+        num_slots=2,
         stop_tokens=[9],
         log=MetricsLog(tmp_path / "metrics.jsonl", "server"),
         note=source.completed,
@@ -217,7 +217,7 @@ def test_the_drafter_that_the_learner_published_last_is_kept(run, tmp_path):
         engine,
         engine.attach,
         lambda: None,
-        slots=1,
+        num_slots=1,
         stop_tokens=[9],
         log=MetricsLog(tmp_path / "metrics.jsonl", "server"),
         note=lambda completion: "",

@@ -50,7 +50,7 @@ def constant(new: bool) -> tuple[int, float]:
 
 
 def test_windows_of_the_new_weights_take_their_share_and_have_a_neighbour_of_the_old() -> None:
-    trial, orders = RoundTrial(RoundTrialRules(share=0.25, window=4, most_rounds=None)), set()
+    trial, orders = RoundTrial(RoundTrialRules(share=0.25, window=4, max_rounds=None)), set()
     for _ in range(20):
         cycle = []
         for _ in range(16):
@@ -62,7 +62,7 @@ def test_windows_of_the_new_weights_take_their_share_and_have_a_neighbour_of_the
 
 
 def test_half_of_the_rounds_are_pairs_alone() -> None:
-    trial = RoundTrial(RoundTrialRules(share=0.5, window=3, most_rounds=None))
+    trial = RoundTrial(RoundTrialRules(share=0.5, window=3, max_rounds=None))
     drafted = 0
     for _ in range(600):
         drafted += trial.new
@@ -99,15 +99,15 @@ def test_a_better_drafter_is_promoted_before_the_last_round() -> None:
 
 
 def test_an_equal_drafter_is_promoted_at_last_unless_it_may_be_tried_for_ever() -> None:
-    rules = RoundTrialRules(most_rounds=48, margin=1e-9)
+    rules = RoundTrialRules(max_rounds=48, margin=1e-9)
     verdict, _ = decided(rules, served(0.6, 0.6, seed=0))
     assert verdict is not None and verdict.promote and verdict.rounds == 96
     assert verdict.reason == "no loss was proven in 48 rounds that they drafted"
-    assert decided(replace(rules, most_rounds=None), served(0.6, 0.6, seed=0), most=2000)[0] is None
+    assert decided(replace(rules, max_rounds=None), served(0.6, 0.6, seed=0), most=2000)[0] is None
 
 
 def test_an_equal_drafter_is_rarely_rolled_back() -> None:
-    rules, trials = RoundTrialRules(false_alarm_rate=0.1, most_rounds=256), 150
+    rules, trials = RoundTrialRules(false_alarm_rate=0.1, max_rounds=256), 150
     verdicts = [decided(rules, served(0.6, 0.6, seed), seed)[0] for seed in range(trials)]
     alarms = sum(not verdict.promote for verdict in verdicts if verdict is not None)
     assert alarms <= 0.1 * trials + 3 * math.sqrt(0.1 * 0.9 * trials)

@@ -41,7 +41,7 @@ def asked(first: int, *tenants: str | None) -> list[Request]:
 
 def test_nothing_of_a_deleted_tenant_is_found_again_and_all_of_others_is(tmp_path: Path) -> None:
     sink = Sink()
-    serving = Serving(tmp_path, asked(0, "a", "b", None), eagle(), slots=1, sink=sink, second=eagle())
+    serving = Serving(tmp_path, asked(0, "a", "b", None), eagle(), slots=1, sink=sink, second_drafter=eagle())
     policy, server = serving.policy, serving.server
     serving.engine.prefix_cache, policy.prefix_cache = PrefixCache(1000), PrefixCache(1000)
     policy.earlier, policy.shape = EarlierAnswers(1000), TreeShape(DEPTH, lookup=2)

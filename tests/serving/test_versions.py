@@ -45,7 +45,7 @@ class Constant(Loads, Wrong):
 
 
 def tried(folder: Path, first: Oracle, second: Oracle, inbox: Inbox, **options: object) -> Serving:
-    return Serving(folder, [], first, second=second, receiver=inbox, trial_rules=RULES, **options)
+    return Serving(folder, [], first, second_drafter=second, receiver=inbox, trial_rules=RULES, **options)
 
 
 def test_a_sabotaged_version_is_rolled_back_and_costs_a_bounded_number_of_rounds(tmp_path: Path) -> None:
@@ -141,9 +141,9 @@ def test_each_version_drafts_with_its_own_weights_and_its_own_cache(tmp_path: Pa
         tmp_path,
         [],
         eagle(0),
-        second=eagle(0),
+        second_drafter=eagle(0),
         receiver=inbox,
-        trial_rules=RoundTrialRules(window=3, most_rounds=60),
+        trial_rules=RoundTrialRules(window=3, max_rounds=60),
         slots=3,
     )
     serving.run_until(lambda: bool(inbox.acknowledged or inbox.rejected), known)
@@ -186,7 +186,7 @@ def test_baseline_windows_are_no_part_of_a_trial(tmp_path: Path) -> None:
 
 def test_what_is_on_trial_is_not_saved(tmp_path: Path) -> None:
     known, inbox = requests(5), Inbox((1, eagle(1).published()))
-    serving = Serving(tmp_path, [], eagle(0), second=eagle(0), receiver=inbox, trial_rules=RULES)
+    serving = Serving(tmp_path, [], eagle(0), second_drafter=eagle(0), receiver=inbox, trial_rules=RULES)
     serving.run_until(lambda: serving.server.policy.version == 1, known)
     serving.server.save_drafter(tmp_path / "drafter")
     saved, served = load_file(tmp_path / "drafter" / "model.safetensors"), eagle(0).published()

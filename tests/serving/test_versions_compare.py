@@ -20,7 +20,8 @@ RULES = RoundTrialRules(window=4)
 
 
 def compared(folder: Path, first: Drafter, second: Drafter, **options: object) -> Serving:
-    return Serving(folder, [], first, **{"second": second, "second_version": 1, "trial_rules": RULES, **options})
+    usual = {"second_version": 1, "trial_rules": RULES}
+    return Serving(folder, [], first, second_drafter=second, **{**usual, **options})
 
 
 @pytest.mark.parametrize("better", [0, 1])
@@ -64,7 +65,7 @@ def test_each_drafter_has_a_controller_and_a_shape_of_its_own(tmp_path: Path) ->
 def test_a_damaged_drafter_is_never_mended_by_the_weights_of_the_other(tmp_path: Path) -> None:
     """Once the second drafts alone, the first's weights are gone: they would be another drafter's."""
     known, other = requests(5), eagle(1)
-    serving = compared(tmp_path, eagle(0), other, watched=True, trial_rules=RoundTrialRules(window=4, most_rounds=8))
+    serving = compared(tmp_path, eagle(0), other, watched=True, trial_rules=RoundTrialRules(window=4, max_rounds=8))
     serving.run_until(lambda: bool(serving.events("verdict")), known)
     assert serving.events("verdict")[0]["promote"] and not serving.events("watchdog")
     for _ in range(2):  # loaded again the first time, and left out the second

@@ -246,7 +246,7 @@ def test_a_version_that_kills_the_drafter_is_rolled_back(tmp_path: Path) -> None
 
 def test_a_fault_ends_the_trial_of_the_weights_that_have_it(tmp_path: Path) -> None:
     inbox, second = Inbox(), eagle()
-    serving = watched(tmp_path, eagle(), second=second, receiver=inbox, trial_rules=RoundTrialRules(window=8))
+    serving = watched(tmp_path, eagle(), second_drafter=second, receiver=inbox, trial_rules=RoundTrialRules(window=8))
     inbox.waiting.append((1, eagle(1).published()))
     serving.run_until(lambda: bool(serving.events("trial")), KNOWN)
     zeroed(second.published()[NAME])

@@ -186,7 +186,7 @@ class Serving:
         windows: BaselineWindows | None = None,
         note: Callable[[Completion], str] | None = None,
         depth: int = DEPTH,
-        second: Drafter | None = None,
+        second_drafter: Drafter | None = None,
         second_version: int = 0,
         **options: object,
     ) -> None:
@@ -203,9 +203,9 @@ class Serving:
             lambda: self.queue.pop(0) if self.queue else None,
             num_nodes=DEPTH,
         )
-        if second is not None:
-            options["second"] = DrafterPolicy(
-                second, self.engine.store, num_nodes=DEPTH, shape=TreeShape(depth), version=second_version
+        if second_drafter is not None:
+            options["second_policy"] = DrafterPolicy(
+                second_drafter, self.engine.store, num_nodes=DEPTH, shape=TreeShape(depth), version=second_version
             )
         log = MetricsLog(folder / "metrics.jsonl", "serve")
         self._reader, self._events = MetricsReader(log.path), list[dict]()

@@ -14,8 +14,8 @@ from starlette.routing import Route
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.keys import plugin_server_keys
-from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer
-from aurora_rl.envs.recording.session import Session
+from aurora_rl.envs.remote.plugin_server import PluginError, PluginServer
+from aurora_rl.envs.remote.session import Session
 from aurora_rl.models.loading import load_target
 from aurora_rl.policies import TargetParts, TreeShape
 from aurora_rl.policies.formats.files import load_drafter

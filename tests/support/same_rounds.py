@@ -22,7 +22,7 @@ def ask_all(engine, asked):
 def recorded_here(model, drafter, asked, shape, tmp_path):
     """The same requests on the embedded engine."""
     dataset = TrajectoryDataset(tmp_path / "own")
-    record_requests(model, drafter, asked, dataset, shape=shape, slots=1)
+    record_requests(model, drafter, asked, dataset, shape=shape, num_slots=1)
     return {int(trajectory["request"]): trajectory for trajectory in dataset}
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.weights import WeightPublisher
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.envs.sglang import plugin as plugin_module
 from aurora_rl.envs.sglang import ranks as ranks_module
 from aurora_rl.envs.sglang import swaps as swaps_module

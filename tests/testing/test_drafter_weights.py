@@ -54,8 +54,8 @@ class KnowsNoFolder(MedusaDrafter):
 
 class LosesItsOptions(MedusaDrafter):
     @classmethod
-    def read(cls, checkpoint, parts: TargetParts, layout: str, **options) -> LosesItsOptions:
-        drafter = super().read(checkpoint, parts, layout, **options)
+    def read(cls, checkpoint, parts: TargetParts, format: str, **options) -> LosesItsOptions:
+        drafter = super().read(checkpoint, parts, format, **options)
         drafter.options = {}
         return drafter
 

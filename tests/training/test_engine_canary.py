@@ -58,7 +58,7 @@ def decided(rules: EngineTrialRules, fleet: Fleet, seed: int = 0, windows: int =
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
 def test_equal_weights_are_rarely_rolled_back_at_engines_that_differ_and_drift(share: float) -> None:
-    rules, trials = EngineTrialRules(share, requests=2, false_alarm_rate=0.1, most_requests=64), 300
+    rules, trials = EngineTrialRules(share, requests=2, false_alarm_rate=0.1, max_requests=64), 300
     verdicts = [decided(rules, Fleet(1.0, 1.0, seed), seed) for seed in range(trials)]
     alarms = sum(not verdict.promote for verdict in verdicts if verdict is not None)
     assert None not in verdicts and alarms <= 0.1 * trials + 3 * math.sqrt(0.1 * 0.9 * trials)
@@ -98,10 +98,10 @@ def test_engines_that_do_not_say_how_long_they_decode_are_judged_by_acceptance_a
 
 
 def test_what_is_not_decided_is_promoted_at_last_unless_it_may_be_tried_for_ever() -> None:
-    verdict = decided(EngineTrialRules(0.5, requests=2, margin=1e-9, most_requests=6), Fleet(1.0, 1.0, seed=0))
+    verdict = decided(EngineTrialRules(0.5, requests=2, margin=1e-9, max_requests=6), Fleet(1.0, 1.0, seed=0))
     assert verdict is not None and verdict.promote and verdict.pairs == 3
     assert verdict.reason == "no loss was proven in 6 requests per engine that had them"
-    for_ever = EngineTrialRules(0.5, requests=2, margin=1e-9, false_alarm_rate=1e-6, most_requests=None)
+    for_ever = EngineTrialRules(0.5, requests=2, margin=1e-9, false_alarm_rate=1e-6, max_requests=None)
     assert decided(for_ever, Fleet(1.0, 1.0, seed=0), windows=100) is None
 
 
@@ -141,7 +141,7 @@ def test_engines_without_traffic_are_left_and_then_the_trial() -> None:
 
 # What reaches which engine.
 
-RULES = EngineTrialRules(share=0.25, requests=2, false_alarm_rate=0.2, margin=0.2, most_requests=40)
+RULES = EngineTrialRules(share=0.25, requests=2, false_alarm_rate=0.2, margin=0.2, max_requests=40)
 OLD, NEW = ({"layer.w": torch.full((2, 3), value)} for value in (1.0, 2.0))
 
 

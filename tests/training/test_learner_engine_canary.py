@@ -18,7 +18,7 @@ from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.training.engine_canary import EngineTrialRules
 from aurora_rl.trajectories import acceptance_length
 
-RULES = EngineTrialRules(share=0.25, requests=1, false_alarm_rate=0.2, margin=0.2, most_requests=6)
+RULES = EngineTrialRules(share=0.25, requests=1, false_alarm_rate=0.2, margin=0.2, max_requests=6)
 
 
 class Fleet:

@@ -26,14 +26,14 @@ def without_trials(merged: DictConfig, named: Collection[str]) -> None:
 def check_trials(config: Config) -> None:
     """Raise ConfigError if values of ``canary`` and ``compare`` do not go together, or not with the engine."""
     canary, compare = config.canary, f"compare={list(config.compare)}"
-    if canary.most_rounds is not None and canary.most_rounds < canary.window:
+    if canary.max_rounds is not None and canary.max_rounds < canary.window:
         raise ConfigError(
-            f"canary.most_rounds={canary.most_rounds} is less than a window of canary.window={canary.window} rounds; "
+            f"canary.max_rounds={canary.max_rounds} is less than a window of canary.window={canary.window} rounds; "
             f"set it to {canary.window} or more, or to null"
         )
-    if canary.most_requests is not None and canary.most_requests < canary.requests:
+    if canary.max_requests is not None and canary.max_requests < canary.requests:
         raise ConfigError(
-            f"canary.most_requests={canary.most_requests} is less than a window of canary.requests={canary.requests} "
+            f"canary.max_requests={canary.max_requests} is less than a window of canary.requests={canary.requests} "
             f"requests; set it to {canary.requests} or more, or to null"
         )
     if config.engine.remote and (canary.share or config.compare):
@@ -54,7 +54,7 @@ def check_trials(config: Config) -> None:
         )
     if config.learner.spawn:
         raise ConfigError("compare is of two drafters that stay what they are, got learner.spawn=true; leave it out")
-    for name in ("resume", "record"):
+    for name in ("resume", "recording"):
         if (value := getattr(config.learner, name)) is not None:
             raise ConfigError(f"learner.{name}={value} has no effect with compare, as nobody learns; leave it out")
     if config.drafter.name is not None or config.drafter.path is not None:

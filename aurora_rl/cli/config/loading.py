@@ -20,7 +20,14 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
 from aurora_rl.settings import nearest
 
-_MOVED = {"control": "baseline", "drafter.made_for": "drafter.trained_for", "engine.control": "engine.plugin_address"}
+_MOVED = {
+    "canary.most_requests": "canary.max_requests",
+    "canary.most_rounds": "canary.max_rounds",
+    "control": "baseline",
+    "drafter.made_for": "drafter.trained_for",
+    "engine.control": "engine.plugin_address",
+    "learner.record": "learner.recording",
+}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), usual: Sequence[str] = ()) -> Config:

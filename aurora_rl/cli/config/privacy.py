@@ -52,10 +52,10 @@ def check_privacy(config: Config) -> None:
     for key in _KEPT:
         if value := attrgetter(key)(config):
             raise ConfigError(f"privacy.zero_retention=true keeps nothing, got {as_pair(key, value)}; set {key}=0")
-    if config.learner.record is not None:
+    if config.learner.recording is not None:
         raise ConfigError(
-            f"privacy.zero_retention=true writes no text to disk, got learner.record={config.learner.record}; leave it "
-            "out"
+            "privacy.zero_retention=true writes no text to disk, got learner.recording="
+            f"{config.learner.recording}; leave it out"
         )
     if config.checkpoint.buffer:
         raise ConfigError(

@@ -25,7 +25,7 @@ class EngineConfig:
     name: str = "transformers"
     """Engine: transformers, sglang, vllm, or package.module:Class of one in this process."""
     slots: int = 2
-    """Requests decoded at the same time."""
+    """Requests decoded at the same time; Python calls it ``num_slots``."""
     max_length: int = 1024
     """Most tokens of a request, prompt and completion together."""
     prefix_cache_tokens: int = 8192
@@ -203,7 +203,7 @@ class LearnerConfig:
     shard of weights and optimizer states; null is for one process."""
     resume: str | None = None
     """Training state to continue."""
-    record: str | None = None
+    recording: str | None = None
     """Folder to write every trajectory to that arrives; null keeps none."""
 
 
@@ -245,7 +245,7 @@ class CanaryConfig:
     margin: float = 0.05
     """Relative loss of acceptance length or of throughput that is tolerated: weights are promoted once a larger one is
     ruled out."""
-    most_rounds: int | None = 512
+    max_rounds: int | None = 512
     """Rounds that new weights draft before they are promoted if no loss was proven; null tries them until a loss is
     proven or ruled out."""
     engines: float = 0.0
@@ -253,7 +253,7 @@ class CanaryConfig:
     gives them to all engines at once. For the learner, which compares at ``false_alarm_rate`` and ``margin`` too."""
     requests: int = 8
     """Requests per engine in a window of the trial at a share of the engines, on average over a group of them."""
-    most_requests: int | None = 256
+    max_requests: int | None = 256
     """Requests with new weights, per engine that has them at a time, before all engines get them if no loss was proven.
     null tries them until a loss is proven or ruled out."""
 
@@ -342,8 +342,8 @@ class Config:
     canary: CanaryConfig = field(default_factory=CanaryConfig)
     compare: tuple[str, ...] = ()
     """Two drafters to compare on live traffic, ``[a, b]``: each a folder, a hub id, or a name as of ``drafter.name``.
-    They draft in turns as ``canary`` says, a in place of the served weights and b in place of the new ones. Nobody
-    learns. Empty compares none."""
+    They draft in turns as ``canary`` says, the first in place of the served weights and the second in place of the
+    new ones. Nobody learns. Empty compares none."""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)

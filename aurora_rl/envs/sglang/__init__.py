@@ -3,7 +3,7 @@
 Inside SGLang's scheduler process: :mod:`plugin` (hooks), :mod:`requests` (which are recorded), :mod:`swaps` (of
 weights, on all :mod:`ranks` alike), :mod:`weights` (how they are loaded), :mod:`watchdog`, :mod:`models` and
 :mod:`layout` (what is refused). Outside: :mod:`client` (a server, launched or attached to). What other engines do alike
-is in :mod:`aurora_rl.envs.recording`, and
+is in :mod:`aurora_rl.envs.remote`, and
 :mod:`aurora_rl.serving.attached` follows a server, or keeps its slots filled.
 """
 

@@ -11,7 +11,7 @@ import torch
 from typing_extensions import override
 
 from aurora_rl.envs import Request
-from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
+from aurora_rl.envs.remote.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
 from aurora_rl.envs.sglang import ENGINE, LEARNED
 from aurora_rl.envs.sglang.layout import cores_of, ranks_of
 from aurora_rl.policies.formats.vllm import LAYER_IDS
@@ -47,7 +47,7 @@ class SGLangClient(EngineClient):
         depth: int = 3,
         width: int = 1,
         num_nodes: int = 4,
-        slots: int = 4,
+        num_slots: int = 4,
         max_length: int = 1024,
         dtype: str = "auto",
         device: str = "cpu",
@@ -64,7 +64,7 @@ class SGLangClient(EngineClient):
             depth: Drafting steps of a round.
             width: 1 drafts a chain; more, a tree that expands so many nodes a step.
             num_nodes: Nodes of a tree without its root.
-            slots: Requests decoded at the same time.
+            num_slots: Requests decoded at the same time.
             max_length: Tokens of a request, prompt and completion; some less than the model's context.
             dtype: Dtype of the weights, "auto" for the checkpoint's.
             device: "cpu" or "cuda".
@@ -92,12 +92,12 @@ class SGLangClient(EngineClient):
         command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--dtype", dtype),
             *("--host", "127.0.0.1", "--port", str(port), "--device", device),
-            *("--max-running-requests", str(slots), "--context-length", str(context)),
+            *("--max-running-requests", str(num_slots), "--context-length", str(context)),
             *("--skip-server-warmup", "--log-level", "warning", *drafting),
         ]
         if device == "cpu":
             # Left to itself, the cache takes most of the machine's free memory.
-            command += [*CPU_ARGUMENTS, "--max-total-tokens", str(2 * slots * context)]
+            command += [*CPU_ARGUMENTS, "--max-total-tokens", str(2 * num_slots * context)]
             variables |= CPU_VARIABLES
             if ranks > 1 and "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ:
                 variables.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_of(ranks))

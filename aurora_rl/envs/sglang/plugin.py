@@ -1,7 +1,7 @@
 """The plugin in SGLang's scheduler process: hooks that watch drafting and verification, and swaps between batches.
 
 At the address in the environment variable AURORA_RL_SGLANG the plugin answers requests of
-:mod:`aurora_rl.envs.recording.plugin_server`; from ``attach`` to ``detach`` it records and swaps.
+:mod:`aurora_rl.envs.remote.plugin_server`; from ``attach`` to ``detach`` it records and swaps.
 
 A hook calls the engine's own function with the same arguments and returns its result. A fault of ours switches
 recording off and never reaches the engine.
@@ -19,12 +19,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs.recording.assembler import EngineRound, TargetRows
-from aurora_rl.envs.recording.checks import check_target
-from aurora_rl.envs.recording.copies import copies_done, to_host
-from aurora_rl.envs.recording.plugin import RecorderPlugin
-from aurora_rl.envs.recording.plugin_server import PluginError, replica_address
-from aurora_rl.envs.recording.session import Session
+from aurora_rl.envs.remote.assembler import EngineRound, TargetRows
+from aurora_rl.envs.remote.checks import check_target
+from aurora_rl.envs.remote.copies import copies_done, to_host
+from aurora_rl.envs.remote.plugin import RecorderPlugin
+from aurora_rl.envs.remote.plugin_server import PluginError, replica_address
+from aurora_rl.envs.remote.session import Session
 from aurora_rl.envs.sglang import ENGINE, LEARNED
 from aurora_rl.envs.sglang.layout import layout_fault
 from aurora_rl.envs.sglang.models import drafter_fault, target_fault

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aurora_rl.envs.recording.assembler import captured
+from aurora_rl.envs.remote.assembler import captured
 from aurora_rl.sampling_params import SamplingParams
 
 _ALL_TOKENS = 1 << 30  # SGLang's top-k where there is none

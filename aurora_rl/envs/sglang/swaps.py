@@ -20,9 +20,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.collectors.codec import OWN_LIMITS, as_tensors, checksum, decode, encode
-from aurora_rl.envs.recording.checks import weights_fault
-from aurora_rl.envs.recording.plugin_server import PluginError
-from aurora_rl.envs.recording.session import Follower, Session, SwapError
+from aurora_rl.envs.remote.checks import weights_fault
+from aurora_rl.envs.remote.plugin_server import PluginError
+from aurora_rl.envs.remote.session import Follower, Session, SwapError
 from aurora_rl.envs.sglang import ENGINE
 from aurora_rl.envs.sglang.ranks import EngineRanks, EngineRanksLostError, Order
 from aurora_rl.envs.sglang.watchdog import DrafterWatchdog

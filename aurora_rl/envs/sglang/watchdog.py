@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aurora_rl.envs.recording.session import Follower, Session
+from aurora_rl.envs.remote.session import Follower, Session
 from aurora_rl.policies.faults import EVERY, PORTIONS, Fault, TensorSample, difference, same, sample, unchanged
 
 logger = logging.getLogger(__name__)

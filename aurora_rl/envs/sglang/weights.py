@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aurora_rl.envs.recording.checks import FUSED
-from aurora_rl.envs.recording.session import SwapError
+from aurora_rl.envs.remote.checks import FUSED
+from aurora_rl.envs.remote.session import SwapError
 
 
 class Shard(NamedTuple):

@@ -3,7 +3,7 @@
 Inside vLLM: :mod:`scheduler_notes` (what the scheduler's process tells the worker), :mod:`plugin` (hooks of the worker)
 and :mod:`hooking` (how they are put in). Also :mod:`requests` (which are recorded), :mod:`batches` (parts of batches to
 rounds), :mod:`weights` (swaps) and :mod:`refusals`. Outside: :mod:`client` (a server, launched or attached to). Code
-that engines share is in :mod:`aurora_rl.envs.recording`.
+that engines share is in :mod:`aurora_rl.envs.remote`.
 """
 
 from __future__ import annotations

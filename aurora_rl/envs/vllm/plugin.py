@@ -1,7 +1,7 @@
 """The plugin in vLLM's worker: hooks around the model runner's two halves of a batch, and swaps between batches.
 
 At the address in the environment variable AURORA_RL_VLLM the plugin answers requests of
-:mod:`aurora_rl.envs.recording.plugin_server`; from ``attach`` to ``detach`` it records and swaps.
+:mod:`aurora_rl.envs.remote.plugin_server`; from ``attach`` to ``detach`` it records and swaps.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs.recording.assembler import TargetRows
-from aurora_rl.envs.recording.copies import copies_done, to_host
-from aurora_rl.envs.recording.plugin import RecorderPlugin
-from aurora_rl.envs.recording.session import Session, SwapError
+from aurora_rl.envs.remote.assembler import TargetRows
+from aurora_rl.envs.remote.copies import copies_done, to_host
+from aurora_rl.envs.remote.plugin import RecorderPlugin
+from aurora_rl.envs.remote.session import Session, SwapError
 from aurora_rl.envs.vllm import ENGINE
 from aurora_rl.envs.vllm.batches import BatchPart, Draft, assemble_part, places
 from aurora_rl.envs.vllm.hooking import is_wrapped, wrap

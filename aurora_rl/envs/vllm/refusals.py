@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs.recording.checks import check_target
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.checks import check_target
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.envs.vllm import LEARNED
 from aurora_rl.envs.vllm.weights import draft_vocab
 
@@ -79,7 +79,7 @@ def check_server(config: Any, *, missing: list[str], version: str) -> None:
 
 
 def check_models(runner: Any, handshake: Handshake) -> None:
-    """Refuse another target, other captured layers or another draft vocabulary than the learner's.
+    """Refuse another target, other feature layers or another draft vocabulary than the learner's.
 
     Args:
         runner: Model runner of the worker.

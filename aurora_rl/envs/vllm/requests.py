@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from aurora_rl.envs.recording.assembler import captured
+from aurora_rl.envs.remote.assembler import captured
 from aurora_rl.sampling_params import SamplingParams
 
 # What vLLM puts around a client's id: the number of a choice, what OpenAI's API begins with, the number of a

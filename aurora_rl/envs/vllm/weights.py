@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aurora_rl.envs.recording.checks import FUSED, weights_fault
-from aurora_rl.envs.recording.session import SwapError
+from aurora_rl.envs.remote.checks import FUSED, weights_fault
+from aurora_rl.envs.remote.session import SwapError
 from aurora_rl.envs.vllm import ENGINE
 from aurora_rl.policies.formats.vllm import to_vllm
 

@@ -26,7 +26,7 @@ _DRAFT_VOCAB = "aurora_rl_draft_vocab"
 
 
 def write_causal_lm(drafter: StandaloneDrafter) -> Checkpoint:
-    """Return the drafter as a causal LM's folder has it, one layout for all engines.
+    """Return the drafter as a causal LM's folder has it, one format for all engines.
 
     Engines want every row of the head. ``config.json`` names the draft vocabulary; rows outside it were not trained.
     """

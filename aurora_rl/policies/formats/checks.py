@@ -112,7 +112,7 @@ def check_target_depth(stated: int | None, parts: TargetParts) -> None:
         raise ValueError(f"config.json: num_target_layers is {stated}, the target has {depth}")
 
 
-def check_captured(feature_layers: Sequence[int], num_target_layers: int, *, lowest: int = 0) -> None:
+def check_feature_layers(feature_layers: Sequence[int], num_target_layers: int, *, lowest: int = 0) -> None:
     """Raise ValueError if engines cannot capture the features, from layer ``lowest`` on, or reorder them.
 
     Layer 0 is the embedding.

@@ -12,7 +12,7 @@ from transformers import Qwen3Config
 from aurora_rl.models.parts import TargetParts, target_entries
 from aurora_rl.policies.drafter import Checkpoint
 from aurora_rl.policies.formats.checks import (
-    check_captured,
+    check_feature_layers,
     check_fixed_rope,
     check_heads_stated,
     check_layers_rise,
@@ -41,7 +41,7 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
-def write_dflash(drafter: DFlashDrafter, layout: str) -> Checkpoint:
+def write_dflash(drafter: DFlashDrafter, format: str) -> Checkpoint:
     """Return a DFlash as "hf" or "sglang" has it.
 
     Neither holds embedding or head, which are the target's. The ids in the file are one less than ``feature_layers``:
@@ -52,8 +52,8 @@ def write_dflash(drafter: DFlashDrafter, layout: str) -> Checkpoint:
     Raises:
         ValueError: SGLang cannot capture one of the features.
     """
-    if layout == "sglang":  # SGLang's DFlash has no place for the embedding
-        check_captured(drafter.feature_layers, drafter.num_target_layers, lowest=1)
+    if format == "sglang":  # SGLang's DFlash has no place for the embedding
+        check_feature_layers(drafter.feature_layers, drafter.num_target_layers, lowest=1)
     tensors = drafter.published()
     entries: dict[str, Any] = {
         **written_config(drafter.config, drafter.fc.weight.dtype),

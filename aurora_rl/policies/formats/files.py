@@ -1,4 +1,4 @@
-"""Drafter checkpoints on disk: ``config.json`` and ``model.safetensors``, in the layouts that engines load."""
+"""Drafter checkpoints on disk: ``config.json`` and ``model.safetensors``, in the formats that engines load."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ID_LISTS = (LAYER_IDS, "target_layer_ids", "feature_layers")
 
 
-def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str | None = None) -> None:
+def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], format: str | None = None) -> None:
     """Write a drafter to a folder, and its adapters, as PEFT has them, to folders of their names in ``adapters``.
 
     Args:
         drafter: Drafter to write.
         folder: Folder to write to; a drafter in it is replaced.
-        layout: One of the drafter's ``formats``; None takes the first, in which runs are kept.
+        format: One of the drafter's ``formats``; None takes the first, in which runs are kept.
 
     Raises:
-        CheckpointError: The drafter has no such format, the layout cannot describe it, or the folder holds other files.
+        CheckpointError: The drafter has no such format, the format cannot describe it, or the folder holds other files.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -60,7 +60,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], layout: str |
             "or a new folder"
         )
     try:
-        tensors, config = written(drafter, layout)
+        tensors, config = written(drafter, format)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     if drafter.trained_for is not None:
@@ -75,32 +75,32 @@ def holds_drafter(folder: str | os.PathLike[str]) -> bool:
     return folder.is_dir() and {path.name for path in folder.iterdir()} - {ADAPTERS} == set(_FILES)
 
 
-def check_layout(kind: type[Drafter], layout: str) -> None:
+def check_format(kind: type[Drafter], format: str) -> None:
     """Raise ValueError if a drafter's class has no such format.
 
     Example:
         >>> from aurora_rl.policies import MedusaDrafter
-        >>> check_layout(MedusaDrafter, "vllm")
+        >>> check_format(MedusaDrafter, "vllm")
     """
-    if layout not in kind.formats:
-        raise ValueError(f"{kind.__name__} has no format {layout!r}; it has {', '.join(kind.formats)}")
+    if format not in kind.formats:
+        raise ValueError(f"{kind.__name__} has no format {format!r}; it has {', '.join(kind.formats)}")
 
 
-def written(drafter: Drafter, layout: str | None = None) -> Checkpoint:
+def written(drafter: Drafter, format: str | None = None) -> Checkpoint:
     """Return what :func:`save_drafter` would write, but for adapters.
 
     Raises:
-        ValueError: The drafter has no such format, the layout cannot describe it, or the engine of a layout that is
+        ValueError: The drafter has no such format, the format cannot describe it, or the engine of a format that is
             asked for by name cannot serve it.
     """
     if not drafter.formats:
         raise ValueError(f"{type(drafter).__name__} has no formats and is not saved; serve it by its name")
-    asked, layout = layout, layout or drafter.formats[0]
-    check_layout(type(drafter), layout)
+    asked, format = format, format or drafter.formats[0]
+    check_format(type(drafter), format)
     # Files name the tokens that have a row, in places without their order.
     check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
-    checkpoint = merge_adapter(drafter).write(layout)
-    # Where no layout is asked for, a run keeps what it serves here, whether or not another engine could serve it.
+    checkpoint = merge_adapter(drafter).write(format)
+    # Where no format is asked for, a run keeps what it serves here, whether or not another engine could serve it.
     if asked == "sglang" and 0 in drafter.feature_layers:
         raise ValueError(
             f"the drafter reads layers {tuple(drafter.feature_layers)}, and SGLang cannot capture what enters layer 0; "
@@ -114,7 +114,7 @@ def load_drafter(
     parts: TargetParts,
     kind: type[Drafter] | None = None,
     *,
-    layout: str | None = None,
+    format: str | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
     trained_for: str = "target",
     revision: str | None = None,
@@ -128,7 +128,7 @@ def load_drafter(
         source: Folder, or id of a repository on the Hugging Face hub.
         parts: Frozen pieces of the target.
         kind: Class of the drafter; None takes the one that recognizes ``config.json``.
-        layout: One of the class's ``formats``; None takes the first.
+        format: One of the class's ``formats``; None takes the first.
         options: ``drafter.options``, see ``Drafter.read``.
         trained_for: "target" refuses a folder that names other weights than the target's. "any" takes it, for example
             for a later state of the target.
@@ -159,14 +159,14 @@ def load_drafter(
             size = getattr(parts.config, name)
             if config.get(name, size) != size:
                 raise ValueError(f"config.json: {name} is {config[name]}, the target has {size}")
-        layout = layout or found.formats[0]
-        check_layout(found, layout)
+        format = format or found.formats[0]
+        check_format(found, format)
         if kind not in (None, found):
             raise ValueError(
                 f"config.json is of {found.__name__}, and {kind.__name__} is asked for; ask for the former, or none"
             )
         with modules_in_float32():
-            drafter = found.read(Checkpoint(tensors, config), parts, layout, **options)
+            drafter = found.read(Checkpoint(tensors, config), parts, format, **options)
         check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "the draft vocabulary")
         if (rows := config.get("draft_vocab_size")) not in (None, len(drafter.draft_vocab)):
             raise ValueError(f"config.json: draft_vocab_size is {rows}, the draft map has {len(drafter.draft_vocab)}")

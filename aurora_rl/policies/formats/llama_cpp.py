@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from aurora_rl.policies.drafter import Drafter, check_draft_vocab
 from aurora_rl.policies.eagle3 import Eagle3Drafter
-from aurora_rl.policies.formats.checks import check_captured
+from aurora_rl.policies.formats.checks import check_feature_layers
 from aurora_rl.storage import CheckpointError
 
 _ARCHITECTURE = "eagle3"
@@ -138,7 +138,7 @@ def _checked(drafter: Drafter) -> Eagle3Drafter:
             f"the drafter reads layers {layers}, and llama.cpp's EAGLE-3 reads three; start one with three in "
             "drafter.feature_layers"
         )
-    check_captured(layers, config.num_target_layers)
+    check_feature_layers(layers, config.num_target_layers)
     check_draft_vocab(drafter.draft_vocab, drafter.vocab_size, "draft_vocab")
     if config.hidden_act != "silu":
         raise ValueError(f"the drafter's hidden_act is {config.hidden_act!r}, and llama.cpp's EAGLE-3 has silu")

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from aurora_rl.models.parts import TargetParts, default_feature_layers, target_entries
 from aurora_rl.policies.drafter import Checkpoint, check_draft_vocab
 from aurora_rl.policies.formats.checks import (
-    check_captured,
+    check_feature_layers,
     check_heads_stated,
     check_layers_rise,
     settle_attention,
@@ -45,19 +45,19 @@ _EAGLE3_NAMES = {
 }
 
 
-def write_eagle3(drafter: Eagle3Drafter, layout: str) -> Checkpoint:
+def write_eagle3(drafter: Eagle3Drafter, format: str) -> Checkpoint:
     """Return an EAGLE-3 as "sglang", "vllm" or "hf" has it.
 
     "sglang" is what ``LlamaForCausalLMEagle3`` loads. Its ``d2t[i] = target id − i`` are offsets, and ``t2d`` marks the
     target tokens that have a row. Its layer ids name the layer that a state leaves, one less than ``feature_layers``.
-    "vllm" adds the ids as vLLM reads them. "hf" is the layout that the authors publish, which has no layer ids.
+    "vllm" adds the ids as vLLM reads them. "hf" is the format that the authors publish, which has no layer ids.
 
     Raises:
-        ValueError: The layout cannot say what this drafter is.
+        ValueError: The format cannot say what this drafter is.
     """
     config, layers = drafter.config, drafter.feature_layers
-    if layout != "hf":
-        check_captured(layers, config.num_target_layers)
+    if format != "hf":
+        check_feature_layers(layers, config.num_target_layers)
     known = torch.zeros(drafter.vocab_size, dtype=torch.bool)
     known[drafter.draft_vocab.cpu()] = True
     entries: dict[str, Any] = {
@@ -68,9 +68,9 @@ def write_eagle3(drafter: Eagle3Drafter, layout: str) -> Checkpoint:
         **{name: True for name, on in drafter.options.items() if on},
     }
     tensors = {**drafter.published(), "t2d": known}
-    if layout == "vllm":
+    if format == "vllm":
         return Checkpoint(*to_vllm(tensors, entries))
-    if layout == "hf":
+    if format == "hf":
         usual = default_feature_layers(config.num_target_layers)
         if layers != usual:
             raise ValueError(f"the drafter reads layers {layers}, and files in 'hf' are of {usual}")
@@ -85,17 +85,17 @@ def is_eagle3(entries: Mapping[str, Any]) -> bool:
 
 
 def read_eagle3(
-    checkpoint: Checkpoint, parts: TargetParts, layout: str, attention: str
+    checkpoint: Checkpoint, parts: TargetParts, format: str, attention: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the arguments of ``Eagle3Drafter`` and the tensors to install in it.
 
-    A ``layout`` of "vllm" reads the entries as vLLM does; files that show it need not be named. ``attention`` is the
+    A ``format`` of "vllm" reads the entries as vLLM does; files that show it need not be named. ``attention`` is the
     drafter's option of this name.
 
     Raises:
         ValueError: Names the first entry or tensor that does not fit the target or the class.
     """
-    if layout == "vllm" or LAYER_IDS in checkpoint.config:  # vLLM alone looks for them at the top level
+    if format == "vllm" or LAYER_IDS in checkpoint.config:  # vLLM alone looks for them at the top level
         checkpoint = Checkpoint(*from_vllm(*checkpoint))
     entries, tensors = checkpoint.config, {_eagle3_name(name): tensor for name, tensor in checkpoint.tensors.items()}
     nested = entries.get("eagle_config") or {}
@@ -123,7 +123,7 @@ def read_eagle3(
     return arguments, tensors
 
 
-def write_eagle(drafter: EagleDrafter, layout: str) -> Checkpoint:
+def write_eagle(drafter: EagleDrafter, format: str) -> Checkpoint:
     """Return an EAGLE as "sglang" or "hf" has it.
 
     "sglang" is what ``LlamaForCausalLMEagle`` loads; "hf" is what the authors publish, a Llama of one layer with the
@@ -132,13 +132,13 @@ def write_eagle(drafter: EagleDrafter, layout: str) -> Checkpoint:
     """
     entries: dict[str, Any] = {
         **written_config(drafter.config, drafter.fc.weight.dtype),
-        "architectures": ["LlamaForCausalLMEagle" if layout == "sglang" else "LlamaForCausalLM"],
+        "architectures": ["LlamaForCausalLMEagle" if format == "sglang" else "LlamaForCausalLM"],
         "bias": True,
     }
     tensors = drafter.published()
     if not bool(tensors["d2t"].any()) and len(tensors["d2t"]) == drafter.vocab_size:
         del tensors["d2t"]
-    if layout == "hf":
+    if format == "hf":
         tensors["embed_tokens.weight"] = drafter.embedding
     return Checkpoint(tensors, entries)
 

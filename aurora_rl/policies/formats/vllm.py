@@ -21,7 +21,7 @@ _Shapes = dict[str, tuple[int, ...]]
 
 
 def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Convert a drafter from this library's layout to one that vLLM serves.
+    """Convert a drafter from this library's format to one that vLLM serves.
 
     EAGLE-3 keeps its names, and SGLang loads the result too: the file holds the layer ids of both engines. vLLM looks
     for them at the top level of ``config.json``, and names a captured state by the layer that it enters. SGLang looks
@@ -52,7 +52,7 @@ def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
 
 
 def from_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Convert a drafter that vLLM serves to this library's layout, the inverse of :func:`to_vllm`.
+    """Convert a drafter that vLLM serves to this library's format, the inverse of :func:`to_vllm`.
 
     ``feature_layers``, the target's number of layers, are missing if another program wrote the file of a Medusa.
 

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from typing_extensions import override
 
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.serving.async_engine import QueueFullError
 from aurora_rl.serving.http.app import Application
 from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine
@@ -44,7 +44,7 @@ class Proxy(Application):
     Args:
         url: URL of the SGLang server.
         max_waiting: Requests that may wait at SGLang.
-        slots: Returns how many requests SGLang decodes at the same time.
+        num_slots: Returns how many requests SGLang decodes at the same time.
         num_spec_tokens: Returns the tokens of the longest path that is drafted.
         opt_out: Tenants whose requests are never captured.
         delete: Deletes what SGLang's plugin and the learner keep of a tenant, and says what was found there.
@@ -56,7 +56,7 @@ class Proxy(Application):
         url: str,
         *,
         max_waiting: int,
-        slots: Callable[[], int],
+        num_slots: Callable[[], int],
         num_spec_tokens: Callable[[], int] = lambda: 0,
         opt_out: Collection[str] = (),
         delete: Callable[[str], dict[str, Any]],
@@ -65,7 +65,7 @@ class Proxy(Application):
         super().__init__(**common)
         self._url, self._num_spec_tokens = url.rstrip("/"), num_spec_tokens
         self._opt_out, self._delete = frozenset(opt_out), delete
-        self._max_waiting, self._slots, self._open = max_waiting, slots, 0  # requests that SGLang has of us
+        self._max_waiting, self._num_slots, self._open = max_waiting, num_slots, 0  # requests that SGLang has of us
         self._cancelled = 0
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
@@ -92,7 +92,7 @@ class Proxy(Application):
 
     @override
     def load(self) -> dict[str, int]:
-        running = min(self._open, self._slots())
+        running = min(self._open, self._num_slots())
         return {"num_running": running, "num_waiting": self._open - running}
 
     async def generate(self, request: Request) -> Response:

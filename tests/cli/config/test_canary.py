@@ -30,11 +30,11 @@ def test_sglang_takes_new_weights_at_once_and_refuses_a_trial_by_name() -> None:
         ([BOTH, "canary.share=0"], "compare needs a share of the rounds for the second drafter, got canary.share=0"),
         ([BOTH, "learner.spawn=true"], "compare is of two drafters that stay what they are, got learner.spawn=true"),
         ([BOTH, "learner.resume=old"], "learner.resume=old has no effect with compare, as nobody learns; leave it out"),
-        ([BOTH, "learner.record=new"], "learner.record=new has no effect with compare, as nobody learns; leave it out"),
+        ([BOTH, "learner.recording=new"], "learner.recording=new has no effect with compare, as nobody learns; leave"),
         ([BOTH, "drafter.name=medusa"], "compare=['ngram', 'eagle3'] names the drafters; leave drafter.name and"),
         (["canary.engines=0.6"], "canary.engines must lie in [0, 0.5], got 0.6"),
-        (["canary.most_requests=4"], "canary.most_requests=4 is less than a window of canary.requests=8 requests; set"),
-        (["canary.most_rounds=4"], "canary.most_rounds=4 is less than a window of canary.window=8 rounds; set it to 8"),
+        (["canary.max_requests=4"], "canary.max_requests=4 is less than a window of canary.requests=8 requests; set"),
+        (["canary.max_rounds=4"], "canary.max_rounds=4 is less than a window of canary.window=8 rounds; set it to 8"),
     ],
 )
 def test_what_does_not_go_together_is_named(pairs: list[str], message: str) -> None:

@@ -29,7 +29,7 @@ def test_what_keeps_texts_is_refused_with_zero_retention(key: str) -> None:
         load_config(overrides=[f"{key}=5", ZERO])
 
 
-@pytest.mark.parametrize("pair", ["learner.record=stream", "checkpoint.buffer=true", "engine.name=sglang"])
+@pytest.mark.parametrize("pair", ["learner.recording=stream", "checkpoint.buffer=true", "engine.name=sglang"])
 def test_what_writes_or_cannot_be_reached_is_refused_by_name(pair: str) -> None:
     with pytest.raises(ConfigError, match=f"^privacy.zero_retention=true .*, got {pair}"):
         load_config(overrides=[ZERO, pair])

@@ -9,8 +9,8 @@ from attach_fields import DRAFT_VOCAB, FIELDS, HANDSHAKE, HEAD
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs.recording.assembler import RecordedTotals
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.assembler import RecordedTotals
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.envs.sglang import plugin as plugin_module
 from aurora_rl.envs.sglang.plugin import Plugin
 from aurora_rl.envs.sglang.ranks import EngineRanks, Order
@@ -29,7 +29,7 @@ class LlamaForCausalLMEagle3(torch.nn.Module):
 
 @pytest.fixture
 def engine(monkeypatch):
-    """What the checks read of a scheduler: arguments, captured layers, head and draft map."""
+    """What the checks read of a scheduler: arguments, feature layers, head and draft map."""
     monkeypatch.setattr(plugin_module, "version", lambda name: plugin_module.SUPPORTED[-1])
     args = SimpleNamespace(
         speculative_algorithm="EAGLE3",

@@ -11,7 +11,7 @@ from sglang_requests import Learner, _numbers, other_weights, requests
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Request
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError
 from aurora_rl.policies import EagleDrafter, TreeShape
 from aurora_rl.policies.formats.files import load_drafter

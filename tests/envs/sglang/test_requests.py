@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from aurora_rl.envs.recording.assembler import request_number
+from aurora_rl.envs.remote.assembler import request_number
 from aurora_rl.envs.sglang.requests import sampling_of, unwanted
 from aurora_rl.sampling_params import SamplingParams
 

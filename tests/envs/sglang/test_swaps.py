@@ -13,7 +13,7 @@ from forked_commands import Forks
 from rank_processes import ended, start_ranks
 from tensordict import TensorDict
 
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.envs.sglang.ranks import EngineRanks
 from aurora_rl.envs.sglang.swaps import Swaps
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aurora_rl.envs.recording.session import Session
+from aurora_rl.envs.remote.session import Session
 from aurora_rl.envs.sglang.watchdog import DrafterWatchdog
 from aurora_rl.policies.faults import EVERY, difference
 

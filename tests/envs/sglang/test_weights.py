@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from aurora_rl.envs.recording.session import SwapError
+from aurora_rl.envs.remote.session import SwapError
 from aurora_rl.envs.sglang.weights import draft_vocab, shards_of, swap_weights
 from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.testing import tiny_target

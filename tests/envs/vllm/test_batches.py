@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from aurora_rl.envs.recording.assembler import TrajectoryAssembler
+from aurora_rl.envs.remote.assembler import TrajectoryAssembler
 from aurora_rl.envs.vllm.batches import BatchPart, Draft, assemble_part, places
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.sampling_params import SamplingParams

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.recording.plugin_server import PluginServer
+from aurora_rl.envs.remote.plugin_server import PluginServer
 from aurora_rl.envs.vllm.client import VLLMClient, VLLMError, drafter_config
 from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts
 from aurora_rl.policies.formats.files import save_drafter

@@ -11,8 +11,8 @@ import torch
 from attach_fields import FIELDS
 from tensordict import TensorDict
 
-from aurora_rl.envs.recording.plugin_server import PluginError
-from aurora_rl.envs.recording.session import SwapError
+from aurora_rl.envs.remote.plugin_server import PluginError
+from aurora_rl.envs.remote.session import SwapError
 from aurora_rl.envs.vllm import plugin as plugin_module
 from aurora_rl.envs.vllm.batches import Draft
 from aurora_rl.envs.vllm.plugin import Plugin

@@ -13,7 +13,7 @@ from sglang_requests import _numbers, other_weights, requests
 from aurora_rl.cli import main as cli
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.formats.files import load_drafter
 from aurora_rl.training.served_weights import drafts_agreed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attach_fields import DRAFT_VOCAB, HANDSHAKE, HEAD
 
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.envs.vllm.refusals import SUPPORTED, check_models, check_server
 
 EMBEDDING = object()
@@ -14,7 +14,7 @@ EMBEDDING = object()
 
 @pytest.fixture
 def runner():
-    """What the checks read of a model runner: configuration, captured layers, head and draft map."""
+    """What the checks read of a model runner: configuration, feature layers, head and draft map."""
     drafting = SimpleNamespace(
         method="eagle3",
         parallel_drafting=False,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from aurora_rl.envs.recording.session import SwapError
+from aurora_rl.envs.remote.session import SwapError
 from aurora_rl.envs.vllm.weights import DraftLoader, as_fused, draft_vocab, loadable
 from aurora_rl.policies import Eagle3Drafter, TargetParts
 from aurora_rl.policies.formats.files import save_drafter

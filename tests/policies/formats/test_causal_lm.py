@@ -64,7 +64,7 @@ def test_a_users_folder_with_a_tied_head_has_every_token(tmp_path: Path, parts: 
     model = save_model(tmp_path / "model", Qwen2Config(**SIZES, tie_word_embeddings=True))
     assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
     drafter = StandaloneDrafter.from_target(parts, draft_vocab=torch.arange(32), model=model)
-    read = load_drafter(model, parts, layout="sglang", options={"model": model})
+    read = load_drafter(model, parts, format="sglang", options={"model": model})
     assert all(torch.equal(read.published()[name], tensor) for name, tensor in drafter.published().items())
     save_drafter(read, tmp_path / "again")
     config = json.loads((tmp_path / "again" / "config.json").read_text())

@@ -123,14 +123,14 @@ def test_older_engines_read_rope_and_dtype_too(tmp_path: Path, name: str) -> Non
     assert read.config.max_position_embeddings == 512
 
 
-@pytest.mark.parametrize("layout", ["sglang", "vllm"])
+@pytest.mark.parametrize("format", ["sglang", "vllm"])
 @pytest.mark.parametrize(
     ("layers", "message"),
     [((1, 3), "feature_layers has 3"), ((2, 1), "must rise"), ((1, 1), "must rise"), ((1, 9), "feature_layers has 9")],
 )
 def test_layers_that_engines_cannot_capture_are_not_exported(
-    parts: TargetParts, tmp_path: Path, layers: tuple[int, ...], message: str, layout: str
+    parts: TargetParts, tmp_path: Path, layers: tuple[int, ...], message: str, format: str
 ) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8), feature_layers=layers)
     with pytest.raises(CheckpointError, match=message):
-        save_drafter(drafter, tmp_path / "drafter", layout)
+        save_drafter(drafter, tmp_path / "drafter", format)

@@ -19,11 +19,11 @@ from aurora_rl.testing import tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 
 
-@pytest.mark.parametrize("layout", ["hf", "sglang"])
+@pytest.mark.parametrize("format", ["hf", "sglang"])
 @pytest.mark.parametrize("vocab", [HALF_THE_VOCAB, torch.arange(32)])
-def test_a_folder_holds_what_engines_read(layout: str, vocab: Tensor, parts: TargetParts, tmp_path: Path) -> None:
+def test_a_folder_holds_what_engines_read(format: str, vocab: Tensor, parts: TargetParts, tmp_path: Path) -> None:
     drafter = dflash_of_the_target(vocab=vocab, block_size=4, mask_token_id=7).float()
-    save_drafter(drafter, tmp_path / "drafter", layout)
+    save_drafter(drafter, tmp_path / "drafter", format)
     tensors = load_file(tmp_path / "drafter" / "model.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == DFLASH_SHAPES | (
         {"d2t": (16,)} if len(vocab) < 32 else {}
@@ -37,7 +37,7 @@ def test_a_folder_holds_what_engines_read(layout: str, vocab: Tensor, parts: Tar
     }  # fmt: skip
     assert {name: config[name] for name in expected} == expected
 
-    read = load_drafter(tmp_path / "drafter", parts, layout=layout)
+    read = load_drafter(tmp_path / "drafter", parts, format=format)
     assert isinstance(read, DFlashDrafter) and read.options == drafter.options
     assert read.feature_layers == drafter.feature_layers and torch.equal(read.head, drafter.head)
     assert all(torch.equal(read.published()[name], tensor) for name, tensor in drafter.published().items())

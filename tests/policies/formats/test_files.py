@@ -350,24 +350,24 @@ def test_a_drafter_of_a_target_of_other_weights_is_refused_unless_asked_for(
 ) -> None:
     drafter, tuned_target = get_drafter(name).from_target(parts, draft_vocab=torch.arange(8)), tuned(part)
     drafter.trained_for = parts.fingerprint
-    for layout in drafter.formats:
-        if layout == "sglang" and name == "dflash":
+    for format in drafter.formats:
+        if format == "sglang" and name == "dflash":
             continue  # whose default layers are too few in a tiny target
-        folder = tmp_path / layout
+        folder = tmp_path / format
         # EAGLE-3's are those that a run keeps and SGLang cannot capture.
-        asked = None if (name, layout) == ("eagle3", "sglang") else layout
+        asked = None if (name, format) == ("eagle3", "sglang") else format
         save_drafter(drafter, folder, asked)
         wrong = (
             f"{folder}: config.json: aurora_rl_made_for is '{parts.fingerprint}', the target's weights are "
             f"'{tuned_target.fingerprint}': .* set drafter.trained_for=any"
         )
         with pytest.raises(CheckpointError, match=wrong):
-            load_drafter(folder, tuned_target, type(drafter), layout=layout)
-        assert load_drafter(folder, parts, type(drafter), layout=layout).trained_for == parts.fingerprint
+            load_drafter(folder, tuned_target, type(drafter), format=format)
+        assert load_drafter(folder, parts, type(drafter), format=format).trained_for == parts.fingerprint
         # From then on it is the other target's.
-        read = load_drafter(folder, tuned_target, type(drafter), layout=layout, trained_for="any")
+        read = load_drafter(folder, tuned_target, type(drafter), format=format, trained_for="any")
         save_drafter(read, tmp_path / "again", asked)
-        load_drafter(tmp_path / "again", tuned_target, type(drafter), layout=layout)
+        load_drafter(tmp_path / "again", tuned_target, type(drafter), format=format)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

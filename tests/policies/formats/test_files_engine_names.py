@@ -164,9 +164,9 @@ ENGINES: dict[str, tuple[str, str, Callable[[Path], Draft]]] = {
 
 
 def exported(engine: str, folder: Path, **options: Any) -> tuple[Drafter, Callable[[Path], Draft]]:
-    name, layout, reader = ENGINES[engine]
+    name, format, reader = ENGINES[engine]
     drafter = drafter_of(name, SOME, **options)
-    save_drafter(drafter.float(), folder, layout)
+    save_drafter(drafter.float(), folder, format)
     config = json.loads((folder / "config.json").read_text())
     assert name == "medusa" or config["rope_theta"] == config["rope_parameters"]["rope_theta"] == THETA
     return drafter.double(), reader

@@ -142,19 +142,19 @@ def test_settings_of_eagle_3_1_are_kept(parts: TargetParts, tmp_path: Path, opti
 # ---- EAGLE ----------------------------------------------------------------------------------------------------------
 
 
-def save_eagle(parts: TargetParts, folder: Path, layout: str, vocab: Tensor) -> EagleDrafter:
+def save_eagle(parts: TargetParts, folder: Path, format: str, vocab: Tensor) -> EagleDrafter:
     drafter = perturbed(EagleDrafter.from_target(parts, draft_vocab=vocab))
-    save_drafter(drafter, folder, layout)
+    save_drafter(drafter, folder, format)
     return drafter
 
 
 @pytest.mark.parametrize("vocab", [torch.tensor([2, 7, 11, 30]), VOCAB, torch.arange(32)])
-@pytest.mark.parametrize("layout", ["sglang", "hf"])
+@pytest.mark.parametrize("format", ["sglang", "hf"])
 def test_an_eagle_that_is_read_scores_as_what_was_written(
-    parts: TargetParts, tmp_path: Path, layout: str, vocab: Tensor
+    parts: TargetParts, tmp_path: Path, format: str, vocab: Tensor
 ) -> None:
-    drafter = save_eagle(parts, tmp_path / "drafter", layout, vocab)
-    read = load_drafter(tmp_path / "drafter", parts, layout=layout)
+    drafter = save_eagle(parts, tmp_path / "drafter", format, vocab)
+    read = load_drafter(tmp_path / "drafter", parts, format=format)
     assert isinstance(read, EagleDrafter) and read.published().keys() == drafter.published().keys()
     assert all(torch.equal(read.published()[name], tensor) for name, tensor in drafter.published().items())
     assert torch.equal(read.head, parts.head.weight[vocab]) and read.feature_layers == (3,)
@@ -162,24 +162,24 @@ def test_an_eagle_that_is_read_scores_as_what_was_written(
     assert torch.equal(read.score(batch), drafter.score(batch))
 
 
-@pytest.mark.parametrize("layout", ["sglang", "hf"])
-def test_an_eagle_folder_holds_what_others_read(parts: TargetParts, tmp_path: Path, layout: str) -> None:
-    drafter = save_eagle(parts, tmp_path / "whole", layout, torch.arange(32))
-    save_eagle(parts, tmp_path / "part", layout, torch.tensor([2, 7, 11, 30]))
+@pytest.mark.parametrize("format", ["sglang", "hf"])
+def test_an_eagle_folder_holds_what_others_read(parts: TargetParts, tmp_path: Path, format: str) -> None:
+    drafter = save_eagle(parts, tmp_path / "whole", format, torch.arange(32))
+    save_eagle(parts, tmp_path / "part", format, torch.tensor([2, 7, 11, 30]))
     # What the authors' and SGLang's own conversions of their drafters hold, less the rotary table.
     names = {
         "fc.weight", "fc.bias", "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight",
         "layers.0.self_attn.v_proj.weight", "layers.0.self_attn.o_proj.weight", "layers.0.mlp.gate_proj.weight",
         "layers.0.mlp.up_proj.weight", "layers.0.mlp.down_proj.weight", "layers.0.post_attention_layernorm.weight",
-        *({"embed_tokens.weight"} if layout == "hf" else ()),
+        *({"embed_tokens.weight"} if format == "hf" else ()),
     }  # fmt: skip
     whole, part = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part"))
     assert set(whole) == names and set(part) == {*names, "d2t"}
     assert part["d2t"].tolist() == [2, 6, 9, 27]
-    assert layout == "sglang" or torch.equal(whole["embed_tokens.weight"], drafter.embedding)
+    assert format == "sglang" or torch.equal(whole["embed_tokens.weight"], drafter.embedding)
     config = json.loads((tmp_path / "part" / "config.json").read_text())
     expected = {
-        "architectures": [{"sglang": "LlamaForCausalLMEagle", "hf": "LlamaForCausalLM"}[layout]],
+        "architectures": [{"sglang": "LlamaForCausalLMEagle", "hf": "LlamaForCausalLM"}[format]],
         "model_type": "llama", "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_key_value_heads": 2,
         "head_dim": 4, "dtype": "float32", "tie_word_embeddings": False, "bias": True,
     }  # fmt: skip
@@ -202,13 +202,13 @@ def test_an_eagle_as_its_authors_publish_it_is_read(parts: TargetParts, tmp_path
         tmp_path / "model.safetensors",
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
-    read = load_drafter(tmp_path, parts, layout="hf")
+    read = load_drafter(tmp_path, parts, format="hf")
     assert isinstance(read, EagleDrafter) and not read.fc.bias.any()
     assert torch.equal(read.embedding, parts.embedding) and torch.equal(read.head, parts.head.weight)
     assert read.fc.weight.dtype == torch.float32 and torch.equal(read.fc.weight, tensors["fc.weight"].float())
     (tmp_path / "config.json").write_text(json.dumps({**config, "bias": True}))
     with pytest.raises(CheckpointError, match="'fc.bias'.* is missing"):
-        load_drafter(tmp_path, parts, layout="hf")
+        load_drafter(tmp_path, parts, format="hf")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ LAYERS = {"eagle3": (0, 1, 2), "medusa": None}
 
 @pytest.mark.parametrize("name", ["eagle3", "medusa"])
 def test_vllms_folders_are_told_by_what_they_say(parts: TargetParts, tmp_path: Path, name: str) -> None:
-    """Nobody says of a ``drafter.path`` in which layout it is."""
+    """Nobody says of a ``drafter.path`` in which format it is."""
     drafter = get_drafter(name).from_target(parts, draft_vocab=torch.arange(0, 32, 2), feature_layers=LAYERS[name])
     save_drafter(drafter, tmp_path / "vllm", "vllm")
     if name == "eagle3":  # as others write it: the layers at the top level alone
@@ -143,4 +143,4 @@ def test_a_token_map_outside_the_vocabulary_is_named(parts: TargetParts, tmp_pat
     save_drafter(drafter, tmp_path / "drafter", "vllm")
     edit_tensors(tmp_path / "drafter", token_map=torch.tensor([0, 1, 2, 99]))
     with pytest.raises(CheckpointError, match="tensor 'token_map' points outside .* row 3 is token 99"):
-        load_drafter(tmp_path / "drafter", parts, layout="vllm")
+        load_drafter(tmp_path / "drafter", parts, format="vllm")

@@ -151,7 +151,8 @@ def upstream(_upstream: Upstream) -> Upstream:
 @pytest.fixture
 def serve(upstream: Upstream) -> Iterator[Callable[..., str]]:
     """Starts a front with settings; returns where it is."""
-    usual = {"model": "m", "history": RunHistory(), "max_waiting": 8, "slots": lambda: 4, "delete": lambda tenant: {}}
+    usual = {"model": "m", "history": RunHistory(), "max_waiting": 8, "num_slots": lambda: 4}
+    usual["delete"] = lambda tenant: {}
     servers: list[HttpServer] = []
 
     def start(url: str = upstream.url, **settings: Any) -> str:

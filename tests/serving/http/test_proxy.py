@@ -14,7 +14,7 @@ import pytest
 from processes import wait
 from sglang_stand_in import ANSWER, CHAT, REFUSAL, Upstream, post
 
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin_server import PluginError
 
 # ---- what goes on, and what comes back ------------------------------------------------------------------------------
 
@@ -251,7 +251,7 @@ def test_a_client_that_leaves_ends_the_work_of_sglang(
 
 
 def test_more_requests_than_may_wait_are_told_when_to_come_again(upstream: Upstream, serve: Callable[..., str]) -> None:
-    url, hangs = serve(slots=lambda: 1, max_waiting=1), {"do": "stall", "stream": True}
+    url, hangs = serve(num_slots=lambda: 1, max_waiting=1), {"do": "stall", "stream": True}
     with (
         httpx.stream("POST", url + CHAT, json=hangs, timeout=30),
         httpx.stream("POST", url + CHAT, json=hangs, timeout=30),

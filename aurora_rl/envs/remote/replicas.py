@@ -13,7 +13,7 @@ from itertools import chain, zip_longest
 from typing import Any
 
 from aurora_rl.collectors.keys import ClientKeys
-from aurora_rl.envs.recording.plugin_server import PluginError, ask, replica_address
+from aurora_rl.envs.remote.plugin_server import PluginError, ask, replica_address
 
 _SUMS = ("slots", "recorded", "queued", "sent", "swaps")
 _ATTACH_S = 90.0
@@ -27,7 +27,7 @@ def ask_all(
 
     Args:
         address: Address of the first replica's plugin.
-        kind: Kind of the request, see :func:`~aurora_rl.envs.recording.plugin_server.ask`.
+        kind: Kind of the request, see :func:`~aurora_rl.envs.remote.plugin_server.ask`.
         fields: Fields of the request; None has none.
         engine: Name of the engine, for messages.
         keys: Keys of this client; None if the plugins have none.

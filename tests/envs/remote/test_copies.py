@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from aurora_rl.envs.recording.copies import copies_done, to_host
+from aurora_rl.envs.remote.copies import copies_done, to_host
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 

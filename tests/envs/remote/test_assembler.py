@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_rl.envs.recording.assembler import (
+from aurora_rl.envs.remote.assembler import (
     EngineRound,
     FeatureStore,
     TrajectoryAssembler,

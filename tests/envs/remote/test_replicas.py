@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer, replica_address
-from aurora_rl.envs.recording.replicas import ask_all, status_of_all
+from aurora_rl.envs.remote.plugin_server import PluginError, PluginServer, replica_address
+from aurora_rl.envs.remote.replicas import ask_all, status_of_all
 
 SERVED = {
     "requests": 2, "terminated": 1, "prompt_tokens": 9, "tokens": 20, "speculative_tokens": 18, "speculative_rounds": 6,

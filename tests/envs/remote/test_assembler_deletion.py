@@ -13,8 +13,8 @@ import torch
 from attach_fields import FIELDS
 from tensordict import TensorDict
 
-from aurora_rl.envs.recording.assembler import FeatureStore, RecordedTotals, TrajectoryAssembler
-from aurora_rl.envs.recording.session import Session
+from aurora_rl.envs.remote.assembler import FeatureStore, RecordedTotals, TrajectoryAssembler
+from aurora_rl.envs.remote.session import Session
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.tenants import joint_salt, tenant_of_salt
 

@@ -10,8 +10,8 @@ from aurora_rl.collectors.collector import ZMQCollector
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import learner_keys, make_keys
 from aurora_rl.collectors.weights import WeightPublisher
-from aurora_rl.envs.recording.plugin_server import PluginError
-from aurora_rl.envs.recording.session import ATTACH, Session
+from aurora_rl.envs.remote.plugin_server import PluginError
+from aurora_rl.envs.remote.session import ATTACH, Session
 
 
 @pytest.mark.parametrize("name", sorted(ATTACH))

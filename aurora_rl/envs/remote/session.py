@@ -17,9 +17,9 @@ from aurora_rl.collectors.keys import engine_keys
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.sockets import engine_name
 from aurora_rl.collectors.weights import WeightReceiver
-from aurora_rl.envs.recording.assembler import TargetRows, TrajectoryAssembler
-from aurora_rl.envs.recording.copies import to_host
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.assembler import TargetRows, TrajectoryAssembler
+from aurora_rl.envs.remote.copies import to_host
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.remote_engines import keys_variable
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from attach_fields import FIELDS
 from typing_extensions import override
 
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs.recording.plugin import RecorderPlugin
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin import RecorderPlugin
+from aurora_rl.envs.remote.plugin_server import PluginError
 
 
 class Bare(RecorderPlugin):

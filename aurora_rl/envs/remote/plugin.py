@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import WireKeyError, plugin_server_keys
-from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer
-from aurora_rl.envs.recording.session import Session
+from aurora_rl.envs.remote.plugin_server import PluginError, PluginServer
+from aurora_rl.envs.remote.session import Session
 from aurora_rl.tenants import check_tenant
 
 logger = logging.getLogger(__name__)

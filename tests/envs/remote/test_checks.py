@@ -6,8 +6,8 @@ import pytest
 import torch
 from attach_fields import DRAFT_VOCAB, HANDSHAKE, HEAD
 
-from aurora_rl.envs.recording.checks import check_target, weights_fault
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.checks import check_target, weights_fault
+from aurora_rl.envs.remote.plugin_server import PluginError
 
 CONFIG = SimpleNamespace(vocab_size=len(HEAD))
 

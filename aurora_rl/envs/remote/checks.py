@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.policy import not_finite
 

@@ -372,7 +372,7 @@ def request_number(rid: str) -> int:
 
 
 def captured(rid: str, share: float) -> bool:
-    """Return whether a request is among the ``share`` that is recorded: the same whenever the same id comes.
+    """Return whether a request is among the ``share`` that is captured: the same whenever the same id comes.
 
     >>> captured("17", 1.0), captured("17", 0.0)
     (True, False)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from aurora_rl.envs import Request
-from aurora_rl.envs.recording.client import EngineClient, EngineCompletion, EngineError, free_ports
-from aurora_rl.envs.recording.plugin_server import PluginError
+from aurora_rl.envs.remote.client import EngineClient, EngineCompletion, EngineError, free_ports
+from aurora_rl.envs.remote.plugin_server import PluginError
 
 
 class Silent(EngineClient):

@@ -1,4 +1,4 @@
-"""Code that engines in processes of their own share, SGLang and vLLM. Their rounds reach us as recorded.
+"""Code that remote engines share, engines in processes of their own: SGLang and vLLM.
 
 Inside the engine: :mod:`plugin` (what every plugin answers), :mod:`plugin_server` (by which socket), :mod:`session`
 (what an attached learner has there) and :mod:`checks` (whether target and weights fit). Also :mod:`assembler` (rounds

@@ -7,8 +7,8 @@ import pytest
 import zmq
 
 from aurora_rl.collectors.codec import encode
-from aurora_rl.envs.recording.plugin_server import PluginError, PluginServer
-from aurora_rl.envs.recording.plugin_server import ask as ask_engine
+from aurora_rl.envs.remote.plugin_server import PluginError, PluginServer
+from aurora_rl.envs.remote.plugin_server import ask as ask_engine
 
 ask = partial(ask_engine, engine="SGLang")
 

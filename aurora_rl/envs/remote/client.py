@@ -22,8 +22,8 @@ from torch import Tensor
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import plugin_client_keys
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.recording.plugin_server import PluginError
-from aurora_rl.envs.recording.replicas import ask_all
+from aurora_rl.envs.remote.plugin_server import PluginError
+from aurora_rl.envs.remote.replicas import ask_all
 from aurora_rl.policies.registry import recognized
 from aurora_rl.remote_engines import address_variable, keys_variable
 from aurora_rl.storage import CheckpointError
@@ -251,7 +251,7 @@ class EngineClient:
         """Record from now on and take weights, after one request has shown that the hooks are in force.
 
         Args:
-            handshake: What the learner expects; compared with the engine's model, drafter and captured layers.
+            handshake: What the learner expects; compared with the engine's model, drafter and feature layers.
             trajectories: Address of the learner's collector.
             weights: Address of its publisher.
             version: Version of the weights that the server has now.
