@@ -173,7 +173,7 @@ def test_what_cannot_go_on_says_so(earlier: Path, tmp_path: Path) -> None:
 def test_a_configuration_takes_the_place_of_one_that_an_earlier_release_saved(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("control: {share: 0.1}")
     (tmp_path / "new.yaml").write_text("baseline: {share: 0.1}")
-    with pytest.raises(ConfigError, match="'control.share' in .* is called 'baseline.share' now"):
+    with pytest.raises(ConfigError, match="config.yaml: 'control.share' is called 'baseline.share' now"):
         resumed_config("serve", str(tmp_path), None, [])
     assert resumed_config("serve", str(tmp_path), str(tmp_path / "new.yaml"), []).baseline.share == 0.1
 

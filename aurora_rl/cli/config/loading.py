@@ -70,9 +70,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
         sources.append((pair, _from_pair(pair, merged)))
     known = keys_of(merged)
     for source, values in sources:
+        if moved := [f"{key!r} is called {now!r} now" for key in keys_of(values) if (now := _moved(key)) is not None]:
+            raise ConfigError(f"{source}: {', '.join(moved)}")
         for key in keys_of(values):
-            if (now := _moved(key)) is not None:
-                raise ConfigError(f"{key!r} in {source} is called {now!r} now")
             if key not in known:
                 near = nearest_key(key)
                 if near == f"{key}.name":  # drafter=eagle3
