@@ -23,7 +23,7 @@ from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, get_drafter
 from aurora_rl.policies.decoder import SpeculativeDecoder
-from aurora_rl.policies.formats.files import load_drafter, written
+from aurora_rl.policies.formats.files import load_drafter, naming_drafters, written
 from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.registry import names_drafter, start_untrained
 from aurora_rl.policies.tree_shape import USUAL_LOOKUP
@@ -44,10 +44,10 @@ class Chunk:
     """Text and tokens that one round added to one completion.
 
     Attributes:
-        index: Place of the prompt in the call.
+        index: Place of the completion in what :meth:`LLM.generate` returns: that of its prompt, if no ``n`` is above 1.
         text: New text. It may come after its tokens: incomplete characters and beginnings of stop strings wait.
         tokens: New token ids.
-        completion: The whole completion, in a prompt's last chunk; None before.
+        completion: The whole completion, in its last chunk; None before.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -138,7 +138,8 @@ class LLM:
         _check_integers(0, num_speculative_tokens=num_speculative_tokens, seed=seed)
         _check_integers(1, num_slots=num_slots, **({} if max_length is None else {"max_length": max_length}))
         device = usable_device(device)
-        target, self.tokenizer = load_target(model, dtype=_dtype(dtype, device), device=device)
+        with naming_drafters(model):
+            target, self.tokenizer = load_target(model, dtype=_dtype(dtype, device), device=device)
         self.drafter: Drafter | None = None
         self._optimizers: list[torch.optim.Optimizer] | None = None
         if drafter is not None:
@@ -189,7 +190,8 @@ class LLM:
             sampling_params: Parameters of all, or of each; None decodes greedily.
 
         Returns:
-            A completion for each prompt, in their order.
+            A completion for each prompt, in their order. A prompt whose parameters have an ``n`` has as many, one after
+            the other.
 
         Raises:
             ValueError: A prompt cannot be served, or there are neither one nor as many parameters as prompts; nothing
@@ -205,7 +207,7 @@ class LLM:
         prompts: PromptType | Sequence[PromptType],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[Chunk]:
-        """Complete prompts as :meth:`generate` does, and yield what each round added to a prompt's completion.
+        """Complete prompts as :meth:`generate` does, and yield what each round added to a completion.
 
         Closing the iterator drops what is not complete.
         """
@@ -272,23 +274,25 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[Request]:
         """Encode and check all prompts, before any is served."""
-        requests = []
+        requests: list[Request] = []
         for index, (prompt, params) in enumerate(_asked(prompts, sampling_params)):
             try:
-                if params.temperature > 0 and params.seed is None:
-                    params = replace(params, seed=self._seeds.getrandbits(63))
-                request = Request(self._next_id + index, self._encoded(prompt), params)
-                self._decoder.env.check(request)
+                tokens = self._encoded(prompt)
+                for each in params.copies():
+                    if each.temperature > 0 and each.seed is None:
+                        each = replace(each, seed=self._seeds.getrandbits(63))
+                    request = Request(self._next_id + len(requests), tokens, each)
+                    self._decoder.env.check(request)
+                    requests.append(request)
             except Exception as error:  # a template is a program of the model's, which may fail in any way
-                reason = str(error).removeprefix(f"request {self._next_id + index}: ")
+                reason = str(error).removeprefix(f"request {self._next_id + len(requests)}: ")
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
                 raise ValueError(f"prompt {index} cannot be served: {kind}{reason}") from error
-            requests.append(request)
         self._next_id += len(requests)
         return requests
 
     def _serve(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[int], Completion | None]]:
-        """Yield a prompt's index, the tokens that a round added, and its completion if it has ended."""
+        """Yield a request's place, the tokens that a round added, and its completion if it has ended."""
         if self._busy:
             raise RuntimeError(
                 "a stream of this LLM is still open, or another thread is generating; read it to its end, or close() it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 
 import torch
@@ -13,14 +13,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request wants its completion.
+    """How one prompt wants its completions.
+
+    They are applied in vLLM's order: temperature, min-p, top-k, top-p.
 
     Attributes:
-        temperature: Divides the logits; 0 decodes greedily, whatever top-k, top-p and seed say.
+        temperature: Divides the logits; 0 decodes greedily, whatever min-p, top-k, top-p and seed say.
         top_k: Keep the k likeliest tokens; 0 or -1, which becomes 0, keeps all.
         top_p: Keep the smallest set of likeliest tokens whose mass reaches this; 1.0 keeps all.
-        seed: Key of the request's noise. The same seed, prompt and parameters give the same text. None, the default,
-            lets each :class:`~aurora_rl.envs.Request` draw a seed of its own.
+        min_p: Exclude tokens whose probability is below this share of the likeliest token's; 0.0 keeps all.
+        n: Number of completions, see :meth:`copies`. A :class:`~aurora_rl.envs.Request` is for one.
+        seed: Key of the request's noise, ``-2**63 <= seed < 2**63``. Each gives a stream of its own. The same seed,
+            prompt and parameters give the same text. None, the default, lets each :class:`~aurora_rl.envs.Request`
+            draw a seed of its own.
         max_tokens: Token budget of the completion.
         stop: Strings that end the completion, at the token that completes one. A single string is one stop string; None
             is no string.
@@ -39,6 +44,8 @@ class SamplingParams:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = field(default=0.0, kw_only=True)
+    n: int = field(default=1, kw_only=True)
     seed: int | None = None
     max_tokens: int = 128
     stop: Sequence[str] = ()
@@ -46,9 +53,9 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "top_k", "seed", "max_tokens", "logprobs"):
+        for name in ("temperature", "top_p", "min_p", "top_k", "n", "seed", "max_tokens", "logprobs"):
             value = getattr(self, name)
-            kind, noun = (Real, "a number") if name in ("temperature", "top_p") else (Integral, "an integer")
+            kind, noun = (Real, "a number") if name in ("temperature", "top_p", "min_p") else (Integral, "an integer")
             unset = name in ("seed", "logprobs") and value is None
             if not unset and (isinstance(value, bool) or not isinstance(value, kind)):
                 raise ValueError(f"{name} is {reprlib.repr(value)}; give {noun}")
@@ -60,8 +67,12 @@ class SamplingParams:
             raise ValueError(f"top_k is {self.top_k}; give an integer with 0 <= top_k < 2**63 (0 or -1 turns it off)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give a number with 0 < top_p <= 1 (1.0 turns it off)")
-        if not 0 <= (self.seed or 0) < 2**63:
-            raise ValueError(f"seed is {self.seed}; give an integer with 0 <= seed < 2**63, or leave it out")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; give a number with 0 <= min_p <= 1 (0.0 turns it off)")
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}; give an integer >= 1")
+        if not -(2**63) <= (self.seed or 0) < 2**63:
+            raise ValueError(f"seed is {self.seed}; give an integer with -2**63 <= seed < 2**63, or leave it out")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}; give an integer >= 1")
         if not 0 <= (self.logprobs or 0) <= 20:
@@ -78,6 +89,18 @@ class SamplingParams:
                 raise ValueError(f"stop has {reprlib.repr(text)}; give strings that are not empty")
         object.__setattr__(self, "stop", stop)
 
+    def copies(self) -> list[SamplingParams]:
+        """Return the parameters of each of the ``n`` completions: their seeds follow each other, if there is one.
+
+        Example:
+            >>> [(each.n, each.seed) for each in SamplingParams(temperature=1.0, n=2, seed=5).copies()]
+            [(1, 5), (1, 6)]
+        """
+        return [
+            replace(self, n=1, seed=None if self.seed is None else seed_after(self.seed, index))
+            for index in range(self.n)
+        ]
+
     @property
     def noise_seed(self) -> int:
         """The seed; 0 if there is none and none is needed, at temperature 0.
@@ -90,6 +113,15 @@ class SamplingParams:
         return self.seed or 0
 
 
+def seed_after(seed: int, steps: int) -> int:
+    """Return the seed that comes ``steps`` after another one; the least one comes after the largest.
+
+    >>> seed_after(-1, 3), seed_after(2**63 - 1, 1) == -(2**63)
+    (2, True)
+    """
+    return (seed + steps + 2**63) % 2**64 - 2**63
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
     """The sampling parameters of a batch of slots: one tensor of shape ``[B]`` for each field.
@@ -98,12 +130,14 @@ class SamplingBatch:
         temperature: Temperatures, float32; 0 decodes greedily.
         top_k: Numbers of likeliest tokens to keep, int64; 0 keeps all.
         top_p: Probability masses to keep, float32.
+        min_p: Shares of the likeliest token's probability below which tokens are excluded, float32; 0 keeps all.
         seed: Seeds of the noise, int64.
     """
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
+    min_p: Tensor
     seed: Tensor
 
     @classmethod
@@ -121,7 +155,13 @@ class SamplingBatch:
         def stack(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor([getattr(each, name) for each in filled], dtype=dtype, device=device)
 
-        return cls(stack("temperature"), stack("top_k", torch.int64), stack("top_p"), stack("noise_seed", torch.int64))
+        return cls(
+            stack("temperature"),
+            stack("top_k", torch.int64),
+            stack("top_p"),
+            stack("min_p"),
+            stack("noise_seed", torch.int64),
+        )
 
     def __getitem__(self, rows: Tensor) -> SamplingBatch:
         return SamplingBatch(*(getattr(self, field.name)[rows] for field in fields(self)))

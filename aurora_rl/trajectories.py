@@ -120,6 +120,7 @@ def make_trajectory(
                 "temperature": torch.tensor(sampling_params.temperature, dtype=torch.float32),
                 "top_k": torch.tensor(sampling_params.top_k),
                 "top_p": torch.tensor(sampling_params.top_p, dtype=torch.float32),
+                **({"min_p": torch.tensor(min_p, dtype=torch.float32)} if (min_p := sampling_params.min_p) else {}),
                 "seed": torch.tensor(sampling_params.noise_seed),
                 # At temperature 0 the built-in rules accept as the greedy one does; others are known by their own law.
                 "rule": torch.tensor(
@@ -151,13 +152,15 @@ _LAYOUT: _Layout = {
     ("sampling", "temperature"): ("", "float"),
     ("sampling", "top_k"): ("", "int64"),
     ("sampling", "top_p"): ("", "float"),
+    ("sampling", "min_p"): ("", "float"),
     ("sampling", "seed"): ("", "int64"),
     ("sampling", "rule"): ("", "int64"),
     ("sampling", "draft_mode"): ("", "int64"),
 }
 _LOG_PROBS = ("nodes", "log_probs")  # may be absent: an engine that drafts by argmax has no scores
 _ADAPTER = ("sequence", "adapter")  # is absent where the shared drafter drafted
-_OPTIONAL = {_LOG_PROBS, _ADAPTER}
+_MIN_P = ("sampling", "min_p")  # is absent where it is 0: of earlier releases, too
+_OPTIONAL = {_LOG_PROBS, _ADAPTER, _MIN_P}
 # The target's outputs, in one of two forms.
 _HIDDEN: _Layout = {("sequence", "hidden"): ("S-P,H", "float"), ("nodes", "hidden"): ("M,H", "float")}
 _TOPK: _Layout = {
@@ -334,6 +337,7 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
     request starts: ``("sequence", "offset")``, ``("rounds", "request_offset")`` and ``("nodes", "request_offset")``.
     0-d entries become ``[n]``. ``("rounds", "offset")`` becomes relative to the batch. ``("nodes", "log_probs")`` is
     present if all of the trajectories have it, ``("sequence", "adapter")`` if one has it: it is 0 where it is absent.
+    ``("sampling", "min_p")`` is always present, 0 where it is absent.
 
     Raises:
         ValueError: There is no trajectory, or the target's outputs come in different forms.
@@ -345,9 +349,10 @@ def pack(trajectories: Sequence[TensorDictBase]) -> TensorDict:
         del layout[_LOG_PROBS]
     if all(t.get(_ADAPTER, None) is None for t in trajectories):
         del layout[_ADAPTER]
-    batch, none = TensorDict({}, batch_size=[]), torch.tensor(0)
+    batch, none = TensorDict({}, batch_size=[]), torch.zeros_like(trajectories[0]["request"])
+    usual = {_ADAPTER: none, _MIN_P: none.float()}
     for key in layout:
-        values = [t.get(key, none) if key == _ADAPTER else t.get(key) for t in trajectories]
+        values = [t.get(key, usual[key]) if key in usual else t.get(key) for t in trajectories]
         if values[0].ndim == 0:
             batch[key] = torch.stack(values)
         elif key != ("rounds", "offset"):

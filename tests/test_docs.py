@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import DOCS, PAGES, ROOT, blocks, commands, page_name, pages_with
 
 from aurora_rl.adaptation.scenario import read_scenario
 from aurora_rl.cli import spec
@@ -35,24 +36,7 @@ from aurora_rl.testing import tiny_target
 from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL
 from aurora_rl.workload.traffic import read_jsonl
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-FURTHER = [ROOT / "deploy" / "README.md", ROOT / "tests" / "sglang_cpu" / "README.md"]
-PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *FURTHER])
-PAGES.remove(ROOT / "CHANGELOG.md")  # it names what was
 GENERATED = runpy.run_path(str(DOCS / "generate.py"))["PAGES"]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
-
-
-def pages_with(language: str) -> list[Path]:
-    return [page for page in PAGES if blocks(page, language)]
-
-
-def name(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 def prose(page: Path) -> str:
@@ -71,13 +55,13 @@ SERVED = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("sglang", "vllm
 EXECUTED = [p for p in pages_with("python") if p not in SERVED]
 
 
-@pytest.mark.parametrize("page", EXECUTED, ids=name)
+@pytest.mark.parametrize("page", EXECUTED, ids=page_name)
 def test_python_blocks_run(page: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run in their order, in one namespace, with a tiny model in place of the embedded one."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page, "python"):
-        exec(compile(block.replace('"smollm2"', repr(str(tiny_folder))), name(page), "exec"), namespace)
+        exec(compile(block.replace('"smollm2"', repr(str(tiny_folder))), page_name(page), "exec"), namespace)
 
 
 @pytest.mark.smollm2
@@ -95,7 +79,7 @@ def test_the_readme_s_example_prints_clean_text(capsys: pytest.CaptureFixture[st
     assert f"an acceptance length of {float(acceptance_length):.2f} tokens a round" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", pages_with("yaml"), ids=name)
+@pytest.mark.parametrize("page", pages_with("yaml"), ids=page_name)
 def test_yaml_blocks_are_configurations_or_scenarios(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "yaml"):
         (tmp_path / "run.yaml").write_text(block)
@@ -105,7 +89,7 @@ def test_yaml_blocks_are_configurations_or_scenarios(page: Path, tmp_path: Path)
             check(load_config(tmp_path / "run.yaml"))
 
 
-@pytest.mark.parametrize("page", pages_with("toml"), ids=name)
+@pytest.mark.parametrize("page", pages_with("toml"), ids=page_name)
 def test_toml_blocks_are_entry_points(page: Path) -> None:
     """Of groups that a registry reads, each `name = "package.module:Thing"`."""
     for block in blocks(page, "toml"):
@@ -119,7 +103,7 @@ def test_toml_blocks_are_entry_points(page: Path) -> None:
 GROUPS = {parts._group for parts in (DIVERGENCES, DRAFTERS, ENGINES, registry.OBJECTIVES, RULES)}
 
 
-@pytest.mark.parametrize("page", pages_with("json"), ids=name)
+@pytest.mark.parametrize("page", pages_with("json"), ids=page_name)
 def test_json_lines_are_requests(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "json"):
         (tmp_path / "traffic.jsonl").write_text(block)
@@ -146,7 +130,7 @@ def test_docstrings_are_read_without_a_warning(caplog: pytest.LogCaptureFixture)
 API = re.findall(r"^::: (.+)$", (DOCS / "reference" / "api.md").read_text(), re.M)
 
 
-@pytest.mark.parametrize("page", pages_with("python"), ids=name)
+@pytest.mark.parametrize("page", pages_with("python"), ids=page_name)
 def test_what_pages_import_is_on_the_api_page(page: Path) -> None:
     modules = [importlib.import_module(module) for module in API]
     for node in ast.walk(ast.parse("\n".join(blocks(page, "python")))):
@@ -193,17 +177,6 @@ def check(config: Config) -> None:
             spec.resolve(replace(each, drafter=replace(each.drafter, path=None)))
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The words of every command of a page, without the environment before it."""
-    text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
-    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
-    return [
-        [*words[next(i for i, word in enumerate(words) if not re.match(r"[A-Z0-9_]+=", word)) :]]
-        for words in lines
-        if words
-    ]
-
-
 def check_aurora_rl(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if words[0] == "history":  # it takes no configuration, and is run below
         return
@@ -235,7 +208,7 @@ def check_script(words: list[str]) -> None:
     check(load_config(overrides=[word for word in words[1:] if re.match(r"[a-z_.]+=", word)]))
 
 
-@pytest.mark.parametrize("page", pages_with("bash"), ids=name)
+@pytest.mark.parametrize("page", pages_with("bash"), ids=page_name)
 def test_commands_exist_and_their_keys_do(page: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     targets = re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
     for words in commands(page):
@@ -284,7 +257,7 @@ def test_the_history_of_the_reliability_page_is_printed(
 SECTIONS = "|".join(key for key, value in vars(Config()).items() if hasattr(value, "__dataclass_fields__"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_keys_in_the_text_exist(page: Path) -> None:
     known = {f"{section}.{key}" for section in SECTIONS.split("|") for key in vars(getattr(Config(), section))}
     found = re.findall(rf"(?<![\w.])((?:{SECTIONS})\.\w+)(?![\w.(])", " ".join(re.findall(r"`([^`]+)`", prose(page))))
@@ -295,7 +268,7 @@ FILES = (".py", ".sh", ".md", ".log", ".json", ".yaml", ".png", ".key", ".key_se
 METHODS = {"engine.set_recording", "engine.detach", "engine.generate"}  # of SGLangClient
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_files_in_the_text_exist(page: Path) -> None:
     """Paths are relative to the page, the repository or the package; results may be named by their file alone."""
     homes = [
@@ -322,7 +295,7 @@ RUN = {
 }  # of models and of runs
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_lead_somewhere(page: Path) -> None:
     """`mkdocs build --strict` checks them as well, without README.md and CONTRIBUTING.md."""
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from aurora_rl import LLM, Completion, Eagle3Drafter, SamplingParams, TargetParts, TreeShape
 from aurora_rl.envs import SpecDecodeEnv
-from aurora_rl.models.loading import encode_chat, load_target
+from aurora_rl.models.loading import ModelError, encode_chat, load_target
 from aurora_rl.policies import Drafter, get_drafter
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.testing import tiny_target
@@ -96,6 +96,32 @@ def test_copies_of_a_prompt_are_sampled_apart(drafter: str, request: pytest.Fixt
             assert int(done.trajectory["sampling", "seed"]) == done.request.sampling_params.seed
     seeded = replace(params, seed=7)
     assert len(set(map(tuple, texts(served.generate(["abc"] * 3, seeded))))) == 1
+
+
+def test_a_drafter_in_the_target_s_place_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    save_drafter(llm(tiny_folder, "medusa").drafter, tmp_path / "mine")
+    with pytest.raises(
+        ModelError, match=r"mine': the folder holds a drafter \(MedusaDrafter\); give it as drafter.path"
+    ):
+        llm(tmp_path / "mine")
+
+
+def test_a_prompt_may_have_several_completions(drafted: LLM) -> None:
+    params = SamplingParams(1.0, seed=7, n=3, max_tokens=16)
+    found = drafted.generate(["abc", "x"], [params, replace(params, n=1)])
+    alone = [drafted.generate("abc", replace(params, n=1, seed=seed))[0] for seed in (7, 8, 9)]
+    assert texts(found[:3]) == texts(alone) and len(set(map(tuple, texts(found[:3])))) == 3
+    assert texts(found[3:]) == texts(drafted.generate("x", replace(params, n=1)))
+    ended = [chunk for chunk in drafted.stream("abc", params) if chunk.completion is not None]
+    assert {chunk.index: chunk.completion.tokens.tolist() for chunk in ended} == dict(enumerate(texts(alone)))
+    assert len(set(map(tuple, texts(drafted.generate("abc", replace(params, seed=None)))))) == 3
+
+
+def test_seeds_of_64_bits_have_a_text_each(drafted: LLM) -> None:
+    seeded = [SamplingParams(1.0, seed=seed, max_tokens=16) for seed in (-(2**63), -1, 0, 2**63 - 1)]
+    found = drafted.generate(["abc"] * 4, seeded)
+    assert len(set(map(tuple, texts(found)))) == 4 and texts(drafted.generate(["abc"] * 4, seeded)) == texts(found)
+    assert [int(done.trajectory["sampling", "seed"]) for done in found] == [each.seed for each in seeded]
 
 
 def test_the_seed_decides_what_is_sampled_without_one(tiny_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,10 +28,17 @@ from aurora_rl.sampling_params import SamplingBatch, SamplingParams
         ("top_p", 0.0, "0 < top_p <= 1"),
         ("top_p", 1.5, "0 < top_p <= 1"),
         ("top_p", math.nan, "0 < top_p <= 1"),
+        ("min_p", None, "give a number"),
+        ("min_p", -0.1, "0 <= min_p <= 1"),
+        ("min_p", 1.5, "0 <= min_p <= 1"),
+        ("min_p", math.nan, "0 <= min_p <= 1"),
+        ("n", 0, "give an integer >= 1"),
+        ("n", 2.0, "give an integer"),
+        ("n", True, "give an integer"),
         ("max_tokens", 0, "give an integer >= 1"),
         ("max_tokens", None, "give an integer"),
-        ("seed", -1, r"0 <= seed < 2\*\*63"),
-        ("seed", 2**63, r"0 <= seed < 2\*\*63"),
+        ("seed", -(2**63) - 1, r"-2\*\*63 <= seed < 2\*\*63"),
+        ("seed", 2**63, r"-2\*\*63 <= seed < 2\*\*63"),
         ("ignore_eos", 1, "give true or false"),
         ("ignore_eos", None, "give true or false"),
     ],
@@ -41,11 +49,27 @@ def test_params_out_of_range_name_value_and_cure(field: str, value: Any, cure: s
 
 
 def test_batch_of_params() -> None:
-    batch = SamplingBatch.from_params([SamplingParams(0.5, 7, 0.25, 2**63 - 1), None])
+    batch = SamplingBatch.from_params([SamplingParams(0.5, 7, 0.25, 2**63 - 1, min_p=0.125), None])
     assert batch.temperature.tolist() == [0.5, 0.0] and batch.temperature.dtype == torch.float32
     assert batch.top_k.tolist() == [7, 0] and batch.top_k.dtype == torch.int64
     assert batch.top_p.tolist() == [0.25, 1.0] and batch.top_p.dtype == torch.float32
+    assert batch.min_p.tolist() == [0.125, 0.0] and batch.min_p.dtype == torch.float32
     assert batch.seed.tolist() == [2**63 - 1, 0] and batch.seed.dtype == torch.int64
+
+
+def test_every_seed_of_64_bits_is_kept_as_it_is() -> None:
+    seeds = [-(2**63), -(2**32), -1, 0, 2**63 - 1]
+    batch = SamplingBatch.from_params([SamplingParams(1.0, seed=seed) for seed in seeds])
+    assert batch.seed.tolist() == seeds
+
+
+def test_copies_differ_in_their_seeds_alone() -> None:
+    params = SamplingParams(1.0, 7, 0.5, 2**63 - 2, min_p=0.1, n=3, stop="x")
+    copies = params.copies()
+    assert [each.seed for each in copies] == [2**63 - 2, 2**63 - 1, -(2**63)]
+    assert all(replace(each, n=3, seed=params.seed) == params for each in copies)
+    assert [each.seed for each in SamplingParams(n=2).copies()] == [None, None]
+    assert SamplingParams().copies() == [SamplingParams()]
 
 
 def test_top_k_of_minus_one_keeps_all_as_in_vllm() -> None:

@@ -80,6 +80,26 @@ def test_a_greedy_request_is_recorded_as_greedy(temperature: float, rule: str) -
     assert float(recorded["temperature"]) == temperature and int(recorded["seed"]) == 9
 
 
+def test_min_p_is_recorded_where_there_is_one() -> None:
+    """So that engines and recordings without it are read as ever."""
+    plain, limited = (
+        make_trajectory(
+            request=0, tokens=torch.arange(6), prompt_length=2, features=torch.ones(5, 16),
+            target={"hidden": torch.ones(4, 16)}, anchors=[], trees=[], policy_versions=[], cache_versions=[],
+            sampling_params=SamplingParams(1.0, min_p=min_p, seed=9),
+        )
+        for min_p in (0.0, 0.125)
+    )  # fmt: skip
+    for trajectory, there in ((plain, False), (limited, True)):
+        validate(trajectory, **SIZES)
+        assert (("sampling", "min_p") in trajectory.keys(True)) is there
+    assert pack([limited, plain])["sampling", "min_p"].tolist() == [0.125, 0.0]
+    assert pack([plain])["sampling", "min_p"].tolist() == [0.0]
+    limited["sampling", "min_p"] = torch.tensor(math.nan)
+    with pytest.raises(ValueError, match="sampling.min_p holds a value that is not finite"):
+        validate(limited, **SIZES)
+
+
 # ---- packing --------------------------------------------------------------------------------------------------------
 
 

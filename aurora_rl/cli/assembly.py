@@ -25,7 +25,7 @@ from aurora_rl.models.loading_parts import load_parts
 from aurora_rl.models.target_head import context_length
 from aurora_rl.policies import Drafter, TargetParts, token_prior
 from aurora_rl.policies.adapters import check_size
-from aurora_rl.policies.formats.files import load_drafter, local_folder, save_drafter, written
+from aurora_rl.policies.formats.files import load_drafter, local_folder, naming_drafters, save_drafter, written
 from aurora_rl.policies.formats.peft import read_adapters
 from aurora_rl.policies.registry import start_untrained
 from aurora_rl.serving.requests import RequestQueue, prompt_tokens
@@ -46,13 +46,15 @@ class LoadedTarget:
 
 def load(spec: RunSpec) -> LoadedTarget:
     """Load the target."""
-    model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
+    with naming_drafters(spec.config.model):
+        model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
     return LoadedTarget(model, tokenizer, TargetParts.of(model))
 
 
 def load_alone(spec: RunSpec) -> TargetParts:
     """Load what drafters need of the target, for a process that does not run it."""
-    return load_parts(spec.config.model, dtype=spec.dtype, device=spec.device)
+    with naming_drafters(spec.config.model):
+        return load_parts(spec.config.model, dtype=spec.dtype, device=spec.device)
 
 
 def check_embedded(config: Config) -> None:

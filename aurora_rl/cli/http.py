@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from aurora_rl.serving.http.app import Application
 
 
+# Failures of the resolver, and not of the name.
+_RESOLVER_FAILED = (socket.EAI_AGAIN, socket.EAI_MEMORY, socket.EAI_SYSTEM)
+
+
 class HttpFront:
     """OpenAI's API in front of a server. What is wrong with its settings is found before a model is loaded.
 
@@ -35,7 +39,7 @@ class HttpFront:
 
     Raises:
         ConfigError: A package is missing, or the host's name is unknown.
-        ValueError: The port is in use, or the file of keys cannot be read.
+        ValueError: The port is in use, the host's name cannot be looked up now, or the file of keys cannot be read.
     """
 
     def __init__(self, config: Config) -> None:
@@ -54,6 +58,11 @@ class HttpFront:
             self._server = HttpServer(config.http.host, config.http.port)
         except ValueError as error:
             unknown = error.__cause__
+            if isinstance(unknown, socket.gaierror) and unknown.errno in _RESOLVER_FAILED:
+                raise ValueError(
+                    f"http.host={config.http.host} cannot be looked up now: {unknown.strerror}; start again once names "
+                    "resolve, or give an address of this machine, such as 127.0.0.1"
+                ) from unknown
             if not isinstance(unknown, socket.gaierror | TypeError):
                 raise
         if unknown is not None:  # not within the block: an error that comes from a gaierror is taken for passing

@@ -149,6 +149,11 @@ def remote_server(
         try:
             if requests is None:
                 return AttachedServer(client, attach, log=log, published=published)
+            if config.min_p and config.temperature:
+                raise PluginError(
+                    f"min_p={config.min_p:g}: {name} does not apply it when it verifies drafts; set min_p=0, or "
+                    "engine.name=transformers"
+                )
             fault = engine.cpu_fault(spec.sampling_params)
             if fault and client.status()["device"] == "cpu":
                 raise PluginError(f"{fault}, or engine.name=transformers")

@@ -83,7 +83,10 @@ class RunDir:
             else:
                 self._lock = _locked(self.path)
         except OSError as error:
-            raise ConfigError(f"run_dir={str(self.path)!r} cannot be used: {error.strerror}") from error
+            reason = "it is a file" if self.path.is_file() else error.strerror
+            raise ConfigError(
+                f"run_dir={str(self.path)!r} cannot be used: {reason}; name a new folder where this user may write"
+            ) from error
 
     def _keep(self, documents: Sequence[str]) -> Path:
         """Move the documents of the earlier run into a folder of their own."""

@@ -88,7 +88,12 @@ def resolve(config: Config) -> RunSpec:
         name,
         kind,
         SamplingParams(
-            config.temperature, config.top_k, config.top_p, config.seed, config.max_new_tokens or _MAX_NEW_TOKENS
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            config.seed,
+            config.max_new_tokens or _MAX_NEW_TOKENS,
+            min_p=config.min_p,
         ),
     )
 

@@ -82,7 +82,7 @@ def _write(path: Path, text: str) -> None:
 def _settings(config: Config) -> dict[str, Any]:
     """Return the settings that a training depends on, by their keys. The drafter starts from the run's folder."""
     values = plain(config)
-    keys = ("model", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "generation_config", "seed")
+    keys = ("model", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "generation_config", "seed")
     learner = ("batch_size", "muon_lr", "adam_lr")
     return {
         **{key: values[key] for key in (*keys, "rule", "objectives")},

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities of the target at one delivered token, before temperature, top-k, top-p and logits processors.
+    """Log-probabilities of the target at one delivered token.
+
+    They are those before temperature, min-p, top-k, top-p and logits processors.
 
     Attributes:
         logprob: Log-probability of the token, in nats.

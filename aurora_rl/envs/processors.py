@@ -111,7 +111,7 @@ def generation_processors(
             )
     sampled = {name: value for name, value in found.items() if name in _OF_SAMPLING}
     settings = copy.deepcopy(model.generation_config)
-    settings.do_sample = False  # temperature, top-k and top-p come after the processors, and from the request
+    settings.do_sample = False  # temperature, min-p, top-k and top-p come after the processors, and from the request
     if settings.min_new_tokens is not None:
         settings.min_length = None  # as `generate` has it
     vocab_size = model.config.get_text_config().vocab_size

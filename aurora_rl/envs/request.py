@@ -20,15 +20,17 @@ class Request:
     Attributes:
         id: Number of the request, not negative, as the trajectory carries it.
         prompt: Tokens of the prompt, at least one, ``[P]`` int64.
-        sampling_params: Temperature, top-k, top-p, seed, token budget and stop strings. A sampled request without a
-            seed draws one when it is made. So each copy of a prompt has its own, and a trajectory has the one that it
-            was served with.
+        sampling_params: Parameters of its one completion. A sampled request without a seed draws one when it is made.
+            So each copy of a prompt has its own, and a trajectory has the one that it was served with.
         speculative: Whether drafts are verified for it. False decodes it plainly; the text is the same.
         learn: Whether a server may send its trajectory to the learner.
         counted: Whether a server's statistics count it.
         cache_salt: Key of sharing. Requests share cached prefixes and answers to look up only if their salts are equal;
             None is a salt too.
         tenant: Name of the tenant. Tenants share nothing, whatever their salts; None names none.
+
+    Raises:
+        ValueError: The parameters ask for several completions.
 
     Example:
         >>> import torch
@@ -46,6 +48,8 @@ class Request:
     tenant: str | None = None
 
     def __post_init__(self) -> None:
+        if (n := self.sampling_params.n) != 1:
+            raise ValueError(f"n is {n}; a request has one completion: make one for each of sampling_params.copies()")
         if self.sampling_params.seed is None and self.sampling_params.temperature > 0:
             self.sampling_params = replace(self.sampling_params, seed=secrets.randbits(63))
 

@@ -28,7 +28,7 @@ class DistillationObjective(Objective):
         head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         renormalize: Whether the target's distribution is renormalised over the draft vocabulary.
         target: "model" for the target's distribution at temperature 1. "served" for that of each request, after its
-            temperature, top-k and top-p; it is a point mass if the request was decoded greedily.
+            temperature, min-p, top-k and top-p; it is a point mass if the request was decoded greedily.
         weight: Factor on the loss.
         reduction: Reduction over the positions: "mean", "sum" or "none".
 

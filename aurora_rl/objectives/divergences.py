@@ -15,7 +15,8 @@ and top-p leave it, and comes in one of two conventions:
 A *gradient* is that in the logits of ``q``, entry ``i``: of a derivative ``g`` in ``q`` it is ``q_i (g_i − Σ q g)``.
 In the indicators a token of ``q = p`` counts half.
 
-Temperature, top-k and top-p belong into ``log_p`` and ``log_q`` before the call: what is served is what is compared.
+Temperature, min-p, top-k and top-p belong into ``log_p`` and ``log_q`` before the call: what is
+served is what is compared.
 """
 
 from __future__ import annotations
@@ -241,7 +242,7 @@ def cross_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
     """−log q(argmax p): what greedy verification accepts is the target's choice alone.
 
     The choice is that among the draft vocabulary's tokens, in both conventions: where the target's own has no row, the
-    best that has is taught, though it would be rejected. Temperature, top-k and top-p of ``p`` change nothing.
+    best that has is taught, though it would be rejected. Temperature, min-p, top-k and top-p of ``p`` change nothing.
 
     Gradient: ``q_i − 1[i = argmax p]``.
 
@@ -261,7 +262,7 @@ def top_k_cross_entropy(log_p: Tensor, log_q: Tensor, k: int = 10) -> Tensor:
     """−Σ p log q over the ``k`` likeliest tokens of ``p`` among the draft vocabulary's.
 
     Gradient: ``q_i P − p_i 1[i in top k]`` with ``P`` their mass: the forward KL's, where ``p`` has no more than ``k``
-    tokens that top-k and top-p leave. Those that they exclude have weight 0, among the ``k`` too.
+    tokens that min-p, top-k and top-p leave. Those that they exclude have weight 0, among the ``k`` too.
 
     Source: Zhang et al. 2025, HASS (arXiv 2408.15766).
 

@@ -32,7 +32,7 @@ _SOURCES = {
     "nodes": _TREES,
     "sampling": "it is recorded with every request, as the engine was told to sample (SamplingParams)",
 }
-SAMPLING_KEYS: list[NestedKey] = [("sampling", key) for key in ("temperature", "top_k", "top_p")]
+SAMPLING_KEYS: list[NestedKey] = [("sampling", key) for key in ("temperature", "top_k", "top_p", "min_p")]
 """Entries of a batch that :meth:`Objective.served_target` reads."""
 
 # Batches in a row without a single drafted node before that is an error.
@@ -313,7 +313,7 @@ class Objective(LossModule):
         greedy: bool = False,
         fill: bool = False,
     ) -> ServedTarget:
-        """Return the distribution that was served, after temperature, top-k and top-p, to be read by chunks of rows.
+        """Return the distribution that was served, after temperature, min-p, top-k and top-p, to be read by chunks.
 
         It is that of the draft vocabulary, not renormalised.
 
@@ -326,7 +326,7 @@ class Objective(LossModule):
         """
         if greedy:
             temperature, top_k = torch.zeros(len(request), device=request.device), torch.zeros_like(request)
-            top_p = torch.ones_like(temperature)
+            top_p, min_p = torch.ones_like(temperature), torch.zeros_like(temperature)
         else:
-            temperature, top_k, top_p = (batch["sampling", name][request] for name in ("temperature", "top_k", "top_p"))
-        return ServedTarget(rows, self.head, self.drafter.draft_vocab, temperature, top_k, top_p, fill=fill)
+            temperature, top_k, top_p, min_p = (batch[key][request] for key in SAMPLING_KEYS)
+        return ServedTarget(rows, self.head, self.drafter.draft_vocab, temperature, top_k, top_p, min_p, fill=fill)

@@ -23,12 +23,12 @@ _KEPT = 64  # tokens of a limited row that are kept for the next time that it is
 
 
 class ServedTarget:
-    """The target's distribution after each request's temperature, top-k and top-p; a point mass at temperature 0.
+    """The target's distribution after each request's sampling parameters; a point mass at temperature 0.
 
     It is a target as ``aurora_kernels.Target`` has it, of the draft vocabulary alone: ``draft_vocab`` is None and
     ``temperature`` 1. A row is multiplied with the whole head when it is first read. Of a greedy row, and of one with a
-    top-k or top-p, the 64 likeliest tokens are kept. If no others can be drawn, they are the row from then on. Any
-    other row is multiplied with the draft vocabulary's part of the head from then on, and at once if it is
+    min-p, top-k or top-p, the 64 likeliest tokens are kept. If no others can be drawn, they are the row from then on.
+    Any other row is multiplied with the draft vocabulary's part of the head from then on, and at once if it is
     renormalised.
 
     Args:
@@ -38,13 +38,14 @@ class ServedTarget:
         temperature: Temperature at each row, ``[X]``.
         top_k: Number of tokens that are kept at each row, ``[X]`` int64; 0 keeps all.
         top_p: Mass of the nucleus at each row, ``[X]``; 1.0 keeps all.
+        min_p: Least probability at each row, as a share of the largest, ``[X]``; 0.0 keeps all.
         fill: Whether a row is uniform if the draft vocabulary has none of its mass. Otherwise it is −inf.
 
     Example:
         >>> from tensordict import TensorDict
         >>> outputs = TensorDict({"hidden": torch.eye(2)}, batch_size=[2])
         >>> head = TargetHead(torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, -9.0]]))
-        >>> sampling = torch.tensor([0.0, 1.0]), torch.tensor([0, 2]), torch.ones(2)
+        >>> sampling = torch.tensor([0.0, 1.0]), torch.tensor([0, 2]), torch.ones(2), torch.zeros(2)
         >>> target = ServedTarget(outputs, head, torch.tensor([1, 2]), *sampling)
         >>> target.reader(None, renormalize=False, temperature=1.0)(slice(0, 2)).exp()
         tensor([[0.0000, 0.0000],
@@ -61,12 +62,13 @@ class ServedTarget:
         temperature: Tensor,
         top_k: Tensor,
         top_p: Tensor,
+        min_p: Tensor,
         *,
         fill: bool = False,
     ) -> None:
         self.outputs, self.head, self.tokens, self.fill = outputs, head, tokens, fill
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self._limited = (temperature < _SHARP) | (top_k > 0) | (top_p < 1)
+        self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
+        self._limited = (temperature < _SHARP) | (top_k > 0) | (top_p < 1) | (min_p > 0)
         self._rows = torch.arange(len(temperature), device=temperature.device)
         # Likeliest columns of rows that were read, and whether a row can be told from them.
         self._known = torch.zeros_like(self._limited)
@@ -131,8 +133,10 @@ class ServedTarget:
         for few in rows.split(chunk_rows(rows.device, len(self.head), len(rows))):
             logits = target_logits(self.outputs[few], self.head)
             for part in blocks(logits):
-                temperature, top_k, top_p = (each[few[part]] for each in (self.temperature, self.top_k, self.top_p))
-                parts.append(served_log_probs(logits[part], temperature, top_k, top_p, self.tokens))
+                temperature, top_k, top_p, min_p = (
+                    each[few[part]] for each in (self.temperature, self.top_k, self.top_p, self.min_p)
+                )
+                parts.append(served_log_probs(logits[part], temperature, top_k, top_p, min_p, self.tokens))
         log_p = torch.cat(parts)
         best = log_p.max(-1)
         self._values[rows, 0], self._columns[rows, 0], self._known[rows] = best.values, best.indices, True
@@ -143,7 +147,7 @@ class ServedTarget:
         return log_p
 
     def _scaled(self, rows: Tensor) -> Tensor:
-        """Read rows without top-k and top-p: logits by temperature, and what one token is known to have."""
+        """Read rows without min-p, top-k and top-p: logits by temperature, and what one token is known to have."""
         logits = target_logits(self.outputs[rows], self.head, self.tokens).to(self._values.dtype)
         scores = (logits - logits.amax(-1, keepdim=True)).div_(self.temperature[rows, None])
         # 0 if the row was not read yet: it will be renormalised.

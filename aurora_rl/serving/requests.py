@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from aurora_rl.envs import Completion, Request, SamplingParams
 from aurora_rl.models.detokenizer import detokenize
 from aurora_rl.models.loading import encode_chat
+from aurora_rl.sampling_params import seed_after
 from aurora_rl.telemetry.log import JsonLines
 from aurora_rl.workload.traffic import ChatMessage, Prompt, TrafficError
 
@@ -25,7 +26,7 @@ def turn_seed(seed: int, turn: int) -> int:
     It depends on nothing else, so that no turn's text depends on which requests ended before it was asked.
 
     Args:
-        seed: Seed of the conversation, ``0 <= seed < 2**63``.
+        seed: Seed of the conversation.
         turn: Number of the turn, 0 for the first.
 
     Example:
@@ -93,8 +94,8 @@ class RequestQueue:
 
     A request that cannot be served fails by name, with the turns after it, and the others are served. A first turn's id
     is the place of its prompt in the traffic. Its seed is the prompt's own, or else that of ``sampling_params`` plus
-    that place (modulo 2**63), so a run gives the same texts again. Seeds of follow-ups come from :func:`turn_seed`.
-    Where ``sampling_params`` has no seed, every request draws its own.
+    that place (:func:`~aurora_rl.sampling_params.seed_after`), so a run gives the same texts again. Seeds of follow-ups
+    come from :func:`turn_seed`. Where ``sampling_params`` has no seed, every request draws its own.
 
     Args:
         prompts: Traffic to serve. What a prompt says of its sampling, budget and stop strings counts before
@@ -102,7 +103,7 @@ class RequestQueue:
         tokenizer: Tokenizer of the target.
         vocab_size: Tokens that the target knows; ids outside of it cannot be served.
         max_length: Tokens that a slot holds, prompt and completion.
-        sampling_params: Temperature, top-k, top-p, seed and token budget.
+        sampling_params: Temperature, min-p, top-k, top-p, seed and token budget.
 
     Attributes:
         total: First turns and follow-ups, the requests that will be served if none fails.
@@ -223,7 +224,7 @@ class RequestQueue:
                 f"{self._max_length}; shorten it, or raise engine.max_length up to the model's context"
             )
         first = self._sampling_params.seed
-        seed = prompt.sampling.get("seed", None if first is None else (first + turn.index) % 2**63)
+        seed = prompt.sampling.get("seed", None if first is None else seed_after(first, turn.index))
         seed = None if seed is None else turn_seed(seed, turn.number)
         settings = {**prompt.sampling, "seed": seed, "max_tokens": budget, "stop": prompt.stop}
         sampling_params = replace(self._sampling_params, **settings)

@@ -25,7 +25,7 @@ from aurora_rl.trajectories import pack
 # of an overlap, min(p, q), hardly ever lie within it; rounding is at 1e-8.
 _STEP, _RELATIVE = 1e-7, 1e-4
 # What a request could have been served with in place of the first of these.
-_SERVED_OTHERWISE = {"temperature": 1.5, "top_k": 1, "top_p": 0.3}
+_SERVED_OTHERWISE = {"temperature": 1.5, "top_k": 1, "top_p": 0.3, "min_p": 0.9}
 # On the target's logits: where it is all but certain, objectives that ask for all of p and for its argmax alone agree.
 _SHARPER = 4.0
 

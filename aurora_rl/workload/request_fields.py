@@ -21,7 +21,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "store": (False,),
     "reasoning_effort": (), "verbosity": ("medium",), "best_of": (1,), "echo": (False,), "suffix": ("",),
     # vLLM's and SGLang's
-    "min_p": (0,), "repetition_penalty": (1,), "length_penalty": (1,), "use_beam_search": (False,),
+    "repetition_penalty": (1,), "length_penalty": (1,), "use_beam_search": (False,),
     "min_tokens": (0,), "stop_token_ids": ([],), "include_stop_str_in_output": (False,),
     "no_stop_trim": (False,), "bad_words": ([],), "allowed_token_ids": (), "prompt_logprobs": (),
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,), "truncate_prompt_tokens": (),

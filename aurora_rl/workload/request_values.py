@@ -18,7 +18,7 @@ ChatMessage = Mapping[str, str]
 
 BUDGETS = ("max_tokens", "max_completion_tokens")
 SAMPLING: Mapping[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(("temperature", "top_p"), ((int, float), "give a number")),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), ((int, float), "give a number")),
     **dict.fromkeys(("top_k", "seed"), ((int,), "give an integer")),
     "stop": ((str, list), "give a string, or a list of strings"),
     "ignore_eos": ((bool,), "give true or false"),
@@ -156,7 +156,7 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         kinds, fix = SAMPLING[name]
         if type(value) not in kinds:  # true is an int to Python
             raise wrong(name, value, fix)
-    stop, seed = named.get("stop"), named.get("seed")
+    stop = named.get("stop")
     if isinstance(stop, list) and len(stop) > _MAX_STOPS:
         raise FieldError(f"stop has {len(stop)} strings; give at most {_MAX_STOPS}", "stop")
     stops = [stop] if isinstance(stop, str) else stop or []
@@ -166,8 +166,6 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     longest = max(map(len, stops), default=0)
     if longest > _LONGEST_STOP:  # it is looked for at every token
         raise FieldError(f"stop has a string of {longest} characters; give at most {_LONGEST_STOP}", "stop")
-    if seed is not None and -(2**63) <= seed < 0:
-        named["seed"] = seed % 2**63
     budgets = {name: budget for name in BUDGETS if (budget := integer_field(fields, name, 1)) is not None}
     if len(set(budgets.values())) > 1:
         raise FieldError(f"{' and '.join(budgets)} differ; give one of them", BUDGETS[-1])

@@ -61,7 +61,7 @@ class Prompt:
         messages: First turn, each message with `role`, `content` and perhaps `name`.
         follow_ups: The user's further turns, each sent after the answer to the turn before.
         max_tokens: Token budget of each completion; None takes the configuration's.
-        sampling: Values of temperature, top_p, top_k, seed and ignore_eos that differ from the configuration's.
+        sampling: Values of temperature, top_p, top_k, min_p, seed and ignore_eos that differ from the configuration's.
         stop: Strings that end a completion.
         speculative: Whether drafts are verified for it.
         learn: Whether the learner may see it.

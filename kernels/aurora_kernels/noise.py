@@ -44,7 +44,7 @@ def uniform(seed: Tensor, position: Tensor, token: Tensor, stream: int = 0) -> T
     token id into 32 bits h. The number is (h + 1/2) / 2**32.
 
     Args:
-        seed: Seeds, int64, >= 0.
+        seed: Seeds, int64.
         position: Positions, int64 that broadcast with ``seed``, in 0 .. 2**32 - 1.
         token: Token ids, int64 that broadcast with both, in 0 .. 2**32 - 1.
         stream: Number of the stream. Streams are independent of each other at the same coordinates.
@@ -86,7 +86,7 @@ def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor) -> Tensor:
 
     Args:
         scores: Log-probabilities up to a constant for each row, ``[R, V]``; -inf is never drawn.
-        seed: Seed of each row's request, ``[R]`` int64, >= 0.
+        seed: Seed of each row's request, ``[R]`` int64.
         position: Absolute position of each token, ``[R]`` int64.
 
     >>> scores, seed = torch.tensor([[0.0, 1.0, 2.0]]).expand(4, 3), torch.tensor([1, 1, 2, 2])

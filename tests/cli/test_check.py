@@ -22,7 +22,14 @@ from transformers import (
 from aurora_rl.cli.check import _size, check_model
 from aurora_rl.cli.config import load_config
 from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.main import main
 from aurora_rl.envs import TransformersEngine
+from aurora_rl.policies import Drafter, MedusaDrafter, TargetParts
+from aurora_rl.policies.eagle import EagleDrafter
+from aurora_rl.policies.eagle3 import Eagle3Drafter
+from aurora_rl.policies.formats.files import save_drafter
+from aurora_rl.policies.standalone import StandaloneDrafter
+from aurora_rl.testing import tiny_target
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -41,6 +48,18 @@ def report(model: Path, *overrides: str) -> tuple[bool, list[str]]:
     lines: list[str] = []
     pairs = [f"model={model}", "device=cpu", "dtype=float32", "engine.max_length=64", "drafter.vocab_size=64"]
     return check_model(load_config(overrides=[*pairs, *overrides]), lines.append), lines
+
+
+@pytest.mark.parametrize("kind", [Eagle3Drafter, EagleDrafter, MedusaDrafter, StandaloneDrafter])
+def test_a_folder_of_a_drafter_is_named_in_one_line(
+    kind: type[Drafter], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_drafter(kind.from_target(TargetParts.of(tiny_target()), draft_vocab=torch.arange(16)), tmp_path / "mine")
+    assert main(["check", f"model={tmp_path}/mine", "device=cpu"]) == 2
+    assert capsys.readouterr().err == (
+        f"aurora-rl: cannot load model '{tmp_path}/mine': the folder holds a drafter ({kind.__name__}); give it as "
+        "drafter.path (in Python as drafter), and as model the language model that it drafts for\n"
+    )
 
 
 def test_a_model_that_is_served(tiny_folder: Path) -> None:

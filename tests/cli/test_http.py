@@ -30,13 +30,39 @@ def test_a_port_in_use_is_named() -> None:
             HttpFront.of(load_config(overrides=[f"http.port={port}"]))
 
 
-@pytest.mark.parametrize("host", ["nowhere.invalid", "\u00e9" * 70], ids=["unknown", "no name"])
+def fail_to_resolve(monkeypatch: pytest.MonkeyPatch, code: int, says: str) -> None:
+    """Have sockets fail to bind as the resolver's failure has them fail, whatever this machine's resolver would do."""
+
+    class Unresolved(socket.socket):
+        def bind(self, address: Any) -> None:
+            raise socket.gaierror(code, says)
+
+    monkeypatch.setattr(socket, "socket", Unresolved)
+
+
+@pytest.mark.parametrize("code", [socket.EAI_NONAME, socket.EAI_NODATA, socket.EAI_FAIL, None])
 @pytest.mark.parametrize("replays", [False, True])
-def test_a_host_that_is_no_name_does_not_pass_by_itself(host: str, replays: bool) -> None:
+def test_a_host_that_is_no_name_does_not_pass_by_itself(
+    code: int | None, replays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = "\u00e9" * 70  # which cannot be a name, so that nobody is asked
+    if code is not None:
+        host = "nowhere.invalid"
+        fail_to_resolve(monkeypatch, code, "Name or service not known")
     says = f"^http.host={host} is no address and no known name: .*; give an address of this machine, such as 127"
     with pytest.raises(ConfigError, match=says) as caught:
         HttpFront.of(load_config(overrides=[f"http.host={host}", "http.port=0"]), replays=replays)
     assert not may_pass(caught.value)
+
+
+@pytest.mark.parametrize("code", [socket.EAI_AGAIN, socket.EAI_SYSTEM])
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_resolver_that_fails_may_work_again(code: int, replays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_to_resolve(monkeypatch, code, "Temporary failure in name resolution")
+    says = "^http.host=here cannot be looked up now: Temporary failure in name resolution; start again once names res"
+    with pytest.raises(ValueError, match=says) as caught:
+        HttpFront.of(load_config(overrides=["http.host=here", "http.port=0"]), replays=replays)
+    assert may_pass(caught.value)
 
 
 def test_a_run_that_needs_no_clients_is_told_how_to_do_without() -> None:

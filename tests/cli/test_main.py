@@ -40,7 +40,8 @@ def test_print_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         ("traffic.path={lines}", "line 2: not valid JSON: Expecting value at character 15"),
         ("engine.max_length=1000", "engine.max_length=1000 exceeds the context of model"),
         ("drafter.path=/no/drafter", "/no/drafter is not a checkpoint"),
-        ("run_dir={lines}", "cannot be used: File exists"),
+        ("run_dir={lines}", "lines.jsonl' cannot be used: it is a file; name a new folder where this user may write"),
+        ("run_dir={lines}/run", "lines.jsonl/run' cannot be used: Not a directory; name a new folder where"),
     ],
 )
 def test_errors_are_one_line_and_status_2(

@@ -91,9 +91,14 @@ def test_settings_that_keep_clients_requests_from_the_records_are_told(
             ["temperature=0.7", "top_k=5"],
             "top_k=5: on a CPU vLLM's sampler ends the server .*; set top_k=0, or",
         ),
+        (
+            "vllm",
+            ["temperature=0.7", "min_p=0.1"],
+            "min_p=0.1: vLLM does not apply it when it verifies drafts; set min_p=0, or",
+        ),
     ],
 )
-def test_what_cannot_be_sampled_on_a_cpu_is_refused_before_anything_is_asked(
+def test_what_cannot_be_sampled_is_refused_before_anything_is_asked(
     engine: str, pairs: list[str], refusal: str, tiny_folder: Path, tmp_path: Path, attaching: list[str]
 ) -> None:
     small = [f"model={tiny_folder}", "dtype=float32", "device=cpu", "engine.max_length=256"]

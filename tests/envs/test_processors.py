@@ -171,7 +171,7 @@ def test_in_other_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", [*CHANGES, *HARMLESS])
 def test_sampled_text_does_not_depend_on_what_is_drafted(name: str) -> None:
     model = target({**CHANGES, **HARMLESS}[name])
-    sampling = SamplingParams(0.8, top_k=9, top_p=0.95, seed=4)
+    sampling = SamplingParams(0.8, top_k=9, top_p=0.95, min_p=0.02, seed=4)
     plain, _ = served(model, without_fields(), "plain", sampling)
     for shape in ("chain", "tree"):
         text, accepted = served(model, plain, shape, sampling)
@@ -188,11 +188,12 @@ def test_a_config_that_changes_nothing_has_no_processors() -> None:
     assert generation_processors(bare, (STOP,)) is None
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("rule", "mode"),
     [("rejection", "sampled"), ("rejection_without_replacement", "sampled_without_replacement")],
 )
-def test_rejection_serves_the_law_of_the_processed_logits(rule: str, mode: str) -> None:
+def test_rejection_serves_the_law_of_the_processed_logits(rule: str, mode: str, min_p: float) -> None:
     """The law of two tokens, the second of which depends on the first by a penalty as well."""
     count, temperature, prompt = 700, 1.5, PROMPTS[0]
     fields = {"repetition_penalty": 4.0, "suppress_tokens": [11], "no_repeat_ngram_size": 1}
@@ -203,7 +204,9 @@ def test_rejection_serves_the_law_of_the_processed_logits(rule: str, mode: str) 
     own = processors_of(Request(0, prompt, SamplingParams(max_tokens=2)))
 
     def after(text: torch.Tensor) -> torch.Tensor:
-        return (own(text[None], model(text[None]).logits[:, -1].float())[0].double() / temperature).softmax(-1)
+        p = (own(text[None], model(text[None]).logits[:, -1].float())[0].double() / temperature).softmax(-1)
+        kept = torch.where(p < min_p * p.max(), 0.0, p)
+        return kept / kept.sum()
 
     first = after(prompt)
     for token in first.nonzero().flatten():
@@ -213,7 +216,7 @@ def test_rejection_serves_the_law_of_the_processed_logits(rule: str, mode: str) 
     engine = TransformersEngine(
         copy.deepcopy(model), num_slots=50, max_length=16, feature_layers=drafter.feature_layers
     )
-    waiting = [Request(i, prompt, SamplingParams(temperature, seed=i, max_tokens=2)) for i in range(count)]
+    waiting = [Request(i, prompt, SamplingParams(temperature, min_p=min_p, seed=i, max_tokens=2)) for i in range(count)]
     seen = torch.zeros(VOCAB, VOCAB)
     shape, drafted = TreeShape(2, 3, mode=mode), 0
 

@@ -26,6 +26,11 @@ def test_a_sampled_request_without_a_seed_draws_one_and_keeps_it() -> None:
     assert Request(3, torch.tensor([3]), SamplingParams()).sampling_params.seed is None  # greedy decoding draws nothing
 
 
+def test_a_request_has_one_completion() -> None:
+    with pytest.raises(ValueError, match=r"^n is 3; a request has one completion: .* sampling_params\.copies\(\)$"):
+        Request(0, torch.tensor([3]), SamplingParams(n=3))
+
+
 @pytest.mark.parametrize(
     ("terminated", "error", "reason"),
     [(True, None, "stop"), (False, None, "length"), (False, "too long", "error"), (True, "too long", "error")],

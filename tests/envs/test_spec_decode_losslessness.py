@@ -220,7 +220,7 @@ SAMPLING = (
     SamplingParams(1.5, top_p=0.8, seed=2**40 + 5),
     SamplingParams(),
     SamplingParams(2.0, top_k=6, top_p=0.9, seed=6),
-    SamplingParams(1.0, seed=8),
+    SamplingParams(1.0, min_p=0.4, seed=-8),
 )
 
 
@@ -248,6 +248,7 @@ def test_sampled_text_is_that_of_plain_sampling() -> None:
         assert RULE_CODES[recorded["rule"]] == ("sample_and_match" if sampling.temperature else "greedy")
         assert (int(recorded["top_k"]), int(recorded["seed"])) == (sampling.top_k, sampling.seed or 0)
         assert float(recorded["temperature"]) == pytest.approx(sampling.temperature)
+        assert float(recorded.get("min_p", torch.tensor(0.0))) == pytest.approx(sampling.min_p)
 
 
 # ---- swaps in mid-request ---------------------------------------------------------------------------------------

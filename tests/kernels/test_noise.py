@@ -22,7 +22,7 @@ def slow_bits(seed: int, position: int, token: int) -> int:
         x = (x ^ (x >> 15)) * 0x31848BAB % 2**32
         return x ^ (x >> 14)
 
-    low, high = seed % 2**32, seed >> 32
+    low, high = seed % 2**32, (seed >> 32) % 2**32
     first, second = (triple32(triple32(low ^ salt, high) ^ position) for salt in (0x6A09E667, 0xBB67AE85))
     return triple32(token ^ first, second)
 
@@ -33,7 +33,7 @@ def uniforms(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 
 def test_noise_equals_unbounded_integer_arithmetic() -> None:
-    seeds = [0, 1, 12345, 2**32 - 1, 2**32, 2**63 - 1]
+    seeds = [0, 1, 12345, 2**32 - 1, 2**32, 2**63 - 1, -1, -(2**32), -(2**63)]
     positions = [0, 1, 4095, 2**31, 2**32 - 1]
     for seed, position in product(seeds, positions):
         bits = [slow_bits(seed, position, token) for token in range(20)]

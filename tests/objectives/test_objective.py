@@ -200,8 +200,8 @@ def test_losses_can_be_copied_and_cast() -> None:
 
 @pytest.mark.parametrize(
     "sampling",
-    [SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_k=3), SamplingParams(1.0, top_p=0.9)],
-    ids=["greedy", "sampled", "top_k", "top_p"],
+    [SamplingParams(), SamplingParams(1.0), SamplingParams(1.0, top_k=3), SamplingParams(1.0, top_p=0.9, min_p=0.1)],
+    ids=["greedy", "sampled", "top_k", "top_p and min_p"],
 )
 @pytest.mark.parametrize(
     ("kind", "settings"),

@@ -30,7 +30,7 @@ SERVED = [
     ("rejection", SamplingParams(temperature=0.7)),
     ("sample_and_match", SamplingParams(temperature=1.3, top_k=3)),
     ("rejection", SamplingParams(temperature=0.8, top_p=0.5)),
-    ("rejection", SamplingParams(temperature=2.0, top_k=9, top_p=0.8)),
+    ("rejection", SamplingParams(temperature=2.0, top_k=9, top_p=0.8, min_p=0.5)),
 ]
 
 
@@ -39,8 +39,9 @@ def dense(logits: list[float], how: SamplingParams) -> list[float]:
     order = sorted(range(len(logits)), key=lambda token: -logits[token])
     if how.temperature == 0:
         return [0.0 if token == order[0] else -math.inf for token in range(len(logits))]
-    kept = order[: how.top_k or None]
-    mass = {token: math.exp((logits[token] - logits[order[0]]) / how.temperature) for token in kept}
+    shares = {token: math.exp((logits[token] - logits[order[0]]) / how.temperature) for token in order}
+    kept = [token for token in order if shares[token] >= how.min_p][: how.top_k or None]
+    mass = {token: shares[token] for token in kept}
     total, before, nucleus = sum(mass.values()), 0.0, []
     for token in kept:
         if before >= how.top_p * total:
@@ -91,10 +92,12 @@ def target_of(count: int = 40, fill: bool = False, vocab: int = 32) -> tuple[Ser
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (count, vocab))
     ways = [SERVED[row % len(SERVED)][1] for row in range(count)]
-    temperature, top_p = (torch.tensor([getattr(how, key) for how in ways]) for key in ("temperature", "top_p"))
+    temperature, top_p, min_p = (
+        torch.tensor([getattr(how, key) for how in ways]) for key in ("temperature", "top_p", "min_p")
+    )
     target = ServedTarget(
         TensorDict({"hidden": hidden}, batch_size=[count]),
-        TargetHead(weight), EVEN, temperature, torch.tensor([how.top_k or 0 for how in ways]), top_p, fill=fill,
+        TargetHead(weight), EVEN, temperature, torch.tensor([how.top_k or 0 for how in ways]), top_p, min_p, fill=fill,
     )  # fmt: skip
     rows = [dense(row, how) for row, how in zip((hidden @ weight.T).tolist(), ways, strict=True)]
     return target, Dense(torch.tensor(rows, dtype=torch.float64), fill)
@@ -126,7 +129,8 @@ def test_rows_are_covered_if_a_token_of_them_can_be_drawn(fewest: int, monkeypat
     rows_of_a_chunk(monkeypatch, fewest)
     assert torch.equal(target.covered(), expected.covered())
     every = torch.arange(32)
-    whole = ServedTarget(target.outputs, target.head, every, target.temperature, target.top_k, target.top_p)
+    how = target.temperature, target.top_k, target.top_p, target.min_p
+    whole = ServedTarget(target.outputs, target.head, every, *how)
     assert bool(whole.covered().all())
 
 
@@ -144,7 +148,7 @@ def test_a_temperature_that_rounds_to_a_point_mass_covers_what_it_draws() -> Non
     logits = (target.outputs["hidden"] @ target.head.weight.T).float()
     target = ServedTarget(
         TensorDict({"hidden": logits}, batch_size=[40]), TargetHead(torch.eye(32)), EVEN,
-        torch.full((40,), 1e-40), torch.zeros(40, dtype=torch.int64), torch.ones(40),
+        torch.full((40,), 1e-40), torch.zeros(40, dtype=torch.int64), torch.ones(40), torch.zeros(40),
     )  # fmt: skip
     assert torch.equal(target.covered(), logits.argmax(-1) % 2 == 0)
 
@@ -154,6 +158,7 @@ def test_the_whole_head_is_multiplied_once_with_rows_that_need_it(monkeypatch: p
     monkeypatch.setattr(served_target, "_KEPT", 8)
     target, _ = target_of()
     target.top_p[4::5], target.top_k[4::5], target.temperature[4::5] = 0.999, 0, 50.0  # wide
+    target.min_p[4::5] = 0.0
     seen, multiplied = [], ServedTarget._multiplied
     monkeypatch.setattr(ServedTarget, "_multiplied", lambda *args: seen.extend(args[1].tolist()) or multiplied(*args))
     unlimited, wide = list(range(1, 40, 5)), list(range(4, 40, 5))
@@ -182,7 +187,7 @@ def test_products_are_in_autocasts_dtype_wherever_rows_are_read() -> None:
     def target() -> ServedTarget:
         double, _ = target_of()
         outputs, head = double.outputs.float(), TargetHead(double.head.weight.float())
-        return ServedTarget(outputs, head, EVEN, double.temperature, double.top_k, double.top_p)
+        return ServedTarget(outputs, head, EVEN, double.temperature, double.top_k, double.top_p, double.min_p)
 
     options: dict[str, Any] = {"renormalize": False, "temperature": 1.0}
     with torch.autocast("cpu", torch.bfloat16):

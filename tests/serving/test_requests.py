@@ -152,11 +152,11 @@ def test_what_the_engine_refuses_fails_with_its_later_turns() -> None:
     assert source.done and source.answered == 0
 
 
-def test_the_largest_seed_is_served() -> None:
+def test_the_seed_after_the_largest_is_the_least() -> None:
     sampling = SamplingParams(seed=2**63 - 1, max_tokens=10)
     source = queue_of(prompt("p", "one", "more"), prompt("q", "two"), sampling_params=sampling)
     first, second = source(), source()
-    assert (first.sampling_params.seed, second.sampling_params.seed) == (2**63 - 1, 0)
+    assert (first.sampling_params.seed, second.sampling_params.seed) == (2**63 - 1, -(2**63))
     source.completed(answer(first, "yes"))
     assert 0 <= source().sampling_params.seed < 2**63
 

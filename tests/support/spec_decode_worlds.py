@@ -43,7 +43,8 @@ def next_tokens(prompt: tuple[int, ...], sampling: SamplingParams, architecture:
         )
         return text[0, len(prompt) :].tolist()
     for position in range(len(prompt), len(prompt) + count):
-        scores = warp_logits(model(text).logits[0, -1], sampling.temperature, sampling.top_k, sampling.top_p)
+        how = sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
+        scores = warp_logits(model(text).logits[0, -1], *how)
         noise = gumbel(torch.tensor(sampling.seed), torch.tensor(position), VOCAB)
         text = torch.cat([text, (scores + noise).argmax()[None, None]], dim=1)
     return text[0, len(prompt) :].tolist()

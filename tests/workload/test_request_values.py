@@ -14,14 +14,13 @@ from aurora_rl.workload.request_values import chat_messages, parse_json, samplin
 
 def test_what_a_request_leaves_out_or_says_null_to_is_not_there() -> None:
     assert sampling_fields({"temperature": None, "max_tokens": None, "n": 3}) == {}
-    full = {"temperature": 0, "top_p": 0.5, "top_k": 3, "seed": 2**63 - 1, "stop": ["a"], "ignore_eos": True}
+    full = {"temperature": 0, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "seed": 2**63 - 1, "stop": ["a"]}
+    full["ignore_eos"] = True
     assert sampling_fields({**full, "max_tokens": 7}) == {**full, "max_tokens": 7}
 
 
 def test_clients_words_become_ours() -> None:
-    asked = SamplingParams(**sampling_fields({"top_k": -1, "seed": -1}))
-    assert asked == SamplingParams(top_k=0, seed=2**63 - 1)
-    assert sampling_fields({"seed": -(2**63)}) == {"seed": 0}
+    assert SamplingParams(**sampling_fields({"top_k": -1})) == SamplingParams(top_k=0)
     assert sampling_fields({"max_tokens": 3, "max_completion_tokens": 3}) == {"max_tokens": 3}
 
 
@@ -35,7 +34,9 @@ def test_clients_words_become_ours() -> None:
         ({"temperature": float("inf")}, "temperature", "give a finite number"),
         ({"top_k": -2}, "top_k", "top_k is -2; give an integer with 0 <= top_k"),
         ({"top_k": -1.0}, "top_k", "top_k is -1.0; give an integer"),
-        ({"seed": -(2**63) - 1}, "seed", "0 <= seed < 2**63"),
+        ({"seed": -(2**63) - 1}, "seed", "-2**63 <= seed < 2**63"),
+        ({"min_p": "low"}, "min_p", 'min_p is "low"; give a number'),
+        ({"min_p": 2}, "min_p", "min_p is 2; give a number with 0 <= min_p <= 1"),
         ({"stop": {}}, "stop", "stop is {}; give a string, or a list of strings"),
         ({"stop": ["a", ""]}, "stop", 'stop has ""; give strings that are not empty'),
         ({"stop": ["a", True]}, "stop", "stop has true; give strings that are not empty"),

@@ -44,7 +44,7 @@ def test_a_file_is_read_in_order(tmp_path: Path) -> None:
 
 
 def test_a_line_may_say_how_it_is_sampled(tmp_path: Path) -> None:
-    sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "seed": 2**63 - 1}
+    sampling = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 2**63 - 1}
     lines: list[dict[str, Any]] = [
         {"max_tokens": 7, **sampling, "stop": ["\n", "END"]},
         {"max_completion_tokens": 7, "temperature": 0, "stop": "END"},
@@ -110,7 +110,7 @@ def test_a_line_is_what_a_body_would_be(tmp_path: Path) -> None:
         "top_k": -1, "seed": -1, "ignore_eos": True,
     }  # fmt: skip
     (prompt,) = read_jsonl(write(tmp_path, json.dumps(line)))
-    assert prompt.sampling == {"top_k": -1, "seed": 2**63 - 1, "ignore_eos": True}
+    assert prompt.sampling == {"top_k": -1, "seed": -1, "ignore_eos": True}
     assert prompt.messages == (
         {"role": "system", "content": "Be brief.", "name": "rules"}, {"role": "user", "content": "a\nb"},
     )  # fmt: skip
@@ -176,7 +176,7 @@ def turn(**keys: Any) -> str:
         (GOOD.replace("{", '{"top_k": 1.5, ', 1), "top_k is 1.5; give an integer"),
         (
             GOOD.replace("{", '{"seed": 9223372036854775808, ', 1),
-            "seed is 9223372036854775808; give an integer with 0 <= seed",
+            "seed is 9223372036854775808; give an integer with -2**63 <= seed",
         ),
         (GOOD.replace("{", '{"stop": [""], ', 1), 'stop has ""; give strings that are not empty'),
         (GOOD.replace("{", '{"stop": {}, ', 1), "stop is {}; give a string, or a list of strings"),

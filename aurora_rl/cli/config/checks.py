@@ -49,6 +49,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "temperature": ("be a finite number of at least 0", lambda value: 0 <= value < math.inf),
     "top_k": ("be at least -1", lambda value: value >= -1),
     "top_p": ("be above 0 and at most 1", lambda value: 0 < value <= 1),
+    "min_p": ("lie in [0, 1]", lambda value: 0 <= value <= 1),
     "http.host": ("not be empty", bool),
     "http.port": ("lie in 0..65535 or be null", lambda value: value is None or 0 <= value <= 65535),
     "http.timeout": ("be a number of seconds above 0", lambda value: 0 < value < math.inf),

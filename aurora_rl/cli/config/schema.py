@@ -322,13 +322,15 @@ class Config:
     top_k: int = 0
     """Sample from this many likeliest tokens; 0 or -1 takes all."""
     top_p: float = 1.0
-    """Sample from the likeliest tokens of this total probability."""
+    """Sample from the likeliest tokens of this total probability, of what min_p and top_k leave."""
+    min_p: float = 0.0
+    """Sample from tokens whose probability is at least this share of the largest; 0 takes all."""
     rule: str | None = None
     """Verification rule by name, or package.module:Class; null takes sample_and_match, which is greedy at temperature
     0. A rule whose text depends on what was drafted is refused, since the gate could not replay it."""
     generation_config: str = "auto"
     """Logits processors: auto applies those of the model's generation config, such as repetition_penalty; ignore serves
-    raw logits. Temperature, top-k, top-p and the token budget are those above in either case."""
+    raw logits. Temperature, top-k, top-p, min-p and the token budget are those above in either case."""
     seed: int = 0
     """Seed of traffic, sampling and learning."""
     drafter: DrafterConfig = field(default_factory=DrafterConfig)

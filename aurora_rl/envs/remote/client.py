@@ -206,6 +206,11 @@ class EngineClient:
             raise self.error(
                 f"request {request.id}: logprobs are not asked of {self.engine} by this client; leave them out"
             )
+        if request.sampling_params.min_p and request.sampling_params.temperature:
+            raise self.error(
+                f"request {request.id}: min_p={request.sampling_params.min_p:g} is not supported by {self.engine}, "
+                "which does not apply it when it verifies drafts; leave it out"
+            )
 
     def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
         """Post to any of the server's endpoints and return the decoded JSON.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from aurora_rl.envs.remote.assembler import captured
-from aurora_rl.sampling_params import SamplingParams
+from aurora_rl.sampling_params import SamplingParams, seed_after
 
 _ALL_TOKENS = 1 << 30  # SGLang's top-k where there is none
 
@@ -39,5 +39,5 @@ def sampling_of(req: Any) -> SamplingParams:
         temperature=0.0 if greedy else params.temperature,
         top_k=0 if greedy or params.top_k >= _ALL_TOKENS else params.top_k,
         top_p=1.0 if greedy else params.top_p,
-        seed=(params.sampling_seed or 0) % 2**63,
+        seed=seed_after(params.sampling_seed or 0, 0),
     )

@@ -100,7 +100,8 @@ def both_distributions(
     if q is None or q.shape[:2] != tokens.shape:
         raise ValueError(f"the rule {name!r} needs q [B, N, V], got {None if q is None else list(q.shape)}")
     columns = logits.shape[1]
-    params = (part.repeat_interleave(columns) for part in (sampling.temperature, sampling.top_k, sampling.top_p))
+    parts = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    params = (part.repeat_interleave(columns) for part in parts)
     p = served_log_probs(logits.flatten(0, 1), *params).view(logits.shape).exp()
     return p, q.to(p.dtype)
 

@@ -302,8 +302,9 @@ class SampleAndMatch(VerificationRule):
             drawn = (sampling.temperature[slots] > 0).nonzero()[:, 0]
             if len(drawn):
                 these = slots[drawn]
-                scores = warp(rows[drawn], sampling.temperature[these], sampling.top_k[these], sampling.top_p[these])
-                choice[drawn] = gumbel_argmax(scores, sampling.seed[these], at[drawn])
+                how = sampling[these]
+                scores = warp(rows[drawn], how.temperature, how.top_k, how.top_p, how.min_p)
+                choice[drawn] = gumbel_argmax(scores, how.seed, at[drawn])
             return choice
 
         return descend(choose, tokens, parents, valid, positions)

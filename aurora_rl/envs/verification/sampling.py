@@ -29,30 +29,39 @@ def _top_p(scores: Tensor, top_p: Tensor, width: int) -> Tensor:
     return kept
 
 
-def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Return the served scores, log-probabilities up to a constant: temperature, then top-k, then top-p.
+def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Return the served scores, log-probabilities up to a constant: temperature, then min-p, then top-k, then top-p.
 
-    The order is that of Hugging Face and vLLM. Top-k keeps every token that ties with the k-th, as both do. Top-p
-    keeps the fewest tokens whose mass reaches ``top_p``, at least one; of equal scores at its edge the lowest ids stay.
+    The order is vLLM's, so top-p is a share of the mass that min-p and top-k leave. Min-p keeps every token whose
+    probability is at least ``min_p`` times the largest. Top-k keeps every token that ties with the k-th, as Hugging
+    Face and vLLM do. Top-p keeps the fewest tokens whose mass reaches ``top_p``, at least one; of equal scores at its
+    edge the lowest ids stay.
 
     Args:
         logits: Logits, ``[R, V]`` floating.
         temperature: Temperature of each row, ``[R]``, > 0.
         top_k: Number of tokens to keep in each row, ``[R]`` int64; 0 keeps all.
         top_p: Mass of the nucleus of each row, ``[R]``; 1.0 keeps all.
+        min_p: Least probability of each row's tokens, as a share of the largest, ``[R]``; 0.0 keeps all.
 
     Returns:
         ``[R, V]``, float64 for float64 logits and float32 otherwise; -inf outside the support.
 
-    >>> logits, temperature = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]]), torch.tensor([1.0, 0.5])
-    >>> warp(logits, temperature, top_k=torch.tensor([2, 0]), top_p=torch.tensor([1.0, 0.9])).softmax(-1)
+    >>> logits, temperature = torch.tensor([[3.0, 2.0, 1.0]]).expand(3, 3), torch.tensor([1.0, 0.5, 1.0])
+    >>> top_k, top_p, min_p = torch.tensor([2, 0, 0]), torch.tensor([1.0, 0.9, 1.0]), torch.tensor([0.0, 0.0, 0.4])
+    >>> warp(logits, temperature, top_k, top_p, min_p).softmax(-1)
     tensor([[0.7311, 0.2689, 0.0000],
-            [0.8808, 0.1192, 0.0000]])
+            [0.8808, 0.1192, 0.0000],
+            [1.0000, 0.0000, 0.0000]])
     """
     vocab_size = logits.shape[1]
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # Shift before dividing: at a low temperature large scores would lose the digits that order the best tokens.
     scores = (scores - scores.amax(-1, keepdim=True)).div_(temperature[:, None])
+    rows = (min_p > 0).nonzero()[:, 0]
+    if len(rows):
+        limited = scores[rows]  # relative to the largest, which is 0
+        scores[rows] = limited.masked_fill(limited < min_p[rows, None].to(scores.dtype).log(), -math.inf)
     rows = ((top_k > 0) & (top_k < vocab_size)).nonzero()[:, 0]
     if len(rows):
         limited = scores[rows]
@@ -65,7 +74,12 @@ def warp(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> T
 
 
 def served_log_probs(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, tokens: Tensor | None = None
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    tokens: Tensor | None = None,
 ) -> Tensor:
     """Return the log-probabilities of ``warp``, and the point mass on the argmax where the temperature is 0.
 
@@ -76,8 +90,8 @@ def served_log_probs(
         ``[R, T]``, not renormalised, or ``[R, V]``; float64 for float64 logits and float32 otherwise; -inf outside the
         support. A row of logits that has no finite largest is not a number throughout.
 
-    >>> ones = torch.ones(2)
-    >>> served_log_probs(torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0]), 0 * ones.long(), ones).exp()
+    >>> logits, temperature, none = torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([0.0, 1.0]), torch.zeros(2)
+    >>> served_log_probs(logits, temperature, none.long(), torch.ones(2), none).exp()
     tensor([[0.0000, 1.0000],
             [0.5000, 0.5000]])
     """
@@ -88,6 +102,6 @@ def served_log_probs(
     log_p.masked_fill_(columns == best.indices[:, None], 0.0).masked_fill_(~best.values.isfinite()[:, None], math.nan)
     drawn = temperature > 0
     if bool(drawn.any()):
-        scores = warp(logits[drawn], temperature[drawn], top_k[drawn], top_p[drawn]).log_softmax(-1)
+        scores = warp(logits[drawn], *(each[drawn] for each in (temperature, top_k, top_p, min_p))).log_softmax(-1)
         log_p[drawn] = scores if tokens is None else scores[:, tokens]
     return log_p

@@ -107,6 +107,8 @@ class VLLMClient(EngineClient):
                 f"request {request.id}: top_k={sampling.top_k} is not supported on a CPU, where vLLM's sampler ends "
                 "the server if top_k meets drafts; leave top_k out"
             )
+        if sampling.seed == -1 and sampling.temperature > 0:
+            raise VLLMError(f"request {request.id}: seed=-1 is no seed to vLLM; give any other")
         body: dict[str, Any] = {
             "model": self._served(timeout),
             "prompt": request.prompt.tolist(),

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from aurora_rl.envs.remote.assembler import captured
-from aurora_rl.sampling_params import SamplingParams
+from aurora_rl.sampling_params import SamplingParams, seed_after
 
 # What vLLM puts around a client's id: the number of a choice, what OpenAI's API begins with, the number of a
 # completion's prompt, which a chat has none of, and eight characters.
@@ -55,7 +55,7 @@ def sampling_of(params: Any) -> SamplingParams:
         temperature=params.temperature,
         top_k=0 if greedy else max(params.top_k, 0),
         top_p=1.0 if greedy else params.top_p,
-        seed=(params.seed or 0) % 2**63,
+        seed=seed_after(params.seed or 0, 0),
     )
 
 

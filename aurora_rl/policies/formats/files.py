@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,13 +15,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from torch import Tensor
 
+from aurora_rl.models.loading import ModelError
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.adapters import merge_adapter
 from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab, modules_in_float32
 from aurora_rl.policies.formats.checks import check_target_depth
 from aurora_rl.policies.formats.peft import ADAPTERS, adapter_files
 from aurora_rl.policies.formats.vllm import LAYER_IDS
-from aurora_rl.policies.registry import recognized
+from aurora_rl.policies.registry import OWN_NAME, recognized
 from aurora_rl.storage import CheckpointError, read_folder, write_folder
 
 _FILES = ("config.json", "model.safetensors")
@@ -206,6 +209,42 @@ def drafter_class(source: str | os.PathLike[str], kind: type[Drafter] | None = N
         return _class_of(config, kind)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+
+
+@contextlib.contextmanager
+def naming_drafters(model: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the likely cause where the block cannot load a target: its folder holds a drafter.
+
+    Args:
+        model: What the block loads.
+
+    Raises:
+        ModelError: That of the block, or in its place one that says what to do with the drafter.
+    """
+    kind = None
+    try:
+        yield
+    except ModelError:
+        kind = _drafter_in(Path(model))
+        if kind is None:
+            raise
+    if kind is not None:  # not within the block, where the loaders' own texts would be its context
+        raise ModelError(
+            f"cannot load model {os.fspath(model)!r}: the folder holds a drafter ({kind.__name__}); give it as "
+            "drafter.path (in Python as drafter), and as model the language model that it drafts for"
+        )
+
+
+def _drafter_in(folder: Path) -> type[Drafter] | None:
+    """Return the class of the drafter in a folder; None if there is none, or any language model would pass for it."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        _check_types({}, config)
+        kind = recognized(config)
+    except (OSError, ValueError):
+        return None
+    takes_any = kind.recognizes({"architectures": ["ForCausalLM"]})
+    return None if takes_any and OWN_NAME not in config else kind
 
 
 def _class_of(config: Mapping[str, Any], kind: type[Drafter] | None) -> type[Drafter]:

@@ -45,7 +45,7 @@ class Front(Application):
         vocab_size: Tokens that the target knows.
         max_length: Most tokens of prompt and completion.
         max_waiting: Requests that may wait in the engine.
-        sampling_params: Temperature, top-k and top-p of requests that name none.
+        sampling_params: Temperature, min-p, top-k and top-p of requests that name none.
         max_tokens: Token budget of requests that name none; None takes what OpenAI's API says.
         num_spec_tokens: Returns the tokens of the longest path that is drafted.
         **common: Further arguments of :class:`~aurora_rl.serving.http.app.Application`.

@@ -66,11 +66,10 @@ class Encoder:
             )
         speculative = switch(body.speculative, headers, "x-aurora-speculative")
         learn, tenant = switch(body.learn, headers, "x-aurora-learn"), tenant_of(headers)
-        jobs, first = [], body.sampling.get("seed")
+        jobs = []
         for tokens in self._prompts(body):
             sampling, prompt = self._params(body, len(tokens)), torch.tensor(tokens, dtype=torch.int64)
-            for index in range(n):
-                sampled = replace(sampling, seed=None if first is None else (first + index) % 2**63)
+            for sampled in replace(sampling, n=n, seed=body.sampling.get("seed")).copies():
                 jobs.append(Job(prompt, sampled, speculative, learn, cache_salt=body.cache_salt, tenant=tenant))
         return jobs
 

@@ -253,7 +253,7 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str], opt_out: C
         opt_out: Tenants whose requests are never captured.
 
     Raises:
-        FieldError: A switch, a salt or ``custom_params`` of a wrong type, or ``speculative=false``.
+        FieldError: A switch, a salt or ``custom_params`` of a wrong type, ``speculative=false``, or samples by min-p.
         ApiError: Status 400, for a tenant that is none.
 
     Example:
@@ -265,6 +265,9 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str], opt_out: C
     if not switch(speculative, headers, "x-aurora-speculative"):
         message = "speculative=false is not supported with engine.name=sglang, which drafts for all requests"
         raise FieldError(f"{message}: leave it out", "speculative", "unsupported_field")
+    if fields.get("min_p") and fields.get("temperature") != 0:
+        message = "min_p is not supported with engine.name=sglang, which does not apply it when it verifies drafts"
+        raise FieldError(f"{message}: leave it out, or set it to 0", "min_p", "unsupported_field")
     tenant, salt = tenant_of(headers), fields.get("cache_salt")
     if tenant is not None or salt is not None:
         passed["cache_salt"] = [_salt(tenant, s) for s in salt] if isinstance(salt, list) else _salt(tenant, salt)

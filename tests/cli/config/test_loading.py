@@ -100,6 +100,7 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("temperature=-1", "^temperature must be a finite number of at least 0, got -1.0$"),
         ("temperature=nan", "^temperature must be a finite number of at least 0, got nan$"),
         ("top_p=0", "^top_p must be above 0 and at most 1, got 0.0$"),
+        ("min_p=1.5", r"^min_p must lie in \[0, 1\], got 1.5$"),
         ("top_k=-2", "^top_k must be at least -1, got -2$"),
         ("engine.max_length=1", "^engine.max_length must be at least 2, for a prompt and an answer, got 1$"),
         ("traffic.path=", "^traffic.path is empty; name a file, or null$"),

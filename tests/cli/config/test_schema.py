@@ -27,7 +27,7 @@ def test_the_keys_are_frozen() -> None:
         *("http.max_body", "http.max_waiting", "http.timeout"),
         "http.cors_origins",
         *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
-        *("max_new_tokens", "temperature", "top_k", "top_p", "rule", "generation_config", "seed"),
+        *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "rule", "generation_config", "seed"),
         *("drafter.name", "drafter.options", "drafter.path", "drafter.trained_for"),
         *("drafter.vocab_size", "drafter.feature_layers"),
         *(

@@ -91,6 +91,8 @@ def test_answers_refusals_and_nonsense_of_a_server():
                     client.generate(Request(3, torch.tensor([3]), speculative=False))
                 with pytest.raises(SGLangError, match="request 4: logprobs are not asked of SGLang by this client"):
                     client.generate(Request(4, torch.tensor([3]), SamplingParams(logprobs=1)))
+                with pytest.raises(SGLangError, match="request 5: min_p=0.1 is not supported by SGLang, .*; leave it"):
+                    client.generate(Request(5, torch.tensor([3]), SamplingParams(temperature=0.5, min_p=0.1)))
                 assert Answers.asked == {
                     "0": ({"aurora_rl": False}, False, None), "1": (None, True, "a"), "2": (None, False, None),
                 }  # fmt: skip

@@ -81,7 +81,8 @@ def test_an_id_that_is_no_number_is_captured_as_the_number_that_it_is_recorded_b
         (req(temperature=0.7, top_k=20, top_p=0.9, sampling_seed=5), SamplingParams(0.7, 20, 0.9, 5)),
         (req(), SamplingParams(1.0, 0, 1.0, 0)),
         (req(temperature=0.7, top_k=1, top_p=0.5), SamplingParams(0.0, 0, 1.0, 0)),  # how SGLang writes temperature 0
-        (req(sampling_seed=2**63 + 3), SamplingParams(1.0, seed=3)),
+        (req(sampling_seed=-3), SamplingParams(1.0, seed=-3)),
+        (req(sampling_seed=2**64 + 3), SamplingParams(1.0, seed=3)),
     ],
 )
 def test_sampling_is_recorded_as_trajectories_hold_it(request_of_sglang, sampling):

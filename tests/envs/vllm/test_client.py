@@ -79,6 +79,10 @@ def test_requests_and_answers():
                     client.generate(Request(9, torch.tensor([5])))
                 with pytest.raises(VLLMError, match="request 2: speculative=false is not supported by vLLM"):
                     client.generate(Request(2, torch.tensor([5]), speculative=False))
+                with pytest.raises(VLLMError, match="request 3: min_p=0.1 is not supported by vLLM, .*; leave it out"):
+                    client.generate(Request(3, torch.tensor([5]), SamplingParams(temperature=0.5, min_p=0.1)))
+                with pytest.raises(VLLMError, match="request 4: seed=-1 is no seed to vLLM; give any other"):
+                    client.generate(Request(4, torch.tensor([5]), SamplingParams(temperature=0.5, seed=-1)))
         finally:
             server.shutdown()
             thread.join()

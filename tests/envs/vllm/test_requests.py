@@ -75,8 +75,8 @@ def test_the_client_s_id_is_found() -> None:
 
 
 def test_the_sampling_is_recorded() -> None:
-    sampled = new(temperature=0.5, top_k=-1, top_p=0.9, seed=-1).sampling_params
-    assert sampling_of(sampled) == SamplingParams(temperature=0.5, top_k=0, top_p=0.9, seed=2**63 - 1)
+    sampled = new(temperature=0.5, top_k=-1, top_p=0.9, seed=-5).sampling_params
+    assert sampling_of(sampled) == SamplingParams(temperature=0.5, top_k=0, top_p=0.9, seed=-5)
     assert sampling_of(new(temperature=0.0, top_k=0, top_p=1.0).sampling_params) == SamplingParams(seed=0)
 
 

@@ -190,13 +190,16 @@ def test_seeds_make_samples_reproducible_with_drafts_and_without(client: openai.
     first = ask(seed=5, n=3)
     assert ask(seed=5, n=3, extra_body={"speculative": False}) == first == [*ask(seed=5), *ask(seed=6), *ask(seed=7)]
     assert len(set(first)) == 3
-    assert ask(seed=-5) == ask(seed=-5)
+    for seed in (-5, -(2**63), -1):
+        assert ask(seed=seed) == ask(seed=seed)
+    apart = [ask(seed=seed)[0] for seed in (-1, 2**63 - 1, -(2**63), 0)]  # a wrapped seed would repeat another's text
+    assert len(set(apart)) == 4
     assert ask() != ask()  # drawn
 
 
-def test_top_k_and_top_p_are_honoured(rig: Any, client: openai.OpenAI) -> None:
+def test_top_k_top_p_and_min_p_are_honoured(rig: Any, client: openai.OpenAI) -> None:
     greedy = client.completions.create(model="tiny/model", prompt="Once").choices[0].text
-    for narrow in ({"extra_body": {"top_k": 1}}, {"top_p": 1e-6}):
+    for narrow in ({"extra_body": {"top_k": 1}}, {"top_p": 1e-6}, {"extra_body": {"min_p": 1}}):
         sampled = client.completions.create(model="tiny/model", prompt="Once", temperature=1.0, **narrow)
         assert sampled.choices[0].text == greedy
     wide = client.completions.create(

@@ -40,6 +40,12 @@ def test_an_unmodified_client_is_answered_whole_and_in_pieces(serve: Callable[..
         assert [chunk.choices[0].delta.content for chunk in stream] == ["one", "two"]
 
 
+@pytest.mark.parametrize("fields", [{"min_p": 0}, {"min_p": None}, {"min_p": 0.1, "temperature": 0}])
+def test_a_min_p_that_excludes_nothing_goes_on(upstream: Upstream, serve: Callable[..., str], fields: Any) -> None:
+    assert post(serve(), fields).status_code == 200
+    assert json.loads(upstream.bodies[-1]) == {"return_spec_tokens_details": True, **fields}
+
+
 @pytest.mark.parametrize(
     ("fields", "headers", "expected"),
     [
@@ -67,6 +73,8 @@ def test_what_is_not_to_be_learned_says_so_in_sglangs_words(
     [
         ({"speculative": False}, {}, "speculative", "unsupported_field"),
         ({}, {"X-Aurora-Speculative": "0"}, "speculative", "unsupported_field"),
+        ({"min_p": 0.1}, {}, "min_p", "unsupported_field"),
+        ({"min_p": 0.1, "temperature": 0.5}, {}, "min_p", "unsupported_field"),
         ({"learn": "no"}, {}, "learn", "invalid_value"),
         ({"learn": 0}, {}, "learn", "invalid_value"),
         ({}, {"X-Aurora-Learn": "never"}, None, "invalid_value"),

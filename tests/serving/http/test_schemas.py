@@ -25,6 +25,7 @@ def said(content: Any, role: Any = "user", **more: Any) -> dict[str, Any]:
 HONOURED: list[dict[str, Any]] = [
     *({"temperature": value} for value in (0, 0.5, None)),
     *({"top_k": value} for value in (-1, 0, 5)),
+    *({"min_p": value} for value in (0, 0.1, 1)),
     *({"seed": value} for value in (-1, -(2**63), 2**63 - 1)),
     *({"stop": value} for value in ("a", [], ["a"] * 16)),
     {"max_tokens": 2, "max_completion_tokens": 2},
@@ -39,6 +40,7 @@ HONOURED: list[dict[str, Any]] = [
 REFUSED: list[dict[str, Any]] = [
     *({"temperature": value} for value in (-1, "hot", True)), {"top_p": 0}, {"top_p": 1.5},
     *({"top_k": value} for value in (-2, 1.5, True)),
+    *({"min_p": value} for value in (-0.1, 1.1, "low", True)),
     *({"seed": value} for value in (2**63, -(2**63) - 1, 1.0)),
     *({"stop": value} for value in ("", [""], {}, {"a": 1}, ["a"] * 17, 3)),
     *({"max_tokens": value} for value in (0, 1.5, "9", True)),

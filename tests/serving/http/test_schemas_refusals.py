@@ -77,7 +77,8 @@ def test_neutral_and_harmless_fields_are_taken(http: httpx.Client, path: str) ->
         ({"prompt": "a", "temperature": 10**400}, "temperature", ""),
         ({"prompt": "a", "top_p": 0}, "top_p", "top_p is 0"),
         ({"prompt": "a", "top_k": -2}, "top_k", "top_k is -2"),
-        ({"prompt": "a", "seed": 2**63}, "seed", "seed < 2**63"),
+        ({"prompt": "a", "min_p": 1.5}, "min_p", "min_p is 1.5; give a number with 0 <= min_p <= 1"),
+        ({"prompt": "a", "seed": 2**63}, "seed", "-2**63 <= seed < 2**63"),
         ({"prompt": "a", "seed": 1.5}, "seed", "give an integer"),
         ({"prompt": "a", "n": 0}, "n", "n is 0; give an integer >= 1 and <= 128"),
         ({"prompt": ["a"] * 9}, "prompt", "http.max_waiting=8"),
@@ -250,7 +251,8 @@ messages = st.lists(
     max_size=3,
 )
 FIELDS = [
-    *("model", "stream", "stream_options", "temperature", "top_p", "top_k", "seed", "stop", "n", "speculative"),
+    *("model", "stream", "stream_options", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n"),
+    "speculative",
     *("learn", "logprobs", "top_logprobs", "max_completion_tokens", "user", "tools", "logit_bias", "x", "prompt"),
 ]
 bodies = st.one_of(
