@@ -92,10 +92,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drafter(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Writes an EAGLE-3 of the target, with adapters or without."""
 
-    def write(layout: str | None = None, *pairs: str) -> Path:
+    def write(format: str | None = None, *pairs: str) -> Path:
         resolved = spec.resolve(load_config(overrides=[f"model={target}", "drafter.name=eagle3", *SMALL, *pairs]))
         folder = tmp_path_factory.mktemp("drafter") / "drafter"
-        assembly.start_drafter(resolved, assembly.load(resolved), []).save_pretrained(folder, layout=layout)
+        assembly.start_drafter(resolved, assembly.load(resolved), []).save_pretrained(folder, format=format)
         return folder
 
     return write
@@ -160,12 +160,12 @@ def test_a_command_of_a_page_runs(
         pairs += [f"wire.{half}=ipc://{tmp_path}/{half}" for half in ("trajectories", "weights")]
         monkeypatch.setattr(Learner, "step", lambda learner: os.kill(os.getpid(), signal.SIGTERM))
     adapters = ["drafter.adapters=[acme,globex]", "drafter.adapter_rank=8"] if "--adapter" in rest else []
-    layout = next((rest[place + 1] for place, word in enumerate(rest) if word == "--from"), None)
+    format = next((rest[place + 1] for place, word in enumerate(rest) if word == "--from"), None)
     swapped = []
     for before, word in zip(["", *rest], rest, strict=False):
         key = word.partition("=")[0]
         if before in ("--drafter", "inspect"):
-            word = str(drafter(layout, *adapters))
+            word = str(drafter(format, *adapters))
         elif before == "--recording":
             word = str(recording / "stream")
         elif key == "drafter.path":
