@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every measurement of this project that needs a GPU, in at most eleven minutes, into one folder of JSON.
+# Every measurement of this project that needs a GPU, in at most eight minutes, into one folder of JSON.
 #
 #   benchmarks/gpu.sh [FOLDER]
 #   DEVICE=cpu SIZE=tiny SCENARIO=smoke MODEL=FOLDER KERNELS="--rows 256 --vocabs 8192 --no-compile" \
@@ -31,15 +31,15 @@ part() {  # name, seconds, command
 }
 
 # What a round costs at a size that is worth serving, whatever the weights say.
-part rounds 150 "$PYTHON" benchmarks/rounds.py --device "$DEVICE" --size "$SIZE" --slots "$SLOTS" --context "$CONTEXT" \
+part rounds 100 "$PYTHON" benchmarks/rounds.py --device "$DEVICE" --size "$SIZE" --slots "$SLOTS" --context "$CONTEXT" \
     --repeats "$REPEATS" --out "$OUT"
 # Attention of trees alone, against its peers and against the bandwidth of this GPU.
-part tree_attention 120 "$PYTHON" benchmarks/tree_attention.py --device "$DEVICE" --slots 1,8 --nodes "$NODES" \
+part tree_attention 70 "$PYTHON" benchmarks/tree_attention.py --device "$DEVICE" --slots 1,8 --nodes "$NODES" \
     --texts "$TEXTS" --repeats $((REPEATS * 5)) --out "$OUT"
 # The drafter's loss through both heads, and its row kernel.
-part kernels 180 "$PYTHON" benchmarks/kernels.py --device "$DEVICE" $KERNELS --repeats "$REPEATS" --out "$OUT"
+part kernels 110 "$PYTHON" benchmarks/kernels.py --device "$DEVICE" $KERNELS --repeats "$REPEATS" --out "$OUT"
 # Day 0, a shift, and the paper's table by number of slots, on a target that says something.
-part adaptation 300 "$PYTHON" -m aurora_rl.cli.main bench adaptation --scenario "$SCENARIO" --out "$OUT/adaptation" \
+part adaptation 200 "$PYTHON" -m aurora_rl.cli.main bench adaptation --scenario "$SCENARIO" --out "$OUT/adaptation" \
     model="$MODEL" device="$DEVICE"
 cp -f "$OUT/adaptation/results.json" "$OUT/adaptation.json" 2> /dev/null || true
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }
