@@ -18,6 +18,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from aurora_kernels.rows import exp, exp_
+
 Gradients = tuple[Tensor, Tensor]
 
 # exp of it is 0 in every dtype, and 0 times it is 0.
@@ -43,15 +45,15 @@ class ClosedForm:
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Gradients:
     """KL(p || q). Gradient: ``q_i Σp − p_i``."""
-    p = log_p.exp()
+    p = exp(log_p)
     value = _expect(p, log_p.clamp(min=_NEVER)) - _expect(p, log_q)
-    return value, log_q.exp_().mul_(p.sum(-1, keepdim=True)).sub_(p)
+    return value, exp_(log_q).mul_(p.sum(-1, keepdim=True)).sub_(p)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Gradients:
     """KL(q || p), where a token that ``p`` excludes costs 1e4 nats. Gradient: ``q_i (log q_i − log p_i − KL)``."""
     ratio = log_q - log_p.clamp(min=_NEVER)
-    q = log_q.exp_()
+    q = exp_(log_q)
     value = _expect(q, ratio)
     return value, ratio.sub_(value[:, None]).mul_(q)
 
@@ -65,7 +67,7 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Gradients
     if not 0 < beta < 1:
         raise ValueError(f"beta must lie in (0, 1), got {beta}")
     log_p = log_p.clamp(min=_NEVER)
-    p, q = log_p.exp(), log_q.exp()
+    p, q = exp(log_p), exp(log_q)
     log_m = (beta * p).add_(q, alpha=1 - beta).clamp_(min=torch.finfo(q.dtype).tiny).log_()
     to_mixture = log_q.sub_(log_m)
     divergence = _expect(q, to_mixture)
@@ -82,7 +84,7 @@ def skewed_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Gradients:
     if not 0 <= skew < 1:
         raise ValueError(f"skew must lie in [0, 1), got {skew}")
     log_p = log_p.clamp(min=_NEVER)
-    p, q = log_p.exp(), log_q.exp_()
+    p, q = exp(log_p), exp_(log_q)
     mixed = (skew * p).add_(q, alpha=1 - skew).clamp_(min=torch.finfo(q.dtype).tiny)
     share = p / mixed
     value = _expect(p, log_p.sub_(mixed.log_()))
@@ -91,7 +93,7 @@ def skewed_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Gradients:
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Gradients:
     """1 − α. Gradient: ``−q_i (1[q_i < p_i] − s)`` with ``s = Σ q 1[q < p]``."""
-    p, q = log_p.exp(), log_q.exp_()
+    p, q = exp(log_p), exp_(log_q)
     value = 1 - torch.minimum(p, q).sum(-1)
     side = p.sub_(q).sign_().mul_(0.5)  # the indicator less a half, which is a constant: it has no gradient
     return value, side.sub_(_expect(q, side)[:, None]).mul_(q).neg_()
@@ -103,8 +105,8 @@ def negative_log_overlap(log_p: Tensor, log_q: Tensor) -> Gradients:
     below = (log_q < log_p).to(log_q.dtype).add_(log_q == log_p, alpha=0.5).mul_(least >= _NEVER)
     least.clamp_(min=_NEVER)
     log_overlap = least.logsumexp(-1)
-    taken = least.sub_(log_overlap[:, None]).exp_().mul_(below)
-    return -log_overlap, log_q.exp_().mul_(taken.sum(-1, keepdim=True)).sub_(taken)
+    taken = exp_(least.sub_(log_overlap[:, None])).mul_(below)
+    return -log_overlap, exp_(log_q).mul_(taken.sum(-1, keepdim=True)).sub_(taken)
 
 
 def hybrid_overlap(log_p: Tensor, log_q: Tensor, decay: float = 3.0) -> Gradients:
@@ -127,12 +129,12 @@ def cross_entropy(log_p: Tensor, log_q: Tensor) -> Gradients:
     best = log_p.max(-1, keepdim=True)
     # Values that are not numbers have no largest.
     value = torch.where(best.values.isnan(), torch.nan, -log_q.gather(-1, best.indices))
-    return value[:, 0], log_q.exp_().scatter_add_(-1, best.indices, torch.full_like(value, -1.0))
+    return value[:, 0], exp_(log_q).scatter_add_(-1, best.indices, torch.full_like(value, -1.0))
 
 
 def missed_probability(log_p: Tensor, log_q: Tensor) -> Gradients:
     """1 − Σ p q. Gradient: ``−q_i (p_i − Σ p q)``."""
-    p, q = log_p.exp(), log_q.exp_()
+    p, q = exp(log_p), exp_(log_q)
     matched = _expect(p, q)
     return 1 - matched, p.sub_(matched[:, None]).mul_(q).neg_()
 

@@ -14,6 +14,7 @@ _LOW_32_BITS = 0xFFFFFFFF
 _LANE_SALTS = (0x6A09E667, 0xBB67AE85)
 # The golden ratio's, by which streams are told apart.
 _STREAM_STEP = 0x9E3779B9
+_GROUP = 64  # columns whose largest is found together
 
 
 def _fold(x: Tensor, shift: int) -> Tensor:
@@ -99,9 +100,15 @@ def gumbel_argmax(scores: Tensor, seed: Tensor, position: Tensor) -> Tensor:
 def argmax(scores: Tensor) -> Tensor:
     """Return the index of the largest of each row, the first of equals: ``[..., V]`` to ``[...]`` int64.
 
-    ``Tensor.argmax`` gives the same and takes, on a CPU in bfloat16, five to ten times as long.
+    ``Tensor.argmax`` gives the same. On a CPU it compares number by number, while a largest value is found by vectors:
+    that of each group of columns first, then the group, then the column.
 
     >>> argmax(torch.tensor([[1.0, 3.0, 3.0]]))
     tensor([1])
     """
-    return scores.max(-1).indices
+    if scores.device.type != "cpu" or scores.shape[-1] % _GROUP:
+        return scores.max(-1).indices
+    groups = scores.unflatten(-1, (-1, _GROUP))
+    best = groups.amax(-1).max(-1).indices
+    within = groups.take_along_dim(best[..., None, None], -2)[..., 0, :].max(-1).indices
+    return best * _GROUP + within

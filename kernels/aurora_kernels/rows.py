@@ -15,7 +15,8 @@ Rows = slice | Tensor
 _CHUNK = {"cpu": 2**21, "cuda": 2**27}
 # Logits of a block: a few tensors of its size fit into the second-level cache of a CPU's core.
 _BLOCK = {"cpu": 2**17, "cuda": 2**25}
-_FEWEST = 128  # rows of a chunk, whatever the vocabulary
+_FEWEST, _ENOUGH = 128, 256  # rows of a chunk, whatever the vocabulary: with fewer of these a product is slow
+_LOG2_E = math.log2(math.e)
 
 
 def chunk_rows(device: torch.device, vocab_size: int, count: int) -> int:
@@ -25,7 +26,9 @@ def chunk_rows(device: torch.device, vocab_size: int, count: int) -> int:
         >>> [chunk_rows(torch.device("cpu"), 8192, count) for count in (100, 400, 1024)]
         [100, 400, 256]
     """
-    usual = max(_CHUNK.get(device.type, _CHUNK["cuda"]) // vocab_size, _FEWEST)
+    # A sixth of the rows keeps the memory of a chunk below a tenth of what whole logits take.
+    fewest = min(max(count // 6, _FEWEST), _ENOUGH)
+    usual = max(_CHUNK.get(device.type, _CHUNK["cuda"]) // vocab_size, fewest)
     return max(math.ceil(count / max(count // usual, 1)), 1)
 
 
@@ -54,6 +57,19 @@ def agreeing(logits: Tensor, chosen: Tensor) -> Tensor:
         tensor([False,  True, False])
     """
     return (logits.gather(1, chosen.clamp(min=0)[:, None])[:, 0] >= logits.amax(-1)) & (chosen >= 0)
+
+
+def exp(values: Tensor) -> Tensor:
+    """Return e to the values, by a power of 2, which a CPU computes in half the time of ``torch.exp``.
+
+    Values below 0 have the relative error of their product with log2 e, ``|x| ε``.
+    """
+    return (values * _LOG2_E).exp2_()
+
+
+def exp_(values: Tensor) -> Tensor:
+    """Overwrite values by e to them, see :func:`exp`."""
+    return values.mul_(_LOG2_E).exp2_()
 
 
 def log_softmax(logits: Tensor) -> Tensor:

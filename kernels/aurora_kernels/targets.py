@@ -38,6 +38,9 @@ class Target(Protocol):
             renormalize: Whether the columns' probabilities sum to 1; otherwise they keep their share of the whole
                 vocabulary.
             temperature: Temperature of the distribution.
+
+        Raises:
+            ValueError: ``draft_vocab`` has a token twice, or one that the target does not have.
         """
 
 
@@ -79,6 +82,7 @@ class HeadTarget:
 
     def reader(self, draft_vocab: Tensor | None, *, renormalize: bool, temperature: float) -> Reader:
         """Return a function that reads rows, see :class:`Target`."""
+        check_draft_vocab(draft_vocab, len(self.weight))
         weight, bias, columns = self.weight, self.bias, draft_vocab
         if draft_vocab is not None and renormalize:  # other tokens' logits are not needed
             weight, bias, columns = weight[draft_vocab], None if bias is None else bias[draft_vocab], None
@@ -126,6 +130,7 @@ class LogProbTarget:
 
     def reader(self, draft_vocab: Tensor | None, *, renormalize: bool, temperature: float) -> Reader:
         """Return a function that reads rows, see :class:`Target`."""
+        check_draft_vocab(draft_vocab, self.log_probs.shape[1])
 
         def read(rows: Rows) -> Tensor:
             log_p = self.log_probs[rows]
@@ -165,6 +170,7 @@ class TopKTarget:
 
     def reader(self, draft_vocab: Tensor | None, *, renormalize: bool, temperature: float) -> Reader:
         """Return a function that reads rows, see :class:`Target`."""
+        check_draft_vocab(draft_vocab, self.vocab_size)
         rest = self.vocab_size - self.ids.shape[1]
         width = self.vocab_size if draft_vocab is None else len(draft_vocab)
         # One column more than is returned, for the tokens that have none.
@@ -185,6 +191,22 @@ class TopKTarget:
             return log_p - total[:, None]
 
         return read
+
+
+def check_draft_vocab(draft_vocab: Tensor | None, vocab_size: int) -> None:
+    """Raise ValueError unless every token of ``draft_vocab`` is one of the vocabulary, and there once.
+
+    Example:
+        >>> check_draft_vocab(torch.tensor([0, 7]), vocab_size=8)
+    """
+    if draft_vocab is None or not len(draft_vocab):
+        return
+    least, most = (int(each) for each in draft_vocab.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(f"draft_vocab must lie in 0..{vocab_size - 1}, got {least if least < 0 else most}")
+    counts = torch.bincount(draft_vocab, minlength=vocab_size)
+    if int(counts.max()) > 1:
+        raise ValueError(f"draft_vocab must have each token once, got {int(counts.argmax())} {int(counts.max())} times")
 
 
 def _log_probs(logits: Tensor, columns: Tensor | None, temperature: float, out: Tensor) -> None:

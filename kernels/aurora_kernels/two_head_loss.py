@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from aurora_kernels.closed_forms import ClosedForm
+from aurora_kernels.noise import argmax
 from aurora_kernels.rows import Rows, agreeing, blocks, chunk_rows, log_softmax, product_dtype, row_dtype
 from aurora_kernels.targets import Reader, Target
 
@@ -45,8 +45,9 @@ def two_head_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute a divergence between target and drafter at every row, without logits of all rows.
 
-    Gradients reach states and weights, not the target. Matrix products are in the weights' dtype, or in autocast's; the
-    rest is in float32, or in float64 of float64 weights.
+    Gradients reach states and weights, not the target, and are first derivatives: a graph of them cannot be made.
+    Matrix products are in the weights' dtype, or in autocast's; the rest is in float32, or in float64 of float64
+    weights.
 
     Args:
         states: Inputs of the drafter's head, ``[n, H]``, or a sequence of ``J`` such tensors, each compared with the
@@ -73,8 +74,9 @@ def two_head_loss(
         of the draft vocabulary, or that of ``choices``, is the drafter's likeliest.
 
     Raises:
-        ValueError: Shapes do not fit, ``temperature`` is not positive, ``rows_per_chunk`` is below 1, or the divergence
-            does not return ``[r]``.
+        ValueError: Shapes do not fit, ``draft_vocab`` has a token twice or one that the target does not have,
+            ``temperature`` is not positive, ``rows_per_chunk`` is below 1, or the divergence does not return ``[r]``.
+        RuntimeError: In backward with ``create_graph=True``.
 
     Example:
         >>> from aurora_kernels import HeadTarget, closed_form, two_head_loss
@@ -108,6 +110,9 @@ def two_head_loss(
     )
     values, agreement = _TwoHeadLoss.apply(plan, torch.is_grad_enabled(), hint, *steps, *heads)
     return (values[0], agreement[0]) if isinstance(states, Tensor) else (values, agreement)
+
+
+_PART = 4096  # rows of a head whose gradients of a chunk are summed at once, where their dtypes differ
 
 
 @dataclass(frozen=True)
@@ -171,8 +176,9 @@ class _TwoHeadLoss(torch.autograd.Function):
         return walked.values, walked.agreement
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # `once_differentiable` would raise only where the upstream gradient has a graph
+            raise RuntimeError("two_head_loss has first derivatives only; leave create_graph=True out")
         hint, *tensors = ctx.saved_tensors
         upstream = upstream.masked_fill(hint == 0, 0.0)
         states = [
@@ -241,7 +247,12 @@ def _walk(
         products = [head.to(dtype) for head in heads]
         for rows in plan.chunks(weights):
             log_p = plan.read(rows)
-            best = torch.cat([log_p[part].max(-1).indices for part in blocks(log_p)])
+            if log_p.shape[1] != len(heads[0]):
+                raise ValueError(
+                    f"the target has {log_p.shape[1]} columns and the drafter's head {len(heads[0])}; name those that "
+                    "it has by draft_vocab"
+                )
+            best = torch.cat([argmax(log_p[part]) for part in blocks(log_p)])
             chosen = best if plan.choices is None else plan.choices[rows]
             for step, index in enumerate(plan.head_of):
                 weight, x = weights[step, rows], states[step][rows].to(dtype)
@@ -258,8 +269,9 @@ def _walk(
                     weighted = (x * (weight / plan.temperature)[:, None].to(dtype)).contiguous()
                     if summed.dtype == dtype:
                         summed.addmm_(logits.T, weighted)
-                    else:
-                        summed += logits.T @ weighted
+                    else:  # part by part: all at once would take twice the head's size for the product and its cast
+                        for part, columns in zip(summed.split(_PART), logits.split(_PART, 1), strict=True):
+                            part += columns.T @ weighted
             del log_p, logits  # before the next chunk's take as much again
     return _Walked(values, agreement, state_gradients, head_gradients)
 
@@ -284,10 +296,12 @@ def _row_values(
         scaled = part if plan.temperature == 1.0 else part / plan.temperature
         target = target.to(row_dtype(part.dtype))
         if isinstance(plan.divergence, ClosedForm):
-            value, slope = plan.divergence.function(target, log_softmax(scaled))
+            own = part.dtype == target.dtype  # then what a block makes of its logits takes their place
+            log_q = torch.log_softmax(scaled, -1, out=part) if own else log_softmax(scaled)
+            value, slope = plan.divergence.function(target, log_q)
         else:
             value, slope = _differentiated(plan.divergence, target, scaled, gradient)
-        if gradient:
+        if gradient and slope is not part:
             part.copy_(slope)
         values.append(value)
     return torch.cat(values), torch.cat(agreement)

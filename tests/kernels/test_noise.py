@@ -144,12 +144,21 @@ def test_streams_are_independent_and_the_first_is_the_noise() -> None:
     assert float(uniform(SEEDS[3], POSITIONS[5, 0], torch.tensor(77), 1)) == float(second[5, 3, 77])
 
 
+@pytest.mark.parametrize("shape", [(64, 5000), (64, 4992), (2, 32, 4992), (3, 64), (0, 128)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_argmax_is_the_first_of_equals(dtype: torch.dtype) -> None:
+def test_argmax_is_the_first_of_equals(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Text must not depend on which of two equal tokens a kernel meets first: plain decoding takes the lowest id."""
-    scores = torch.randint(0, 6, (64, 5000), generator=torch.Generator().manual_seed(0)).to(dtype)
-    first = [row.index(max(row)) for row in scores.tolist()]
-    assert argmax(scores).tolist() == first
+    scores = torch.randint(0, 6, shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    first = [row.index(max(row)) for row in scores.flatten(0, -2).tolist()]
+    assert argmax(scores).flatten().tolist() == first and argmax(scores).shape == shape[:-1]
+
+
+@pytest.mark.parametrize("size", [64, 128, 100])
+def test_argmax_of_rows_that_are_not_finite_is_pytorch_s(size: int) -> None:
+    scores = torch.randn(4, size, generator=torch.Generator().manual_seed(0))
+    scores[0, 70 % size], scores[1, 3], scores[2] = torch.nan, torch.inf, -torch.inf
+    scores[0, 5] = torch.inf
+    assert torch.equal(argmax(scores), scores.argmax(-1))
 
 
 def test_draws_are_those_of_the_distribution_and_of_their_keys_alone() -> None:

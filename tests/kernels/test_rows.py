@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from aurora_kernels.rows import _FEWEST, blocks, chunk_rows, log_softmax, product_dtype
+from aurora_kernels.rows import _ENOUGH, _FEWEST, blocks, chunk_rows, log_softmax, product_dtype
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (7, 30000), (3, 70000), (300, 1000)])
@@ -14,10 +14,11 @@ def test_blocks_cover_every_row_once(shape: tuple[int, int]) -> None:
     assert rows == list(range(shape[0]))
 
 
-def test_a_chunk_has_rows_enough_for_a_product() -> None:
+def test_a_chunk_has_rows_enough_for_a_product_and_is_small_next_to_all() -> None:
     cpu = torch.device("cpu")
-    assert chunk_rows(cpu, 8192, 10_000) > chunk_rows(cpu, 152_000, 10_000) >= _FEWEST
+    assert chunk_rows(cpu, 4096, 10_000) > chunk_rows(cpu, 152_000, 10_000) >= _ENOUGH
     assert [chunk_rows(cpu, 152_000, count) for count in (0, 1, 70)] == [1, 1, 70]
+    assert _FEWEST <= chunk_rows(cpu, 152_000, 1024) <= 1024 / 5
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,10 @@ def test_no_tensor_is_as_large_as_rows_times_vocabulary(renormalize: bool, diver
         ({"states": torch.zeros(4, 6)}, r"states and target must have as many rows, got \[4\] and 3"),
         ({"states": []}, "states and weights must be as many, and at least one, got 0 and 0"),
         ({"weight": torch.zeros(9, 6)}, r"draft_vocab has 11 rows, and the weights have \[9\]"),
+        ({"draft_vocab": VOCAB - 1}, rf"draft_vocab must lie in 0..{V - 1}, got -1"),
+        ({"draft_vocab": VOCAB + V}, rf"draft_vocab must lie in 0..{V - 1}, got {int(VOCAB.max()) + V}"),
+        ({"draft_vocab": VOCAB.clone().index_fill_(0, torch.tensor([3, 7]), 5)}, "each token once, got 5 [23] times"),
+        ({"draft_vocab": None}, rf"the target has {V} columns and the drafter's head 11; name those that it has"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"row_weights": torch.ones(4)}, r"row_weights must be \[n\] or \[J, n\] = \[1, 3\], got \[4\]"),
         ({"rows_per_chunk": 0}, "rows_per_chunk must be at least 1, got 0"),
@@ -304,6 +308,14 @@ def test_bad_arguments_are_refused(change: dict[str, Any], message: str) -> None
     }
     with pytest.raises(ValueError, match=message):
         two_head_loss(**{**arguments, **change})
+
+
+def test_second_derivatives_are_refused_and_not_left_out() -> None:
+    states, head = (torch.randn(n, H, requires_grad=True) for n in (3, V))
+    target = HeadTarget(torch.randn(3, HT), torch.randn(V, HT))
+    values, _ = two_head_loss(states, head, target, squared_error)
+    with pytest.raises(RuntimeError, match="two_head_loss has first derivatives only; leave create_graph=True out"):
+        torch.autograd.grad(values.sum() + states.pow(3).sum(), states, create_graph=True)
 
 
 @pytest.mark.parametrize("rows", [torch.tensor([True, False, True, True, True]), torch.ones(5, dtype=torch.bool)])
