@@ -13,18 +13,20 @@ from typing import TYPE_CHECKING, Any
 from aurora_rl._moved import MovedModules
 
 if TYPE_CHECKING:
-    from aurora_rl.envs import Completion, Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+    from aurora_rl.envs import Completion, Request, SpecDecodeEnv, TransformersEngine
     from aurora_rl.llm import LLM, Chunk
     from aurora_rl.objectives import Objective, make_objectives, register_objective
     from aurora_rl.policies import Drafter, DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape, get_drafter
+    from aurora_rl.sampling_params import SamplingParams
 
     __version__: str
 
 _HOMES = {
-    "aurora_rl.envs": ("Completion", "Request", "SamplingParams", "SpecDecodeEnv", "TransformersEngine"),
+    "aurora_rl.envs": ("Completion", "Request", "SpecDecodeEnv", "TransformersEngine"),
     "aurora_rl.llm": ("LLM", "Chunk"),
     "aurora_rl.objectives": ("Objective", "make_objectives", "register_objective"),
     "aurora_rl.policies": ("Drafter", "DrafterPolicy", "Eagle3Drafter", "TargetParts", "TreeShape", "get_drafter"),
+    "aurora_rl.sampling_params": ("SamplingParams",),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -99,6 +99,10 @@ ELSEWHERE = {
     "checkpoints": {"CheckpointError, read_folder, save_tensors, write_folder": "aurora_rl.storage"},
     "collectors.hello": {"Hello": "aurora_rl.collectors.handshake.Handshake"},
     "collectors.weight_scheme": {"ZMQWeightSyncScheme": "aurora_rl.collectors.weights.WeightPublisher"},
+    "cli.config_canary": {"CanaryConfig": "aurora_rl.cli.config.CanaryConfig"},
+    "cli.config_drafter": {"DrafterConfig": "aurora_rl.cli.config.DrafterConfig"},
+    "cli.config_fleet": {"FleetConfig": "aurora_rl.cli.config.FleetConfig"},
+    "cli.config_privacy": {"PrivacyConfig": "aurora_rl.cli.config.PrivacyConfig"},
     "config": {
         "ControlConfig": "aurora_rl.cli.config.BaselineConfig", "ConfigError": "aurora_rl.cli.errors",
     },

@@ -32,7 +32,16 @@ _APPLIED = (
     *("remove_invalid_values", "renormalize_logits", "watermarking_config"),
 )
 # Fields that a request, or the environment by its stop tokens, decides.
-_OF_THE_REQUEST = ("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "eos_token_id")
+_OF_THE_REQUEST = (
+    "max_length",
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "eos_token_id",
+)
 # Fields that do not change which tokens one completion has. Those of assisted decoding say how transformers drafts.
 _WITHOUT_EFFECT = (
     *("bos_token_id", "pad_token_id", "decoder_start_token_id", "early_stopping", "length_penalty"),
@@ -44,12 +53,12 @@ _WITHOUT_EFFECT = (
     *("prompt_lookup_num_tokens", "max_matching_ngram_size"),
 )
 # Fields that transformers applies to sampled text only, after temperature, top-k and top-p.
-_OF_SAMPLING = ("min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_OF_SAMPLING = ("top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Values, next to None, that leave the text as it is. Fields that are not listed have none.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale", "typical_p"), (1,)),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
-    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "diversity_penalty"), (0,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "penalty_alpha", "diversity_penalty"), (0,)),
     **dict.fromkeys(("remove_invalid_values", "renormalize_logits", "token_healing", "is_assistant"), (False,)),
     **dict.fromkeys(("num_beams", "num_beam_groups"), (1,)),
 }

@@ -392,7 +392,7 @@ def test_values_that_transformers_cannot_apply_are_named(fields: dict[str, Any],
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("min_p", 0.1), ("top_h", 0.4), ("typical_p", 0.9), ("epsilon_cutoff", 0.01), ("eta_cutoff", 0.01)],
+    [("top_h", 0.4), ("typical_p", 0.9), ("epsilon_cutoff", 0.01), ("eta_cutoff", 0.01)],
 )
 def test_settings_of_sampling_leave_greedy_text_and_refuse_samples(field: str, value: float) -> None:
     model = target({field: value})
@@ -410,9 +410,14 @@ def test_ids_of_ends_beyond_the_vocabulary_are_left_out() -> None:
     assert (out > 1).nonzero().tolist() == [[0, STOP]]
 
 
+def test_a_model_s_own_min_p_is_the_request_s_to_say() -> None:
+    """As its temperature, top-k and top-p are."""
+    assert generation_processors(target({"min_p": 0.1}), ()) is None
+
+
 def test_what_a_config_changes_is_told_apart_from_what_it_says() -> None:
     config = GenerationConfig(
         repetition_penalty=1.2, top_p=0.5, min_p=0.1, num_beams=1, guidance_scale=1.0, max_time=3.0
     )
-    assert text_settings(config) == {"repetition_penalty": 1.2, "min_p": 0.1, "max_time": 3.0}
+    assert text_settings(config) == {"repetition_penalty": 1.2, "max_time": 3.0}
     assert text_settings(None) == {}
