@@ -4,6 +4,7 @@ Each measurement is a forward and a backward pass with gradients in states and h
 the peak above inputs and gradients. All ways of a cell must agree on the loss and on a projection of its gradients.
 
     python benchmarks/kernels.py --quick --threads 2                    # the headline cells
+    python benchmarks/kernels.py --quick --cpu-time                     # on a CPU that is shared with others
     python benchmarks/kernels.py --threads 2                            # every cell
     python benchmarks/kernels.py --device cuda --dtype bfloat16 --width 4096 --rows 1024,8192 --vocabs 32768,152064
 
@@ -194,7 +195,7 @@ def forget_peak() -> None:
         CLEAR.write_text("5")
 
 
-def measure(way: str, p: Problem, repeats: int) -> dict[str, Any]:
+def measure(way: str, p: Problem, repeats: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     """Time and peak memory of a way, and what it computed."""
     run, learned, cuda = WAYS[way], [p.states, p.head], p.states.is_cuda
 
@@ -202,11 +203,11 @@ def measure(way: str, p: Problem, repeats: int) -> dict[str, Any]:
         p.states.grad = p.head.grad = None
         if cuda:
             torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = clock()
         run(p)
         if cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return clock() - began
 
     p.states.grad = p.head.grad = None
     found = [float(run(p))]  # compiles, and fills the caches of the matrix kernels
@@ -243,6 +244,7 @@ def in_process(way: str, cell: Cell, options: argparse.Namespace) -> dict[str, A
     if free is not None and needed > free * 2**20:
         return None
     arguments = [f"--{name}={getattr(options, name)}" for name in ("width", "dtype", "threads", "repeats", "device")]
+    arguments += ["--cpu-time"] * options.cpu_time
     arguments += [f"--divergences={cell.divergence}", f"--rows={cell.rows}", f"--vocabs={cell.vocab}"]
     command = [sys.executable, __file__, f"--way={way}", *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -346,6 +348,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="passes of a way, at most")
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU time of the process, all threads, in place of wall time"
+    )
+    parser.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which takes a minute a cell"
     )
     parser.add_argument("--way", choices=WAYS, help="measure this way of the first cell, in this process")
@@ -361,9 +366,10 @@ def main() -> None:
     ]
     if options.way:
         first = problem(cells[0], options.width, options.dtype, options.device)
-        print(json.dumps(measure(options.way, first, options.repeats)))
+        clock = time.process_time if options.cpu_time else time.perf_counter
+        print(json.dumps(measure(options.way, first, options.repeats, clock)))
         return
-    settings = {key: getattr(options, key) for key in ("width", "dtype", "threads", "repeats", "device")}
+    settings = {key: getattr(options, key) for key in ("width", "dtype", "threads", "repeats", "device", "cpu_time")}
     journal = Journal(options.out / f"{options.name or 'kernels'}.partial.jsonl", settings)
     results = [cell_result(cell, journal, options) for cell in (QUICK if options.quick else cells)]
     write_result(__file__, options, {**settings, "cells": results})
