@@ -102,8 +102,8 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(q || p) = Σ q (log q − log p): it seeks a mode of ``p``.
 
-    Gradient: ``q_i (log q_i − log p_i − KL)``. A token that min-p, top-k or top-p excludes costs ``1e4`` nats times its ``q``,
-    which outweighs all else until ``q`` has left it.
+    Gradient: ``q_i (log q_i − log p_i − KL)``. A token that min-p, top-k or top-p excludes costs ``1e4`` nats
+    times its ``q``, which outweighs all else until ``q`` has left it.
 
     Source: Gu et al. 2024, MiniLLM (arXiv 2306.08543); for drafters OSD (arXiv 2310.07177).
 
@@ -288,8 +288,8 @@ def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
     target draws a token that has a row. Its optimum is all mass on argmax p: calibration is worth nothing under these
     rules.
 
-    Gradient: ``−q_i (p_i − Σ p q)``. It is 0 where the supports are disjoint. A token that min-p, top-k or top-p excludes is a
-    miss; a lower temperature of ``p`` only sharpens what is wanted anyway.
+    Gradient: ``−q_i (p_i − Σ p q)``. It is 0 where the supports are disjoint. A token that min-p, top-k or top-p excludes
+    is a miss; a lower temperature of ``p`` only sharpens what is wanted anyway.
 
     Source: no paper; it is read off the rules (``aurora_rl.envs.verification.rules``).
 
