@@ -288,8 +288,8 @@ def missed_probability(log_p: Tensor, log_q: Tensor) -> Tensor:
     target draws a token that has a row. Its optimum is all mass on argmax p: calibration is worth nothing under these
     rules.
 
-    Gradient: ``−q_i (p_i − Σ p q)``. It is 0 where the supports are disjoint. A token that min-p, top-k or top-p excludes
-    is a miss; a lower temperature of ``p`` only sharpens what is wanted anyway.
+    Gradient: ``−q_i (p_i − Σ p q)``. It is 0 where the supports are disjoint. A token that min-p, top-k or top-p
+    excludes is a miss; a lower temperature of ``p`` only sharpens what is wanted anyway.
 
     Source: no paper; it is read off the rules (``aurora_rl.envs.verification.rules``).
 
