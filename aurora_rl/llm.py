@@ -29,14 +29,15 @@ from aurora_rl.policies.registry import names_drafter, start_untrained
 from aurora_rl.policies.tree_shape import USUAL_LOOKUP
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
-from aurora_rl.workload.request_values import chat_messages
+from aurora_rl.workload.request_values import chat_messages, check_texts
 
 logger = logging.getLogger(__name__)
 
 _OF_VLLM = {"prompt_token_ids": "the ids themselves", "prompt": "the text itself"}  # its prompts, and what to give
 
 PromptType = str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
-"""A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content", as over HTTP."""
+"""A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content", as over HTTP. Ids
+``[n, P]`` are ``n`` prompts, padding included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,8 @@ class LLM:
                 "drafter='ngram', which looks up alone"
             )
         _check_integers(0, num_speculative_tokens=num_speculative_tokens, seed=seed)
+        if seed >= 2**63:
+            raise ValueError(f"seed is {seed}; give an integer with 0 <= seed < 2**63")
         _check_integers(1, num_slots=num_slots, **({} if max_length is None else {"max_length": max_length}))
         device = usable_device(device)
         with naming_drafters(model):
@@ -256,6 +259,11 @@ class LLM:
         stream = [each.trajectory for each in done if each.trajectory is not None]
         if not stream:
             raise ValueError("no completion has a trajectory to learn from; make the LLM with record=True")
+        if all(len(each["sequence", "tokens"]) < 3 for each in stream):  # the first has no feature before it
+            raise ValueError(
+                "no completion is long enough to learn from: the third token of a text, prompt included, is the first "
+                "that can be drafted; complete more tokens"
+            )
         autocast = stream[0]["sequence", "features"].dtype == torch.bfloat16
         loss = SumLoss(make_objectives(objectives, self.drafter, self._head if autocast else self._head.float()))
         if self._optimizers is None:
@@ -278,6 +286,8 @@ class LLM:
         for index, (prompt, params) in enumerate(_asked(prompts, sampling_params)):
             try:
                 tokens = self._encoded(prompt)
+                if params.max_tokens is None:
+                    params = replace(params, max_tokens=max(self._decoder.engine.max_length - len(tokens), 1))
                 for each in params.copies():
                     if each.temperature > 0 and each.seed is None:
                         each = replace(each, seed=self._seeds.getrandbits(63))
@@ -318,6 +328,7 @@ class LLM:
 
     def _encoded(self, prompt: PromptType) -> Tensor:
         if isinstance(prompt, str):
+            check_texts(prompt)
             return torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.int64)
         parts = [prompt] if isinstance(prompt, Mapping) else prompt if isinstance(prompt, Sequence) else []
         objects = [part for part in parts if isinstance(part, Mapping)]
@@ -327,6 +338,7 @@ class LLM:
         if objects and parts is prompt:
             turns = [dict(part) if isinstance(part, Mapping) else part for part in prompt]
             messages = chat_messages(turns, by="LLM")
+            check_texts(messages)
             return torch.tensor(encode_chat(self.tokenizer, messages), dtype=torch.int64)
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             tokens = torch.as_tensor(prompt)
@@ -402,13 +414,15 @@ def _asked(
     prompts: PromptType | Sequence[PromptType], sampling_params: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[tuple[PromptType, SamplingParams]]:
     """Return each prompt with its parameters."""
-    if isinstance(prompts, Mapping) or not hasattr(prompts, "__getitem__"):
+    if not hasattr(prompts, "__getitem__"):
         raise ValueError(
             f"prompts is a {type(prompts).__name__}; give a text, token ids, a list of messages with role and content, "
             "or a list of these"
         )
-    first = prompts[0] if len(prompts) else None
-    alone = isinstance(prompts, str) or isinstance(first, Integral | Mapping) or isinstance(prompts, Tensor)
+    if isinstance(prompts, str | Mapping) or hasattr(prompts, "ndim"):
+        alone = getattr(prompts, "ndim", 1) < 2
+    else:
+        alone = len(prompts) > 0 and isinstance(prompts[0], Integral | Mapping)
     listed: list[Any] = [prompts] if alone else list(prompts)
     if sampling_params is None:
         sampling_params = SamplingParams()

@@ -307,6 +307,7 @@ def test_a_single_completion_is_learned_from(drafted: LLM) -> None:
             "objectives is {'name': 'imitation'}; give a list of mappings",
         ),
         ("SERVED", {"objectives": []}, "objectives is empty; name at least one"),
+        ("SERVED", {"objectives": [{"name": "imitation", "weight": -1}]}, "weight must be finite and not negative"),
         ("SERVED", {"objectives": [{"nam": "imitation"}]}, "name"),
         ("SERVED", {"objectives": [{"name": "imitatio"}]}, "imitation"),
     ],
@@ -325,6 +326,10 @@ def test_there_must_be_something_to_learn_from(plain: LLM, tiny_folder: Path) ->
     silent = llm(tiny_folder)
     with pytest.raises(ValueError, match="no completion has a trajectory to learn from; make the LLM with record=True"):
         silent.learn(silent.generate("abc", SHORT))
+    recording = llm(tiny_folder, record=True)
+    with pytest.raises(ValueError, match="no completion is long enough to learn from: the third token of a text, "):
+        recording.learn(recording.generate([[3], [4]], SamplingParams(max_tokens=1)))
+    assert recording.learn(recording.generate([[3], [4]], SamplingParams(max_tokens=2))) > 0
 
 
 def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_path: Path, plain: LLM) -> None:
@@ -360,6 +365,7 @@ def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_pa
         ({"num_slots": 2.0}, "num_slots must be an integer, got 2.0"),
         ({"num_speculative_tokens": 2.5}, "num_speculative_tokens must be an integer, got 2.5"),
         ({"num_speculative_tokens": -1}, "num_speculative_tokens must be at least 0, got -1"),
+        ({"seed": 2**63}, r"seed is 9223372036854775808; give an integer with 0 <= seed < 2\*\*63"),
         ({"seed": None}, "seed must be an integer, got None"),
         ({"shape": 4}, r"shape is 4; give a TreeShape, such as TreeShape\(depth=4, width=2\)"),
         ({"shape": TreeShape(4, 2, lookup=4), "drafter": None}, r"shape is TreeShape\(.*; name one, such as"),
