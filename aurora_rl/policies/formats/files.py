@@ -22,7 +22,7 @@ from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab, m
 from aurora_rl.policies.formats.checks import check_target_depth
 from aurora_rl.policies.formats.peft import ADAPTERS, adapter_files
 from aurora_rl.policies.formats.vllm import LAYER_IDS
-from aurora_rl.policies.registry import OWN_NAME, recognized
+from aurora_rl.policies.registry import DRAFTERS, OWN_NAME, recognized
 from aurora_rl.storage import CheckpointError, read_folder, write_folder
 
 _FILES = ("config.json", "model.safetensors")
@@ -66,6 +66,9 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], format: str |
         tensors, config = written(drafter, format)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    kind = type(drafter)
+    if ":" in (path := DRAFTERS.name_of(kind)) and kind.recognizes(named := {OWN_NAME: path, **config}):
+        config = named  # it has no name; files as EAGLE's authors have them are known by lacking the entry
     if drafter.trained_for is not None:
         config = {**config, TRAINED_FOR: drafter.trained_for}
     adapters, documents = adapter_files(drafter)
