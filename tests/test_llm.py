@@ -332,6 +332,24 @@ def test_there_must_be_something_to_learn_from(plain: LLM, tiny_folder: Path) ->
     assert recording.learn(recording.generate([[3], [4]], SamplingParams(max_tokens=2))) > 0
 
 
+def test_a_leading_tilde_is_the_home_folder(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(tiny_folder)
+    served = llm(Path("~/model"))
+    served.drafter.save_pretrained("~/mine")
+    assert (tmp_path / "mine" / "config.json").is_file() and not (tmp_path / "~").exists()
+    for folder in ("~/mine", Path("~/mine")):
+        assert isinstance(LLM("~/model", drafter=folder, dtype="float64", device="cpu").drafter, Eagle3Drafter)
+    assert isinstance(Drafter.from_pretrained("~/mine", "~/model", trained_for="any"), Eagle3Drafter)
+    with pytest.raises(ValueError, match="the folder holds a drafter"):
+        LLM("~/mine", device="cpu")
+    with pytest.raises(ValueError, match=rf"run='{tmp_path}/run' is not the folder of a finished run"):
+        served.drafter.push_to_hub("owner/name", run="~/run")
+
+
 def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_path: Path, plain: LLM) -> None:
     model, _ = load_target(tiny_folder, dtype=torch.float64, device="cpu")
     own = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(50))

@@ -54,7 +54,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], format: str |
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['config.json', 'model.safetensors']
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not holds_drafter(folder):
@@ -228,7 +228,7 @@ def naming_drafters(model: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except ModelError:
-        kind = _drafter_in(Path(model))
+        kind = _drafter_in(Path(model).expanduser())
         if kind is None:
             raise
     if kind is not None:  # not within the block, where the loaders' own texts would be its context
@@ -295,7 +295,7 @@ def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetPart
 
 def local_folder(source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
     """Return the folder of a drafter, downloaded if ``source`` names none here."""
-    folder = Path(source)
+    folder = Path(source).expanduser()
     # What has one slash at most may be a repository on the hub; anything else is a folder that is not there.
     if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         return folder
