@@ -22,6 +22,7 @@ from aurora_rl.models.loading import default_dtype, encode_chat, load_target, st
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, get_drafter
+from aurora_rl.policies.calibration import DrafterError
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter, naming_drafters, written
 from aurora_rl.policies.lookup import NgramDrafter
@@ -34,6 +35,8 @@ from aurora_rl.workload.request_values import chat_messages, check_texts
 logger = logging.getLogger(__name__)
 
 _OF_VLLM = {"prompt_token_ids": "the ids themselves", "prompt": "the text itself"}  # its prompts, and what to give
+
+_TIMED = (16, 128)  # tokens of the prompt, and of its completion, whose rounds are timed
 
 PromptType = str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
 """A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content", as over HTTP. Ids
@@ -78,6 +81,8 @@ class LLM:
             the same words takes the place of less likely ones (``TreeShape.lookup``), so that some are accepted before
             the drafter has learned anything.
         shape: Tree to draft instead of a chain; ``num_speculative_tokens`` is not used then. It needs a drafter.
+        adaptive: Whether each round drafts what is fastest by measured acceptance and cost, up to that shape: the
+            drafter's tree, lookup alone, or nothing. Rounds are timed for it now. The text is the same.
         dtype: "float32", "bfloat16", ... or a torch dtype; "auto" is bfloat16 where the device computes in it.
         device: Device of the target; "auto" is CUDA if there is one.
         num_slots: Requests decoded at the same time.
@@ -115,6 +120,7 @@ class LLM:
         drafter: str | os.PathLike[str] | Drafter | None = None,
         num_speculative_tokens: int = 4,
         shape: TreeShape | None = None,
+        adaptive: bool = False,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         num_slots: int = 4,
@@ -131,9 +137,10 @@ class LLM:
             )
         if not isinstance(shape, TreeShape | None):
             raise ValueError(f"shape is {shape!r}; give a TreeShape, such as TreeShape(depth=4, width=2)")
-        if shape is not None and drafter is None:
+        if drafter is None and (shape is not None or adaptive):
+            asked = f"shape is {shape}" if shape is not None else f"adaptive is {adaptive}"
             raise ValueError(
-                f"shape is {shape}, and there is no drafter to draft it; name one, such as drafter='eagle3', or "
+                f"{asked}, and there is no drafter to draft; name one, such as drafter='eagle3', or "
                 "drafter='ngram', which looks up alone"
             )
         _check_integers(0, num_speculative_tokens=num_speculative_tokens, seed=seed)
@@ -176,6 +183,13 @@ class LLM:
             on_completion=self._ended.append,
             record=record,
         )
+        if adaptive:
+            prompt = torch.arange(min(_TIMED[0], max_length // 2)) % self._decoder.engine.vocab_size
+            timed = Request(0, prompt, SamplingParams(max_tokens=min(_TIMED[1], max_length - len(prompt))))
+            try:
+                self._decoder.adapt(timed)
+            except DrafterError as fault:
+                logger.warning("the shape of the trees stays, since the drafter failed: %s", fault)
         if self._decoder.policy is not None:
             self._decoder.policy.on_fault = lambda slot, fault: logger.warning(
                 "a request goes on without the drafter: %s", fault
@@ -274,6 +288,8 @@ class LLM:
         ):
             last = value
         self._decoder.policy.install(self.drafter.published(), self._decoder.policy.version + 1)
+        if self._decoder.controller is not None:
+            self._decoder.controller.swapped()
         return last
 
     def _requests(

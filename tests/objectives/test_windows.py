@@ -11,7 +11,14 @@ from tiny_drafters import noisy_drafter_and_head
 from tiny_recordings import trajectory_of
 from torch import Tensor
 
-from aurora_rl.objectives import Windows, expected_length, function_objective, imitation, make_objectives, register_objective
+from aurora_rl.objectives import (
+    Windows,
+    expected_length,
+    function_objective,
+    imitation,
+    make_objectives,
+    register_objective,
+)
 from aurora_rl.objectives.divergences import forward_kl
 from aurora_rl.objectives.windows import by_window, completion_tokens
 from aurora_rl.policies import Drafter, MedusaDrafter

@@ -94,8 +94,8 @@ def test_a_class_without_a_name_is_known_where_it_is_imported_and_never_imported
     config["aurora_rl_drafter"] = "written_there:Mine"
     (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
     message = (
-        "the drafter is of the class written_there:Mine, which is not imported, .*; set drafter.name=written_there:Mine, "
-        r"or in Python import written_there first, or give Mine.from_pretrained\(folder, target\) as the drafter"
+        "the drafter is of the class written_there:Mine, which is not imported, .*; set drafter.name=written_there:Mine"
+        r", or in Python import written_there first, or give Mine.from_pretrained\(folder, target\) as the drafter"
     )
     with pytest.raises(CheckpointError, match=message):
         Drafter.from_pretrained(tmp_path / "mine", parts)

@@ -146,7 +146,8 @@ def test_a_folder_of_a_drafter_without_a_name_is_of_its_class(parts: TargetParts
     assert type(load_drafter(tmp_path / "drafter", parts)) is OtherHeads
     edit_config(tmp_path / "drafter", aurora_rl_drafter=None)  # as it was written before it had the entry
     with pytest.raises(
-        CheckpointError, match=r"\['OtherHeads'\]; there are .* set drafter.name=package.module:Class, or in Python give"
+        CheckpointError,
+        match=r"\['OtherHeads'\]; there are .* set drafter.name=package.module:Class, or in Python",
     ):
         load_drafter(tmp_path / "drafter", parts)
     save_drafter(Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
