@@ -35,7 +35,6 @@ from aurora_rl.workload.request_values import chat_messages, check_texts
 logger = logging.getLogger(__name__)
 
 _OF_VLLM = {"prompt_token_ids": "the ids themselves", "prompt": "the text itself"}  # its prompts, and what to give
-
 _TIMED = (16, 128)  # tokens of the prompt, and of its completion, whose rounds are timed
 
 PromptType = str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
@@ -82,7 +81,8 @@ class LLM:
             the drafter has learned anything.
         shape: Tree to draft instead of a chain; ``num_speculative_tokens`` is not used then. It needs a drafter.
         adaptive: Whether each round drafts what is fastest by measured acceptance and cost, up to that shape: the
-            drafter's tree, lookup alone, or nothing. Rounds are timed for it now. The text is the same.
+            drafter's tree, lookup alone, or nothing. The text is the same. Making the LLM times rounds for it, which
+            takes seconds on a CPU.
         dtype: "float32", "bfloat16", ... or a torch dtype; "auto" is bfloat16 where the device computes in it.
         device: Device of the target; "auto" is CUDA if there is one.
         num_slots: Requests decoded at the same time.

@@ -112,9 +112,10 @@ class SpeculativeDecoder:
     def rounds(self) -> Iterator[TensorDictBase]:
         """Decode until no request is left, and yield each round's step, with its results in "next"."""
         td, empty = self.env.reset(), self.env.full_action_spec.zero()["draft"]
-        controller, policy = self.controller, self.policy
+        policy = self.policy
         while self.env.num_active:
             occupied = len(self.engine.store.occupied)
+            controller = self.controller if occupied else None  # all may still be reading their prompts
             if controller is not None and policy is not None:
                 policy.shape = controller.choose(occupied)
                 policy.min_path_probability = controller.price(policy.shape, occupied)
