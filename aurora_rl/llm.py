@@ -22,6 +22,7 @@ from aurora_rl.models.loading import default_dtype, encode_chat, load_target, st
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, get_drafter
+from aurora_rl.policies.calibration import DrafterError
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.policies.formats.files import load_drafter, naming_drafters, written
 from aurora_rl.policies.lookup import NgramDrafter
@@ -29,14 +30,16 @@ from aurora_rl.policies.registry import names_drafter, start_untrained
 from aurora_rl.policies.tree_shape import USUAL_LOOKUP
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
-from aurora_rl.workload.request_values import chat_messages
+from aurora_rl.workload.request_values import chat_messages, check_texts
 
 logger = logging.getLogger(__name__)
 
 _OF_VLLM = {"prompt_token_ids": "the ids themselves", "prompt": "the text itself"}  # its prompts, and what to give
+_TIMED = (16, 128)  # tokens of the prompt, and of its completion, whose rounds are timed
 
 PromptType = str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
-"""A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content", as over HTTP."""
+"""A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content", as over HTTP. Ids
+``[n, P]`` are ``n`` prompts, padding included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,9 @@ class LLM:
             the same words takes the place of less likely ones (``TreeShape.lookup``), so that some are accepted before
             the drafter has learned anything.
         shape: Tree to draft instead of a chain; ``num_speculative_tokens`` is not used then. It needs a drafter.
+        adaptive: Whether each round drafts what is fastest by measured acceptance and cost, up to that shape: the
+            drafter's tree, lookup alone, or nothing. The text is the same. Making the LLM times rounds for it, which
+            takes seconds on a CPU.
         dtype: "float32", "bfloat16", ... or a torch dtype; "auto" is bfloat16 where the device computes in it.
         device: Device of the target; "auto" is CUDA if there is one.
         num_slots: Requests decoded at the same time.
@@ -114,6 +120,7 @@ class LLM:
         drafter: str | os.PathLike[str] | Drafter | None = None,
         num_speculative_tokens: int = 4,
         shape: TreeShape | None = None,
+        adaptive: bool = False,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         num_slots: int = 4,
@@ -130,12 +137,15 @@ class LLM:
             )
         if not isinstance(shape, TreeShape | None):
             raise ValueError(f"shape is {shape!r}; give a TreeShape, such as TreeShape(depth=4, width=2)")
-        if shape is not None and drafter is None:
+        if drafter is None and (shape is not None or adaptive):
+            asked = f"shape is {shape}" if shape is not None else f"adaptive is {adaptive}"
             raise ValueError(
-                f"shape is {shape}, and there is no drafter to draft it; name one, such as drafter='eagle3', or "
+                f"{asked}, and there is no drafter to draft; name one, such as drafter='eagle3', or "
                 "drafter='ngram', which looks up alone"
             )
         _check_integers(0, num_speculative_tokens=num_speculative_tokens, seed=seed)
+        if seed >= 2**63:
+            raise ValueError(f"seed is {seed}; give an integer with 0 <= seed < 2**63")
         _check_integers(1, num_slots=num_slots, **({} if max_length is None else {"max_length": max_length}))
         device = usable_device(device)
         with naming_drafters(model):
@@ -173,6 +183,13 @@ class LLM:
             on_completion=self._ended.append,
             record=record,
         )
+        if adaptive:
+            prompt = torch.arange(min(_TIMED[0], max_length // 2)) % self._decoder.engine.vocab_size
+            timed = Request(0, prompt, SamplingParams(max_tokens=min(_TIMED[1], max_length - len(prompt))))
+            try:
+                self._decoder.adapt(timed)
+            except DrafterError as fault:
+                logger.warning("the shape of the trees stays, since the drafter failed: %s", fault)
         if self._decoder.policy is not None:
             self._decoder.policy.on_fault = lambda slot, fault: logger.warning(
                 "a request goes on without the drafter: %s", fault
@@ -256,6 +273,11 @@ class LLM:
         stream = [each.trajectory for each in done if each.trajectory is not None]
         if not stream:
             raise ValueError("no completion has a trajectory to learn from; make the LLM with record=True")
+        if all(len(each["sequence", "tokens"]) < 3 for each in stream):  # the first has no feature before it
+            raise ValueError(
+                "no completion is long enough to learn from: the third token of a text, prompt included, is the first "
+                "that can be drafted; complete more tokens"
+            )
         autocast = stream[0]["sequence", "features"].dtype == torch.bfloat16
         loss = SumLoss(make_objectives(objectives, self.drafter, self._head if autocast else self._head.float()))
         if self._optimizers is None:
@@ -266,6 +288,8 @@ class LLM:
         ):
             last = value
         self._decoder.policy.install(self.drafter.published(), self._decoder.policy.version + 1)
+        if self._decoder.controller is not None:
+            self._decoder.controller.swapped()
         return last
 
     def _requests(
@@ -278,6 +302,8 @@ class LLM:
         for index, (prompt, params) in enumerate(_asked(prompts, sampling_params)):
             try:
                 tokens = self._encoded(prompt)
+                if params.max_tokens is None:
+                    params = replace(params, max_tokens=max(self._decoder.engine.max_length - len(tokens), 1))
                 for each in params.copies():
                     if each.temperature > 0 and each.seed is None:
                         each = replace(each, seed=self._seeds.getrandbits(63))
@@ -318,6 +344,7 @@ class LLM:
 
     def _encoded(self, prompt: PromptType) -> Tensor:
         if isinstance(prompt, str):
+            check_texts(prompt)
             return torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.int64)
         parts = [prompt] if isinstance(prompt, Mapping) else prompt if isinstance(prompt, Sequence) else []
         objects = [part for part in parts if isinstance(part, Mapping)]
@@ -327,6 +354,7 @@ class LLM:
         if objects and parts is prompt:
             turns = [dict(part) if isinstance(part, Mapping) else part for part in prompt]
             messages = chat_messages(turns, by="LLM")
+            check_texts(messages)
             return torch.tensor(encode_chat(self.tokenizer, messages), dtype=torch.int64)
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             tokens = torch.as_tensor(prompt)
@@ -402,13 +430,15 @@ def _asked(
     prompts: PromptType | Sequence[PromptType], sampling_params: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[tuple[PromptType, SamplingParams]]:
     """Return each prompt with its parameters."""
-    if isinstance(prompts, Mapping) or not hasattr(prompts, "__getitem__"):
+    if not hasattr(prompts, "__getitem__"):
         raise ValueError(
             f"prompts is a {type(prompts).__name__}; give a text, token ids, a list of messages with role and content, "
             "or a list of these"
         )
-    first = prompts[0] if len(prompts) else None
-    alone = isinstance(prompts, str) or isinstance(first, Integral | Mapping) or isinstance(prompts, Tensor)
+    if isinstance(prompts, str | Mapping) or hasattr(prompts, "ndim"):
+        alone = getattr(prompts, "ndim", 1) < 2
+    else:
+        alone = len(prompts) > 0 and isinstance(prompts[0], Integral | Mapping)
     listed: list[Any] = [prompts] if alone else list(prompts)
     if sampling_params is None:
         sampling_params = SamplingParams()

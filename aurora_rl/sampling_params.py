@@ -26,7 +26,8 @@ class SamplingParams:
         seed: Key of the request's noise, ``-2**63 <= seed < 2**63``. Each gives a stream of its own. The same seed,
             prompt and parameters give the same text. None, the default, lets each :class:`~aurora_rl.envs.Request`
             draw a seed of its own.
-        max_tokens: Token budget of the completion.
+        max_tokens: Token budget of the completion. None takes what the context leaves; :class:`~aurora_rl.LLM` alone
+            knows how much, so that a :class:`~aurora_rl.envs.Request` needs a number.
         stop: Strings that end the completion, at the token that completes one. A single string is one stop string; None
             is no string.
         logprobs: Likeliest tokens whose log-probabilities come with each token's own, at most 20; 0 for its own alone.
@@ -47,7 +48,7 @@ class SamplingParams:
     min_p: float = field(default=0.0, kw_only=True)
     n: int = field(default=1, kw_only=True)
     seed: int | None = None
-    max_tokens: int = 128
+    max_tokens: int | None = 128
     stop: Sequence[str] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
@@ -56,7 +57,7 @@ class SamplingParams:
         for name in ("temperature", "top_p", "min_p", "top_k", "n", "seed", "max_tokens", "logprobs"):
             value = getattr(self, name)
             kind, noun = (Real, "a number") if name in ("temperature", "top_p", "min_p") else (Integral, "an integer")
-            unset = name in ("seed", "logprobs") and value is None
+            unset = name in ("seed", "max_tokens", "logprobs") and value is None
             if not unset and (isinstance(value, bool) or not isinstance(value, kind)):
                 raise ValueError(f"{name} is {reprlib.repr(value)}; give {noun}")
         if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
@@ -73,8 +74,8 @@ class SamplingParams:
             raise ValueError(f"n is {self.n}; give an integer >= 1")
         if not -(2**63) <= (self.seed or 0) < 2**63:
             raise ValueError(f"seed is {self.seed}; give an integer with -2**63 <= seed < 2**63, or leave it out")
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}; give an integer >= 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; give an integer >= 1, or None")
         if not 0 <= (self.logprobs or 0) <= 20:
             raise ValueError(f"logprobs is {self.logprobs}; give an integer with 0 <= logprobs <= 20, or None")
         if not isinstance(self.ignore_eos, bool):
@@ -100,6 +101,17 @@ class SamplingParams:
             replace(self, n=1, seed=None if self.seed is None else seed_after(self.seed, index))
             for index in range(self.n)
         ]
+
+    @property
+    def token_budget(self) -> int:
+        """``max_tokens``, which a request has.
+
+        Raises:
+            ValueError: It is None.
+        """
+        if self.max_tokens is None:
+            raise ValueError("max_tokens is None; give a number: only LLM works out what the context leaves")
+        return self.max_tokens
 
     @property
     def noise_seed(self) -> int:

@@ -322,11 +322,11 @@ def check_features(batch: TensorDictBase, feature_layers: Sequence[int], hidden_
     """
     width, count = batch["sequence", "features"].shape[-1], len(feature_layers)
     if count and width != count * hidden_size:
-        recorded = f"{width // hidden_size} layers" if width % hidden_size == 0 else "another hidden size"
         raise ValueError(
-            f"the recorded features are {width} wide, of {recorded}, and the drafter reads {count * hidden_size}, of "
-            f"{count} layers {tuple(feature_layers)}: record the requests again with this drafter, or take the drafter "
-            "that they were recorded with (drafter.name, drafter.path, drafter.feature_layers)"
+            f"the recorded features are {width} wide, and the drafter reads {count * hidden_size}, {count} layers "
+            f"{tuple(feature_layers)} of {hidden_size}: they are of another target or drafter; record the requests "
+            "again with these, or take those that they were recorded with (model, drafter.name, drafter.path, "
+            "drafter.feature_layers)"
         )
 
 

@@ -1,4 +1,4 @@
-"""LLM: its text is that of plain decoding, its prompts fail one by one, and it learns from what it served."""
+"""LLM: its text is that of plain decoding, and its prompts fail one by one."""
 
 from __future__ import annotations
 
@@ -270,61 +270,20 @@ def test_a_stream_that_is_left_drops_its_requests(drafted: LLM) -> None:
     assert texts(drafted.generate("good", SHORT)) == expected
 
 
-def test_it_learns_from_what_it_served(tiny_folder: Path) -> None:
-    served = llm(tiny_folder, record=True)
-    before = served.generate(PROMPTS, SHORT)
-    for _ in range(6):
-        served.learn(before, [{"name": "imitation", "steps": 3}], replay=8)
-    after = served.generate(PROMPTS, SHORT)
-    assert texts(after) == texts(before)
-
-    def acceptance(completions: list[Completion]) -> float:
-        return sum(completion.acceptance_length for completion in completions) / len(completions)
-
-    assert acceptance(after) > acceptance(before) + 0.5
-    assert after[0].trajectory["rounds", "policy_version"].unique().tolist() == [6]
-
-
-def test_a_single_completion_is_learned_from(drafted: LLM) -> None:
-    (completion,) = drafted.generate("abc", SHORT)
-    assert drafted.learn(completion, replay=0) > 0
-
-
-@pytest.mark.parametrize(
-    ("completions", "settings", "message"),
-    [
-        (["a", "b"], {}, r"completions has a str; give what llm.generate\(...\) returned"),
-        ("text", {}, "completions has a str; give what"),
-        (None, {}, "completions has a NoneType; give what"),
-        ([], {"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ([], {"batch_size": 1.5}, "batch_size must be an integer, got 1.5"),
-        ([], {"replay": -1}, "replay must be at least 0, got -1"),
-        ("SERVED", {"objectives": "imitation"}, "objectives is 'imitation'; give a list of mappings"),
-        ("SERVED", {"objectives": ["imitation"]}, "an objective needs a name, got 'imitation'"),
-        (
-            "SERVED",
-            {"objectives": {"name": "imitation"}},
-            "objectives is {'name': 'imitation'}; give a list of mappings",
-        ),
-        ("SERVED", {"objectives": []}, "objectives is empty; name at least one"),
-        ("SERVED", {"objectives": [{"nam": "imitation"}]}, "name"),
-        ("SERVED", {"objectives": [{"name": "imitatio"}]}, "imitation"),
-    ],
-)
-def test_what_cannot_be_learned_is_named(
-    drafted: LLM, completions: Any, settings: dict[str, Any], message: str
-) -> None:
-    completions = drafted.generate("abc", SHORT) if completions == "SERVED" else completions
-    with pytest.raises(ValueError, match=message):
-        drafted.learn(completions, **settings)
-
-
-def test_there_must_be_something_to_learn_from(plain: LLM, tiny_folder: Path) -> None:
-    with pytest.raises(ValueError, match="there is no drafter to train; name one, such as"):
-        plain.learn([])
-    silent = llm(tiny_folder)
-    with pytest.raises(ValueError, match="no completion has a trajectory to learn from; make the LLM with record=True"):
-        silent.learn(silent.generate("abc", SHORT))
+def test_a_leading_tilde_is_the_home_folder(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(tiny_folder)
+    served = llm(Path("~/model"))
+    served.drafter.save_pretrained("~/mine")
+    assert (tmp_path / "mine" / "config.json").is_file() and not (tmp_path / "~").exists()
+    for folder in ("~/mine", Path("~/mine")):
+        assert isinstance(LLM("~/model", drafter=folder, dtype="float64", device="cpu").drafter, Eagle3Drafter)
+    assert isinstance(Drafter.from_pretrained("~/mine", "~/model", trained_for="any"), Eagle3Drafter)
+    with pytest.raises(ValueError, match="the folder holds a drafter"):
+        LLM("~/mine", device="cpu")
+    with pytest.raises(ValueError, match=rf"run='{tmp_path}/run' is not the folder of a finished run"):
+        served.drafter.push_to_hub("owner/name", run="~/run")
 
 
 def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_path: Path, plain: LLM) -> None:
@@ -360,6 +319,7 @@ def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_pa
         ({"num_slots": 2.0}, "num_slots must be an integer, got 2.0"),
         ({"num_speculative_tokens": 2.5}, "num_speculative_tokens must be an integer, got 2.5"),
         ({"num_speculative_tokens": -1}, "num_speculative_tokens must be at least 0, got -1"),
+        ({"seed": 2**63}, r"seed is 9223372036854775808; give an integer with 0 <= seed < 2\*\*63"),
         ({"seed": None}, "seed must be an integer, got None"),
         ({"shape": 4}, r"shape is 4; give a TreeShape, such as TreeShape\(depth=4, width=2\)"),
         ({"shape": TreeShape(4, 2, lookup=4), "drafter": None}, r"shape is TreeShape\(.*; name one, such as"),

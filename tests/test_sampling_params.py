@@ -36,7 +36,6 @@ from aurora_rl.sampling_params import SamplingBatch, SamplingParams
         ("n", 2.0, "give an integer"),
         ("n", True, "give an integer"),
         ("max_tokens", 0, "give an integer >= 1"),
-        ("max_tokens", None, "give an integer"),
         ("seed", -(2**63) - 1, r"-2\*\*63 <= seed < 2\*\*63"),
         ("seed", 2**63, r"-2\*\*63 <= seed < 2\*\*63"),
         ("ignore_eos", 1, "give true or false"),

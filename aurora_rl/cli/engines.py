@@ -63,7 +63,7 @@ def embedded_server(
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     # A prompt with a budget of its own may leave less room than the configuration's.
     usual = usual[: config.engine.max_length // 2]
-    budget = min(spec.sampling_params.max_tokens, config.engine.max_length - len(usual))
+    budget = min(spec.sampling_params.token_budget, config.engine.max_length - len(usual))
     tried = Request(0, torch.tensor(usual), replace(spec.sampling_params, max_tokens=budget))
     processors = None
     if config.generation_config == "auto":

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NoReturn
 
 from aurora_rl.cli.config import Config, load_config, nearest_key, to_yaml
@@ -169,9 +170,19 @@ def _parse(words: list[str], name: str, module: Any) -> argparse.Namespace:
         parser.error(f"unrecognized argument {option}; keys are set without dashes, such as {key}={value}")
     if arguments.overrides is None and unknown:
         parser.error(f"unrecognized argument {unknown[0]}; aurora-rl {name} takes no key=value")
+    for option, given in vars(arguments).items():  # all that begin with a tilde are paths
+        if isinstance(given, list | str | Path):
+            setattr(arguments, option, [*map(_at_home, given)] if isinstance(given, list) else _at_home(given))
     # argparse takes the first group of pairs only; options stand between groups.
     arguments.overrides = [*(arguments.overrides or ()), *unknown]
     return arguments
+
+
+def _at_home(value: Any) -> Any:
+    """Return the value of an option, with the home folder for a leading ``~``, which shells leave in ``--out=~/x``."""
+    if isinstance(value, Path):
+        return value.expanduser()
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _limit_caches() -> None:

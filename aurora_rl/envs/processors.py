@@ -155,7 +155,7 @@ def generation_processors(
                 f"temperature {request.sampling_params.temperature:g} with {name}={value!r} of the model's generation "
                 f"config, which is not applied to samples; set temperature=0, {cure}"
             )
-        return build(request.prompt, request.sampling_params.max_tokens, model.device)
+        return build(request.prompt, request.sampling_params.token_budget, model.device)
 
     return processors_of
 

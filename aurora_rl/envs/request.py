@@ -30,7 +30,7 @@ class Request:
         tenant: Name of the tenant. Tenants share nothing, whatever their salts; None names none.
 
     Raises:
-        ValueError: The parameters ask for several completions.
+        ValueError: The parameters ask for several completions, or have no token budget.
 
     Example:
         >>> import torch
@@ -50,6 +50,7 @@ class Request:
     def __post_init__(self) -> None:
         if (n := self.sampling_params.n) != 1:
             raise ValueError(f"n is {n}; a request has one completion: make one for each of sampling_params.copies()")
+        _ = self.sampling_params.token_budget  # raises if there is none
         if self.sampling_params.seed is None and self.sampling_params.temperature > 0:
             self.sampling_params = replace(self.sampling_params, seed=secrets.randbits(63))
 

@@ -150,9 +150,9 @@ class SpecDecodeEnv(EnvBase):
                 f"{where}: the prompt's tokens must lie in 0..{vocab - 1} (the target's vocabulary), got "
                 f"{int(request.prompt.min())}..{int(request.prompt.max())}; was it encoded by another tokenizer?"
             )
-        if length + request.sampling_params.max_tokens > limit:
+        if length + request.sampling_params.token_budget > limit:
             raise ValueError(
-                f"{where}: a prompt of {length} tokens and {request.sampling_params.max_tokens} new ones exceed the "
+                f"{where}: a prompt of {length} tokens and {request.sampling_params.token_budget} new ones exceed the "
                 f"context of {limit}; shorten the prompt, lower max_tokens or raise max_length"
             )
         if request.sampling_params.temperature > 0 and self.rule.name == "greedy":
@@ -366,7 +366,7 @@ class SpecDecodeEnv(EnvBase):
         for i, (slot, drafted, done) in enumerate(columns):
             held = self._active[slot]
             sampling = held.request.sampling_params
-            budget = sampling.max_tokens
+            budget = sampling.token_budget
             count = min(drafted + 1, budget - done)
             stop = None if sampling.ignore_eos else next((j + 1 for j in range(count) if stops[i][j]), None)
             if held.stop_strings is not None:

@@ -18,7 +18,7 @@ from aurora_rl.objectives.divergences import missed_probability, total_variation
 from aurora_rl.objectives.objective import SAMPLING_KEYS, Objective, Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target_rows import context_rows, target_rows, token_log_probs
-from aurora_rl.objectives.windows import by_window, completion_tokens
+from aurora_rl.objectives.windows import by_window, completion_tokens, unroll_text
 from aurora_rl.policies.drafter import Drafter, draft_rows
 from aurora_rl.tree_index import SEQUENCE_KEYS, TREE_KEYS, TreeIndex, completion_columns
 
@@ -102,7 +102,8 @@ class ExpectedLengthLoss(Objective):
 
     def _text(self, batch: TensorDictBase) -> tuple[Tensor, Tensor, Tensor]:
         """Return expected length, true length and validity, ``[C]`` each, of the window from every completion token."""
-        unroll, request = self.drafter.unroll(batch, self.steps), completion_columns(batch)[0]
+        request = completion_columns(batch)[0]
+        unroll, _ = unroll_text(self.drafter, batch, self.steps)  # nothing is accepted past the text
         rows = target_rows(batch, self.tensor_keys.hidden)
         law = self.served_target(batch, rows, request, greedy=self.rule == "greedy")
         row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))

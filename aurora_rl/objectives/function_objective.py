@@ -20,7 +20,7 @@ from aurora_rl.objectives.distillation import DistillationObjective
 from aurora_rl.objectives.function_probe import probe_function
 from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.target_rows import target_rows
-from aurora_rl.objectives.windows import Windows, by_window, completion_tokens
+from aurora_rl.objectives.windows import Windows, by_window, completion_tokens, unroll_text, with_rows
 from aurora_rl.policies.drafter import Drafter, draft_rows
 from aurora_rl.settings import settings_of
 from aurora_rl.tree_index import completion_columns
@@ -104,7 +104,7 @@ class FunctionObjective(DistillationObjective):
     def values(self, batch: TensorDictBase) -> Values:
         request = completion_columns(batch)[0]
         law, covered = self.target_law(batch, target_rows(batch, self.tensor_keys.hidden), request)
-        unroll = self.drafter.unroll(batch, self.steps)
+        unroll, lacks = unroll_text(self.drafter, batch, self.steps)
         steps, vocab = len(unroll.logits), self.drafter.draft_vocab
         row = draft_rows(vocab, completion_tokens(batch))
         windows = Windows(by_window([row] * steps), request, by_window(unroll.valid & covered))
@@ -126,7 +126,7 @@ class FunctionObjective(DistillationObjective):
         # The layout of `by_window`, step by step: rows of two steps need not have one width.
         shifted = [torch.cat([each[j:], torch.zeros_like(each[:j])]).split(size) for j, each in enumerate(states)]
         value, mask, agrees = by_chunks(judge, zip(range(0, len(row), size), *shifted, strict=True))
-        valid = windows.valid & mask
+        value, valid, agrees = (with_rows(each, lacks) for each in (value, windows.valid & mask, agrees))
         return Values(value, value.new_ones(()), valid, {"agreement": self.mean(agrees, valid)})
 
     def _call(self, log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from aurora_rl.objectives.divergences import (
 from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target_rows import target_rows
-from aurora_rl.objectives.windows import by_window, completion_tokens
+from aurora_rl.objectives.windows import by_window, completion_tokens, unroll_text, with_rows
 from aurora_rl.policies.drafter import Drafter, Unroll, draft_rows
 from aurora_rl.tree_index import completion_columns
 
@@ -135,16 +135,19 @@ class ImitationLoss(DistillationObjective):
 
     @override
     def values(self, batch: TensorDictBase) -> Values:
-        unroll, rows = self.drafter.unroll(batch, self.steps), target_rows(batch, self.tensor_keys.hidden)
+        unroll, lacks = unroll_text(self.drafter, batch, self.steps)
+        rows = target_rows(batch, self.tensor_keys.hidden)
         law, covered = self.target_law(batch, rows, completion_columns(batch)[0])
-        valid, weight = unroll.valid & covered, self.position_weights(batch, unroll, law)
-        self._check_weight(weight, valid)
-        rows_weight = torch.where(valid, weight.detach(), 0.0)
+        reached, weight = unroll.valid & covered, self.position_weights(batch, unroll, law)
+        self._check_weight(weight, reached)
+        valid = with_rows(reached, lacks)
+        rows_weight = torch.where(reached, weight.detach(), 0.0)
         if self.reduction == "mean":
-            rows_weight = rows_weight / self.count(valid)[:, None].clamp(min=1)
+            rows_weight = rows_weight / self.count(valid)[: len(reached), None].clamp(min=1)
         value, agrees = self.compare(unroll.logits, law, rows_weight)
         if self.regression:
             value = value + self.regression * _distance(unroll, rows)
+        value, weight, agrees = (with_rows(each, lacks) for each in (value, weight.expand_as(value), agrees))
         return Values(value, weight, valid, {"agreement": self.mean(agrees, valid)})
 
     def position_weights(self, batch: TensorDictBase, unroll: Unroll, law: Target) -> Tensor:

@@ -119,8 +119,8 @@ class Objective(LossModule):
     ) -> None:
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-        if not math.isfinite(weight):
-            raise ValueError(f"weight must be finite, got {weight}")
+        if not 0 <= weight < math.inf:  # below 0 the drafter would unlearn
+            raise ValueError(f"weight must be finite and not negative, got {weight}")
         if getattr(self, "name", None) is None:
             raise ValueError(f"{type(self).__name__} has no name; give it one by @register_objective(...)")
         super().__init__()

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tensordict import TensorDictBase
 from torch import Tensor
+
+from aurora_rl.policies.drafter import Drafter, Unroll
 
 
 class Windows(NamedTuple):
@@ -43,6 +46,37 @@ def completion_tokens(batch: TensorDictBase) -> Tensor:
     offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
     place = torch.arange(int(offset[-1]), device=offset.device)
     return batch["sequence", "tokens"][place >= torch.repeat_interleave(offset[:-1] + prompt, offset.diff())]
+
+
+def unroll_text(drafter: Drafter, batch: TensorDictBase, steps: int) -> tuple[Unroll, int]:
+    """Unroll a drafter, without the depths past the longest completion: nothing of them is valid.
+
+    Returns:
+        The unroll, and the number of depths that it lacks. :func:`with_rows` adds their rows: processes that share a
+        batch count the positions of as many depths, whatever texts each has.
+
+    Example:
+        >>> from aurora_rl.testing import tiny_batch
+        >>> drafter, _, batch = tiny_batch(max_new_tokens=4)
+        >>> unroll, lacks = unroll_text(drafter, batch, 512)
+        >>> len(unroll.logits), lacks
+        (4, 508)
+    """
+    longest = int((batch["sequence", "offset"].diff() - batch["sequence", "prompt_length"]).max())
+    # What a drafter does by itself, see `Drafter.unroll`, is not lacking.
+    lacks = int(min(steps, drafter.max_depth) - min(steps, longest, drafter.max_depth))
+    return drafter.unroll(batch, min(steps, longest)), lacks
+
+
+def with_rows(values: Tensor, count: int) -> Tensor:
+    """Return values ``[J, C]`` as ``[J + count, C]``, with zeros in the rows of depths that were not unrolled.
+
+    Example:
+        >>> with_rows(torch.tensor([[True, True]]), 1)
+        tensor([[ True,  True],
+                [False, False]])
+    """
+    return F.pad(values, (0, 0, 0, count))
 
 
 def by_window(steps: Sequence[Tensor] | Tensor) -> Tensor:

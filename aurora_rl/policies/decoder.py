@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,8 +11,10 @@ from tensordict import TensorDictBase
 from transformers import PreTrainedModel
 
 from aurora_rl.envs import Engine, Request, SpecDecodeEnv, TransformersEngine
+from aurora_rl.policies.calibration import measure_rounds
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.policy import DrafterPolicy
+from aurora_rl.policies.tree_controller import TreeController, observe_round
 from aurora_rl.policies.tree_shape import TreeShape
 
 
@@ -34,6 +37,7 @@ class SpeculativeDecoder:
         engine: The engine.
         env: The environment.
         policy: The drafter's policy; None if there is no drafter.
+        controller: Chooses each round's shape; None keeps the policy's. See :meth:`adapt`.
 
     Raises:
         UnsupportedModelError: The engine cannot serve the target exactly.
@@ -78,6 +82,8 @@ class SpeculativeDecoder:
         nodes = max(shape.max_nodes, 1)
         self.env = SpecDecodeEnv(self.engine, requests, num_nodes=nodes, draft_mode=shape.mode, **settings)
         self.policy: DrafterPolicy | None = None
+        self.controller: TreeController | None = None
+        self._processors = settings.get("processors")
         if drafter is not None:
             self.policy = DrafterPolicy(
                 drafter,
@@ -88,10 +94,35 @@ class SpeculativeDecoder:
                 generator=torch.Generator(model.device).manual_seed(seed),
             )
 
+    def adapt(self, request: Request) -> None:
+        """Choose the shape of each round from now on by measured acceptance and cost, up to the policy's shape.
+
+        Rounds of ``request`` are timed for it, with the policy's drafter, which there must be.
+
+        Raises:
+            DrafterError: The drafter failed; the shape stays.
+        """
+        assert self.policy is not None
+        # Not every depth, nor often: the caller waits, and `price` leaves out nodes that do not pay.
+        whole = self.policy.shape
+        shapes = [s for s in TreeController.candidates(whole) if s.lookup_only or s.depth in (0, whole.depth)]
+        costs = measure_rounds(self.engine, self.policy, request, shapes, repeats=3, processors=self._processors)
+        self.controller = TreeController(costs)
+
     def rounds(self) -> Iterator[TensorDictBase]:
         """Decode until no request is left, and yield each round's step, with its results in "next"."""
         td, empty = self.env.reset(), self.env.full_action_spec.zero()["draft"]
+        policy = self.policy
         while self.env.num_active:
-            action = td.set("draft", empty) if self.policy is None else self.policy(td)
+            occupied = len(self.engine.store.occupied)
+            controller = self.controller if occupied else None  # all may still be reading their prompts
+            if controller is not None and policy is not None:
+                policy.shape = controller.choose(occupied)
+                policy.min_path_probability = controller.price(policy.shape, occupied)
+            began, prefill = time.perf_counter(), self.engine.prefill_seconds
+            action = td.set("draft", empty) if policy is None else policy(td)
             step, td = self.env.step_and_maybe_reset(action)
+            if controller is not None and policy is not None:
+                seconds = time.perf_counter() - began - (self.engine.prefill_seconds - prefill)
+                observe_round(controller, policy, step, occupied, seconds)
             yield step

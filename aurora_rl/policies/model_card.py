@@ -130,7 +130,7 @@ def run_figures(run: str | os.PathLike[str]) -> tuple[str | None, list[tuple[str
     Raises:
         ValueError: The run has no summary, or a file of it is broken.
     """
-    folder = Path(run)
+    folder = Path(run).expanduser()
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         settings = cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +20,8 @@ from aurora_rl.registry import Registry
 logger = logging.getLogger(__name__)
 
 OWN_NAME = "aurora_rl_drafter"
-"""Entry of a ``config.json`` that names the drafter if the architectures, which engines read, do not tell it."""
+"""Entry of a ``config.json`` that names the drafter if the architectures, which engines read, do not tell it. A class
+without a name has its import path there."""
 
 DRAFTERS: Registry[type[Drafter]] = Registry("drafter", "aurora_rl.drafters", Drafter)
 """Drafters by name."""
@@ -96,8 +99,10 @@ def recognized(config: Mapping[str, Any]) -> type[Drafter]:
         >>> recognized({"architectures": ["LlamaForCausalLMEagle3"]}).__name__
         'Eagle3Drafter'
     """
-    # Known names only: a file from elsewhere must not say what is imported.
+    # Known names and imported classes only: a file from elsewhere must not say what is imported.
     names, own = list(DRAFTERS), config.get(OWN_NAME)
+    if (imported := _imported(own)) is not None and imported.recognizes(config):
+        return imported
     for name in [own] if own in names else names:
         try:
             kind = get_drafter(name)
@@ -106,7 +111,26 @@ def recognized(config: Mapping[str, Any]) -> type[Drafter]:
             continue
         if kind.formats and kind.recognizes(config):
             return kind
+    if isinstance(own, str) and re.fullmatch(r"[\w.]+:[\w.]+", own):
+        module, _, name = own.partition(":")
+        raise ValueError(
+            f"config.json: the drafter is of the class {own}, which is not imported, and a file does not decide what "
+            f"is; set drafter.name={own}, or in Python import {module} first, or give "
+            f"{name}.from_pretrained(folder, target) as the drafter"
+        )
     raise ValueError(
-        f"config.json: no drafter is of architectures {config.get('architectures')}; there are "
-        f"{', '.join(names)}, and any that drafter.name=package.module:Class names"
+        f"config.json: no drafter is of architectures {config.get('architectures')}; there are {', '.join(names)}. Of "
+        "another class set drafter.name=package.module:Class, or in Python give Class.from_pretrained(folder, target) "
+        "as the drafter"
     )
+
+
+def _imported(path: object) -> type[Drafter] | None:
+    """Return the drafter's class of an import path, the last defined of several; None if it is not imported."""
+    found, waiting = None, [Drafter]
+    while waiting:
+        kind = waiting.pop()
+        waiting += reversed(kind.__subclasses__())
+        if f"{kind.__module__}:{kind.__qualname__}" == path and not inspect.isabstract(kind):
+            found = kind
+    return found

@@ -9,6 +9,11 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Literal
 
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from aurora_rl.policies.policy import DrafterPolicy
 from aurora_rl.policies.tree_shape import TreeShape
 
 # Shares of the best shape's tokens per second at which a shape is as good as it, and at which no speculation is better.
@@ -304,6 +309,62 @@ class TreeController:
             if rest != kind and (self._run > _RECENT or not timed):
                 # A pace that changes soon after the kind did tells the kinds apart; one that changes later changes all.
                 self._pace[rest] *= self._pace[kind] / old
+
+
+def observe_round(
+    controller: TreeController, policy: DrafterPolicy, done: TensorDictBase, occupied: int, seconds: float
+) -> None:
+    """Have a controller take in a round of a policy, attributed to the shape that was drafted.
+
+    Slots where the drafter raised are ignored.
+
+    Args:
+        controller: The controller.
+        policy: The policy, as its call for the round left it.
+        done: The environment's step, with its results in "next".
+        occupied: Number of slots that took part.
+        seconds: Wall time of the round, without prefill.
+    """
+    shape, outcomes = controller.plain, []
+    found: list[list[bool]] = []
+    if bool(policy.drafted.any()):
+        shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
+    elif bool(policy.looked_up.any()):
+        shape = policy.shape if policy.shape.lookup_only else controller.without_drafter(policy.shape)
+        verifier, mask = done["next", "verifier"].cpu(), done["draft", "mask"].cpu()
+        # Where a request ended inside the path, nothing after its last token was judged.
+        judged_slots = policy.looked_up & (verifier["bonus_token"] >= 0)
+        found = [verifier["accepted"][slot][mask[slot]].tolist() for slot in judged_slots.nonzero().flatten()]
+    judged = [path[: shape.depth] for path in outcomes]
+    # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
+    below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
+    controller.observe(shape, occupied, seconds, judged, below, found, int(done["draft", "mask"].sum()))
+
+
+def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
+    """Return the outcomes of a round's drafts, by depth, for each of the slots ``[B]`` bool."""
+    draft, verifier = done["draft"], done["next", "verifier"]
+    parents, log_probs, mask = draft["parents"], draft["log_probs"], draft["mask"]
+    siblings = (parents[:, :, None] == parents[:, None]) & mask[:, None]
+    # N-grams' log-probabilities are all alike, and the likelier stands before its siblings.
+    before = torch.ones_like(siblings).tril(-1)
+    own, sibling = log_probs[:, :, None], log_probs[:, None]
+    likeliest = ~(siblings & ((sibling > own) | (sibling == own) & before)).any(-1)
+    # Where a request ended inside the path, nothing after its last token was judged.
+    judged = (verifier["bonus_token"] >= 0).tolist()
+    out = []
+    for slot in slots.nonzero().flatten().tolist():
+        path = verifier["accepted"][slot].nonzero().flatten()
+        outcomes: list[Outcome] = ["likeliest" if best else "sibling" for best in likeliest[slot, path].tolist()]
+        if judged[slot]:
+            end = int(path[-1]) if len(path) else -1
+            outcomes.append("rejected" if bool((mask[slot] & (parents[slot] == end)).any()) else "undrafted")
+        out.append(outcomes)
+    return out
+
+
+def _accepted(path: Sequence[Outcome]) -> int:
+    return sum(outcome in ("likeliest", "sibling") for outcome in path)
 
 
 def _kind(shape: TreeShape) -> int:

@@ -48,7 +48,7 @@ def record_requests(
         drafter,
         waiting,
         shape=shape,
-        max_length=max(len(r.prompt) + r.sampling_params.max_tokens for r in waiting),
+        max_length=max(len(r.prompt) + r.sampling_params.token_budget for r in waiting),
         num_slots=num_slots,
         on_completion=keep,
         **settings,

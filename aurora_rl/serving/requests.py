@@ -216,7 +216,7 @@ class RequestQueue:
         """Return the request of a turn; raise ValueError with what is wrong with it."""
         prompt = turn.prompt
         tokens = prompt_tokens(self._tokenizer, turn.messages, self._vocab_size)
-        budget = self._sampling_params.max_tokens if prompt.max_tokens is None else prompt.max_tokens
+        budget = self._sampling_params.token_budget if prompt.max_tokens is None else prompt.max_tokens
         if len(tokens) + budget > self._max_length:
             key = "max_new_tokens" if prompt.max_tokens is None else "max_tokens"
             raise ValueError(

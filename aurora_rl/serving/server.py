@@ -13,14 +13,13 @@ from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
 
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.envs import Completion, Request, SpecDecodeEnv
 from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.formats.files import save_drafter
-from aurora_rl.policies.tree_controller import Outcome, TreeController
+from aurora_rl.policies.tree_controller import TreeController, observe_round
 from aurora_rl.serving.canary import RoundTrialRules
 from aurora_rl.serving.capture import Capture
 from aurora_rl.serving.versions import Versions
@@ -195,7 +194,7 @@ class InferenceServer:
         seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill)
         tokens = int(done["next", "reward"].sum())
         if controller is not None:
-            self._observe(controller, done, occupied, seconds)
+            observe_round(controller, policy, done, occupied, seconds)
         if occupied and not counted:
             return True
         if baseline:
@@ -214,23 +213,6 @@ class InferenceServer:
         if bool(self.policy.drafted.any()):
             return "tree" if self.policy.shape.width > 1 else "chain"
         return "ngrams" if bool(self.policy.looked_up.any()) else "plain"
-
-    def _observe(self, controller: TreeController, done: TensorDictBase, occupied: int, seconds: float) -> None:
-        """Attribute the round to the shape that was drafted. Ignore slots where the drafter raised."""
-        policy, shape, outcomes = self.policy, controller.plain, []
-        found: list[list[bool]] = []
-        if bool(policy.drafted.any()):
-            shape, outcomes = policy.shape, _outcomes(done, policy.drafted)
-        elif bool(policy.looked_up.any()):
-            shape = policy.shape if policy.shape.lookup_only else controller.without_drafter(policy.shape)
-            verifier, mask = done["next", "verifier"].cpu(), done["draft", "mask"].cpu()
-            # Where a request ended inside the path, nothing after its last token was judged.
-            judged_slots = policy.looked_up & (verifier["bonus_token"] >= 0)
-            found = [verifier["accepted"][slot][mask[slot]].tolist() for slot in judged_slots.nonzero().flatten()]
-        judged = [path[: shape.depth] for path in outcomes]
-        # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
-        below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
-        controller.observe(shape, occupied, seconds, judged, below, found, int(done["draft", "mask"].sum()))
 
     def _reshape(self, controller: TreeController, shape: TreeShape, occupied: int) -> None:
         if shape != self.policy.shape:
@@ -369,29 +351,3 @@ def note_request(
         depth=depth,
         coverage=coverage,
     )
-
-
-def _outcomes(done: TensorDictBase, slots: Tensor) -> list[list[Outcome]]:
-    """Return the outcomes of a round's drafts, by depth, for each of the slots ``[B]`` bool."""
-    draft, verifier = done["draft"], done["next", "verifier"]
-    parents, log_probs, mask = draft["parents"], draft["log_probs"], draft["mask"]
-    siblings = (parents[:, :, None] == parents[:, None]) & mask[:, None]
-    # N-grams' log-probabilities are all alike, and the likelier stands before its siblings.
-    before = torch.ones_like(siblings).tril(-1)
-    own, sibling = log_probs[:, :, None], log_probs[:, None]
-    likeliest = ~(siblings & ((sibling > own) | (sibling == own) & before)).any(-1)
-    # Where a request ended inside the path, nothing after its last token was judged.
-    judged = (verifier["bonus_token"] >= 0).tolist()
-    out = []
-    for slot in slots.nonzero().flatten().tolist():
-        path = verifier["accepted"][slot].nonzero().flatten()
-        outcomes: list[Outcome] = ["likeliest" if best else "sibling" for best in likeliest[slot, path].tolist()]
-        if judged[slot]:
-            end = int(path[-1]) if len(path) else -1
-            outcomes.append("rejected" if bool((mask[slot] & (parents[slot] == end)).any()) else "undrafted")
-        out.append(outcomes)
-    return out
-
-
-def _accepted(path: Sequence[Outcome]) -> int:
-    return sum(outcome in ("likeliest", "sibling") for outcome in path)

@@ -47,19 +47,29 @@ def parse_json(data: bytes) -> Any:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+            check_texts(value)
     except RecursionError:
         raise ValueError("nested too deeply to read") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at character {error.pos + 1}") from None
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise ValueError(f"a text has {half!r}, half a surrogate pair, which no tokenizer takes; remove it") from None
     except ValueError as error:
         if "digits" not in str(error):
             raise
         raise ValueError("an integer has too many digits to be read; write a smaller one") from None
     return value
+
+
+def check_texts(value: Any) -> None:
+    """Raise ValueError if a text in a value of JSON holds half a surrogate pair.
+
+    Example:
+        >>> check_texts({"role": "user", "content": "hi"})
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"a text has {half!r}, half a surrogate pair, which no tokenizer takes; remove it") from None
 
 
 def _refuse_constant(name: str) -> None:

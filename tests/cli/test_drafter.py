@@ -255,8 +255,13 @@ def test_export_of_a_class_that_the_library_does_not_know(
         load_file(tmp_path / "here" / "model.safetensors").keys()
         == load_file(tmp_path / "vllm" / "model.safetensors").keys()
     )
-    assert export(tmp_path / "saved", tmp_path / "again", "--to", "vllm", *pairs) == 2
-    assert "any that drafter.name=package.module:Class names" in capsys.readouterr().err
+    assert export(tmp_path / "saved", tmp_path / "again", "--to", "vllm", *pairs) == 0  # it is imported by now
+    entries = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert entries["aurora_rl_drafter"] == "other_heads:OtherHeads"
+    entries["aurora_rl_drafter"] = "elsewhere:OtherHeads"
+    (tmp_path / "saved" / "config.json").write_text(json.dumps(entries))
+    assert export(tmp_path / "saved", tmp_path / "third", "--to", "vllm", *pairs) == 2
+    assert "set drafter.name=elsewhere:OtherHeads, or in Python import elsewhere first" in capsys.readouterr().err
 
 
 def test_options_are_of_the_class_that_the_folder_says(

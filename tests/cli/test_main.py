@@ -131,6 +131,19 @@ def test_every_command_has_help_and_its_pairs(capsys: pytest.CaptureFixture[str]
         assert name in parts or command.help.split()[0] in text
 
 
+def test_a_leading_tilde_of_an_option_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("seed: 5\n")
+    assert cli.main(["serve", "--config=~/mine.yaml", "--print-config"]) == 0
+    assert "seed: 5\n" in capsys.readouterr().out
+    assert cli.main(["train", "--recording=~/a", "--resume=~/run"]) == 2
+    assert f"--resume {tmp_path}/run: there is no config.yaml" in capsys.readouterr().err
+    assert cli.main(["history", "~/run"]) == 2
+    assert f"{tmp_path}/run" in capsys.readouterr().err
+
+
 def test_a_key_written_as_an_option_is_told_how_to_write_it(capsys: pytest.CaptureFixture[str]) -> None:
     for option in (["--slots", "2"], ["--slots=2"], ["--engine.slots", "2"]):
         with pytest.raises(SystemExit) as error:

@@ -27,7 +27,7 @@ OBJECTIVES = {
     ),
     "steps": (("objectives=[{name: imitation, steps: 0}]",), "'imitation': steps must be at least 1, got 0"),
     "no integer": (("objectives=[{name: imitation, steps: three}]",), "steps must be an integer or null, got 'three'"),
-    "no number": (("objectives=[{name: imitation, weight: .nan}]",), "'imitation': weight must be finite, got nan"),
+    "no number": (("objectives=[{name: imitation, weight: .nan}]",), "weight must be finite and not negative, got nan"),
     "clip": (("objectives=[{name: acceptance_reward, clip: -1}]",), "clip must be positive or null, got -1"),
     "divergence's setting": (
         ("objectives=[{name: imitation, divergence: {name: jensen_shannon, beta: 2}}]",),

@@ -328,9 +328,7 @@ def test_features_of_another_drafter_are_named() -> None:
         TargetParts.of(tiny_target()), draft_vocab=torch.arange(16), feature_layers=(1,)
     )
     batch = pack([trajectory_of(one_layer.double())])
-    message = (
-        r"objective 'imitation': the recorded features are 16 wide, of 1 layers, and the drafter reads 32, of 2 layers"
-    )
+    message = r"objective 'imitation': the recorded features are 16 wide, and the drafter reads 32, 2 layers \(.*\) of"
     with pytest.raises(ValueError, match=message):
         ImitationLoss(drafter, head)(batch)
 

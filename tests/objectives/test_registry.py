@@ -164,7 +164,7 @@ def test_an_objective_that_passes_settings_on_has_those_of_its_parents() -> None
         ({"name": "imitation", "divergence": {"name": "skewed_kl", "skew": 2}}, r"skew must lie in \[0, 1\), got 2"),
         ({"name": "imitation", "divergence": 3}, "divergence must be a string or a mapping or a function, got 3"),
         ({"name": "imitation", "weighting": "foo"}, "weighting must be 'decay' or 'expected_length', got 'foo'"),
-        ({"name": "imitation", "weight": math.nan}, "weight must be finite, got nan"),
+        ({"name": "imitation", "weight": math.nan}, "weight must be finite and not negative, got nan"),
         ({"name": "imitation", "weight": "heavy"}, "weight must be a number, got 'heavy'"),
         ({"name": "acceptance_reward", "clip": -1}, "clip must be positive or null, got -1"),
         ({"name": "acceptance_reward", "clip": "no"}, "clip must be a number or null, got 'no'"),

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from tensordict import TensorDict
+from tiny_drafters import noisy_drafter_and_head
+from tiny_recordings import trajectory_of
+from torch import Tensor
 
+from aurora_rl.objectives import (
+    Windows,
+    expected_length,
+    function_objective,
+    imitation,
+    make_objectives,
+    register_objective,
+)
+from aurora_rl.objectives.divergences import forward_kl
 from aurora_rl.objectives.windows import by_window, completion_tokens
+from aurora_rl.policies import Drafter, MedusaDrafter
+from aurora_rl.policies.drafter import Unroll
+from aurora_rl.trajectories import pack
 from aurora_rl.tree_index import completion_columns
 
 TOKENS = [[7, 8, 1, 2, 3], [9, 4], [5, 6, 0]]  # of three requests, the second without a completion
@@ -42,3 +60,49 @@ def test_windows_keep_dtypes_and_gradients() -> None:
     steps = torch.ones(2, 3, requires_grad=True)
     by_window(steps).sum().backward()
     assert steps.grad is not None and steps.grad.tolist() == [[1, 1, 1], [0, 1, 1]]
+
+
+@pytest.mark.parametrize("kind", [None, MedusaDrafter], ids=["recurrent", "parallel"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "imitation"},
+        {"name": "imitation", "weighting": "expected_length", "regression": 0.1},
+        {"name": "expected_length", "rule": "rejection"},
+        {"name": "windows_kl"},
+    ],
+    ids=str,
+)
+def test_depths_past_the_longest_text_are_not_unrolled_and_change_nothing(
+    settings: dict[str, Any], kind: type[Drafter] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @register_objective("windows_kl")
+    def windows_kl(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        return forward_kl(log_p, log_q), windows.valid
+
+    drafter, head = noisy_drafter_and_head(*([] if kind is None else [kind]))
+    if kind is not None:
+        settings = {**settings, **({"regression": 0.0} if "regression" in settings else {})}
+    texts = pack([trajectory_of(drafter, prompt_length=4, max_new_tokens=n, request=n) for n in (5, 3)])
+    asked: list[int] = []
+
+    def counted(drafter: Drafter, batch: TensorDict, steps: int) -> Unroll:
+        asked.append(steps)
+        return type(drafter).unroll(drafter, batch, steps)
+
+    def learned() -> tuple[list[Tensor], list[Tensor]]:
+        (objective,) = make_objectives([{**settings, "steps": 9}], drafter, head)
+        out = objective(texts)
+        drafter.zero_grad()
+        out[objective.out_keys[0]].backward()
+        gradients = [p.grad.clone() for p in drafter.parameters() if p.grad is not None]
+        return [out[key].detach() for key in objective.out_keys], gradients
+
+    monkeypatch.setattr(drafter, "unroll", lambda batch, steps: counted(drafter, batch, steps), raising=False)
+    found = learned()
+    assert asked == [5]
+    for module in (imitation, function_objective, expected_length):
+        monkeypatch.setattr(module, "unroll_text", lambda drafter, batch, steps: (drafter.unroll(batch, steps), 0))
+    assert found[1]
+    torch.testing.assert_close(found, learned())
+    assert asked == [5, 9]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from aurora_rl import registry
-from aurora_rl.policies import DRAFTERS, Eagle3Drafter, NgramDrafter, TargetParts, get_drafter
+from aurora_rl.policies import DRAFTERS, Drafter, Eagle3Drafter, NgramDrafter, TargetParts, get_drafter
 from aurora_rl.policies.registry import names_drafter, recognized, register_drafter, start_untrained
+from aurora_rl.storage import CheckpointError
 from aurora_rl.testing import tiny_target
 
 MODULE = "test_registry_module"
@@ -73,6 +75,34 @@ def test_drafters_of_installed_packages_are_found_by_name(installed: type[NgramD
         get_drafter("a_counter")
     with pytest.raises(ValueError, match="'a_ghost' cannot be imported: No module named 'no_such_module'"):
         get_drafter("a_ghost")
+
+
+def test_a_class_without_a_name_is_known_where_it_is_imported_and_never_imported_by_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in ("written_here", "written_there"):
+        source = "from aurora_rl.policies import MedusaDrafter\nclass Mine(MedusaDrafter):\n    pass\n"
+        (tmp_path / f"{module}.py").write_text(source)
+    parts = TargetParts.of(tiny_target())
+    kind = get_drafter("written_here:Mine")
+    kind.from_target(parts, draft_vocab=torch.arange(16)).save_pretrained(tmp_path / "mine")
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    assert config["architectures"] == ["Mine"] and config["aurora_rl_drafter"] == "written_here:Mine"
+    assert type(Drafter.from_pretrained(tmp_path / "mine", parts)) is kind
+
+    config["aurora_rl_drafter"] = "written_there:Mine"
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    message = (
+        "the drafter is of the class written_there:Mine, which is not imported, .*; set drafter.name=written_there:Mine"
+        r", or in Python import written_there first, or give Mine.from_pretrained\(folder, target\) as the drafter"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        Drafter.from_pretrained(tmp_path / "mine", parts)
+    assert "written_there" not in sys.modules
+    there = get_drafter("written_there:Mine")
+    assert type(Drafter.from_pretrained(tmp_path / "mine", parts)) is there
+    assert type(kind.from_pretrained(tmp_path / "mine", parts)) is kind
 
 
 def test_a_name_belongs_to_one_class() -> None:

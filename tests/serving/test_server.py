@@ -17,8 +17,7 @@ from aurora_rl.envs import SamplingParams
 from aurora_rl.envs.forward_pass import ForwardPass, Rows
 from aurora_rl.policies import TreeShape
 from aurora_rl.policies.lookup import EarlierAnswers
-from aurora_rl.policies.tree_controller import TreeController
-from aurora_rl.serving.server import _outcomes
+from aurora_rl.policies.tree_controller import TreeController, _outcomes
 from aurora_rl.telemetry.rates import BaselineWindows, Round, Rounds
 
 # ---- the figures ------------------------------------------------------------------------------------------------

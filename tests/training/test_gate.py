@@ -68,7 +68,7 @@ def test_replay_equals_what_was_served(
 def test_replay_names_features_of_another_drafter(drafters: dict) -> None:
     medusa, eagle = drafters[MedusaDrafter, torch.float64], drafters[Eagle3Drafter, torch.float64]
     served = serve(medusa, tiny_target(), PROMPTS[:1], shape=TreeShape(2), max_new_tokens=4)
-    message = r"features are 16 wide, of 1 layers, and the drafter reads 32, of 2 layers \(0, 1\): record the requests"
+    message = r"features are 16 wide, and the drafter reads 32, 2 layers \(0, 1\) of 16: they are of another target"
     with pytest.raises(ValueError, match=message):
         replay(copy.deepcopy(eagle), served, TreeShape(2))
 

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.cli.config.canary import without_trials
 from aurora_rl.cli.config.checks import check_config, without_extras
+from aurora_rl.cli.config.paths import expand_home
 from aurora_rl.cli.config.privacy import keep_nothing
 from aurora_rl.cli.config.schema import Config
 from aurora_rl.cli.config.tree import MOST_SHOWN, keys_of, nested, node_at, wrong_type
@@ -91,7 +92,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
             raise ConfigError(told if source in overrides else f"{source}: {told}")
     try:
         named = {key for _, values in sources[len(usual) :] for key in keys_of(values)}  # by the user
-        for settle in (keep_nothing, without_trials, without_extras):
+        for settle in (keep_nothing, without_trials, without_extras, expand_home):
             settle(merged, named)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere

@@ -22,7 +22,7 @@ from aurora_rl.policies.drafter import Checkpoint, Drafter, check_draft_vocab, m
 from aurora_rl.policies.formats.checks import check_target_depth
 from aurora_rl.policies.formats.peft import ADAPTERS, adapter_files
 from aurora_rl.policies.formats.vllm import LAYER_IDS
-from aurora_rl.policies.registry import OWN_NAME, recognized
+from aurora_rl.policies.registry import DRAFTERS, OWN_NAME, recognized
 from aurora_rl.storage import CheckpointError, read_folder, write_folder
 
 _FILES = ("config.json", "model.safetensors")
@@ -54,7 +54,7 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], format: str |
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['config.json', 'model.safetensors']
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not holds_drafter(folder):
@@ -66,6 +66,9 @@ def save_drafter(drafter: Drafter, folder: str | os.PathLike[str], format: str |
         tensors, config = written(drafter, format)
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    kind = type(drafter)
+    if ":" in (path := DRAFTERS.name_of(kind)) and kind.recognizes(named := {OWN_NAME: path, **config}):
+        config = named  # it has no name; files as EAGLE's authors have them are known by lacking the entry
     if drafter.trained_for is not None:
         config = {**config, TRAINED_FOR: drafter.trained_for}
     adapters, documents = adapter_files(drafter)
@@ -225,7 +228,7 @@ def naming_drafters(model: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except ModelError:
-        kind = _drafter_in(Path(model))
+        kind = _drafter_in(Path(model).expanduser())
         if kind is None:
             raise
     if kind is not None:  # not within the block, where the loaders' own texts would be its context
@@ -292,7 +295,7 @@ def _check_layers(drafter: Drafter, config: Mapping[str, Any], parts: TargetPart
 
 def local_folder(source: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
     """Return the folder of a drafter, downloaded if ``source`` names none here."""
-    folder = Path(source)
+    folder = Path(source).expanduser()
     # What has one slash at most may be a repository on the hub; anything else is a folder that is not there.
     if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         return folder

@@ -141,10 +141,13 @@ def test_other_architectures_come_back_from_their_folder(
     assert type(read) is make and torch.equal(read.score(batch), drafter.score(batch))
 
 
-def test_a_folder_of_a_drafter_without_a_name_needs_its_class(parts: TargetParts, tmp_path: Path) -> None:
+def test_a_folder_of_a_drafter_without_a_name_is_of_its_class(parts: TargetParts, tmp_path: Path) -> None:
     save_drafter(OtherHeads.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
+    assert type(load_drafter(tmp_path / "drafter", parts)) is OtherHeads
+    edit_config(tmp_path / "drafter", aurora_rl_drafter=None)  # as it was written before it had the entry
     with pytest.raises(
-        CheckpointError, match=r"\['OtherHeads'\]; there are .* drafter.name=package.module:Class names"
+        CheckpointError,
+        match=r"\['OtherHeads'\]; there are .* set drafter.name=package.module:Class, or in Python",
     ):
         load_drafter(tmp_path / "drafter", parts)
     save_drafter(Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
