@@ -21,16 +21,17 @@ from aurora_rl.models.kv_cache import SlotCache
 class PackedLinear(nn.Module):
     """A bf16 linear layer whose weight is stored in oneDNN's blocked layout, reordered once and not at every call.
 
-    ``keep_weight`` keeps the plain weight too, so that :func:`stage` can replace it.
+    ``keep_weight`` keeps the plain weight too, so that :func:`stage` can replace it. Where gradients are wanted it is
+    the plain weight that multiplies: there is no gradient through a packed one.
     """
 
     def __init__(self, linear: nn.Linear, *, keep_weight: bool) -> None:
         super().__init__()
-        self.bias = linear.bias
-        self.packed = self.pack(linear.weight.detach())
-        if keep_weight:
+        if keep_weight:  # first, as in a linear layer: some pair parameters by their order
             # As register_parameter does, which refuses a name that the class has already.
             self._parameters["weight"] = linear.get_parameter("weight")
+        self.bias = linear.bias
+        self.packed = self.pack(linear.weight.detach())
 
     @property
     def weight(self) -> Tensor:
@@ -45,6 +46,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
+        if torch.is_grad_enabled() and (kept := self._parameters.get("weight")) is not None and kept.requires_grad:
+            return nn.functional.linear(x, kept, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
