@@ -45,8 +45,8 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_collector_delivers_what_it_was_asked_for(processes: int, run_here: Callable[..., str]) -> None:
-    lines = (run if processes > 1 else run_here)("collector.py", "--processes", str(processes)).splitlines()
+def test_multi_collector_delivers_what_it_was_asked_for(processes: int, run_here: Callable[..., str]) -> None:
+    lines = (run if processes > 1 else run_here)("multi_collector.py", "--processes", str(processes)).splitlines()
     assert [line.split()[0] for line in lines] == [str(16 * processes)] * 3
     delivered = [float(re.search(r"and ([\d.]+) tokens", line).group(1)) for line in lines]
     assert all(1 <= value <= 4 for value in delivered)  # a bonus token, and at most the three accepted ones

@@ -1,6 +1,6 @@
-"""SpecDecodeEnv under TorchRL's own collectors: a target, a drafter, `Collector(env, policy)`.
+"""Environments in several processes under TorchRL's own collectors: each process has an engine and a policy.
 
-python examples/collector.py [--processes 2]
+python examples/multi_collector.py [--processes 2]
 """
 
 from __future__ import annotations
