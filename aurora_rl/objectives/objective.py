@@ -184,8 +184,8 @@ class Objective(LossModule):
         if prompt_length is None and "draft" in batch.keys():
             raise ValueError(
                 f"objective {self.name!r} takes packed trajectories, and this is a batch of rounds; iterate over "
-                "aurora_rl.collectors.TrajectoryCollector(env, policy, ...) in the place of TorchRL's Collector, or give "
-                "it pack([...]) of what on_completion got"
+                "aurora_rl.collectors.TrajectoryCollector(env, policy, ...) in the place of TorchRL's Collector, or "
+                "give it pack([...]) of the trajectories of completions"
             )
         there, outputs = batch.keys(include_nested=True), (self.tensor_keys.hidden, self.tensor_keys.node_hidden)
         found: list[NestedKey] = []
