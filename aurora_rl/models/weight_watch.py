@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +31,7 @@ class WatchedParameter(nn.Parameter):
     times_replaced = 0
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The values, without gradients, on the same memory."""
         return self.detach()
 
@@ -66,7 +64,7 @@ class WeightWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self._owners = [each for each in module.modules() if each._parameters]
-        self._known: list[tuple[nn.Module, str, Any, int, int]] = []
+        self._known: list[tuple[nn.Module, str, nn.Parameter, int, int]] = []
         self.accept()
 
     def accept(self) -> None:
@@ -93,10 +91,8 @@ class WeightWatch:
         ]
         if not owners:
             return False
-        # Packed weights that were made in inference mode could not be copied outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            for owner in owners:
-                if isinstance(owner, PackedLinear):
-                    owner.packed = owner.pack(owner.weight.detach())
+        for owner in owners:
+            if isinstance(owner, PackedLinear):
+                owner.repack()
         self.accept()
         return True

@@ -121,3 +121,19 @@ def test_gradients_go_through_a_packed_layer_that_keeps_its_weight() -> None:
     found = dict(zip(names, gradients(module), strict=True))
     for (name, _), gradient in zip(plain.named_parameters(), expected, strict=True):
         torch.testing.assert_close(found[name], gradient)
+
+
+@native_bf16
+def test_copies_and_casts_of_a_packed_layer_are_of_its_weight_now() -> None:
+    module, new, x = model(torch.bfloat16), model(torch.bfloat16, seed=1), torch.randn(3, 32).bfloat16()
+    prepare_for_inference(module, keep_weights=True)
+    module.requires_grad_(False)
+    module.load_state_dict(new.state_dict())
+    torch.testing.assert_close(module(x), new(x), atol=0.02, rtol=0.02)  # at once, without a watch
+    with torch.no_grad():
+        module[0].weight.zero_()
+    served = copy.deepcopy(module).to(torch.bfloat16)
+    assert torch.equal(served[0](x), module[0].bias.expand(3, -1))
+    plain = copy.deepcopy(module).float()
+    assert torch.equal(plain[0](x.float()), module[0].bias.float().expand(3, -1))
+    assert torch.equal(plain.bfloat16()[0](x), module[0].bias.expand(3, -1))
