@@ -1,57 +1,55 @@
-"""SpecDecodeEnv under TorchRL's own collectors: a target, a drafter, `Collector(env, policy)`.
+"""Learn while serving, in TorchRL's manner: a collector, a loss module, an optimizer.
 
-python examples/collector.py [--processes 2]
+python examples/collector.py [--batches 60]
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 
 import torch
-from torchrl.collectors import Collector, MultiSyncCollector
 
+from aurora_rl.collectors import TrajectoryCollector
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.testing import tiny_target
-
-
-@functools.cache
-def parts() -> tuple[Eagle3Drafter, TransformersEngine]:
-    """The drafter and the engine of this process, which its environment and its policy share."""
-    torch.manual_seed(0)
-    model = tiny_target(dtype=torch.float32)
-    drafter = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(32)).eval()
-    return drafter, TransformersEngine(model, num_slots=2, max_length=64, feature_layers=drafter.feature_layers)
-
-
-def make_env() -> SpecDecodeEnv:
-    _, engine = parts()
-    ids = itertools.count()
-    return SpecDecodeEnv(
-        engine, lambda: Request(next(ids), torch.randint(0, 32, (5,)), SamplingParams(max_tokens=16)), num_nodes=6
-    )
-
-
-def make_policy() -> DrafterPolicy:
-    drafter, engine = parts()
-    return DrafterPolicy(drafter, engine.store, num_nodes=6, shape=TreeShape(depth=3, width=2, num_nodes=6))
+from aurora_rl.training.gate import replay
+from aurora_rl.trajectories import unpack
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, default=1, help="each has an engine of its own")
-    count = parser.parse_args().processes
-    frames = {"frames_per_batch": 16 * count, "total_frames": 48 * count}
-    if count == 1:
-        collector = Collector(make_env(), make_policy(), **frames)
-    else:
-        collector = MultiSyncCollector([make_env] * count, policy_factory=[make_policy] * count, **frames)
-    for batch in collector:
-        accepted = batch["next", "verifier", "accepted"].sum(-1).float().mean()
-        delivered = batch["next", "reward"].mean()
-        print(f"{batch.numel()} rounds: {accepted:.2f} drafts accepted and {delivered:.2f} tokens delivered in each")
+    parser.add_argument("--batches", type=int, default=60)
+    batches = parser.parse_args().batches
+    torch.manual_seed(0)
+    model, shape = tiny_target(dtype=torch.float32), TreeShape(depth=3)  # any causal LM of transformers
+    parts = TargetParts.of(model)
+    drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(32))
+    engine = TransformersEngine(model, num_slots=32, max_length=64, feature_layers=drafter.feature_layers)
+    requests = (Request(i, torch.randint(0, 32, (8,)), SamplingParams(max_tokens=16)) for i in itertools.count())
+    env = SpecDecodeEnv(engine, lambda: next(requests), num_nodes=3)
+    policy = DrafterPolicy(drafter, engine.store, num_nodes=3, shape=shape)
+
+    collector = TrajectoryCollector(env, policy, frames_per_batch=512)
+    loss_module = ImitationLoss(drafter, parts.head)
+    optimizer = torch.optim.AdamW(loss_module.parameters(), lr=1e-2)
+    stream = iter(collector)
+    held_out = unpack(next(stream))  # nothing is learned from the first batch
+
+    def acceptance_length() -> float:
+        return replay(drafter.serving_copy(torch.float32), held_out, shape).acceptance_length
+
+    print(f"before: acceptance length {acceptance_length():.2f} on {len(held_out)} requests that are not learned from")
+    for batch in itertools.islice(stream, batches):
+        loss = loss_module(batch)
+        loss["loss_imitation"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        collector.update_policy_weights_()
+        print(f"version {policy.version}: loss {loss['loss_imitation'].item():.3f} of {len(batch['request'])} requests")
+    print(f"after: acceptance length {acceptance_length():.2f}")
     collector.shutdown()
 
 

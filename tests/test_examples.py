@@ -44,9 +44,20 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return run_here
 
 
+def test_collector_learns_for_requests_that_it_has_not_learned_from(run_here: Callable[..., str]) -> None:
+    out = run_here("collector.py")
+    before, requests = re.search(r"^before: acceptance length ([\d.]+) on (\d+) requests", out, re.MULTILINE).groups()
+    (after,) = re.findall(r"^after: acceptance length ([\d.]+)$", out, re.MULTILINE)
+    assert int(requests) >= 30 and float(after) >= float(before) + 0.08
+    # Each step is a version, which drafts the next batch.
+    assert re.findall(r"^version (\d+): loss ", out, re.MULTILINE) == [str(number) for number in range(60)]
+    assert len((EXAMPLES / "collector.py").read_text().split("def main")[1].splitlines()) < 45
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_collector_delivers_what_it_was_asked_for(processes: int, run_here: Callable[..., str]) -> None:
-    lines = (run if processes > 1 else run_here)("collector.py", "--processes", str(processes)).splitlines()
+def test_multi_collector_delivers_what_it_was_asked_for(processes: int, run_here: Callable[..., str]) -> None:
+    arguments = ("multi_collector.py", "--processes", str(processes))
+    lines = (run if processes > 1 else run_here)(*arguments).splitlines()
     assert [line.split()[0] for line in lines] == [str(16 * processes)] * 3
     delivered = [float(re.search(r"and ([\d.]+) tokens", line).group(1)) for line in lines]
     assert all(1 <= value <= 4 for value in delivered)  # a bonus token, and at most the three accepted ones

@@ -26,8 +26,8 @@ _TURN_S = 0.1
 class ZMQCollector:
     """Receives packed trajectories from any number of engines.
 
-    The engines own their decode loops, so this collector steps no environment. In one process, TorchRL's own
-    ``Collector(env, policy)`` steps a :class:`aurora_rl.envs.SpecDecodeEnv`.
+    The engines own their decode loops, so this collector steps no environment. In one process,
+    :class:`aurora_rl.collectors.TrajectoryCollector` steps a :class:`aurora_rl.envs.SpecDecodeEnv`.
 
     A message that is malformed, from another deployment or refused by ``validate`` is dropped and counted, not raised.
 

@@ -67,7 +67,7 @@ class SpecDecodeEnv(EnvBase):
         on_completion: Called with each :class:`Completion` as it ends, after :attr:`on_tokens`.
         on_refused: Called with each request that cannot be served (see :meth:`check`) and the reason; the next request
             takes its place. None, the default, raises the reason as a ValueError.
-        record: Whether completions carry their trajectory.
+        record: Whether completions carry their trajectory; an attribute too.
 
     Attributes:
         on_tokens: Called with each request that a round delivered tokens to, the tokens, and their log-probabilities
@@ -127,7 +127,7 @@ class SpecDecodeEnv(EnvBase):
         self._taken: deque[Request] = deque()  # checked, and waiting for a slot
         self._prefill = ChunkedPrefill(engine)
         self.recording_seconds = 0.0
-        self._recorder = TrajectoryRecorder(store) if record else None
+        self.record, self._recorder = record, TrajectoryRecorder(store) if record else None
         self._set_sampling()
         self.observation_spec, self.action_spec = specs(engine, num_nodes, needs_q=self.rule.needs_q)
         flag = Binary(shape=(engine.num_slots, 1), dtype=torch.bool, device=device)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from typing_extensions import override
 
 from aurora_rl.models.attention import grouped_attention, masks_by_part
 from aurora_rl.models.kv_cache import SlotCache
@@ -21,31 +22,74 @@ from aurora_rl.models.kv_cache import SlotCache
 class PackedLinear(nn.Module):
     """A bf16 linear layer whose weight is stored in oneDNN's blocked layout, reordered once and not at every call.
 
-    ``keep_weight`` keeps the plain weight too, so that :func:`stage` can replace it.
+    ``keep_weight`` keeps the plain weight too, so that :func:`stage` can replace it. The packed one follows it when a
+    state dict is loaded and when the module is copied, cast or moved. ``aurora_rl.models.weight_watch`` notices other
+    writes. Where gradients are wanted the plain weight multiplies: none go through a packed one.
     """
+
+    packed: Tensor | None
 
     def __init__(self, linear: nn.Linear, *, keep_weight: bool) -> None:
         super().__init__()
-        self.bias = linear.bias
-        self.packed = self.pack(linear.weight.detach())
-        if keep_weight:
+        if keep_weight:  # first, as in a linear layer: some pair parameters by their order
             # As register_parameter does, which refuses a name that the class has already.
             self._parameters["weight"] = linear.get_parameter("weight")
+        self.bias = linear.bias
+        self.packed = self.pack(linear.weight.detach())
 
     @property
     def weight(self) -> Tensor:
         """``[out, in]``, unpacked at every call unless it was kept: some attention reads weights by itself."""
         kept = self._parameters.get("weight")
-        return self.packed.to_dense() if kept is None else kept
+        if kept is not None:
+            return kept
+        assert self.packed is not None
+        return self.packed.to_dense()
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
         """Return the weight ``[out, in]`` in the blocked layout."""
         return torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
+    def repack(self) -> None:
+        """Pack the plain weight anew, if it was kept; one of another dtype or device is left plain."""
+        kept = self._parameters.get("weight")
+        if kept is not None:
+            # A packed weight that was made in inference mode could not be copied outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                self.packed = self.pack(kept.detach()) if _is_packable(kept) else None
+
+    @override
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.repack()
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.repack()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the packed weight out of copies if the plain one was kept: torch cannot copy it."""
+        return vars(self) | ({} if self._parameters.get("weight") is None else {"packed": None})
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.repack()
+
+    @override
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
+        kept = self._parameters.get("weight")
+        if self.packed is None or (kept is not None and kept.requires_grad and torch.is_grad_enabled()):
+            return nn.functional.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def _is_packable(weight: Tensor) -> bool:
+    return (weight.dtype, weight.device.type) == (torch.bfloat16, "cpu")
 
 
 @torch.no_grad()
@@ -235,11 +279,7 @@ def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> No
         if norm is not None:
             setattr(model, name, norm)
         # Not subclasses, which may return more than a product, as routers do.
-        elif (
-            pack
-            and type(child) is nn.Linear
-            and (child.weight.dtype, child.weight.device.type) == (torch.bfloat16, "cpu")
-        ):
+        elif pack and type(child) is nn.Linear and _is_packable(child.weight):
             setattr(model, name, PackedLinear(child, keep_weight=keep_weights))
         else:
             prepare_for_inference(child, keep_weights=keep_weights)

@@ -160,9 +160,10 @@ def objective_from_function(name: str, function: ObjectiveFunction) -> type[Func
     positional = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     keywords = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     if len(positional) != 3 or len(positional) + len(keywords) != len(signature.parameters):
+        cure = f"; settings are keyword-only: put * before {positional[3].name!r}" if len(positional) > 3 else ""
         raise ValueError(
             f"objective {name!r}: its function must take (log_p, log_q, windows, *, settings), got "
-            f"{function.__name__}{signature}"
+            f"{function.__name__}{signature}{cure}"
         )
     if taken := sorted(set(keywords) & set(settings_of(FunctionObjective))):
         raise ValueError(f"objective {name!r}: every objective has a setting {taken[0]!r}; rename the function's")

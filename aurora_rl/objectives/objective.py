@@ -181,6 +181,12 @@ class Objective(LossModule):
         prompt_length = batch.get(("sequence", "prompt_length"), None)
         if prompt_length is not None and not prompt_length.ndim:
             raise ValueError(f"objective {self.name!r} takes a batch, and this is one trajectory; give it pack([...])")
+        if prompt_length is None and "draft" in batch.keys():
+            raise ValueError(
+                f"objective {self.name!r} takes packed trajectories, and this is a batch of rounds; iterate over "
+                "aurora_rl.collectors.TrajectoryCollector(env, policy, ...) in the place of TorchRL's Collector, or "
+                "give it pack([...]) of the trajectories of completions"
+            )
         there, outputs = batch.keys(include_nested=True), (self.tensor_keys.hidden, self.tensor_keys.node_hidden)
         found: list[NestedKey] = []
         for key in self.reads:

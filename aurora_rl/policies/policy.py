@@ -13,6 +13,7 @@ from torch import Tensor
 from aurora_kernels.trees import tree_fault, valid_nodes
 from aurora_rl.context import ContextStore
 from aurora_rl.models.inference_modules import prepare_for_inference
+from aurora_rl.models.weight_watch import WeightWatch
 from aurora_rl.plausible import implausible
 from aurora_rl.policies.drafter import Drafter, Proposal
 from aurora_rl.policies.lookup import EarlierAnswers, Tree, merge_trees, ngram_tree, padded
@@ -42,6 +43,11 @@ class DrafterPolicy(TensorDictModuleBase):
     as many rows as are read in two fifths of a round's time. A slot gets no draft of the drafter's before its cache is
     level.
 
+    New weights come by :meth:`stage` or :meth:`install`, with their version. Or something writes the parameters, as an
+    optimizer, ``load_state_dict`` and ``update_policy_weights_`` of TorchRL's collectors do. The next round notices
+    that: the weights are a new version, one up unless :attr:`version` was set along with them, and caches of the old
+    ones are dropped as in a swap. ``aurora_rl.models.weight_watch.WeightWatch`` says which writes cannot be noticed.
+
     Args:
         drafter: Drafter, put into inference form in place; its serving cache is allocated here.
         store: Context store of the engine.
@@ -69,6 +75,8 @@ class DrafterPolicy(TensorDictModuleBase):
         prefix_cache: Rows of the drafter's cache of finished requests, by which it is filled where a request of
             the same salt begins alike. A swap empties it. None, the default, keeps none.
         rebuild_on_install: Whether a swap drops the caches, so that every row in them is of the new weights.
+        notices_writes: Whether written parameters are a new version. False where all weights come by :meth:`stage`:
+            any other write is then a fault, for a watchdog to find.
 
     Example:
         >>> from aurora_rl.envs import Request, SpecDecodeEnv, TransformersEngine
@@ -104,6 +112,7 @@ class DrafterPolicy(TensorDictModuleBase):
         self._store, self._vocab_size, self._generator, self.layers = store, vocab_size, generator, layers
         self.on_fault: Callable[[int, str], None] | None = None
         self.prefix_cache: PrefixCache | None = None
+        self.notices_writes = True
         self.earlier: EarlierAnswers | None = None
         self._budget = RowBudget()
         self._read = torch.zeros_like(store.tokens)  # tokens in the drafter's cache: the slot may hold the next request
@@ -114,6 +123,7 @@ class DrafterPolicy(TensorDictModuleBase):
         prepare_for_inference(drafter, keep_weights=True)
         drafter.allocate(store.num_slots, store.max_length)
         self._cache_version = torch.full((store.num_slots,), version)
+        self._watch, self._watched_version = WeightWatch(drafter), version
 
     @property
     def shape(self) -> TreeShape:
@@ -141,13 +151,18 @@ class DrafterPolicy(TensorDictModuleBase):
 
         def install() -> None:
             put()
-            self.version = version
-            if self.prefix_cache is not None:
-                self.prefix_cache.clear()
-            if self.rebuild_on_install:
-                self._forget(self._store.occupied)  # the others are forgotten when they get a request
+            self._watch.accept()
+            self._swapped(version)
 
         return install
+
+    def _swapped(self, version: int) -> None:
+        """Count the weights in place as this version, and drop what is kept of those before."""
+        self.version = self._watched_version = version
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
+        if self.rebuild_on_install:
+            self._forget(self._store.occupied)  # the others are forgotten when they get a request
 
     def install(self, weights: dict[str, Tensor], version: int) -> None:
         """Swap weights between two rounds; errors as of :meth:`stage`."""
@@ -196,6 +211,10 @@ class DrafterPolicy(TensorDictModuleBase):
             A TensorDict with "tokens", "parents", "mask" and "log_probs", each ``[B, N]``, and "q" ``[B, N, V]`` if it
             is asked for. "mode" ``[B]`` int64 is an index into ``aurora_rl.trajectories.DRAFT_MODES``.
         """
+        if self.notices_writes:
+            if self._watch.written():
+                self._swapped(self.version + (self.version == self._watched_version))
+            self._watched_version = self.version
         store, device = self._store, self._store.tokens.device
         fresh = is_init.flatten().cpu()
         waits = not bool(fresh[store.occupied].all())  # where every request is new, none has had tokens yet

@@ -101,6 +101,9 @@ class Versions:
             if second_policy is None or trial_rules is None
             else _Seat(second_policy, second_controller, watch and watch(second_policy))
         )
+        for each in (self._seat, self._idle):
+            if each is not None:
+                each.policy.notices_writes = False  # the versions here are published ones; other writes are faults
         # Of the version that is served, the one before it, and the one on trial.
         self._kept = {policy.version: _Kept(_as_served(policy, policy.drafter.published()), "")}
         self._mended: set[tuple[int, str]] = set()  # faults found before: version and cause

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -11,7 +14,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives import Objective
+from aurora_rl.objectives import OBJECTIVES, Objective
+from aurora_rl.objectives.function_objective import objective_from_function
 from aurora_rl.policies import TargetParts
 from aurora_rl.testing.asserts import require
 from aurora_rl.testing.estimators import check_expected_gradient
@@ -31,7 +35,7 @@ _SHARPER = 4.0
 
 
 def check_objective(
-    make: Callable[..., Objective],
+    make: str | Callable[..., Any],
     *,
     differentiable: bool = True,
     unbiased: bool = True,
@@ -50,8 +54,9 @@ def check_objective(
     such a table, which scores trees and cannot unroll.
 
     Args:
-        make: Called with a drafter, the target's head and ``reduction=...``: a class of objectives, or a partial of
-            one with settings.
+        make: The objective: its name, an import path ``package.module:Thing``, its class, or its function of
+            ``log_p``, ``log_q`` and windows. With settings it is a partial of its class or function, or a function that
+            is called with a drafter, the target's head and ``reduction=...`` and returns the objective.
         differentiable: False for an objective that holds a part of itself constant, such as a weight, so that its
             gradient is not the derivative of its value.
         unbiased: False for a sampled objective that is biased on purpose, as by standardised rewards: then its
@@ -62,11 +67,12 @@ def check_objective(
 
     Raises:
         AssertionError: A promise is broken; the message names it.
+        ValueError: ``make`` is no objective, or nothing has its name.
 
     Example:
-        >>> from aurora_rl.objectives import get_objective
-        >>> check_objective(get_objective("imitation"))
+        >>> check_objective("imitation")
     """
+    make = _maker(make)
     parts = TargetParts.of(tiny_target())
     drafter = gappy_drafter(parts, seed)
 
@@ -98,6 +104,26 @@ def check_objective(
         check_expected_gradient(make, unbiased=unbiased, seed=seed)
     elif leads:
         _check_direction(make, parts, pack(first.trajectories))
+
+
+def _maker(make: str | Callable[..., Any]) -> Callable[..., Objective]:
+    """Return what is called with drafter, head and ``reduction=...`` to make the objective."""
+    if isinstance(make, str):
+        return OBJECTIVES.get(make)
+    if not callable(make) or (isinstance(make, type) and not issubclass(make, Objective)):
+        raise ValueError(
+            f"an objective is its name, 'package.module:Thing', its class, its function, or a function of drafter, "
+            f"head and reduction that makes it; got {make!r}"
+        )
+    if isinstance(make, functools.partial) and not make.args:
+        return functools.partial(_maker(make.func), **make.keywords)
+    if not inspect.isfunction(make):
+        return make
+    parameters = inspect.signature(make).parameters
+    if "reduction" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return make
+    name = OBJECTIVES.name_of(make)
+    return OBJECTIVES.get(name) if name in OBJECTIVES else objective_from_function(make.__name__, make)
 
 
 def _check_forward(objective: Objective, batch: TensorDict) -> None:

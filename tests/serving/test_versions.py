@@ -198,3 +198,8 @@ def test_a_canary_without_a_second_policy_is_refused(tmp_path: Path) -> None:
     policy: DrafterPolicy = serving.policy
     with pytest.raises(ValueError, match="a trial needs a second policy"):
         Versions(policy, log=None, stats=serving.server.stats, trial_rules=RoundTrialRules())  # type: ignore[arg-type]
+
+
+def test_only_published_weights_are_a_version_of_a_server(tmp_path: Path) -> None:
+    versions = tried(tmp_path, Right(requests(5)), Constant(requests(5)), Inbox()).server.versions
+    assert [policy.notices_writes for policy in versions.policies] == [False, False]

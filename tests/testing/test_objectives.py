@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,15 @@ from torch import Tensor
 
 from aurora_kernels import Target, TopKTarget
 from aurora_kernels.trees import sibling_ranks
-from aurora_rl.objectives import DiscardSamplingLoss, ExpectedLengthLoss, ImitationLoss, Objective, Values
+from aurora_rl.objectives import (
+    DiscardSamplingLoss,
+    ExpectedLengthLoss,
+    ImitationLoss,
+    Objective,
+    Values,
+    Windows,
+    forward_kl,
+)
 from aurora_rl.objectives.served_target import ServedTarget
 from aurora_rl.testing import check_objective
 
@@ -30,6 +39,51 @@ def check(kind: type[Objective], *, settings: dict[str, Any] | None = None, **de
 def of_tokens(batch: TensorDictBase, of_requests: Tensor) -> Tensor:
     """``[C]``, of the completion tokens, from a value of every request."""
     return of_requests.repeat_interleave(batch["sequence", "offset"].diff() - batch["sequence", "prompt_length"])
+
+
+# ---- what it takes --------------------------------------------------------------------------------------------------
+
+
+def scaled_kl(log_p: Tensor, log_q: Tensor, windows: Windows, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    return scale * forward_kl(log_p, log_q), windows.valid
+
+
+def follows_the_contrary(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    return -forward_kl(log_p, log_q), windows.valid
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *("imitation", "aurora_rl.objectives:ImitationLoss", "objective_functions:plain_kl", ImitationLoss),
+        *(partial(ImitationLoss, steps=2), scaled_kl, partial(scaled_kl, scale=2.0)),
+    ],
+    ids=str,
+)
+def test_an_objective_is_named_as_elsewhere(objective: Any) -> None:
+    check_objective(objective)
+
+
+def test_a_function_is_checked_as_any_objective() -> None:
+    with pytest.raises(AssertionError, match="it does not lead to the target"):
+        check_objective(follows_the_contrary)
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ("imitatoin", "no objective is called 'imitatoin'; did you mean 'imitation'"),
+        (7, "an objective is its name, .* got 7"),
+        (dict, "an objective is its name, .* got <class 'dict'>"),
+        (lambda p, q, windows, floor=0.1: None, r"take \(log_p, .*; settings are keyword-only: put \* before 'floor'$"),
+        (lambda drafter, head: None, r"must take \(log_p, log_q, windows, \*, settings\), got <lambda>\(drafter, head"),
+        (partial(scaled_kl, size=2), "size"),
+    ],
+)
+def test_what_is_none_is_refused_in_a_line(objective: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        check_objective(objective)
+    assert "\n" not in str(caught.value)
 
 
 # ---- what forward gives and reads -----------------------------------------------------------------------------------
