@@ -119,7 +119,7 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("top_p=0", "^top_p must be above 0 and at most 1, got 0.0$"),
         ("min_p=1.5", r"^min_p must lie in \[0, 1\], got 1.5$"),
         ("top_k=-2", "^top_k must be at least -1, got -2$"),
-        ("engine.max_length=1", "^engine.max_length must be at least 2, for a prompt and an answer, got 1$"),
+        ("engine.max_length=1", "^engine.max_length must be at least 2, for a prompt and an answer, or null, got 1$"),
         ("traffic.path=", "^traffic.path is empty; name a file, or null$"),
         ("dtype=float8", "dtype must be auto, float32, bfloat16, float16 or float64, got 'float8'"),
         ("generation_config=vllm", "generation_config must be auto or ignore, got 'vllm'"),
