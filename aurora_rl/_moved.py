@@ -19,6 +19,7 @@ _RENAMED = {
     "settings": {"check": "check_values"}, "envs.sglang.weights": {"load_drafter": "swap_weights"},
     "policies.formats.checks": {"check_captured": "check_feature_layers"},
     "policies.formats.files": {"check_layout": "check_format"},
+    "cli.assembly": {"check_context": "slot_length"},
     "testing.families": {"Verdict": "FamilyOutcome", "verdict": "try_family"},
 }  # fmt: skip
 # Old to new, below aurora_rl: modules, then names that left a module which is still there.
@@ -92,7 +93,7 @@ ELSEWHERE = {
     "build": {
         "SCHEMA": "aurora_rl.collectors.codec", "Target": "aurora_rl.cli.assembly.LoadedTarget",
         "check, check_objectives, device_of, dtype_of, shape": "aurora_rl.cli.spec.resolve",
-        "conversations": "aurora_rl.cli.assembly.request_queue",
+        "conversations": "aurora_rl.cli.assembly.request_queue", "check_context": "aurora_rl.cli.assembly.slot_length",
         "drafter": "aurora_rl.cli.assembly.start_drafter", "hello": "aurora_rl.collectors.handshake.Handshake.of",
         "learner": "aurora_rl.cli.learner.build_learner",
     },

@@ -96,7 +96,7 @@ class Registry(Generic[P]):
         """Return a registered part, that of an entry point, or that of an import path ``package.module:Thing``.
 
         Raises:
-            ValueError: Nothing has the name (the message suggests the nearest), the name is reserved, it cannot be
+            ValueError: Nothing has the name (the message suggests a near one), the name is reserved, it cannot be
                 imported, or it is not of the seam's kind.
         """
         if name in self._registered:
@@ -116,8 +116,8 @@ class Registry(Generic[P]):
                 # A path with a dot in the place of the colon is no misspelled name.
                 near = ":".join(name.rsplit(".", 1)) if "." in name.strip(".") else nearest(name, known)
                 raise ValueError(
-                    f"no {self._seam} is called {name!r}; did you mean {near!r}? There are {', '.join(known)}, and any "
-                    f"package.module:{'Class' if self._base else 'function'}"
+                    f"no {self._seam} is called {name!r}; {f'did you mean {near!r}? There' if near else 'there'} are "
+                    f"{', '.join(known)}, and any package.module:{'Class' if self._base else 'function'}"
                 )
             point = found[name]
         if EntryPoint.pattern.match(point.value) is None:

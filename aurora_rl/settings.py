@@ -51,14 +51,18 @@ def settings_of(target: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the most similar of the known names, at least one.
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the most similar of the known names, whatever their case; None if none is near enough to be a misspelling.
 
     Example:
-        >>> nearest("forwardkl", ["reverse_kl", "forward_kl"])
-        'forward_kl'
+        >>> nearest("forwardkl", ["reverse_kl", "forward_kl"]), nearest("EAGLE3", ["eagle", "eagle3"])
+        ('forward_kl', 'eagle3')
+        >>> nearest("nope", ["standalone"]) is None
+        True
     """
-    return difflib.get_close_matches(name, list(known), 1, 0)[0]
+    names = {each.casefold(): each for each in known}
+    close = difflib.get_close_matches(name.casefold(), names, 1)
+    return names[close[0]] if close else None
 
 
 def check_values(settings: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
@@ -70,11 +74,12 @@ def check_values(settings: Mapping[str, Any], known: Mapping[str, Any], what: st
         what: Owner of the settings, for the message.
 
     Raises:
-        ValueError: The message names the setting, and the nearest known one or the type.
+        ValueError: The message names the setting, and a near one, all that there are, or the type.
     """
     for key, value in settings.items():
         if key not in known:
-            cure = f"did you mean {nearest(str(key), known)!r}?" if known else "it has none"
+            near = nearest(str(key), known)
+            cure = f"did you mean {near!r}?" if near else f"it has {', '.join(known) or 'none'}"
             raise ValueError(f"{what} has no setting {key!r}; {cure}")
         hint = known[key]
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

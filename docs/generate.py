@@ -61,7 +61,9 @@ def configuration() -> Iterator[str]:
     yield "Set a key by `key=value` on the command line, or in a YAML file that `--config` names:\n"
     yield "```bash\naurora-rl flywheel --config run.yaml engine.slots=4 'objectives=[{name: imitation}]'\n```\n"
     yield "`--print-config` prints the result and ends. A key that holds text takes what follows `=` as it is; other"
-    yield "keys take YAML. An unknown key, a wrong type or a value out of range is an error before a model is loaded."
+    yield "keys take YAML. A file nests keys, `engine: {slots: 4}`, or spells them as the command line does,"
+    yield "`engine.slots: 4`. An empty section changes nothing. An unknown key, a wrong type or a value out of range is"
+    yield "an error before a model is loaded."
     for title, prefix, cls in _sections():
         texts = documented(cls)
         yield f"\n## {title}\n\n{_prose(_line(inspect.cleandoc(cls.__doc__ or '')))}\n"

@@ -59,9 +59,17 @@ def test_others_are_named(settings: dict[str, Any], wrong: str) -> None:
 def test_nothing_to_set() -> None:
     with pytest.raises(ValueError, match="it has no setting 'a'; it has none"):
         check_values({"a": 1}, {}, "it")
+    with pytest.raises(ValueError, match="it has no setting 'wings'; it has steps, options$"):
+        check_values({"wings": 1}, {"steps": int, "options": dict}, "it")
     with pytest.raises(ValueError, match="it: options must be a mapping or null, got 1"):
         check_values({"options": 1}, settings_of(Child.start), "it")
 
 
 def test_the_nearest_name() -> None:
     assert nearest("forwardkl", ["reverse_kl", "forward_kl"]) == "forward_kl"
+    assert nearest("Eagle3", ["eagle", "eagle3"]) == "eagle3"
+
+
+@pytest.mark.parametrize("name", ["", "none", "nope", "1"])
+def test_a_name_that_is_far_from_all_has_no_nearest(name: str) -> None:
+    assert nearest(name, ["standalone", "eagle", "medusa"]) is None

@@ -32,6 +32,8 @@ from aurora_rl.serving.requests import RequestQueue, prompt_tokens
 from aurora_rl.workload.traffic import Prompt, generate_traffic, read_jsonl
 
 Keys = TypeVar("Keys", ServerKeys, ClientKeys)
+USUAL_LENGTH = 1024
+"""Tokens of a slot, unless ``engine.max_length`` is set or the model's context is shorter."""
 VOCAB_PROMPTS = 64  # first prompts, whose tokens choose the vocabulary of an untrained drafter
 
 
@@ -78,14 +80,21 @@ def engine_maker(spec: RunSpec) -> Callable[..., Engine]:
     return partial(spec.engine_class, **({"batch_invariant": True} if spec.config.engine.batch_invariant else {}))
 
 
-def check_context(config: Config, target: LoadedTarget) -> None:
-    """Raise ConfigError where slots are to be longer than the model's context."""
-    context = context_length(target.parts.config)
-    if context is not None and config.engine.max_length > context:
+def slot_length(config: Config, target: LoadedTarget) -> int:
+    """Return the most tokens of a request: ``engine.max_length``, or what that is by default for this model.
+
+    Raises:
+        ConfigError: It is set, and exceeds the model's context.
+    """
+    context, length = context_length(target.parts.config), config.engine.max_length
+    if length is None:
+        return USUAL_LENGTH if context is None else min(USUAL_LENGTH, context)
+    if context is not None and length > context:
         raise ConfigError(
-            f"engine.max_length={config.engine.max_length} exceeds the context of model {config.model!r}; "
-            f"set engine.max_length={context} or less"
+            f"engine.max_length={length} exceeds the context of model {config.model!r}; "
+            f"set engine.max_length={context} or less, or leave it out"
         )
+    return length
 
 
 def traffic(config: Config) -> list[Prompt]:
@@ -100,13 +109,11 @@ def traffic(config: Config) -> list[Prompt]:
 
 def request_queue(spec: RunSpec, target: LoadedTarget, prompts: Sequence[Prompt]) -> RequestQueue:
     """Return the run's requests, in order."""
-    config = spec.config
-    check_context(config, target)
     return RequestQueue(
         prompts,
         target.tokenizer,
         vocab_size=target.parts.config.vocab_size,
-        max_length=config.engine.max_length,
+        max_length=slot_length(spec.config, target),
         sampling_params=spec.sampling_params,
     )
 

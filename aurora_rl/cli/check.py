@@ -11,7 +11,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from aurora_rl.cli.arguments import add_config_arguments
-from aurora_rl.cli.assembly import LoadedTarget, check_context, check_embedded, engine_maker, load, start_drafter
+from aurora_rl.cli.assembly import LoadedTarget, check_embedded, engine_maker, load, slot_length, start_drafter
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
@@ -59,11 +59,10 @@ def check_model(config: Config, say: Callable[[str], Any] = print) -> bool:
     drafters = _report_drafters(spec, target, say)
     drafter = drafters.get(spec.drafter_name)
     try:
-        check_context(config, target)
         engine = new_engine(
             model,
             num_slots=config.engine.slots,
-            max_length=config.engine.max_length,
+            max_length=slot_length(config, target),
             feature_layers=drafter.feature_layers if drafter is not None else (),
         )
     except ValueError as error:

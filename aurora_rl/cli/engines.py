@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from aurora_rl.cli.assembly import LoadedTarget, engine_maker, opening, wire_keys
+from aurora_rl.cli.assembly import LoadedTarget, engine_maker, opening, slot_length, wire_keys
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import naming
 from aurora_rl.cli.spec import RunSpec
@@ -62,8 +62,9 @@ def embedded_server(
     handshake = Handshake.of(target.parts, drafter, spec.drafter_name)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     # A prompt with a budget of its own may leave less room than the configuration's.
-    usual = usual[: config.engine.max_length // 2]
-    budget = min(spec.sampling_params.token_budget, config.engine.max_length - len(usual))
+    max_length = slot_length(config, target)
+    usual = usual[: max_length // 2]
+    budget = min(spec.sampling_params.token_budget, max_length - len(usual))
     tried = Request(0, torch.tensor(usual), replace(spec.sampling_params, max_tokens=budget))
     processors = None
     if config.generation_config == "auto":
@@ -72,7 +73,7 @@ def embedded_server(
             if processors is not None:
                 processors(tried)
     engine = engine_maker(spec)(
-        target.model, num_slots=config.engine.slots, max_length=config.engine.max_length, feature_layers=layers
+        target.model, num_slots=config.engine.slots, max_length=max_length, feature_layers=layers
     )
 
     def new_policy(run: RunSpec, drafter: Drafter, version: int = 0) -> DrafterPolicy:

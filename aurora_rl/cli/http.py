@@ -125,7 +125,7 @@ class HttpFront:
             clients,
             tokenizer,
             vocab_size=vocab_size,
-            max_length=config.engine.max_length,
+            max_length=server.env.engine.max_length,
             max_waiting=config.http.max_waiting,
             sampling_params=spec.sampling_params,
             max_tokens=config.max_new_tokens,

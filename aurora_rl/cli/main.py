@@ -167,7 +167,8 @@ def _parse(words: list[str], name: str, module: Any) -> argparse.Namespace:
         option, _, value = options[0].partition("=")
         value = value or next(iter(words[words.index(options[0]) + 1 :]), "...")
         key = nearest_key(option.lstrip("-").replace("-", "_"))
-        parser.error(f"unrecognized argument {option}; keys are set without dashes, such as {key}={value}")
+        example = f"{key}={value}" if key else "engine.slots=2"
+        parser.error(f"unrecognized argument {option}; keys are set without dashes, such as {example}")
     if arguments.overrides is None and unknown:
         parser.error(f"unrecognized argument {unknown[0]}; aurora-rl {name} takes no key=value")
     for option, given in vars(arguments).items():  # all that begin with a tilde are paths

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aurora_rl.cli.assembly import LoadedTarget, wire_keys
+from aurora_rl.cli.assembly import USUAL_LENGTH, LoadedTarget, wire_keys
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.spec import RunSpec
@@ -201,9 +201,10 @@ def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> Eng
     engine = _ENGINES[config.engine.name]
     shape = {"depth": tree.depth, "width": tree.width, "num_nodes": tree.num_nodes}
     room = context - engine.reserved(**shape)
-    if config.engine.max_length > room:
+    length = min(USUAL_LENGTH, room) if config.engine.max_length is None else config.engine.max_length
+    if length > room:
         raise engine.client.error(
-            f"engine.max_length={config.engine.max_length} and the drafts exceed the model's context of {context}; "
+            f"engine.max_length={length} and the drafts exceed the model's context of {context}; "
             f"set engine.max_length={room} or less"
         )
     save_drafter(drafter, folder, config.engine.name)
@@ -212,7 +213,7 @@ def _launch(spec: RunSpec, drafter: Drafter, context: int, run_dir: Path) -> Eng
         drafter=folder,
         **engine.shape(**shape),
         num_slots=config.engine.slots,
-        max_length=config.engine.max_length,
+        max_length=length,
         dtype=str(spec.dtype).removeprefix("torch."),
         device=spec.device.type,
         log=run_dir / f"{config.engine.name}.log",

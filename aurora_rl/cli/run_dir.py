@@ -183,7 +183,8 @@ def resumed_config(
 ) -> Config:
     """Read the configuration that the run in ``folder`` was started with.
 
-    A YAML file at ``path`` takes the place of the saved configuration.
+    A YAML file at ``path`` takes the place of the saved configuration. Of a training, whose settings stay, it replaces
+    only the values that it names.
 
     Raises:
         ConfigError: The folder holds no such run, the configuration cannot be used, or it names another drafter.
@@ -196,10 +197,11 @@ def resumed_config(
             f"--resume {folder} is the folder of a training; go on with aurora-rl train --resume, or serve its drafter "
             f"by drafter.path={run / 'drafter'}"
         )
-    config = load_config(path or run / document, overrides, usual)
+    saved = run / document
+    config = load_config(path or saved, overrides, usual, saved=saved if path and command == "train" else None)
     if config.run_dir is not None and os.path.realpath(config.run_dir) != os.path.realpath(folder):
         raise ConfigError(f"--resume {folder} and run_dir={config.run_dir} are two folders; leave run_dir out")
-    _check_drafter(config, folder, run / document, overrides)
+    _check_drafter(config, folder, saved, overrides)
     return replace(config, run_dir=folder)
 
 

@@ -109,12 +109,13 @@ class _Session:
             import torch
 
             from aurora_rl.cli.assembly import (
+                USUAL_LENGTH,
                 VOCAB_PROMPTS,
-                check_context,
                 encoded_prompts,
                 first_drafter,
                 load,
                 request_queue,
+                slot_length,
                 start_drafter,
                 traffic,
                 wire_keys,
@@ -141,7 +142,8 @@ class _Session:
                 say("traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it")
             step("model")
             target = load(replace(spec, device=torch.device("cpu")) if config.engine.attaches else spec)
-            check_context(config, target)
+            if (length := slot_length(config, target)) < USUAL_LENGTH and config.engine.max_length is None:
+                say(f"engine.max_length={length}, the context of {config.model}; the default is {USUAL_LENGTH}")
             first_id, built_in = 0, self._replays and config.traffic.path is None
             if self._replays:
                 queue = self._requests = request_queue(spec, target, prompts)

@@ -18,7 +18,7 @@ from rich.console import Console
 from tensordict import TensorDict
 from torch.utils.data import ConcatDataset, Subset
 
-from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument
+from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument, pair_of
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, check_embedded, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.config.privacy import check_records
@@ -64,7 +64,7 @@ def register(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help="folder of trajectories, as learner.recording fills it; may be repeated. Without it the target answers "
-        "the traffic first, such as traffic.path=chats.jsonl, and its answers are recorded",
+        "the chats of traffic.path=chats.jsonl first, and its answers are recorded",
     )
     parser.add_argument("--epochs", type=int, help="passes over what is learned from (4)")
     parser.add_argument(
@@ -84,6 +84,15 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             config = replace(config, drafter=replace(config.drafter, path=str(day0)))
     check_installed(config.telemetry.logger)
     if not arguments.recording:
+        if (
+            config.traffic.path is None
+            and arguments.resume is None
+            and not pair_of("traffic.requests", arguments.overrides)
+        ):
+            raise ConfigError(
+                "nothing to learn from is named; set traffic.path=FILE.jsonl to chats, or --recording FOLDER to what "
+                "learner.recording kept (traffic.requests=100 takes that many built-in templates, for a try)"
+            )
         check_embedded(config)
     spec, began = resolve(config), time.monotonic()
     if not arguments.recording:
@@ -346,6 +355,8 @@ class _Training:
         first, best = self._first, self._best or self._first
         length = {"first": first["acceptance_length"], "last": best["acceptance_length"]}
         pairs = ["--config", str(self.run_dir / "config.yaml"), f"drafter.path={self.run_dir / 'drafter'}"]
+        if self.spec.config.traffic.path is not None:  # clients bring the requests
+            pairs.append("traffic.path=null")
         domains = {
             group: {
                 "requests": len(stream),

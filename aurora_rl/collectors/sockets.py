@@ -44,6 +44,7 @@ class Socket(zmq.Socket[bytes]):
     guard: Guard | None = None
     gatekeeper: Gatekeeper | None = None
     folder: str | None = None  # folder of the address between the two
+    bound_file: tuple[str, os.stat_result] | None = None  # of an ipc address that is bound
     key_refused = False
     """Whether the watched peer has refused our key at the last attempt."""
     connections = 0
@@ -99,6 +100,11 @@ class Socket(zmq.Socket[bytes]):
         gatekeeper, self.gatekeeper = self.gatekeeper, None
         if gatekeeper is not None:
             gatekeeper.close()
+        if self.bound_file is not None:
+            path, bound = self.bound_file
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.lstat(path), bound):  # and not that of a process which took the address over
+                    os.unlink(path)
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.context.term()  # once messages have left
@@ -165,6 +171,9 @@ def bind(socket: Socket, address: str, *, limits: Limits = DEFAULT_LIMITS, keys:
             sealed=keys is not None,
             name=bound,
         )
+        if bound.startswith("ipc://") and not bound.startswith("ipc://@"):
+            path = bound.removeprefix("ipc://")
+            socket.bound_file = path, os.lstat(path)
     except (zmq.ZMQError, OSError) as error:
         socket.close()
         if error.errno == errno.EADDRINUSE:

@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from tokenizers import decoders, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -29,6 +32,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+
+from aurora_rl.settings import nearest
 
 DEFAULT_TARGET = "smollm2"
 """Name of the embedded target, SmolLM2-135M-Instruct."""
@@ -201,7 +206,31 @@ def source_of(model: str) -> tuple[str, str, str]:
         "No folder of that name exists here either. Check the spelling and the network, log in for a gated model, "
         f"or name a local folder or {DEFAULT_TARGET!r}."
     )
+    if "/" not in model:
+        _check_bare(model, cure)
     return model, "the model hub", cure
+
+
+def _check_bare(model: str, cure: str) -> None:
+    """Refuse a misspelling of the embedded model, and a name without an owner if the hub is out of reach.
+
+    Few models of the hub have no owner, so that such a name is rather a mistake. The hub's client would try again for
+    half a minute.
+    """
+    try:
+        cached = isinstance(try_to_load_from_cache(model, "config.json"), str)
+    except HFValidationError:  # the loaders say what is wrong with it
+        return
+    if cached:
+        return
+    if near := nearest(model, [DEFAULT_TARGET]):
+        raise ModelError(f"cannot load model {model!r}: no such folder or embedded model; did you mean {near!r}?")
+    try:
+        get_hf_file_metadata(hf_hub_url(model, "config.json"))
+    except httpx.TransportError as error:
+        raise ModelError(f"cannot load model {model!r}: the model hub is out of reach: {error}\n{cure}") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled):  # the loaders say it better
+        pass
 
 
 def _embedded_gguf() -> Path:

@@ -41,6 +41,15 @@ def test_prompts_that_cannot_be_served(configured: Callable[..., Config], target
         assembly.request_queue(spec.resolve(configured("engine.max_length=513")), target, prompts)
 
 
+@pytest.mark.parametrize(("context", "length"), [(512, 512), (4096, 1024), (None, 1024)])
+def test_a_length_that_nobody_set_fits_the_context(
+    target: assembly.LoadedTarget, monkeypatch: pytest.MonkeyPatch, context: int | None, length: int
+) -> None:
+    monkeypatch.setattr(assembly, "context_length", lambda config: context)
+    assert assembly.slot_length(load_config(), target) == length
+    assert assembly.slot_length(load_config(overrides=["engine.max_length=100"]), target) == 100
+
+
 def test_a_chat_template_that_refuses(config: Config, tiny_folder: Path) -> None:
     target = assembly.load(spec.resolve(config))
     target.tokenizer.chat_template = "{{ raise_exception('no system role') }}"

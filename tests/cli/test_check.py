@@ -112,7 +112,7 @@ def test_a_context_that_is_shorter_than_the_slots(tiny_folder: Path) -> None:
     served, lines = report(tiny_folder, "drafter.name=ngram", "engine.max_length=513")
     assert not served
     assert "engine.max_length=513 exceeds the context of model" in lines[-1]
-    assert lines[-1].endswith("; set engine.max_length=512 or less")
+    assert lines[-1].endswith("; set engine.max_length=512 or less, or leave it out")
 
 
 @pytest.mark.parametrize(

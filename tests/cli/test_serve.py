@@ -144,13 +144,15 @@ def test_n_grams_go_on_without_a_learned_half_that_fails_before_serving_starts(
 
 
 def test_serving_needs_no_learner(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments.remove("engine.max_length=256")
     assert cli.main([*ALONE, *arguments]) == 0
     figures = summary(tmp_path / "run")
     assert (figures["requests"], figures["swaps"], figures["versions_served"]) == (6, 0, [0])
     assert figures["dropped_trajectories"] == 6
     status = events(tmp_path / "run", "status")[-1]
     assert (status["queue"], status["learner"]) == (6, f"any at {load_config(overrides=arguments).wire.weights}")
-    assert "written to" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "written to" in out and "engine.max_length=512, the context of" in out
     assert {path.name for path in (tmp_path / "run").iterdir()} == SERVED
 
 

@@ -35,7 +35,7 @@ OBJECTIVES = {
     ),
     "rule": (
         ("objectives=[{name: imitation}, {name: expected_length, rule: typical}]",),
-        "objectives: objective 'expected_length': no verification rule is called 'typical'; did you mean",
+        "objectives: objective 'expected_length': no verification rule is called 'typical'; there are",
     ),
     "not sampled": (("objectives=[{name: acceptance_reward}]",), "drafter.mode is 'topk'; set drafter.mode=sampled"),
     "one chain": (

@@ -85,7 +85,18 @@ def test_traffic_is_recorded_and_learned_and_the_result_is_served(
     assert summary(tmp_path / "served")["requests"] == 2
 
 
-def test_the_target_answers_itself_what_chats_end_with_an_answer_to(pairs: list[str], tmp_path: Path) -> None:
+def test_built_in_traffic_is_learned_from_if_it_is_asked_for_alone(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*(pair for pair in pairs if not pair.startswith("traffic.")), f"run_dir={tmp_path / 'run'}"]
+    assert train(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "traffic.path=FILE.jsonl" in line and "--recording FOLDER" in line and not (tmp_path / "run").exists()
+
+
+def test_the_target_answers_itself_what_chats_end_with_an_answer_to(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = chats(
         tmp_path / "chats.jsonl",
         [("user", "one")],
@@ -94,6 +105,8 @@ def test_the_target_answers_itself_what_chats_end_with_an_answer_to(pairs: list[
     )
     run = tmp_path / "run"
     assert train("--epochs", "1", *pairs, path, f"run_dir={run}", "learner.batch_size=1") == 0
+    (serve,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("aurora-rl serve "))
+    assert serve.endswith(" traffic.path=null")  # the chats would be read in vain, and the server would say so
     tokenizer = load(resolve(load_config(overrides=pairs))).tokenizer
     prompts = set()
     for trajectory in TrajectoryDataset(run / "recording"):

@@ -91,6 +91,21 @@ def test_one_that_is_stopped_before_it_loads_can_be_resumed(
     assert train("--resume", str(tmp_path / "run")) == 130
 
 
+def test_a_file_next_to_resume_changes_what_it_names_alone(
+    pairs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats(tmp_path / "chats.jsonl", *([("user", f"question {number}")] for number in range(6)))
+    mine, run = tmp_path / "mine.yaml", tmp_path / "run"
+    words = [*pairs, f"traffic.path={tmp_path / 'chats.jsonl'}", "learner.batch_size=2", f"run_dir={run}"]
+    assert train("--epochs", "1", *words) == 0
+    mine.write_text("engine.threads: 1\n")
+    assert train("--epochs", "2", "--resume", str(run), "--config", str(mine)) == 0
+    mine.write_text("seed: 7\n")
+    capsys.readouterr()
+    assert train("--epochs", "3", "--resume", str(run), "--config", str(mine)) == 2
+    assert "and this command has seed=7; leave the key out" in capsys.readouterr().err
+
+
 class OtherEngine(TransformersEngine):
     """An engine of a third party."""
 

@@ -42,6 +42,21 @@ def test_an_ipc_file_left_by_a_dead_process_is_no_obstacle(tmp_path: Path) -> No
     socket.close()
 
 
+def test_a_closed_socket_leaves_no_ipc_file_but_that_of_another_process(tmp_path: Path) -> None:
+    socket, path = open_socket(zmq.PULL), tmp_path / "s"
+    bind(socket, f"ipc://{path}")
+    assert path.is_socket()
+    socket.close()
+    assert not path.exists()
+    socket = open_socket(zmq.PULL)
+    bind(socket, f"ipc://{path}")
+    path.unlink()
+    with plain.socket(plain.AF_UNIX) as other:
+        other.bind(str(path))
+        socket.close()
+        assert path.is_socket()
+
+
 def test_a_file_that_is_no_socket_is_not_deleted(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("kept")
     (tmp_path / "folder").mkdir()

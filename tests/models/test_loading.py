@@ -8,12 +8,14 @@ import shutil
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from aurora_rl.cli.errors import may_pass
 from aurora_rl.models import loading as models
 
 TEMPLATE = (
@@ -104,6 +106,38 @@ def test_a_path_that_leads_nowhere_is_named(name: str) -> None:
 def test_a_hub_id_that_cannot_be_loaded_is_named() -> None:
     with pytest.raises(models.ModelError, match="(?s)'nobody/no-model' from the model hub: .*Check the spelling"):
         load("nobody/no-model")
+
+
+@pytest.mark.parametrize("name", ["SmolLM2", "smollm", "smol-lm2"])
+def test_a_misspelling_of_the_embedded_model_is_told_before_the_hub_is_asked(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(models, "get_hf_file_metadata", lambda url: pytest.fail("the hub is asked"))
+    with pytest.raises(models.ModelError, match=f"^cannot load model '{name}': .*; did you mean 'smollm2'[?]$"):
+        load(name)
+
+
+def test_a_name_without_an_owner_is_tried_once_where_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(url: str) -> None:
+        assert url.endswith("/gpt2/resolve/main/config.json")
+        raise httpx.ConnectError("no route") from ConnectionRefusedError("no route")
+
+    monkeypatch.setattr(models, "get_hf_file_metadata", lost)
+    with monkeypatch.context() as patch:
+        patch.setattr(models.AutoConfig, "from_pretrained", lambda source: pytest.fail("it is tried again"))
+        with pytest.raises(
+            models.ModelError, match="model 'gpt2': the model hub is out of reach: no route\n.*'smoll"
+        ) as e:
+            load("gpt2")
+        assert may_pass(e.value)
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda *names: "/cache/config.json")
+    assert models.source_of("gpt2")[:2] == ("gpt2", "the model hub")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "no..id", "no id"])
+def test_what_the_loaders_can_tell_is_left_to_them(name: str) -> None:
+    with pytest.raises(models.ModelError, match=f"(?s)'{name}' from the model hub: .*Check the spelling"):
+        load(name)
 
 
 def test_a_folder_without_config_is_refused(broken: Path) -> None:

@@ -188,7 +188,7 @@ def test_it_scores_what_serving_drafted_from() -> None:
         (dict(target="serving"), "target must be 'model' or 'served', got 'serving'"),
         (dict(top_k=4, divergence="reverse_kl"), "top_k=4 leaves out tokens that the reverse KL charges"),
         (dict(weighting="depth"), "weighting must be 'uniform', 'reach' or 'decay', got 'depth'"),
-        (dict(divergence="kl"), "no divergence is called 'kl'; did you mean"),
+        (dict(divergence="kl"), "no divergence is called 'kl'; there are"),
     ],
 )
 def test_settings_out_of_range(settings: dict, message: str) -> None:

@@ -287,7 +287,7 @@ def test_a_divergence_by_name_and_settings(settings: str | dict[str, Any] | Dive
     ("settings", "message"),
     [
         ({"beta": 0.1}, "a divergence needs a name, got {'beta': 0.1}"),
-        ({"name": "jsd"}, "no divergence is called 'jsd'; did you mean"),
+        ({"name": "jsd"}, "no divergence is called 'jsd'; there are"),
         ({"name": "jensen_shannon", "bta": 0.1}, "'jensen_shannon' has no setting 'bta'; did you mean 'beta'"),
         ({"name": "jensen_shannon", "log_p": 0.1}, "'jensen_shannon' has no setting 'log_p'"),
         ({"name": "forward_kl", "beta": 0.1}, "'forward_kl' has no setting 'beta'; it has none"),

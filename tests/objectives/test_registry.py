@@ -169,7 +169,7 @@ def test_an_objective_that_passes_settings_on_has_those_of_its_parents() -> None
         ({"name": "acceptance_reward", "clip": -1}, "clip must be positive or null, got -1"),
         ({"name": "acceptance_reward", "clip": "no"}, "clip must be a number or null, got 'no'"),
         ({"name": "acceptance_reward", "baseline": "loo"}, "must be 'none', 'leave_one_out' or 'group', got 'loo'"),
-        ({"name": "expected_length", "rule": "typical"}, "no verification rule is called 'typical'; did you mean"),
+        ({"name": "expected_length", "rule": "typical"}, "no verification rule is called 'typical'; there are"),
         ({"name": "discard", "divergence": "forwardkl"}, "did you mean 'forward_kl'"),
     ],
     ids=str,

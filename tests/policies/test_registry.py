@@ -118,7 +118,7 @@ def test_a_name_belongs_to_one_class() -> None:
 
 @pytest.mark.parametrize("name", ["mine:", ":Mine", "mine"])
 def test_names_that_lead_nowhere_are_named(name: str) -> None:
-    with pytest.raises(ValueError, match=f"no drafter is called '{name}'; did you mean"):
+    with pytest.raises(ValueError, match=f"no drafter is called '{name}'; there are "):
         get_drafter(name)
 
 

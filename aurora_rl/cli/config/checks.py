@@ -45,7 +45,10 @@ _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     ),
     # More hang: each thread has a stack, and every operation waits for all of them.
     **dict.fromkeys(("engine.threads", "learner.threads"), ("lie in 1..1024", lambda value: 1 <= value <= 1024)),
-    "engine.max_length": ("be at least 2, for a prompt and an answer", lambda value: value >= 2),
+    "engine.max_length": (
+        "be at least 2, for a prompt and an answer, or null",
+        lambda value: value is None or value >= 2,
+    ),
     "temperature": ("be a finite number of at least 0", lambda value: 0 <= value < math.inf),
     "top_k": ("be at least -1", lambda value: value >= -1),
     "top_p": ("be above 0 and at most 1", lambda value: 0 < value <= 1),

@@ -16,10 +16,18 @@ from aurora_rl.cli.config.checks import check_config, without_extras
 from aurora_rl.cli.config.paths import expand_home
 from aurora_rl.cli.config.privacy import keep_nothing
 from aurora_rl.cli.config.schema import Config
-from aurora_rl.cli.config.tree import MOST_SHOWN, keys_of, nested, node_at, wrong_type
-from aurora_rl.cli.errors import ConfigError
+from aurora_rl.cli.config.tree import (
+    MOST_SHOWN,
+    keys_of,
+    nested,
+    node_at,
+    similar,
+    unfolded,
+    unknown_key,
+    wrong_type,
+)
+from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
-from aurora_rl.settings import nearest
 
 _MOVED = {
     "canary.most_requests": "canary.max_requests",
@@ -31,16 +39,22 @@ _MOVED = {
 }
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), usual: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    usual: Sequence[str] = (),
+    saved: str | Path | None = None,
+) -> Config:
     """Merge the defaults, then a YAML file, then ``key=value`` pairs.
 
     Args:
-        path: YAML file with any of the keys.
+        path: YAML file with any of the keys, as ``engine: {slots: 2}`` or as ``engine.slots: 2``.
         overrides: Pairs such as ``engine.slots=2``.
         usual: Pairs that take the place of defaults.
+        saved: YAML file of an earlier run, whose values count where ``path`` and ``overrides`` name none.
 
     Raises:
-        ConfigError: The file cannot be read, a key is unknown (the nearest known key is named) or a value is of the
+        ConfigError: A file cannot be read, a key is unknown (keys of a similar name are named), or a value is of the
             wrong type or out of range.
 
     Example:
@@ -49,22 +63,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
     """
     merged = _schema()
     sources = [(pair, _from_pair(pair, merged)) for pair in usual]
-    if path is not None:
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            # OmegaConf takes a text for one key, such as the whole of a file that is no YAML.
-            maps = isinstance(yaml.compose(text), yaml.MappingNode | None)
-            loaded = OmegaConf.load(io.StringIO(text)) if maps else None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
-        except Exception as error:  # the YAML parser has its own hierarchy of errors
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(loaded, DictConfig):
-            raise ConfigError(
-                f"{path} holds no mapping of keys, but {text.strip()[:MOST_SHOWN]!r}; write lines such as "
-                "model: smollm2, or name another file"
-            )
-        sources.append((str(path), loaded))
+    sources += [(str(file), _from_file(file, merged)) for file in (saved, path) if file is not None]
     for pair in overrides:
         if "=" not in pair:
             raise ConfigError(f"expected key=value, got {pair!r}; for example engine.slots=2")
@@ -73,19 +72,17 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
     for source, values in sources:
         if moved := [f"{key!r} is called {now!r} now" for key in keys_of(values) if (now := _moved(key)) is not None]:
             raise ConfigError(f"{source}: {', '.join(moved)}")
+        given = "=" if source in overrides or source in usual else ": "
         for key in keys_of(values):
             if key not in known:
-                near = nearest_key(key)
-                if near == f"{key}.name":  # drafter=eagle3
-                    near += f"={OmegaConf.select(values, key)}"
-                raise ConfigError(f"unknown key {key[:MOST_SHOWN]!r} in {source}; did you mean {near!r}?")
+                raise ConfigError(unknown_key(key, values, merged, source, given))
             node = node_at(values, key)
             if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
                 raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")
         try:
             merged.merge_with(values)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
-            if told := wrong_type(values, merged):
+            if told := wrong_type(values, merged, given):
                 raise ConfigError(told if source in overrides else f"{source}: {told}") from error
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
         if told := nested(values, merged):
@@ -107,18 +104,34 @@ def _moved(key: str) -> str | None:
     return next((now + key[len(was) :] for was, now in _MOVED.items() if key == was or key.startswith(f"{was}.")), None)
 
 
-def nearest_key(name: str) -> str:
-    """Return the configuration key that a user most likely meant by ``name``.
+def nearest_key(name: str) -> str | None:
+    """Return the configuration key that a user most likely meant by ``name``, None if no key is near.
 
     Example:
-        >>> nearest_key("slots"), nearest_key("drafter"), nearest_key("engine.slot")
-        ('engine.slots', 'drafter.name', 'engine.slots')
+        >>> nearest_key("slots"), nearest_key("drafter"), nearest_key("engine.slot"), nearest_key("1")
+        ('engine.slots', 'drafter.name', 'engine.slots', None)
     """
-    known = keys_of(_schema())
-    if f"{name}.name" in known:
-        return f"{name}.name"
-    last = [key for key in known if key.rpartition(".")[2] == name]
-    return last[0] if last else nearest(name, known)
+    return next(iter(similar(name, keys_of(_schema()))), None)
+
+
+def _from_file(path: str | Path, config: DictConfig) -> DictConfig:
+    """Read a YAML file. Keys may be nested, or spelled as on the command line; a section may be empty."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        # OmegaConf takes a text for one key, such as the whole of a file that is no YAML.
+        maps = isinstance(yaml.compose(text), yaml.MappingNode | None)
+        loaded = OmegaConf.load(io.StringIO(text)) if maps else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}") from error
+    except Exception as error:  # the YAML parser has its own hierarchy of errors
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(
+            f"{path} holds no mapping of keys, but {text.strip()[:MOST_SHOWN]!r}; write lines such as "
+            "model: smollm2, or name another file"
+        )
+    with naming(str(path)):
+        return unfolded(loaded, config)
 
 
 def _from_pair(pair: str, config: DictConfig) -> DictConfig:

@@ -26,8 +26,9 @@ class EngineConfig:
     """Engine: transformers, sglang, vllm, or package.module:Class of one in this process."""
     slots: int = 2
     """Requests decoded at the same time; Python calls it ``num_slots``."""
-    max_length: int = 1024
-    """Most tokens of a request, prompt and completion together."""
+    max_length: int | None = None
+    """Most tokens of a request, prompt and completion together; null is 1024, or the model's context where that is
+    less."""
     prefix_cache_tokens: int = 8192
     """Tokens of finished requests whose keys and values the embedded engine keeps; 0 keeps none. They serve prompts
     that begin alike and have the same cache_salt, such as a chat's next turn. SGLang and vLLM have caches of their

@@ -85,7 +85,24 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("learner.record=stream", "^learner.record=.*: 'learner.record' is called 'learner.recording' now$"),
         ("engine.slot=2", "unknown key 'engine.slot' in engine.slot=2; did you mean 'engine.slots'?"),
         ("slots=2", "unknown key 'slots' in slots=2; did you mean"),
-        ("engine=2", "unknown key 'engine' in engine=2; did you mean 'engine.name=2'?"),
+        ("engine=x", "unknown key 'engine' in engine=x; did you mean 'engine.name=x'?"),
+        (
+            "engine=null",
+            "^engine in engine=null is a section of keys, not a value; set its keys, such as engine.name=VALUE$",
+        ),
+        ("engine=[slots]", r"^engine in engine=\[slots\] is a section of keys, not a value; set its keys, such as"),
+        ("learner=3", "^learner in learner=3 is a section .* such as learner.spawn=VALUE$"),
+        ("learner.lr=1", "^unknown key 'learner.lr' in .*; did you mean 'learner.muon_lr' or 'learner.adam_lr'[?]$"),
+        ("lr=1", "did you mean 'learner.muon_lr' or 'learner.adam_lr'[?]$"),
+        ("keep=1", "did you mean 'learner.keep' or 'checkpoint.keep'[?]$"),
+        ("engine.temperature=1", "unknown key 'engine.temperature' in .*; did you mean 'temperature'[?]$"),
+        ("engine.threds=1", "did you mean 'engine.threads'[?]$"),
+        ("1=1", "^unknown key '1' in 1=1; aurora-rl serve --print-config prints all keys$"),
+        ("engine.xx=1", "^unknown key 'engine.xx' in engine.xx=1; engine has name, slots, max_length, "),
+        (
+            "wire.zzz=1",
+            "^unknown key 'wire.zzz' in wire.zzz=1; wire has trajectories, weights, queue, queue_bytes, .*keys$",
+        ),
         ("engine.slots.more=2", "unknown key 'engine.slots.more' in engine.slots.more=2; did you mean 'engine.slots'?"),
         ("engine.slots", "expected key=value, got 'engine.slots'; for example engine.slots=2"),
         ("drafter.feature_layers=[1,1]", r"drafter.feature_layers must rise, .* got \[1, 1\]"),
@@ -102,7 +119,7 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("top_p=0", "^top_p must be above 0 and at most 1, got 0.0$"),
         ("min_p=1.5", r"^min_p must lie in \[0, 1\], got 1.5$"),
         ("top_k=-2", "^top_k must be at least -1, got -2$"),
-        ("engine.max_length=1", "^engine.max_length must be at least 2, for a prompt and an answer, got 1$"),
+        ("engine.max_length=1", "^engine.max_length must be at least 2, for a prompt and an answer, or null, got 1$"),
         ("traffic.path=", "^traffic.path is empty; name a file, or null$"),
         ("dtype=float8", "dtype must be auto, float32, bfloat16, float16 or float64, got 'float8'"),
         ("generation_config=vllm", "generation_config must be auto or ignore, got 'vllm'"),
@@ -172,8 +189,29 @@ def test_what_sglang_cannot_do(pairs: list[str], wrong: str) -> None:
         ("model: ???", r"model=\?\?\? in .*run.yaml: \?\?\? stands for no value"),
         ("root:x:0:0\n" * 50, r"run.yaml holds no mapping of keys, but '.{1,100}'; write lines such as model: smollm2"),
         ("7", "run.yaml holds no mapping of keys, but '7'; write"),
-        ("m" * 500 + ": 1", "^unknown key 'm{80}' in .*run.yaml; did you"),
-        ("drafter: {feature_layers: 1}", r"run.yaml: drafter.feature_layers is 1; give a list, such as .*=\[1\]"),
+        ("m" * 500 + ": 1", "^unknown key 'm{80}' in .*run.yaml; aurora-rl serve --print"),
+        ("drafter: {feature_layers: 1}", r"run.yaml: drafter.feature_layers is 1; give a list, such as .*s: \[1\]"),
+        (
+            "engine: [slots]",
+            r"^engine in .*run.yaml is a section of keys, .*; set its keys, such as engine.name: VALUE$",
+        ),
+        ("engine: sglang", "^unknown key 'engine' in .*run.yaml; did you mean 'engine.name: sglang'[?]$"),
+        (
+            "objectives: [kl]",
+            r'run.yaml: objectives holds "?.kl.; give mappings, such as objectives: \[{name: imitation}\]$',
+        ),
+        ("drafter: {options: [1]}", r"run.yaml: drafter.options is \[1\]; give a mapping, such as .*: {NAME: VALUE}$"),
+        (
+            "engine.slots: 2\nengine: {slots: 3}",
+            "run.yaml: engine.slots is given twice, nested and as engine.slots; leave",
+        ),
+        (
+            "engine: sglang\nengine.slots: 3",
+            "run.yaml: engine.slots is given, and engine is 'sglang'; leave one of them",
+        ),
+        ("engine.slots.more: 2", "^unknown key 'engine.slots.more' in .*run.yaml; did you mean 'engine.slots'[?]$"),
+        ("engine.: 2", "^unknown key 'engine.' in .*run.yaml; engine has name, slots, "),
+        ("1: 2", "^unknown key '1' in .*run.yaml; aurora-rl serve --print-config prints all keys$"),
         ("engine: {slots: many}", "run.yaml: engine.slots is 'many'; give an integer$"),
         ("model: null", "run.yaml: model is null; give a text$"),
         ("objectives: [{name: imitation}]\nseed: x", "run.yaml: seed is 'x'; give an integer$"),
@@ -192,3 +230,22 @@ def test_errors_of_a_file_name_the_file(tmp_path: Path, text: str | bytes | None
 def test_an_empty_file_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("# nothing\n")
     assert load_config(tmp_path / "run.yaml") == Config()
+
+
+def test_an_empty_section_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("learner:\n  # nice: 1\nengine: {}\nwire: null\ndrafter:\n  options:\nseed: 3\n")
+    assert load_config(tmp_path / "run.yaml") == load_config(overrides=["seed=3"])
+
+
+def test_a_file_takes_the_keys_of_the_command_line(tmp_path: Path) -> None:
+    text = "engine.max_length: 512\nengine: {slots: 3}\ndrafter.options.fc_norm: true\nlearner:\nlearner.nice: 1\n"
+    (tmp_path / "run.yaml").write_text(text + "model: m\nrun_dir: runs/${model}\n")
+    pairs = ["engine.max_length=512", "engine.slots=3", "drafter.options.fc_norm=true", "learner.nice=1", "model=m"]
+    assert load_config(tmp_path / "run.yaml") == load_config(overrides=[*pairs, "run_dir=runs/m"])
+
+
+def test_the_values_of_an_earlier_run_count_where_no_other_is_named(tmp_path: Path) -> None:
+    (tmp_path / "saved.yaml").write_text(to_yaml(load_config(overrides=["seed=4", "engine.slots=3", "model=m"])))
+    (tmp_path / "run.yaml").write_text("seed: 5\n")
+    config = load_config(tmp_path / "run.yaml", ["model=n"], saved=tmp_path / "saved.yaml")
+    assert (config.seed, config.engine.slots, config.model) == (5, 3, "n")

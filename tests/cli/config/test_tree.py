@@ -11,7 +11,10 @@ from aurora_rl.cli.errors import ConfigError
 @pytest.mark.parametrize(
     ("pair", "wrong"),
     [
-        ("objectives=[imitation]", r'^objectives is \["imitation"\]; give a list, such as objectives=\[{name: imitati'),
+        (
+            "objectives=[imitation]",
+            r"^objectives holds 'imitation'; give mappings, such as objectives=\[{name: imitation}\]$",
+        ),
         ("objectives=imitation", "^objectives is 'imitation'; give a list, such as"),
         ("engine.slots=two", "^engine.slots is 'two'; give an integer$"),
         ("engine.slots=1.5", "^engine.slots is 1.5; give an integer$"),
