@@ -51,8 +51,8 @@ MOVED = {
     "envs.recording": "envs.remote", "envs.sglang.control": "envs.remote.plugin_server",
     "envs.sglang.SGLangEngine": "envs.sglang.client.SGLangClient",
     "envs.sglang.client.SGLangCompletion": "envs.remote.client.EngineCompletion",
-    "cli.sglang": "cli.attach", "cli.engines.sglang_server": "cli.remote.remote_server",
-    "cli.engines.served_config": "cli.remote.served_config",
+    "cli.sglang": "cli.attach", "cli.engines": "cli.embedded",
+    "collectors.gatekeeper": "collectors.admission", "collectors.guard": "collectors.relay",
     **{f"envs.sglang.{name}": f"envs.remote.{name}" for name in (
         "assembler", "copies", "plugin_server", "session")},
     "collectors.Hello": "collectors.handshake.Handshake",
@@ -76,7 +76,7 @@ MOVED = {
     "cli.spec.handshake": "collectors.handshake.Handshake.of",
     **{f"cli.spec.{name}": f"cli.assembly.{name}" for name in (
         "first_drafter", "load", "request_queue", "start_drafter", "traffic")},
-    **{f"serving.{name}": "cli.engines" for name in ("EmbeddedServing", "SGLangServing", "Serving", "serving")},
+    **{f"serving.{name}": "cli.embedded" for name in ("EmbeddedServing", "SGLangServing", "Serving", "serving")},
     **{f"models.{name}": f"models.loading.{name}" for name in (
         "DEFAULT_TARGET", "ModelError", "default_dtype", "embedded_model_path", "encode_chat",
         "load_target", "stop_token_ids")},
@@ -97,6 +97,11 @@ ELSEWHERE = {
         "learner": "aurora_rl.cli.learner.build_learner",
     },
     "checkpoints": {"CheckpointError, read_folder, save_tensors, write_folder": "aurora_rl.storage"},
+    "cli.engines": {
+        "sglang_server": "aurora_rl.cli.remote.remote_server", "served_config": "aurora_rl.cli.remote.served_config",
+    },
+    "collectors.gatekeeper": {"Gatekeeper": "aurora_rl.collectors.admission.Admission"},
+    "collectors.guard": {"Guard": "aurora_rl.collectors.relay.Relay"},
     "collectors.hello": {"Hello": "aurora_rl.collectors.handshake.Handshake"},
     "collectors.weight_scheme": {"ZMQWeightSyncScheme": "aurora_rl.collectors.weights.WeightPublisher"},
     "config": {

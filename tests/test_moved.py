@@ -17,7 +17,6 @@ from aurora_rl._moved import ELSEWHERE, GONE, MOVED, MovedModules
 # Public names of the modules that still have a module or a package at their path.
 OLD_NAMES = {
     "cli": "main",
-    "cli.engines": "embedded_server served_config sglang_server",
     "collectors": """
         CodecError Hello Limits TrajectorySink WeightPublisher WeightReceiver ZMQCollector ZMQWeightSyncScheme checksum
         decode encode trajectory_buffer
@@ -103,6 +102,8 @@ MOVED_NAMES = {
     "check": "check_model",
     "checkpoints": "CheckpointError load_training_state read_folder save_tensors save_training_state write_folder",
     "collectors.buffer": "trajectory_buffer",
+    "collectors.gatekeeper": "Gatekeeper KEY_NAME",
+    "collectors.guard": "Guard Meter TooLongError cost near_address",
     "collectors.hello": "Hello",
     "collectors.weight_scheme": "ZMQWeightSyncScheme",
     "collectors.weight_sync": "EngineStatus WeightPublisher WeightReceiver",
@@ -165,6 +166,7 @@ MOVED_NAMES = {
     "throughput": "ControlWindows Rates Round Rounds rates",
     "traffic": "Message Prompt TrafficError generate read_jsonl",
     "traffic_templates": "POOLS Pool TEMPLATES",
+    "cli.engines": "embedded_server served_config sglang_server",
     "cli.export": "register run",
     "cli.flywheel": "register run",
     "cli.sglang": "register run",

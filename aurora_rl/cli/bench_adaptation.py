@@ -31,7 +31,7 @@ from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, LoadedTarget, engine_maker, load, request_queue, start_drafter
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.config.privacy import check_records
-from aurora_rl.cli.engines import embedded_server
+from aurora_rl.cli.embedded import embedded_server
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.learner import assembled, learning

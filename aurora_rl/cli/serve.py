@@ -120,7 +120,7 @@ class _Session:
                 wire_keys,
             )  # fmt: skip
             from aurora_rl.cli.config.canary import compared
-            from aurora_rl.cli.engines import embedded_server
+            from aurora_rl.cli.embedded import embedded_server
             from aurora_rl.cli.http import HttpFront
             from aurora_rl.cli.remote import remote_server
             from aurora_rl.cli.spec import resolve
