@@ -12,6 +12,7 @@ from typing_extensions import override
 
 # Names that have a better one in the same module: old to new, by module below aurora_rl.
 _RENAMED = {
+    "statistics": {"Both": "FigurePair"},
     "serving.canary": {"Canary": "RoundTrialRules", "Trial": "RoundTrial", "Verdict": "RoundTrialVerdict"},
     "training.engine_canary": {"EngineRules": "EngineTrialRules", "EngineVerdict": "EngineTrialVerdict"},
     "serving.recorded_requests": {"record": "record_requests"},

@@ -79,7 +79,7 @@ class PairedTest:
         return fmean(map(math.exp, self._log_wealth))
 
 
-class Both(NamedTuple):
+class FigurePair(NamedTuple):
     """A figure of the old weights and of the new ones."""
 
     old: float
@@ -103,7 +103,7 @@ class LossTest:
     Example:
         >>> test = LossTest(["acceptance_length"], rate=0.01, margin=0.05)
         >>> while test.verdict is None:
-        ...     test.add({"acceptance_length": Both(old=3.0, new=1.0)})
+        ...     test.add({"acceptance_length": FigurePair(old=3.0, new=1.0)})
         >>> test.verdict, test.pairs
         ((False, 'acceptance length fell'), 9)
     """
@@ -113,7 +113,7 @@ class LossTest:
         self._lower = {name: PairedTest(rate / len(figures)) for name in figures}
         self._no_lower = {name: PairedTest(rate) for name in figures}
 
-    def add(self, pair: Mapping[str, Both]) -> None:
+    def add(self, pair: Mapping[str, FigurePair]) -> None:
         """Take in a pair: each figure that is known of both, above 0."""
         self.pairs += 1
         for name, (old, new) in pair.items():

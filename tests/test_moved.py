@@ -78,6 +78,7 @@ OLD_NAMES = {
     "policies.standalone": "Branches StandaloneDrafter",
     "serving": "EmbeddedServing SGLangServing Serving serving",
     "settings": "check nearest settings_of",
+    "statistics": "Both",
     "testing": "check_drafter check_engine check_objective serve tiny_target tiny_trajectory topk_form",
     "testing.drafters": "check_drafter",
     "testing.engines": "check_engine",

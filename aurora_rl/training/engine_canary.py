@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from aurora_rl.collectors.weights import WeightPublisher
-from aurora_rl.statistics import Both, LossTest
+from aurora_rl.statistics import FigurePair, LossTest
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.trajectories import acceptance_length
 
@@ -70,8 +70,8 @@ class EngineTrialVerdict:
     reason: str
     pairs: int
     requests: int
-    acceptance_length: Both | None
-    tokens_per_second: Both | None
+    acceptance_length: FigurePair | None
+    tokens_per_second: FigurePair | None
     evidence: dict[str, float]
 
 
@@ -95,10 +95,10 @@ class _Sums:
         return {name: self.tokens / count for name, count in over.items() if count}
 
 
-def _both(old: _Sums, new: _Sums) -> dict[str, Both]:
+def _both(old: _Sums, new: _Sums) -> dict[str, FigurePair]:
     """Return the figures that are known of both."""
     known = old.figures.keys() & new.figures.keys()
-    return {name: Both(old.figures[name], new.figures[name]) for name in known}
+    return {name: FigurePair(old.figures[name], new.figures[name]) for name in known}
 
 
 class EngineTrial:
@@ -131,7 +131,7 @@ class EngineTrial:
         >>> trial.complete
         True
         >>> trial.end(False, "it is enough").acceptance_length
-        Both(old=2.0, new=1.0)
+        FigurePair(old=2.0, new=1.0)
     """
 
     def __init__(self, rules: EngineTrialRules, engines: Sequence[str], seed: int = 0) -> None:
