@@ -8,15 +8,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from aurora_rl.collectors.weights import WeightPublisher
-from aurora_rl.statistics import FigurePair, LossTest
+from aurora_rl.statistics import FigurePair, LossTest, rounded_verdict
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.trajectories import acceptance_length
 
@@ -329,14 +328,4 @@ class EngineCanary:
         else:
             published = self._publisher.next_version
             self._publisher.publish(published, old, trial.new)
-        self._log.write("engine_verdict", **self._numbers, published=published, **_rounded(verdict))
-
-
-def _rounded(verdict: EngineTrialVerdict) -> dict[str, Any]:
-    """Return a verdict as JSON values."""
-    both = {
-        name: None if figure is None else {"old": round(figure.old, 4), "new": round(figure.new, 4)}
-        for name in _FIGURES
-        for figure in [getattr(verdict, name)]
-    }
-    return {**asdict(verdict), **both, "evidence": {k: float(f"{v:.4g}") for k, v in verdict.evidence.items()}}
+        self._log.write("engine_verdict", **self._numbers, published=published, **rounded_verdict(verdict))
