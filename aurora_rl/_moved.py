@@ -12,7 +12,8 @@ from typing_extensions import override
 
 # Names that have a better one in the same module: old to new, by module below aurora_rl.
 _RENAMED = {
-    "statistics": {"Both": "FigurePair"},
+    "statistics": {"Both": "FigurePair"}, "tenants": {"MOST_DELETIONS": "MAX_DELETIONS"},
+    "policies.adapters": {"MOST_BYTES": "MAX_BYTES"},
     "serving.canary": {"Canary": "RoundTrialRules", "Trial": "RoundTrial", "Verdict": "RoundTrialVerdict"},
     "training.engine_canary": {"EngineRules": "EngineTrialRules", "EngineVerdict": "EngineTrialVerdict"},
     "serving.recorded_requests": {"record": "record_requests"},

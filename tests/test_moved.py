@@ -62,6 +62,7 @@ OLD_NAMES = {
         NgramDrafter Proposal StandaloneDrafter TargetParts TreeShape Unroll available_drafters choose_draft_vocab
         get_drafter load_drafter register_drafter save_drafter token_prior
     """,
+    "policies.adapters": "MOST_BYTES",
     "policies.attention": "KeysValues TreeAttention",
     "policies.block_layer": "BlockAttention BlockLayer Rotation",
     "policies.dflash": "DFlashDrafter",
@@ -79,6 +80,7 @@ OLD_NAMES = {
     "serving": "EmbeddedServing SGLangServing Serving serving",
     "settings": "check nearest settings_of",
     "statistics": "Both",
+    "tenants": "MOST_DELETIONS",
     "testing": "check_drafter check_engine check_objective serve tiny_target tiny_trajectory topk_form",
     "testing.drafters": "check_drafter",
     "testing.engines": "check_engine",

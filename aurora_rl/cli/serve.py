@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _DRAIN_S = 5.0  # seconds for the answers to requests that came before the end
 _IDLE_S = 0.1  # between two looks of an idle server for new weights
-_MOST_TOLD = 20  # failed requests that are printed; metrics.jsonl and answers.jsonl have all
+_MAX_TOLD = 20  # failed requests that are printed; metrics.jsonl and answers.jsonl have all
 _DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # each part of a run writes these anew
 
 
@@ -319,7 +319,7 @@ class _Session:
             outputs.count(requests.answers)
         for reason in failed:
             self._log.write("failed", reason=reason)
-        for reason in list(dict.fromkeys(failed))[:_MOST_TOLD]:  # the later turns fail for the same reason
+        for reason in list(dict.fromkeys(failed))[:_MAX_TOLD]:  # the later turns fail for the same reason
             self._console.print(f"failed: {reason}", soft_wrap=True)
         outputs.count(self._log)
         outputs.write("summary.json", lambda: write_summary(run_dir, summary))

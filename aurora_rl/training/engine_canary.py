@@ -23,7 +23,7 @@ _FIGURES = ("acceptance_length", "tokens_per_second")
 # A window is missed if a group lacks requests once more than 8 times those of a window have arrived for each engine
 # connected. The next is drawn from all engines: some may get no traffic.
 _PATIENCE = 8
-_MOST_MISSED = 3  # windows after which a trial is rolled back
+_MAX_MISSED = 3  # windows after which a trial is rolled back
 _LOADING_S = 600.0  # after which arrivals count though an engine has not loaded its weights
 
 
@@ -180,7 +180,7 @@ class EngineTrial:
     def miss(self, engines: Sequence[str]) -> EngineTrialVerdict | None:
         """Draw a window anew whose requests do not come; return the verdict if that was so too often."""
         self._missed += 1
-        if self._missed < _MOST_MISSED:
+        if self._missed < _MAX_MISSED:
             self.draw(engines, anew=True)
             return None
         old, new = (sums.requests for sums in self._window)

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 _STATE = "the training state"
 _STREAM = "stream.pt"  # file of a training state: replay buffer and other state from trajectories
-_MOST_TOLD = 64  # engines that reject a version: a peer may make up ever new names
+_MAX_TOLD = 64  # engines that reject a version: a peer may make up ever new names
 _COUNTS = "seen steps skipped version _skipped_in_a_row _credit _since_candidate _decided_steps".split()
 
 
@@ -257,7 +257,7 @@ class Learner:
     def _note_rejections(self) -> None:
         """Tell who rejects the newest weights. Once no engine serves them, those before them are served again."""
         for engine, reason in self._publisher.rejected_by(self.version).items():
-            if engine not in self._rejecting and len(self._rejecting) < _MOST_TOLD:
+            if engine not in self._rejecting and len(self._rejecting) < _MAX_TOLD:
                 self._rejecting.add(engine)
                 self._log.write(
                     "rejected", version=self.version, engine=engine, reason=reason, seen=self.seen, steps=self.steps

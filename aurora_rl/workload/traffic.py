@@ -44,7 +44,7 @@ DOMAINS = tuple(TEMPLATES)
 
 
 _BY = "traffic files"
-_MOST_TOLD = 20  # bad lines that an error names
+_MAX_TOLD = 20  # bad lines that an error names
 
 
 class TrafficError(ValueError):
@@ -137,13 +137,13 @@ def read_jsonl(
                 raise ValueError(f"id {prompt.id!r} was already used in line {seen[prompt.id]}")
         except ValueError as error:  # json's and UTF-8's errors are ValueErrors too
             num_bad += 1
-            if len(bad) < _MOST_TOLD:  # an error holds its line and its frames
+            if len(bad) < _MAX_TOLD:  # an error holds its line and its frames
                 bad.append((number, error))
             continue
         seen[prompt.id] = number
         prompts.append(prompt)
     if bad:
-        more = f"; and {num_bad - _MOST_TOLD} more" if num_bad > _MOST_TOLD else ""
+        more = f"; and {num_bad - _MAX_TOLD} more" if num_bad > _MAX_TOLD else ""
         told = "; ".join(f"line {number}: {error}" for number, error in bad)
         raise TrafficError(f"{path}, {told}{more}") from bad[0][1]
     if not prompts:

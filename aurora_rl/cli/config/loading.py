@@ -15,7 +15,7 @@ from aurora_rl.cli.config.canary import without_trials
 from aurora_rl.cli.config.checks import check_config, without_extras
 from aurora_rl.cli.config.privacy import keep_nothing
 from aurora_rl.cli.config.schema import Config
-from aurora_rl.cli.config.tree import MOST_SHOWN, keys_of, nested, node_at, wrong_type
+from aurora_rl.cli.config.tree import MAX_SHOWN, keys_of, nested, node_at, wrong_type
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
 from aurora_rl.settings import nearest
@@ -60,7 +60,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(loaded, DictConfig):
             raise ConfigError(
-                f"{path} holds no mapping of keys, but {text.strip()[:MOST_SHOWN]!r}; write lines such as "
+                f"{path} holds no mapping of keys, but {text.strip()[:MAX_SHOWN]!r}; write lines such as "
                 "model: smollm2, or name another file"
             )
         sources.append((str(path), loaded))
@@ -77,7 +77,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), u
                 near = nearest_key(key)
                 if near == f"{key}.name":  # drafter=eagle3
                     near += f"={OmegaConf.select(values, key)}"
-                raise ConfigError(f"unknown key {key[:MOST_SHOWN]!r} in {source}; did you mean {near!r}?")
+                raise ConfigError(f"unknown key {key[:MAX_SHOWN]!r} in {source}; did you mean {near!r}?")
             node = node_at(values, key)
             if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
                 raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")

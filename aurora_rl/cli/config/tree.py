@@ -9,7 +9,7 @@ from typing import Any, get_args
 from omegaconf import DictConfig, ListConfig, OmegaConf, TupleConfig
 from omegaconf.errors import OmegaConfBaseException
 
-MOST_SHOWN = 80
+MAX_SHOWN = 80
 """Most characters of a wrong key, value or file that an error shows."""
 _TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 _LISTS = {"compare": "[eagle3,medusa]", "objectives": "[{name: imitation}]"}  # examples where one element is too few
@@ -75,4 +75,4 @@ def nested(values: DictConfig, merged: DictConfig) -> str:
 
 
 def _shown(value: Any) -> str:
-    return repr(value)[:MOST_SHOWN] if isinstance(value, str) else json.dumps(value, default=str)[:MOST_SHOWN]
+    return repr(value)[:MAX_SHOWN] if isinstance(value, str) else json.dumps(value, default=str)[:MAX_SHOWN]
