@@ -185,7 +185,7 @@ def local_learner(folder: Path) -> SimpleNamespace:
         replay=2,
         publish_every=3,
         max_skipped=0,
-        checkpoint=folder / "learner",
+        states=folder / "learner",
         save_buffer=True,
         outputs=Outputs(log),
     )
