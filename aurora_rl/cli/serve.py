@@ -267,7 +267,7 @@ class _Session:
             self._log.write(
                 "learner_restarted", restarts=learner.restarts, resumed=learner.resumed, missed=missed, lost=lost
             )
-            resumed = ", from its checkpoint" if learner.resumed else ""
+            resumed = ", from its training state" if learner.resumed else ""
             self._console.print(
                 f"the learner is started again{resumed}; {missed} trajectories were dropped without one, "
                 f"and {lost} were lost with the last",

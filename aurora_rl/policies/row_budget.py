@@ -1,4 +1,4 @@
-"""Number of rows that a drafter reads next to a round, so that a long prompt makes nobody wait for long."""
+"""Number of rows that a drafter reads next to a round. It bounds how long a long prompt makes other requests wait."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections import deque
 
 # Initial, smallest and largest number of rows. Fewer rows save no time, and more only cost memory.
 _FIRST_ROWS, _MIN_ROWS, _MAX_ROWS = 128, 64, 2048
-# They take at most about this share of the median of so many rounds: one with another request takes longer by itself.
+# Share of the median time of the last so many rounds that the rows may take. It is the median because a round in which
+# a request joins takes longer by itself.
 _SHARE, _ROUNDS = 0.4, 8
 
 

@@ -1,4 +1,4 @@
-"""Counts of trajectories by engine, of so many engines and no more: whoever may send chooses its name."""
+"""Counts of trajectories by engine. Senders choose their names, so the number of engines that are kept is bounded."""
 
 from __future__ import annotations
 

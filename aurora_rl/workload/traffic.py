@@ -120,8 +120,8 @@ def read_jsonl(
     except OSError as error:
         raise TrafficError(f"cannot read requests from {path}: {error.strerror or error}") from error
     # At once, and not line by line: every line of a compressed file or one in UTF-16 would be named.
-    if (other := _not_utf8(text)) is not None:
-        raise TrafficError(f"{path} is not UTF-8 (in line {other}); save it as UTF-8, and not compressed")
+    if (bad_line := _not_utf8(text)) is not None:
+        raise TrafficError(f"{path} is not UTF-8 (in line {bad_line}); save it as UTF-8, and not compressed")
     lines = text.splitlines()
 
     prompts: list[Prompt] = []

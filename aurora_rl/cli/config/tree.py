@@ -13,11 +13,11 @@ MAX_SHOWN = 80
 """Most characters of a wrong key, value or file that an error shows."""
 _TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 _LISTS = {"compare": "[eagle3,medusa]", "objectives": "[{name: imitation}]"}  # examples where one element is too few
-_OWN_KEYS = ("drafter.options", "fleet.engines", "fleet.learner")  # theirs are known elsewhere
+_OWN_KEYS = ("drafter.options", "fleet.engines", "fleet.learner")  # mappings whose keys the schema does not have
 
 
 def node_at(config: DictConfig, key: str) -> Any:
-    """Return the node at ``key``, None if there is none; interpolations are not followed."""
+    """Return the node at ``key``, or None if there is none. Interpolations are not followed."""
     node: Any = config
     for part in key.split("."):
         node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
@@ -55,8 +55,8 @@ def wrong_type(values: DictConfig, merged: DictConfig) -> str:
             example = _LISTS.get(key, f"[{'' if value is None else value}]")
             return f"{got}; give a list, such as {key}={example}"
         need = "two names or folders" if key == "compare" else "integers" if kind is int else "texts"
-        if others := [each for each in value if type(each) is not kind]:
-            return f"{key} holds {_shown(others[0])}; give {need}"
+        if wrong := [each for each in value if type(each) is not kind]:
+            return f"{key} holds {_shown(wrong[0])}; give {need}"
     return ""
 
 
