@@ -150,12 +150,17 @@ def _figures(summary: dict[str, Any], settings: dict[str, Any]) -> tuple[str | N
     model, domains = settings.get("model"), (summary.get("domains") or {}).items()
     if not isinstance(model, str | None):
         raise TypeError(f"model is {model!r}, which is no text")
-    versions = summary.get("versions_served") or []
+    versions, held_out = summary.get("versions_served") or [], summary.get("held_out")
+    # A training serves nobody: its figures are of the held-out requests, replayed before it and after its best epoch.
+    length, span = ("acceptance length", "first → last")
+    if held_out is not None:
+        length, span = ("acceptance length by replay of held-out requests", "day 0 → best epoch")
     rows = [
         ("engine", settings["engine"]["name"]),
-        ("requests", summary["requests"]),
-        ("acceptance length, first → last", _length(summary["acceptance_length"])),
-        *((f"acceptance length, {name or 'no domain'}", _length(of["acceptance_length"])) for name, of in domains),
+        ("requests" if held_out is None else "requests learned from", summary["requests"]),
+        ("held-out requests", held_out),
+        (f"{length}, {span}", _length(summary["acceptance_length"])),
+        *((f"{length}, {name or 'no domain'}", _length(of["acceptance_length"])) for name, of in domains),
         ("speedup over plain decoding", None if summary.get("speedup") is None else f"{summary['speedup']:.2f}"),
         ("swaps of weights while serving", summary.get("swaps")),
         ("versions served", f"{versions[0]} to {versions[-1]}" if versions else None),
