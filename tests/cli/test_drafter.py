@@ -276,7 +276,10 @@ def test_options_are_of_the_class_that_the_folder_says(
     ("arguments", "wrong"),
     [
         (["nowhere/at/all", "out", "--to", "sglang"], "is not a checkpoint"),
-        (["OURS", "out", "--to", "tensorrt"], "Eagle3Drafter has no format 'tensorrt'; it has sglang, vllm, hf"),
+        (  # loading the target would be another error
+            ["OURS", "out", "--to", "tensorrt", "model=/nowhere"],
+            "aurora-rl: --to tensorrt: Eagle3Drafter has no format 'tensorrt'; it has sglang, vllm, hf, gguf\n",
+        ),
         (["OURS", "out", "--to", "vllm", "--from", "gguf"], "Eagle3Drafter has no format 'gguf'"),
         (
             ["OURS", "out", "--to", "vllm", "drafter.name=medusa"],
@@ -295,7 +298,7 @@ def test_export_says_what_it_cannot_do(
     )
     drafter, out, *rest = arguments
     drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter
-    assert export(Path(drafter), tmp_path / out, *rest, *pairs) == 2
+    assert export(Path(drafter), tmp_path / out, *pairs, *rest) == 2
     assert wrong in capsys.readouterr().err and not (tmp_path / out).exists()
 
 
