@@ -196,6 +196,7 @@ EVENTS: dict[str, Event] = {
         {
             "state": "Its folder.",
             "skipped": "What is wrong with each newer state, which is broken.",
+            "version": "Version under which what was served is published again; null if nothing was served.",
             "seen": _SEEN["seen"],
             "steps": _SEEN["steps"],
         },

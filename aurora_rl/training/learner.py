@@ -176,10 +176,13 @@ class Learner:
             self._load_stream(stream)
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
         self._decided_steps = progress.get("decided_steps", 0)
-        self._log.write("resumed", state=str(state.folder), skipped=skipped, seen=self.seen, steps=self.steps)
+        version = None
         if serving is not None:  # else it is of aurora-rl train, and nothing was served
             self._serving = self._as_served(state.weights("replaced") or serving)
-            self._publish(self._as_served(serving))
+            version = self._publish(self._as_served(serving))
+        self._log.write(
+            "resumed", state=str(state.folder), skipped=skipped, version=version, seen=self.seen, steps=self.steps
+        )
 
     def step(self, wait_s: float = 0.2) -> bool:
         """Take what arrived, and learn from one batch. Return False if there was nothing to do."""
