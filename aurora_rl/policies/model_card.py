@@ -51,7 +51,7 @@ def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str
     commands = {"aurora_rl": shlex.join(["aurora-rl", "serve", *pairs])}
     target = _EMBEDDED_ID if target == DEFAULT_TARGET else target
     algorithm = kind.sglang_algorithm if standalone or name in _SGLANG else None
-    if algorithm is not None and min(left, default=0) >= 0:  # SGLang cannot capture what enters layer 0
+    if algorithm is not None and min(left, default=0) >= 0:  # SGLang cannot read what enters layer 0
         start = ["python", "-m", "sglang.launch_server", "--model-path", target, "--speculative-algorithm", algorithm]
         commands["sglang"] = shlex.join([*start, "--speculative-draft-model-path", drafter])
     # vLLM wants the ids of EAGLE-3's layers at the top level; without any, it takes the authors' defaults.

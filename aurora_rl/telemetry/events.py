@@ -84,8 +84,8 @@ EVENTS: dict[str, Event] = {
             "slow_learner while one was, not_encodable, and too_large (for `wire.queue_bytes` or `wire.max_message`). "
             "Here or at the learner, before it was learned from: expired (older than `privacy.max_age`). Refused by "
             "the server's own learner: malformed, handshake (of another deployment) and invalid. Lost by it: "
-            "buffer_full (its full buffer let go of what it had not learned from), quarantined (no step could be taken "
-            "on it), and learner_died (sent to one that died, and in none of its training states).",
+            "buffer_full (its full buffer let go of what it had not learned from), and quarantined (no step could be "
+            "taken on it). Lost with one that died: learner_died (sent to it, and in none of its training states).",
             "learner": "State of the learner.",
             "running": "Clients' requests that are decoded now; like the next two only with a front at `http.port`.",
             "waiting": "Clients' requests that wait.",

@@ -280,7 +280,7 @@ class RunHistory:
         _thin(points, self._most)
 
     def unsaved(self, sent: int) -> int:
-        """Return how many of the trajectories sent so far are in no checkpoint, and not among :attr:`drops`."""
+        """Return how many of the trajectories sent so far are in no training state, and not among :attr:`drops`."""
         return max(sent - self.saved - self.drops.total(), 0)
 
     def mark(self, requests: int, text: str) -> None:

@@ -217,7 +217,7 @@ def test_export_writes_what_an_engine_reads_and_reads_it_back(
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     ours = [*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"]
     target = assembly.load(spec.resolve(load_config(overrides=ours)))
-    # Of the target's three layers SGLang cannot capture the default, and "hf" does not name others.
+    # Of the target's three layers SGLang cannot read the default, and "hf" does not name others.
     for layout, layers, again in (("vllm", "[1,2]", "sglang"), ("hf", "null", "vllm"), ("sglang", "[1,2]", "sglang")):
         run = spec.resolve(load_config(overrides=[*ours, f"drafter.feature_layers={layers}"]))
         save_drafter(assembly.start_drafter(run, target, []), tmp_path / "ours")

@@ -46,11 +46,11 @@ def write_dflash(drafter: DFlashDrafter, format: str) -> Checkpoint:
 
     Neither holds embedding or head, which are the target's. The ids in the file are one less than ``feature_layers``:
     they name a feature by the layer that it leaves. "hf" may also have the embedding, as −1, and what the target's
-    head reads; SGLang can give the drafter neither. A reduced draft vocabulary is an extra tensor ``d2t``, offsets from
+    head reads; SGLang can read neither. A reduced draft vocabulary is an extra tensor ``d2t``, offsets from
     rows to target ids: SGLang ignores it, and vLLM does not load a file that has it.
 
     Raises:
-        ValueError: SGLang cannot give the drafter one of the features.
+        ValueError: SGLang cannot read one of the features.
     """
     if format == "sglang":  # SGLang's DFlash has no place for the embedding
         check_feature_layers(drafter.feature_layers, drafter.num_target_layers, lowest=1)
