@@ -7,10 +7,7 @@ from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from typing import Any, NamedTuple
 
 # Effects that are bet on, in median absolute differences, and the largest difference that counts, in the same unit: a
 # pair that the machine held up must not cost all evidence.
@@ -141,7 +138,7 @@ class LossTest:
         return {name: test.evidence for name, test in self._lower.items()}
 
 
-def rounded_verdict(verdict: DataclassInstance) -> dict[str, Any]:
+def rounded_verdict(verdict: Any) -> dict[str, Any]:
     """Return a verdict on new weights as JSON values for the log.
 
     Args:

@@ -118,8 +118,7 @@ class Learner:
         self._notes = WireNotes(collector, publisher, log)
         self._sound: TensorDictBase | None = None  # the last new trajectory on which a step was taken
         self._credit = self._since_candidate = self._decided_steps = 0
-        self._age_limit, self._once = AgeLimit(max_age), once
-        self._serving = self._frozen()
+        self._age_limit, self._once, self._serving = AgeLimit(max_age), once, self._frozen()
         self._replaced: dict[str, Tensor] | None = None  # weights served before, until the newest is withdrawn
         self._rejecting: set[str] = set()  # engines that rejected the newest, as told
         self._start_check = StartCheck(self._serving, log)
@@ -176,13 +175,11 @@ class Learner:
             self._load_stream(stream)
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
         self._decided_steps = progress.get("decided_steps", 0)
-        version = None
+        newest, version = str(state.folder), None
         if serving is not None:  # else it is of aurora-rl train, and nothing was served
             self._serving = self._as_served(state.weights("replaced") or serving)
             version = self._publish(self._as_served(serving))
-        self._log.write(
-            "resumed", state=str(state.folder), skipped=skipped, version=version, seen=self.seen, steps=self.steps
-        )
+        self._log.write("resumed", state=newest, skipped=skipped, version=version, seen=self.seen, steps=self.steps)
 
     def step(self, wait_s: float = 0.2) -> bool:
         """Take what arrived, and learn from one batch. Return False if there was nothing to do."""
