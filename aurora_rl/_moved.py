@@ -12,6 +12,8 @@ from typing_extensions import override
 
 # Names that have a better one in the same module: old to new, by module below aurora_rl.
 _RENAMED = {
+    "statistics": {"Both": "FigurePair"}, "tenants": {"MOST_DELETIONS": "MAX_DELETIONS"},
+    "policies.adapters": {"MOST_BYTES": "MAX_BYTES"},
     "serving.canary": {"Canary": "RoundTrialRules", "Trial": "RoundTrial", "Verdict": "RoundTrialVerdict"},
     "training.engine_canary": {"EngineRules": "EngineTrialRules", "EngineVerdict": "EngineTrialVerdict"},
     "serving.recorded_requests": {"record": "record_requests"},
@@ -52,8 +54,8 @@ MOVED = {
     "envs.recording": "envs.remote", "envs.sglang.control": "envs.remote.plugin_server",
     "envs.sglang.SGLangEngine": "envs.sglang.client.SGLangClient",
     "envs.sglang.client.SGLangCompletion": "envs.remote.client.EngineCompletion",
-    "cli.sglang": "cli.attach", "cli.engines.sglang_server": "cli.remote.remote_server",
-    "cli.engines.served_config": "cli.remote.served_config",
+    "cli.sglang": "cli.attach", "cli.engines": "cli.embedded",
+    "collectors.gatekeeper": "collectors.admission", "collectors.guard": "collectors.relay",
     **{f"envs.sglang.{name}": f"envs.remote.{name}" for name in (
         "assembler", "copies", "plugin_server", "session")},
     "collectors.Hello": "collectors.handshake.Handshake",
@@ -77,7 +79,7 @@ MOVED = {
     "cli.spec.handshake": "collectors.handshake.Handshake.of",
     **{f"cli.spec.{name}": f"cli.assembly.{name}" for name in (
         "first_drafter", "load", "request_queue", "start_drafter", "traffic")},
-    **{f"serving.{name}": "cli.engines" for name in ("EmbeddedServing", "SGLangServing", "Serving", "serving")},
+    **{f"serving.{name}": "cli.embedded" for name in ("EmbeddedServing", "SGLangServing", "Serving", "serving")},
     **{f"models.{name}": f"models.loading.{name}" for name in (
         "DEFAULT_TARGET", "ModelError", "default_dtype", "embedded_model_path", "encode_chat",
         "load_target", "stop_token_ids")},
@@ -98,6 +100,11 @@ ELSEWHERE = {
         "learner": "aurora_rl.cli.learner.build_learner",
     },
     "checkpoints": {"CheckpointError, read_folder, save_tensors, write_folder": "aurora_rl.storage"},
+    "cli.engines": {
+        "sglang_server": "aurora_rl.cli.remote.remote_server", "served_config": "aurora_rl.cli.remote.served_config",
+    },
+    "collectors.gatekeeper": {"Gatekeeper": "aurora_rl.collectors.admission.Admission"},
+    "collectors.guard": {"Guard": "aurora_rl.collectors.relay.Relay"},
     "collectors.hello": {"Hello": "aurora_rl.collectors.handshake.Handshake"},
     "collectors.weight_scheme": {"ZMQWeightSyncScheme": "aurora_rl.collectors.weights.WeightPublisher"},
     "cli.config_canary": {"CanaryConfig": "aurora_rl.cli.config.CanaryConfig"},

@@ -36,7 +36,7 @@ class Registry(Generic[P]):
         >>> readers.get("plane")
         Traceback (most recent call last):
         ...
-        ValueError: no reader is called 'plane'; did you mean 'plain'? There are plain, and any package.module:Class
+        ValueError: no reader is called 'plane'; did you mean 'plain'? There are plain, and any package.module:Thing
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Registry(Generic[P]):
                 near = ":".join(name.rsplit(".", 1)) if "." in name.strip(".") else nearest(name, known)
                 raise ValueError(
                     f"no {self._seam} is called {name!r}; {f'did you mean {near!r}? There' if near else 'there'} are "
-                    f"{', '.join(known)}, and any package.module:{'Class' if self._base else 'function'}"
+                    f"{', '.join(known)}, and any package.module:Thing"
                 )
             point = found[name]
         if EntryPoint.pattern.match(point.value) is None:

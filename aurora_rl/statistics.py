@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import fmean, pstdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Effects that are bet on, in median absolute differences, and the largest difference that counts, in the same unit: a
 # pair that the machine held up must not cost all evidence.
@@ -79,7 +80,7 @@ class PairedTest:
         return fmean(map(math.exp, self._log_wealth))
 
 
-class Both(NamedTuple):
+class FigurePair(NamedTuple):
     """A figure of the old weights and of the new ones."""
 
     old: float
@@ -103,7 +104,7 @@ class LossTest:
     Example:
         >>> test = LossTest(["acceptance_length"], rate=0.01, margin=0.05)
         >>> while test.verdict is None:
-        ...     test.add({"acceptance_length": Both(old=3.0, new=1.0)})
+        ...     test.add({"acceptance_length": FigurePair(old=3.0, new=1.0)})
         >>> test.verdict, test.pairs
         ((False, 'acceptance length fell'), 9)
     """
@@ -113,7 +114,7 @@ class LossTest:
         self._lower = {name: PairedTest(rate / len(figures)) for name in figures}
         self._no_lower = {name: PairedTest(rate) for name in figures}
 
-    def add(self, pair: Mapping[str, Both]) -> None:
+    def add(self, pair: Mapping[str, FigurePair]) -> None:
         """Take in a pair: each figure that is known of both, above 0."""
         self.pairs += 1
         for name, (old, new) in pair.items():
@@ -135,3 +136,28 @@ class LossTest:
     def evidence(self) -> dict[str, float]:
         """Evidence of a loss, by figure: :attr:`PairedTest.evidence`."""
         return {name: test.evidence for name, test in self._lower.items()}
+
+
+def rounded_verdict(verdict: Any) -> dict[str, Any]:
+    """Return a verdict on new weights as JSON values for the log.
+
+    Args:
+        verdict: Dataclass with figures as :class:`FigurePair`, kept to 4 decimals, and ``evidence`` by figure, kept to
+            4 significant digits. Other fields stay what they are.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Verdict:
+        ...     promote: bool
+        ...     speed: FigurePair | None
+        ...     evidence: dict[str, float]
+        >>> rounded_verdict(Verdict(True, FigurePair(old=1.23456, new=2.0), {"speed": 1234.56}))
+        {'promote': True, 'speed': {'old': 1.2346, 'new': 2.0}, 'evidence': {'speed': 1235.0}}
+    """
+    values = asdict(verdict)
+    for name, value in values.items():
+        if isinstance(value, FigurePair):
+            values[name] = {"old": round(value.old, 4), "new": round(value.new, 4)}
+    values["evidence"] = {name: float(f"{value:.4g}") for name, value in values["evidence"].items()}
+    return values

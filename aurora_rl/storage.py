@@ -1,4 +1,4 @@
-"""Tensors and JSON documents on disk: safetensors files, and folders that are written whole or not at all."""
+"""Tensors and JSON documents on disk: safetensors files, and files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +28,28 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     mode = path.stat().st_mode
     save_file(tensors, path, metadata)
     path.chmod(mode)
+
+
+def write_file(path: Path, content: str | Callable[[Path], object]) -> None:
+    """Replace a file whole or not at all. A call that is killed leaves the old file. One process writes.
+
+    Args:
+        path: File to replace, or to make.
+        content: Text of the file, or a function that writes the file at the path that it is given.
+
+    Raises:
+        OSError: It cannot be written, as on a full disk; the file is as it was.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        if isinstance(content, str):
+            part.write_text(content, encoding="utf-8")
+        else:
+            content(part)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_folder(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 TENANT_HEADER = "X-Aurora-Tenant"
 """Header of an HTTP request that names its tenant."""
-MOST_DELETIONS = 4096
+MAX_DELETIONS = 4096
 """Deletions of tenants that are remembered, the latest."""
 
 _NAME = re.compile(r"[A-Za-z0-9._:+=-]{1,128}")

@@ -220,7 +220,7 @@ class LearnerEnd:
             replay=10,
             publish_every=8,
             max_skipped=20,
-            checkpoint=Path(folder) / "learner",
+            states=Path(folder) / "learner",
             outputs=Outputs(log),
         )
 

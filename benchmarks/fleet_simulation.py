@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scaling import MODELS, completion_bytes, drafter_parameters
 
-from aurora_rl.collectors import engine_book, guard
+from aurora_rl.collectors import engine_book, relay
 from aurora_rl.collectors.codec import DEFAULT_LIMITS
 
 ENGINES = (1, 4, 16, 64, 256, 1000)
@@ -25,7 +25,7 @@ TICK_S = 0.1
 SINK = 256  # trajectories that a sink holds, and its bytes: the defaults of wire.queue and wire.queue_bytes
 SINK_BYTES = 1 << 29
 BUFFER_BYTES = 4 << 30  # the default of learner.buffer_bytes
-CONNECTIONS = min(guard._MAX_CONNECTIONS, engine_book._MAX_ENGINES)
+CONNECTIONS = min(relay._MAX_CONNECTIONS, engine_book._MAX_ENGINES)
 
 
 @dataclass(frozen=True)

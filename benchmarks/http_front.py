@@ -32,7 +32,7 @@ from http_servers import settings
 
 from aurora_rl.cli.assembly import first_drafter, load, request_queue
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.engines import embedded_server
+from aurora_rl.cli.embedded import embedded_server
 from aurora_rl.cli.http import HttpFront
 from aurora_rl.cli.spec import resolve
 from aurora_rl.envs import Completion, Request

@@ -54,7 +54,7 @@ class Server(SpeculativeDecoder):
     def read_prompts_whole(self) -> None:
         """Do as every engine does that cannot stop within a prompt."""
         engine, read = self.engine, self.engine.prefill_chunk
-        engine.prefill_chunk = lambda slot, prompt, done, most: read(slot, prompt, done, len(prompt))
+        engine.prefill_chunk = lambda slot, prompt, done, max_tokens: read(slot, prompt, done, len(prompt))
         engine.verify_with_chunk = partial(Engine.verify_with_chunk, engine)
 
 

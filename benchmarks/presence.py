@@ -34,7 +34,7 @@ from common import MAX_LENGTH, arguments, cost, parse, prompts, write_result
 from aurora_rl import Request, SamplingParams, SpecDecodeEnv, TargetParts, TreeShape
 from aurora_rl.cli.assembly import first_drafter, load, request_queue
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.engines import embedded_server
+from aurora_rl.cli.embedded import embedded_server
 from aurora_rl.cli.learner_process import LearnerProcess
 from aurora_rl.cli.spec import resolve
 from aurora_rl.collectors.collector import ZMQCollector

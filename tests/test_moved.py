@@ -17,7 +17,6 @@ from aurora_rl._moved import ELSEWHERE, GONE, MOVED, MovedModules
 # Public names of the modules that still have a module or a package at their path.
 OLD_NAMES = {
     "cli": "main",
-    "cli.engines": "embedded_server served_config sglang_server",
     "collectors": """
         CodecError Hello Limits TrajectorySink WeightPublisher WeightReceiver ZMQCollector ZMQWeightSyncScheme checksum
         decode encode trajectory_buffer
@@ -63,6 +62,7 @@ OLD_NAMES = {
         NgramDrafter Proposal StandaloneDrafter TargetParts TreeShape Unroll available_drafters choose_draft_vocab
         get_drafter load_drafter register_drafter save_drafter token_prior
     """,
+    "policies.adapters": "MOST_BYTES",
     "policies.attention": "KeysValues TreeAttention",
     "policies.block_layer": "BlockAttention BlockLayer Rotation",
     "policies.dflash": "DFlashDrafter",
@@ -79,6 +79,8 @@ OLD_NAMES = {
     "policies.standalone": "Branches StandaloneDrafter",
     "serving": "EmbeddedServing SGLangServing Serving serving",
     "settings": "check nearest settings_of",
+    "statistics": "Both",
+    "tenants": "MOST_DELETIONS",
     "testing": "check_drafter check_engine check_objective serve tiny_target tiny_trajectory topk_form",
     "testing.drafters": "check_drafter",
     "testing.engines": "check_engine",
@@ -103,6 +105,8 @@ MOVED_NAMES = {
     "check": "check_model",
     "checkpoints": "CheckpointError load_training_state read_folder save_tensors save_training_state write_folder",
     "collectors.buffer": "trajectory_buffer",
+    "collectors.gatekeeper": "Gatekeeper KEY_NAME",
+    "collectors.guard": "Guard Meter TooLongError cost near_address",
     "collectors.hello": "Hello",
     "collectors.weight_scheme": "ZMQWeightSyncScheme",
     "collectors.weight_sync": "EngineStatus WeightPublisher WeightReceiver",
@@ -171,6 +175,7 @@ MOVED_NAMES = {
     "cli.config_fleet": "EngineGroup FleetConfig Placement check_fleet engine_groups learner_placement",
     "cli.config_privacy": "PrivacyConfig check_privacy check_records keep_nothing",
     "cli.config_tree": "keys_of nested node_at wrong_type",
+    "cli.engines": "embedded_server served_config sglang_server",
     "cli.export": "register run",
     "cli.flywheel": "register run",
     "cli.sglang": "register run",

@@ -67,7 +67,7 @@ def test_the_three_ways_to_a_part(parts: Registry[type[Part]]) -> None:
     [
         (
             "instaled",
-            "no part is called 'instaled'; did you mean 'installed'[?] There are counter, elsewhere, .*:Class",
+            "no part is called 'instaled'; did you mean 'installed'[?] There are counter, elsewhere, .*:Thing",
         ),
         ("elsewere", "did you mean 'elsewhere'"),
         (f"{MODULE}.Own", f"did you mean '{MODULE}:Own'"),

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from aurora_rl.statistics import Both, LossTest, PairedTest, mean_interval
+from aurora_rl.statistics import FigurePair, LossTest, PairedTest, mean_interval
 
 RATE, STREAMS, PAIRS = 0.05, 400, 48
 # Three standard errors above the rate: a test that keeps it fails here once in a thousand.
@@ -111,11 +111,11 @@ def test_a_loss_of_either_figure_is_found_and_one_that_is_not_always_known_decid
     for fallen in ("length", "speed"):
         test, figures = LossTest(["length", "speed"], rate=0.05, margin=0.1), {"length": 2.0, "speed": 9.0}
         while test.verdict is None:
-            test.add({name: Both(old, 0.5 * old if name == fallen else old) for name, old in figures.items()})
+            test.add({name: FigurePair(old, 0.5 * old if name == fallen else old) for name, old in figures.items()})
         assert test.verdict == (False, f"{fallen} fell") and test.evidence[fallen] >= 2 / 0.05
     test = LossTest(["length", "speed"], rate=0.05, margin=0.1)
     for _ in range(20):
-        test.add({"length": Both(2.0, 2.0)})
+        test.add({"length": FigurePair(2.0, 2.0)})
     assert test.verdict == (True, "a loss above 10% is ruled out") and test.pairs == 20
-    test.add({"length": Both(2.0, 2.0), "speed": Both(9.0, 9.0)})
+    test.add({"length": FigurePair(2.0, 2.0), "speed": FigurePair(9.0, 9.0)})
     assert test.verdict is None

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from aurora_rl import storage
-from aurora_rl.storage import CheckpointError, read_folder, write_folder
+from aurora_rl.storage import CheckpointError, read_folder, write_file, write_folder
 
 OLD, NEW = {"x": torch.zeros(2)}, {"x": torch.ones(3)}
 
@@ -25,6 +25,21 @@ def test_folders_hold_tensors_and_documents(tmp_path: Path) -> None:
     assert document == {"k": [1, None]}
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_file(path, "ä\n")
+    write_file(path, lambda part: part.write_text("new", encoding="utf-8"))
+    assert path.read_text() == "new"
+
+    def full(part: Path) -> None:
+        part.write_text("ha")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        write_file(path, full)
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"] and path.read_text() == "new"
 
 
 def test_a_folder_is_written_from_a_working_directory_that_was_deleted(

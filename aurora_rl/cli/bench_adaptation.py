@@ -31,7 +31,7 @@ from aurora_rl.cli.arguments import add_config_arguments
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, LoadedTarget, engine_maker, load, request_queue, start_drafter
 from aurora_rl.cli.config import Config, load_config
 from aurora_rl.cli.config.privacy import check_records
-from aurora_rl.cli.engines import embedded_server
+from aurora_rl.cli.embedded import embedded_server
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.learner import assembled, learning
@@ -39,12 +39,13 @@ from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.progress import watch
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.cli.training_data import ShownRecording
+from aurora_rl.cli.training_data import ShownRecording, fingerprint
 from aurora_rl.models.loading import stop_token_ids
 from aurora_rl.objectives import SumLoss
 from aurora_rl.policies import Drafter, TreeShape
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.policies.lookup import EarlierAnswers
+from aurora_rl.storage import write_file
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.offline import Trajectories
@@ -124,8 +125,9 @@ class _Bench:
         """
         tree = asdict(self._scenario)
         stream = {key: tree[key] for key in ("phases", "mixed", "training", "set", "window", "live")}
+        prompts = [*self._training, *(prompt for part in self._prompts for prompt in part)]
         settings = {
-            "stream": stream | {"prompts": _digest([*self._training, *(p for part in self._prompts for p in part)])},
+            "stream": stream | {"prompts": fingerprint((), prompts)},
             "configuration": _configuration(self._base),
         }
         path = self._out / "settings.json"
@@ -267,8 +269,7 @@ class _Bench:
                 )
 
             def save(so_far: dict[str, Any]) -> None:
-                torch.save({"settings": settings, **so_far}, folder / "state.part")
-                (folder / "state.part").replace(begun)
+                write_file(begun, lambda path: torch.save({"settings": settings, **so_far}, path))
 
             result = simulate(
                 stream, serving, _shape(spec, arm), learner=learner, wire=wire, earlier=earlier,
@@ -285,9 +286,7 @@ class _Bench:
             "seconds": round(time.monotonic() - began, 1),
             **asdict(result),
         }
-        part = folder / "result.part"
-        part.write_text(json.dumps(figures) + "\n")
-        part.replace(done)
+        write_file(done, json.dumps(figures) + "\n")
         begun.unlink(missing_ok=True)
 
     def _start(self, spec: RunSpec, target: LoadedTarget, first: list[list[int]], seed: int = 0) -> Drafter:
@@ -443,7 +442,3 @@ def step_flops(loss: SumLoss, stream: Trajectories, batch_size: int) -> int:
 def _ends(phases: Sequence[Sequence[Prompt]]) -> list[int]:
     """Return the number of requests up to the end of each phase."""
     return [sum(map(len, phases[: place + 1])) for place in range(len(phases))]
-
-
-def _digest(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts], default=list).encode()).hexdigest()[:16]

@@ -25,6 +25,7 @@ from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.cli.training_data import open_recording
 from aurora_rl.collectors.dataset import TrajectoryDataset
+from aurora_rl.storage import write_file
 from aurora_rl.training.gate import replay
 from aurora_rl.training.steps import train_on
 
@@ -120,9 +121,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
             "cpu_seconds": round(time.process_time() - spent, 1),  # whatever else the machine did
             "curves": {mode: [[seen, round(a, 4)] for seen, a in curve] for mode, curve in curves.items()},
         }
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        part.replace(path)
+        write_file(path, json.dumps(result, indent=1) + "\n")
     results = _results(out)
     (out / "table.md").write_text(_markdown(results))
     _plot(results, out / "curves.png")

@@ -17,7 +17,7 @@ from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.policies import Drafter, TargetParts, get_drafter
+from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, get_drafter
 from aurora_rl.policies.adapters import merge_adapter
 from aurora_rl.policies.formats.files import (
     TRAINED_FOR,
@@ -116,8 +116,12 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
             f"vocabulary of the target's, and no other format does; give both --to {_GGUF} "
             "and --target-gguf TARGET.gguf, or neither"
         )
+    kind = _kind(config, arguments.drafter)
+    if arguments.to != _GGUF and arguments.to not in kind.formats:  # now, not after the target was loaded
+        formats = ", ".join((*kind.formats, *((_GGUF,) if issubclass(kind, Eagle3Drafter) else ())))
+        raise ConfigError(f"--to {arguments.to}: {kind.__name__} has no format {arguments.to!r}; it has {formats}")
     # Sizes and positions are checked against the target, and written as the target has them.
-    spec, kind = _resolve(config, arguments.drafter), _kind(config, arguments.drafter)
+    spec = _resolve(config, arguments.drafter)
     drafter = _load(spec, kind, load_alone(spec), arguments.format)
     if (name := arguments.adapter) is not None:
         folder = local_folder(arguments.drafter)

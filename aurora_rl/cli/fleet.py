@@ -22,6 +22,7 @@ from aurora_rl.cli.output import plain_console
 from aurora_rl.cli.restarts import LONGEST_WAIT_S, restart_wait
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
+from aurora_rl.storage import write_file
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.telemetry.view import every
 
@@ -260,10 +261,7 @@ class _Fleet:
             for engine in self._engines
             if engine.url
         ]
-        path = self._folder / "prometheus.json"
-        new = path.with_suffix(".new")
-        new.write_text(json.dumps(targets, indent=2) + "\n", encoding="utf-8")
-        new.replace(path)
+        write_file(self._folder / "prometheus.json", json.dumps(targets, indent=2) + "\n")
 
     def _line(self) -> str:
         """Return how the fleet fares, in a line."""

@@ -96,6 +96,10 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
                 ).published = (
                     f"gate: {event['difference']:+.3f} ({low:+.3f} to {high:+.3f}) over {event['requests']} requests"
                 )
+            case "resumed" if event.get("version") is not None:  # an earlier release does not say it
+                of(event["version"]).published = "resumed: what was served before"
+            case "renumbered":
+                of(event["version"]).published = "published again: what was served before"
             case "compare":
                 for number, drafter in enumerate(event["drafters"]):
                     of(number).published = f"compared: {drafter}"

@@ -112,7 +112,7 @@ def _learn(
         learner = build_learner(resolve(config), log, run_dir, ranks)
     stop.working = True
     log.write("learner_ready", pid=os.getpid(), seen=learner.seen)
-    print(f"learning; metrics and checkpoints in {run_dir}", flush=True)
+    print(f"learning; metrics and training states in {run_dir}", flush=True)
     with contextlib.closing(learner), logged(logger, run_dir):
         try:
             while not stop.requested:

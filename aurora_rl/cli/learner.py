@@ -170,7 +170,7 @@ def assembled(
     publisher: WeightSink,
     log: MetricsLog,
     outputs: Outputs,
-    checkpoint: Path,
+    states: Path,
     canary: EngineCanary | None = None,
 ) -> Learner:
     """Return the learner of a spec, with the loss and the optimizers of :func:`learning` and a wire."""
@@ -189,7 +189,7 @@ def assembled(
         replay=settings.replay,
         publish_every=settings.publish_every,
         max_skipped=settings.max_skipped,
-        checkpoint=checkpoint,
+        states=states,
         keep=settings.keep,
         keep_states=config.checkpoint.keep,
         save_buffer=config.checkpoint.buffer,

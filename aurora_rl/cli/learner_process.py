@@ -33,7 +33,7 @@ class LearnerProcess:
     Attributes:
         child: The process.
         restarts: How often it was started again.
-        resumed: Whether it goes on from a checkpoint.
+        resumed: Whether it goes on from a training state.
     """
 
     def __init__(self, config: Config, run_dir: Path) -> None:
@@ -64,7 +64,7 @@ class LearnerProcess:
             )
 
     def tend(self) -> bool:
-        """Start the learner again if it died, from its last checkpoint; return whether that was done.
+        """Start the learner again if it died, from its last training state; return whether that was done.
 
         It waits before each start: a second the first time, then twice as long each time up to a minute, until a
         learner has lived for longer than that. A start that fails, as without memory or without the run's folder,

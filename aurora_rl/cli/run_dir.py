@@ -41,7 +41,7 @@ class RunDir:
     Attributes:
         path: The folder.
         config: Configuration to run by: it has the folder in ``run_dir``, and of a run that resumes the drafter and the
-            checkpoint to go on from.
+            training state to go on from.
 
     Raises:
         ConfigError: The folder cannot be made, it holds something already and is not resumed, or its run still goes on.

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _DRAIN_S = 5.0  # seconds for the answers to requests that came before the end
 _IDLE_S = 0.1  # between two looks of an idle server for new weights
-_MOST_TOLD = 20  # failed requests that are printed; metrics.jsonl and answers.jsonl have all
+_MAX_TOLD = 20  # failed requests that are printed; metrics.jsonl and answers.jsonl have all
 _DOCUMENTS = ("config.yaml", "learner.yaml", "summary.json", "report.png")  # each part of a run writes these anew
 
 
@@ -121,7 +121,7 @@ class _Session:
                 wire_keys,
             )  # fmt: skip
             from aurora_rl.cli.config.canary import compared
-            from aurora_rl.cli.engines import embedded_server
+            from aurora_rl.cli.embedded import embedded_server
             from aurora_rl.cli.http import HttpFront
             from aurora_rl.cli.remote import remote_server
             from aurora_rl.cli.spec import resolve
@@ -269,7 +269,7 @@ class _Session:
             self._log.write(
                 "learner_restarted", restarts=learner.restarts, resumed=learner.resumed, missed=missed, lost=lost
             )
-            resumed = ", from its checkpoint" if learner.resumed else ""
+            resumed = ", from its training state" if learner.resumed else ""
             self._console.print(
                 f"the learner is started again{resumed}; {missed} trajectories were dropped without one, "
                 f"and {lost} were lost with the last",
@@ -321,7 +321,7 @@ class _Session:
             outputs.count(requests.answers)
         for reason in failed:
             self._log.write("failed", reason=reason)
-        for reason in list(dict.fromkeys(failed))[:_MOST_TOLD]:  # the later turns fail for the same reason
+        for reason in list(dict.fromkeys(failed))[:_MAX_TOLD]:  # the later turns fail for the same reason
             self._console.print(f"failed: {reason}", soft_wrap=True)
         outputs.count(self._log)
         outputs.write("summary.json", lambda: write_summary(run_dir, summary))

@@ -16,6 +16,7 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.run_dir import TRAINING
 from aurora_rl.settings import check_values
+from aurora_rl.storage import write_file
 
 _TYPES = {"recording": list | None, "epochs": int, "held_out": float, "data": str | None}
 
@@ -63,20 +64,13 @@ def saved_unless_refused(path: Path, arguments: argparse.Namespace, data: str) -
     """Save the options that the next ``--resume`` takes; a refusal leaves those of a training that is resumed."""
     options = {name: getattr(arguments, name) for name in ("recording", "epochs", "held_out")} | {"data": data}
     before = path.read_text(encoding="utf-8") if path.exists() else None
-    _write(path, json.dumps(options, indent=2) + "\n")
+    write_file(path, json.dumps(options, indent=2) + "\n")
     try:
         yield
     except (ValueError, OSError):
         if before is not None:
-            _write(path, before)
+            write_file(path, before)
         raise
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _settings(config: Config) -> dict[str, Any]:

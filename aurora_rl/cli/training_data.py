@@ -31,7 +31,8 @@ def fingerprint(folders: Sequence[str], prompts: Sequence[Prompt]) -> str:
     """Return a checksum of the data: the prompts and their order, or each recording's first trajectories."""
     recordings = [TrajectoryDataset(folder) for folder in folders]
     found = [recording.digest(min(len(recording), VOCAB_PROMPTS)) for recording in recordings]
-    return hashlib.sha256(json.dumps([found, [asdict(prompt) for prompt in prompts]]).encode()).hexdigest()[:16]
+    written = json.dumps([found, [asdict(prompt) for prompt in prompts]], default=list)
+    return hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
 def sources(folders: Sequence[str], path: str | None) -> str:

@@ -14,7 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch.utils.data import Dataset
 
 from aurora_rl.collectors.codec import SCHEMA
-from aurora_rl.storage import save_tensors
+from aurora_rl.storage import save_tensors, write_file
 
 _SCHEMA, _LAYERS = "schema", "feature_layers"  # keys in the metadata of each file
 
@@ -72,10 +72,8 @@ class TrajectoryDataset(Dataset[TensorDict]):
         """Append a trajectory. Its file is complete or absent."""
         self.folder.mkdir(parents=True, exist_ok=True)
         flat = {key: value.contiguous() for key, value in trajectory.flatten_keys(".").items()}
-        path = self._path(self._count)
-        part = path.with_suffix(".part")
-        save_tensors(flat, part, {_SCHEMA: str(SCHEMA), **({} if self._layers is None else {_LAYERS: self._layers})})
-        part.replace(path)
+        metadata = {_SCHEMA: str(SCHEMA), **({} if self._layers is None else {_LAYERS: self._layers})}
+        write_file(self._path(self._count), lambda path: save_tensors(flat, path, metadata))
         self._count += 1
 
     def __len__(self) -> int:

@@ -17,7 +17,7 @@ from aurora_rl.collectors.codec import DEFAULT_LIMITS, Limits, encode
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import ClientKeys
 from aurora_rl.collectors.sockets import SocketThread, connect, engine_name, open_socket
-from aurora_rl.tenants import MOST_DELETIONS
+from aurora_rl.tenants import MAX_DELETIONS
 from aurora_rl.trajectories import size_of
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class TrajectorySink:
         with self._changed:
             self._deletions.pop(tenant, None)
             self._deletions[tenant] = self._untold[tenant] = time.time()
-            while len(self._deletions) > MOST_DELETIONS:
+            while len(self._deletions) > MAX_DELETIONS:
                 del self._deletions[next(iter(self._deletions))]
             kept = [queued for queued in self._queue if queued.tenant != tenant]
             dropped, self._queue = len(self._queue) - len(kept), deque(kept)

@@ -22,10 +22,10 @@ from typing_extensions import override
 from zmq.utils.monitor import recv_monitor_message
 
 from aurora_rl.addresses import is_local
+from aurora_rl.collectors.admission import KEY_NAME, Admission
 from aurora_rl.collectors.codec import DEFAULT_LIMITS, Limits
-from aurora_rl.collectors.gatekeeper import KEY_NAME, Gatekeeper
-from aurora_rl.collectors.guard import Guard, near_address
 from aurora_rl.collectors.keys import ClientKeys, ServerKeys
+from aurora_rl.collectors.relay import Relay, near_address
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ _RECONNECT_MAX_MS = 2_000
 
 
 class Socket(zmq.Socket[bytes]):
-    """A socket that takes its guard, its gatekeeper and its context along when it closes."""
+    """A socket that takes its relay, its admission and its context along when it closes."""
 
-    guard: Guard | None = None
-    gatekeeper: Gatekeeper | None = None
+    relay: Relay | None = None
+    admission: Admission | None = None
     folder: str | None = None  # folder of the address between the two
     bound_file: tuple[str, os.stat_result] | None = None  # of an ipc address that is bound
     key_refused = False
@@ -71,21 +71,21 @@ class Socket(zmq.Socket[bytes]):
     @property
     def refused(self) -> int:
         """Connections that were refused for their keys."""
-        return 0 if self.gatekeeper is None else self.gatekeeper.refused
+        return 0 if self.admission is None else self.admission.refused
 
     @override
     def poll(self, timeout: int | None = None, flags: int = zmq.POLLIN) -> int:
         ready = super().poll(timeout, flags)
-        if self.guard is not None and flags & zmq.POLLIN and not ready:
-            self.guard.asked_in_vain()
+        if self.relay is not None and flags & zmq.POLLIN and not ready:
+            self.relay.asked_in_vain()
         return ready
 
     @override
     def recv_multipart(self, flags: int = 0, copy: bool = True, track: bool = False) -> Any:
         frames = cast("list[zmq.Frame]", super().recv_multipart(flags, copy=False, track=track))
-        if self.guard is not None:
+        if self.relay is not None:
             body = frames[self.type == zmq.ROUTER :]  # the frame that a ROUTER puts first did not come over the network
-            self.guard.taken(peer_of(body), [len(frame) for frame in body])
+            self.relay.taken(peer_of(body), [len(frame) for frame in body])
         return [frame.bytes for frame in frames] if copy else frames
 
     @override
@@ -94,12 +94,12 @@ class Socket(zmq.Socket[bytes]):
             self.disable_monitor()
             self._handshakes.close()
         super().close(linger)
-        guard, self.guard = self.guard, None
-        if guard is not None:
-            guard.close((linger or 0) / 1000)
-        gatekeeper, self.gatekeeper = self.gatekeeper, None
-        if gatekeeper is not None:
-            gatekeeper.close()
+        relay, self.relay = self.relay, None
+        if relay is not None:
+            relay.close((linger or 0) / 1000)
+        admission, self.admission = self.admission, None
+        if admission is not None:
+            admission.close()
         if self.bound_file is not None:
             path, bound = self.bound_file
             with contextlib.suppress(OSError):
@@ -153,7 +153,7 @@ def bind(socket: Socket, address: str, *, limits: Limits = DEFAULT_LIMITS, keys:
             raise zmq.ZMQError(errno.EADDRINUSE)
         if address.startswith("ipc://"):
             _check_deletable(address.removeprefix("ipc://"))
-        # ZeroMQ knows how to read an address; once it has left it, the guard listens there.
+        # ZeroMQ knows how to read an address; once it has left it, the relay listens there.
         with zmq.Context() as context, context.socket(zmq.PULL) as probe:
             probe.bind(address)
             bound = probe.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -163,7 +163,7 @@ def bind(socket: Socket, address: str, *, limits: Limits = DEFAULT_LIMITS, keys:
         except BaseException:
             listener.close()
             raise
-        socket.guard = Guard(
+        socket.relay = Relay(
             listener,
             lambda number: _dial(inside, None if keys is None else number),
             limits=limits,
@@ -189,7 +189,7 @@ def bind(socket: Socket, address: str, *, limits: Limits = DEFAULT_LIMITS, keys:
 
 
 def _bind_inside(socket: Socket, keys: ServerKeys | None, name: str) -> str:
-    """Bind where the guard relays to, and return the address."""
+    """Bind the address that the relay connects to, and return the address."""
     if keys is None:
         address = f"ipc://{socket.private_path()}"
         socket.bind(address)
@@ -198,14 +198,14 @@ def _bind_inside(socket: Socket, keys: ServerKeys | None, name: str) -> str:
     socket.curve_secretkey = keys.secret
     socket.zap_domain = b"aurora-rl"
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody is let in while nobody answers libzmq
-    socket.gatekeeper = Gatekeeper(socket, keys, lambda peer: _network_address(socket, peer), name)
-    # The address of a peer names its connection, which takes TCP. Who gets there past the guard needs a key as well.
+    socket.admission = Admission(socket, keys, lambda peer: _network_address(socket, peer), name)
+    # The address of a peer names its connection, which takes TCP. A peer that goes past the relay needs a key as well.
     socket.bind("tcp://127.0.0.1:*")
     return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
 def _network_address(socket: Socket, address: str) -> str:
-    return address if socket.guard is None else socket.guard.peer_of(address)
+    return address if socket.relay is None else socket.relay.peer_of(address)
 
 
 def connect(socket: Socket, address: str, *, limits: Limits | None = None, keys: ClientKeys | None = None) -> None:
@@ -231,7 +231,7 @@ def connect(socket: Socket, address: str, *, limits: Limits | None = None, keys:
             return
         path = socket.private_path()
         listener = _listen(f"ipc://{path}")
-        socket.guard = Guard(
+        socket.relay = Relay(
             listener,
             lambda number: _dial(address),
             limits=limits,
@@ -252,7 +252,7 @@ def peer_of(frames: list[zmq.Frame], field: str = "Peer-Address") -> str:
 
     Args:
         frames: Frames of the message.
-        field: "Peer-Address", as the socket sees it, or `gatekeeper.KEY_NAME`.
+        field: "Peer-Address", as the socket sees it, or `admission.KEY_NAME`.
     """
     try:
         return cast("str", frames[-1].get(field))

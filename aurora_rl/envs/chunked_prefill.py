@@ -13,9 +13,9 @@ from aurora_rl.envs.engine import Engine, PromptChunk
 from aurora_rl.envs.request import Request
 
 # Tokens of the first chunk and of the shortest: where an engine reads it in a pass of its own, fewer take as long.
-_FIRST, _LEAST = 16, 8
-# A round with a chunk is to end at most about so many times later than the median of the last ones without, so many.
-_MOST, _ROUNDS = 1.75, 8
+_FIRST_CHUNK, _MIN_CHUNK = 16, 8
+# A round with a chunk may take about this many times the median of the last so many rounds without one.
+_MAX_DELAY, _ROUNDS = 1.75, 8
 
 
 class ChunkedPrefill:
@@ -52,7 +52,7 @@ class ChunkedPrefill:
         self._read, self._with_chunk = 0, 0  # tokens in this round, and rounds with a chunk in a row
         self._ended = time.perf_counter()
         self._counted = engine.prefill_seconds  # the engine's count at the last round's end
-        self.chunk = _FIRST
+        self.chunk = _FIRST_CHUNK
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._reading
@@ -126,10 +126,10 @@ class ChunkedPrefill:
             # What the chunk added, unless the engine has counted more by itself.
             engine.prefill_seconds = max(engine.prefill_seconds, self._counted + seconds - usual)
             if self._read == self.chunk:  # neither the last tokens of a prompt nor rows that were kept
-                if seconds < _MOST * usual:
+                if seconds < _MAX_DELAY * usual:
                     self.chunk += max(self.chunk // 8, 1)
                 else:
-                    self.chunk = max(self.chunk * 4 // 5, _LEAST)
+                    self.chunk = max(self.chunk * 4 // 5, _MIN_CHUNK)
         self._note_end()
 
     def _note_end(self) -> None:

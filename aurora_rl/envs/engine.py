@@ -21,13 +21,13 @@ class PromptChunk(NamedTuple):
         slot: The slot.
         prompt: Its whole prompt, ``[P]`` int64, ``1 <= P < max_length``.
         done: Tokens that are read, as the call before returned; 0 at first.
-        most: Most tokens to read, at least one.
+        max_tokens: Most tokens to read, at least one.
     """
 
     slot: int
     prompt: Tensor
     done: int
-    most: int
+    max_tokens: int
 
 
 class Engine(ABC):
@@ -67,7 +67,7 @@ class Engine(ABC):
     def prefill(self, slots: Sequence[int], prompts: Sequence[Tensor]) -> None:
         """Load prompts (each ``[P]`` int64, ``1 <= P < max_length``) into free slots."""
 
-    def prefill_chunk(self, slot: int, prompt: Tensor, done: int, most: int) -> int:
+    def prefill_chunk(self, slot: int, prompt: Tensor, done: int, max_tokens: int) -> int:
         """Read on in the prompt of a free slot, between rounds of other slots.
 
         An engine that cannot stop within a prompt reads it whole, as this method does unless it is overridden. The
@@ -77,7 +77,7 @@ class Engine(ABC):
             slot: The slot.
             prompt: Its whole prompt, ``[P]`` int64, ``1 <= P < max_length``.
             done: Tokens that are read, as the call before returned; 0 at first.
-            most: Most tokens to read, at least one.
+            max_tokens: Most tokens to read, at least one.
 
         Returns:
             How many tokens are read now, ``P`` where the prompt is complete.

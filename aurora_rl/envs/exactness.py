@@ -22,7 +22,7 @@ from aurora_rl.models.inference_modules import layer_kind
 from aurora_rl.models.target_head import context_length, decoder_layers, decoder_of
 
 # Tokens of the first row and of the others, and most rows of the probe: they bound the time of the check.
-_LONG, _LENGTH, _MOST_ROWS = 48, 16, 6
+_LONG, _LENGTH, _MAX_ROWS = 48, 16, 6
 # Most tokens of the float32 copy's vocabulary.
 _FEW_TOKENS = 2048
 # Depth of the true path in the tree that is verified; one more token is decoded after it.
@@ -113,7 +113,7 @@ class Probe:
         starts = {0}
         if self.takes_positions:
             starts |= {t - length // 2 for t in _thresholds(config) if t < max_length} | {max_length - length}
-        later = sorted({min(max(start, 0), context - length) for start in starts} - {0})[1 - _MOST_ROWS :] or [0]
+        later = sorted({min(max(start, 0), context - length) for start in starts} - {0})[1 - _MAX_ROWS :] or [0]
         self.starts = torch.tensor([0, *later])
         tokens = _telling_tokens(model, len(self.starts), max(length, min(_LONG, context, max_length)))
         self.texts = [tokens[0], *tokens[1:, :length]]

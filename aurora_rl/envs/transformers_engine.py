@@ -287,11 +287,11 @@ class TransformersEngine(Engine):
             self.prefill_chunk(slot, prompt, 0, len(prompt))
 
     @override
-    def prefill_chunk(self, slot: int, prompt: Tensor, done: int, most: int) -> int:
+    def prefill_chunk(self, slot: int, prompt: Tensor, done: int, max_tokens: int) -> int:
         began = time.perf_counter()
         prompt, done = self._begin(slot, prompt, done)
         # The last token of a prompt is left to be the root of the first round.
-        last = min(done + most, len(prompt) - 1)
+        last = min(done + max_tokens, len(prompt) - 1)
         while done < last:
             rows = self._chunk(slot, prompt, done, last)
             ((_, features),) = self._pass(rows)
@@ -357,7 +357,7 @@ class TransformersEngine(Engine):
         self, slots: Tensor, tokens: Tensor, parents: Tensor, valid: Tensor, chunk: PromptChunk
     ) -> tuple[Tensor, int]:
         prompt, done = self._begin(chunk.slot, chunk.prompt, chunk.done)
-        last = min(done + chunk.most, len(prompt) - 1)
+        last = min(done + chunk.max_tokens, len(prompt) - 1)
         chunk_rows = [self._chunk(chunk.slot, prompt, done, last)] if done < last else []
         self._chunk_rows = chunk_rows
         try:  # through self.verify: a subclass may extend it

@@ -290,7 +290,7 @@ def target_entries(parts: TargetParts) -> dict[str, Any]:
 
 
 def default_feature_layers(num_layers: int) -> tuple[int, ...]:
-    """Return EAGLE-3's early, middle and late layers, as SGLang captures them: 2, n // 2, n − 3; fewer in tiny models.
+    """Return EAGLE-3's early, middle and late layers, as SGLang reads them: 2, n // 2, n − 3; fewer in tiny models.
 
     >>> default_feature_layers(30)
     (2, 15, 27)

@@ -26,7 +26,7 @@ from aurora_rl.trajectories import adapter_code
 if TYPE_CHECKING:
     from aurora_rl.policies.drafter import Drafter
 
-MOST_BYTES = 20_000_000
+MAX_BYTES = 20_000_000
 """Most bytes of one adapter, in the dtype in which it is served."""
 
 
@@ -181,13 +181,13 @@ def _layers(drafter: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def check_size(drafter: Drafter, rank: int, dtype: torch.dtype) -> None:
-    """Raise ValueError, with size, rank and the fix, where an adapter of this rank has more than :data:`MOST_BYTES`."""
+    """Raise ValueError, with size, rank and the fix, where an adapter of this rank has more than :data:`MAX_BYTES`."""
     size = sum(layer.in_features + layer.out_features for _, layer in _layers(drafter)) * dtype.itemsize
-    if size * rank > MOST_BYTES:
-        name, most = str(dtype).removeprefix("torch."), MOST_BYTES // size
+    if size * rank > MAX_BYTES:
+        name, most = str(dtype).removeprefix("torch."), MAX_BYTES // size
         fix = f"take a rank of {most} or less" if most else "its drafter is too large for adapters"
         raise ValueError(
-            f"an adapter of rank {rank} has {size * rank / 1e6:.1f} MB in {name}, and {MOST_BYTES / 1e6:.0f} MB is the "
+            f"an adapter of rank {rank} has {size * rank / 1e6:.1f} MB in {name}, and {MAX_BYTES / 1e6:.0f} MB is the "
             f"most: {fix}"
         )
 

@@ -51,7 +51,7 @@ def engine_commands(kind: type[Drafter], config: Mapping[str, Any], drafter: str
     commands = {"aurora_rl": shlex.join(["aurora-rl", "serve", *pairs])}
     target = _EMBEDDED_ID if target == DEFAULT_TARGET else target
     algorithm = kind.sglang_algorithm if standalone or name in _SGLANG else None
-    if algorithm is not None and min(left, default=0) >= 0:  # SGLang cannot capture what enters layer 0
+    if algorithm is not None and min(left, default=0) >= 0:  # SGLang cannot read what enters layer 0
         start = ["python", "-m", "sglang.launch_server", "--model-path", target, "--speculative-algorithm", algorithm]
         commands["sglang"] = shlex.join([*start, "--speculative-draft-model-path", drafter])
     # vLLM wants the ids of EAGLE-3's layers at the top level; without any, it takes the authors' defaults.
@@ -150,12 +150,17 @@ def _figures(summary: dict[str, Any], settings: dict[str, Any]) -> tuple[str | N
     model, domains = settings.get("model"), (summary.get("domains") or {}).items()
     if not isinstance(model, str | None):
         raise TypeError(f"model is {model!r}, which is no text")
-    versions = summary.get("versions_served") or []
+    versions, held_out = summary.get("versions_served") or [], summary.get("held_out")
+    # A training serves nobody: its figures are of the held-out requests, replayed before it and after its best epoch.
+    length, span = ("acceptance length", "first → last")
+    if held_out is not None:
+        length, span = ("acceptance length by replay of held-out requests", "day 0 → best epoch")
     rows = [
         ("engine", settings["engine"]["name"]),
-        ("requests", summary["requests"]),
-        ("acceptance length, first → last", _length(summary["acceptance_length"])),
-        *((f"acceptance length, {name or 'no domain'}", _length(of["acceptance_length"])) for name, of in domains),
+        ("requests" if held_out is None else "requests learned from", summary["requests"]),
+        ("held-out requests", held_out),
+        (f"{length}, {span}", _length(summary["acceptance_length"])),
+        *((f"{length}, {name or 'no domain'}", _length(of["acceptance_length"])) for name, of in domains),
         ("speedup over plain decoding", None if summary.get("speedup") is None else f"{summary['speedup']:.2f}"),
         ("swaps of weights while serving", summary.get("swaps")),
         ("versions served", f"{versions[0]} to {versions[-1]}" if versions else None),

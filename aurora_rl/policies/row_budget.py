@@ -1,4 +1,4 @@
-"""Number of rows that a drafter reads next to a round, so that a long prompt makes nobody wait for long."""
+"""Number of rows that a drafter reads next to a round. It bounds how long a long prompt makes other requests wait."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import time
 from collections import deque
 
 # Initial, smallest and largest number of rows. Fewer rows save no time, and more only cost memory.
-_FIRST, _LEAST, _MOST = 128, 64, 2048
-# They take at most about this share of the median of so many rounds: one with another request takes longer by itself.
+_FIRST_ROWS, _MIN_ROWS, _MAX_ROWS = 128, 64, 2048
+# Share of the median time of the last so many rounds that the rows may take. It is the median because a round in which
+# a request joins takes longer by itself.
 _SHARE, _ROUNDS = 0.4, 8
 
 
@@ -34,7 +35,7 @@ class RowBudget:
     """
 
     def __init__(self) -> None:
-        self.rows = _FIRST
+        self.rows = _FIRST_ROWS
         self._rounds: deque[float] = deque(maxlen=_ROUNDS)
         self._began, self._reading = time.perf_counter(), 0.0
 
@@ -52,6 +53,6 @@ class RowBudget:
         if rows == self.rows and self._rounds:  # neither what is left of a text nor a text read whole
             usual = statistics.median(self._rounds)
             if seconds > _SHARE * usual:
-                self.rows = max(self.rows * 4 // 5, _LEAST)
+                self.rows = max(self.rows * 4 // 5, _MIN_ROWS)
             elif seconds < _SHARE * usual / 4:  # a row costs more in a longer text
-                self.rows = min(self.rows * 2, _MOST)
+                self.rows = min(self.rows * 2, _MAX_ROWS)

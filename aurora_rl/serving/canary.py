@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from aurora_rl.statistics import Both, LossTest
+from aurora_rl.statistics import FigurePair, LossTest
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ class RoundTrialVerdict:
     reason: str
     rounds: int
     pairs: int
-    acceptance_length: Both
-    tokens_per_second: Both
+    acceptance_length: FigurePair
+    tokens_per_second: FigurePair
     evidence: dict[str, float]
 
 
@@ -102,7 +102,7 @@ class RoundTrial:
         >>> while (verdict := trial.observe(tokens=1 if trial.new else 3, occupied=1, seconds=1.0)) is None:
         ...     pass
         >>> verdict.promote, verdict.rounds, verdict.acceptance_length
-        (False, 80, Both(old=3.0, new=1.0))
+        (False, 80, FigurePair(old=3.0, new=1.0))
     """
 
     def __init__(self, rules: RoundTrialRules, seed: int = 0) -> None:
@@ -147,7 +147,7 @@ class RoundTrial:
         self._old.add(old.tokens, old.occupied, old.seconds)
         self._new.add(new.tokens, new.occupied, new.seconds)
         figures = new.figures
-        self._test.add({name: Both(before, figures[name]) for name, before in old.figures.items()})
+        self._test.add({name: FigurePair(before, figures[name]) for name, before in old.figures.items()})
         if (decided := self._test.verdict) is not None:
             return self._verdict(*decided)
         drafted, most = self._test.pairs * self._rules.window, self._rules.max_rounds
@@ -157,5 +157,5 @@ class RoundTrial:
 
     def _verdict(self, promote: bool, reason: str) -> RoundTrialVerdict:
         old, new, test = self._old.figures, self._new.figures, self._test
-        length, speed = (Both(old[name], new[name]) for name in old)
+        length, speed = (FigurePair(old[name], new[name]) for name in old)
         return RoundTrialVerdict(promote, reason, self.rounds, test.pairs, length, speed, test.evidence)

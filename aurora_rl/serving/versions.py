@@ -7,8 +7,8 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from aurora_rl.collectors.weights import WeightReceiver
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.tree_controller import TreeController
-from aurora_rl.serving.canary import RoundTrial, RoundTrialRules, RoundTrialVerdict
+from aurora_rl.serving.canary import RoundTrial, RoundTrialRules
 from aurora_rl.serving.watchdog import Fault, Watchdog
+from aurora_rl.statistics import rounded_verdict
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.stats import Stats
 
@@ -224,7 +225,7 @@ class Versions:
             version=version,
             against=self._stats.version,
             requests=len(self._stats.finished),
-            **_rounded(verdict),
+            **rounded_verdict(verdict),
         )
         began = time.perf_counter()
         self._draft_by(new=verdict.promote)
@@ -321,14 +322,3 @@ def _as_served(policy: DrafterPolicy, weights: dict[str, Tensor]) -> dict[str, T
     """Copy weights into the form in which the policy serves them."""
     served = policy.drafter.published()
     return {name: tensor.to(served[name], copy=True) for name, tensor in weights.items()}
-
-
-def _rounded(verdict: RoundTrialVerdict) -> dict[str, Any]:
-    """Return a verdict as JSON values."""
-    both = {
-        name: {"old": round(figure.old, 4), "new": round(figure.new, 4)}
-        for name in ("acceptance_length", "tokens_per_second")
-        for figure in [getattr(verdict, name)]
-    }
-    evidence = {name: float(f"{value:.4g}") for name, value in verdict.evidence.items()}
-    return {**asdict(verdict), **both, "evidence": evidence}

@@ -1,4 +1,4 @@
-"""Counts of trajectories by engine, of so many engines and no more: whoever may send chooses its name."""
+"""Counts of trajectories by engine. Senders choose their names, so the number of engines that are kept is bounded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from aurora_rl.telemetry.history import staleness
 
-_MOST = 64
+_MAX_ENGINES = 64
 _OTHERS, _UNNAMED = "(others)", "(unnamed)"
 
 
@@ -47,7 +47,7 @@ class EngineCounts:
     def _of(self, engine: str) -> _Counts:
         counts = self._engines.setdefault(engine or _UNNAMED, _Counts())
         self._engines.move_to_end(engine or _UNNAMED)
-        if len(self._engines) > _MOST:
+        if len(self._engines) > _MAX_ENGINES:
             _, gone = self._engines.popitem(last=False)
             self._others.trajectories += gone.trajectories
             self._others.drops.update(gone.drops)

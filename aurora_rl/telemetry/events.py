@@ -81,11 +81,11 @@ EVENTS: dict[str, Event] = {
             "staleness": "Versions that were published after the one that drafts; null if that is not known.",
             "queue": "Trajectories that wait for the learner.",
             "dropped": "Trajectories lost so far, by reason. Given up here: no_learner while none was connected, "
-            "slow_learner while one was, not_encodable, too_large (for `wire.queue_bytes` or `wire.max_message`), "
-            "expired (older than `privacy.max_age`, here or at the learner before it was learned from). By "
-            "the server's own learner: malformed, handshake (of another deployment), invalid, buffer_full (its full "
-            "buffer let go of what it had not learned from), quarantined (no step could be taken on it), and "
-            "learner_died (sent to one that died, and in none of its checkpoints).",
+            "slow_learner while one was, not_encodable, and too_large (for `wire.queue_bytes` or `wire.max_message`). "
+            "Here or at the learner, before it was learned from: expired (older than `privacy.max_age`). Refused by "
+            "the server's own learner: malformed, handshake (of another deployment) and invalid. Lost by it: "
+            "buffer_full (its full buffer let go of what it had not learned from), and quarantined (no step could be "
+            "taken on it). Lost with one that died: learner_died (sent to it, and in none of its training states).",
             "learner": "State of the learner.",
             "running": "Clients' requests that are decoded now; like the next two only with a front at `http.port`.",
             "waiting": "Clients' requests that wait.",
@@ -155,9 +155,9 @@ EVENTS: dict[str, Event] = {
         "The drafter that serves is not what was published.",
         {
             "version": "Version that drafted.",
-            "cause": "corrupted (tensors are not those that were published), stale (they are those of an earlier "
-            "version), mismatched (what is not published is not what it was), cache (it does not follow from the "
-            "texts), or dead (it drafts nothing).",
+            "cause": "corrupted: tensors are not those that were published. stale: they are those of an earlier "
+            "version. mismatched: what is not published is not what it was. cache: it does not follow from the texts. "
+            "dead: it drafts nothing.",
             "detail": "What was compared, and how it differs.",
             "action": "What was done.",
             "requests": "Completed requests.",
@@ -179,11 +179,11 @@ EVENTS: dict[str, Event] = {
         "A learner that had ended was started again.",
         {
             "restarts": "How often so far.",
-            "resumed": "True if it goes on from a checkpoint.",
+            "resumed": "True if it goes on from a training state.",
             "missed": "Trajectories that were dropped so far while no learner was connected, of all outages and before "
             "the first. What waits in the queue for the next learner is not among them.",
-            "lost": "Trajectories that were sent to the learner that died and are in none of its checkpoints: on their "
-            "way to it, received, held back by its gate, or learned from since it saved.",
+            "lost": "Trajectories that were sent to the learner that died and are in none of its training states: on "
+            "their way to it, received, held back by its gate, or learned from since it saved.",
         },
     ),
     "learner_died": Event("The server's learner has ended; serving goes on.", _REASON),
@@ -196,6 +196,7 @@ EVENTS: dict[str, Event] = {
         {
             "state": "Its folder.",
             "skipped": "What is wrong with each newer state, which is broken.",
+            "version": "Version under which what was served is published again; null if nothing was served.",
             "seen": _SEEN["seen"],
             "steps": _SEEN["steps"],
         },
@@ -328,7 +329,7 @@ EVENTS: dict[str, Event] = {
         },
     ),
     "not_written": Event(
-        "A checkpoint or a recording could not be written; learning goes on.",
+        "A training state, a drafter or a recording could not be written; learning goes on.",
         {"what": "What was to be written.", **_REASON},
     ),
     "checkpoint": Event("The training state was saved.", {**_SEEN, "version": "Version that is published now."}),

@@ -13,7 +13,7 @@ from aurora_rl.telemetry.rates import MIN_BASELINE_ROUNDS, Rates
 DRAFTED = {"tree": "tree", "chain": "chain", "ngrams": "n-grams", "plain": "plain", "baseline": "baseline window"}
 """What a round may have drafted, in words."""
 
-_MOST_DOMAINS = 50
+_MAX_DOMAINS = 50
 _NEWEST = 20  # more than the page's tables have rows
 _OTHERS = "(others)"
 
@@ -254,7 +254,7 @@ class RunHistory:
 
     def _count(self, event: dict[str, Any]) -> None:
         name, requests = event.get("domain", ""), event.get("requests", 1)  # several requests come as sums
-        if name not in self.domains and len(self.domains) >= _MOST_DOMAINS:
+        if name not in self.domains and len(self.domains) >= _MAX_DOMAINS:
             name = _OTHERS
         domain = self.domains.setdefault(name, DomainFigures(self.requests))
         if event.get("request", self._traffic) >= self._traffic:  # a client's; the requests of the traffic come later
@@ -280,7 +280,7 @@ class RunHistory:
         _thin(points, self._most)
 
     def unsaved(self, sent: int) -> int:
-        """Return how many of the trajectories sent so far are in no checkpoint, and not among :attr:`drops`."""
+        """Return how many of the trajectories sent so far are in no training state, and not among :attr:`drops`."""
         return max(sent - self.saved - self.drops.total(), 0)
 
     def mark(self, requests: int, text: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 MIN_BASELINE_ROUNDS = 96
-"""Plain rounds, three windows of the usual length, below which a speedup is not told: one window is an accident."""
+"""Plain rounds that a speedup needs: three windows of the usual length, since one window may be an accident."""
 
 
 class BaselineWindows:

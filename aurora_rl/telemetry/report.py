@@ -72,7 +72,7 @@ def summary_table(summary: dict[str, Any]) -> Table:
 # Okabe and Ito's colours, which the colour-blind tell apart.
 _SERVED, _GATE, _SPEED, _SWAP = "#0072b2", "#cc79a7", "#009e73", "#e69f00"
 _BANDS = {"tree": "#0072b2", "chain": "#56b4e9", "ngrams": "#009e73", "plain": "#bbbbbb", "baseline": "#f0e442"}
-_MOST_BARS, _MOST_STEPS, _MOST_DOTS = 8, 60, 120
+_MAX_BARS, _MAX_STEPS, _MAX_DOTS = 8, 60, 120
 
 
 def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
@@ -136,7 +136,7 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
 def _course(axis: Axes, points: list[Point], values: Sequence[float | None], **style: Any) -> None:
     """Draw a figure of each point, with gaps where it is None, and with dots where there are few."""
     at, shown = [point.requests for point in points], [math.nan if value is None else value for value in values]
-    axis.plot(at, shown, ".-" if len(points) <= _MOST_DOTS else "-", markersize=4, **style)
+    axis.plot(at, shown, ".-" if len(points) <= _MAX_DOTS else "-", markersize=4, **style)
 
 
 def _legend(axis: Axes) -> None:
@@ -211,7 +211,7 @@ def _draw_marks(axes: list[Axes], history: RunHistory) -> None:
 
 
 def _draw_drafted(axis: Axes, points: list[Point]) -> None:
-    count = min(len(points), _MOST_STEPS)
+    count = min(len(points), _MAX_STEPS)
     parts = [points[i * len(points) // count : (i + 1) * len(points) // count] for i in range(count)]
     drafted = [shares(sum((point.drafted for point in part), Counter())) for part in parts]
     names = [name for name in DRAFTED if any(name in shown for shown in drafted)]
@@ -230,7 +230,7 @@ def _largest_domains(history: RunHistory) -> list[tuple[str, DomainFigures]]:
     """Return the domains with the most requests, by name; none where requests have no domain."""
     if not any(history.domains):
         return []
-    largest = sorted(history.domains.items(), key=lambda each: -each[1].requests)[:_MOST_BARS]
+    largest = sorted(history.domains.items(), key=lambda each: -each[1].requests)[:_MAX_BARS]
     return sorted(largest, reverse=True)  # from the bottom up
 
 

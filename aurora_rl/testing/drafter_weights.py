@@ -131,7 +131,7 @@ def _check_format(drafter: Drafter, parts: TargetParts, trajectories: list[Tenso
     """Check a format with real files. Raise CheckpointError if the drafter cannot be written in it."""
     kind, way, batch = type(drafter), f"by way of the format {format!r}", pack(trajectories)
     with tempfile.TemporaryDirectory() as folder:
-        # The first as runs are kept, by no name: SGLang cannot capture all that a drafter of a tiny target reads.
+        # The first as runs are kept, by no name: SGLang cannot read all that a drafter of a tiny target reads.
         save_drafter(drafter, Path(folder) / "saved", None if format == drafter.formats[0] else format)
         config = json.loads((Path(folder) / "saved" / "config.json").read_text())
         require(kind.recognizes(config), f"recognizes is false for the drafter's own folder, {way}")

@@ -102,7 +102,7 @@ def _check_round(
     else:
         hidden, read = engine.verify_with_chunk(torch.tensor(slots), tokens, parents, valid, chunk)
         whole = len(chunk.prompt)
-        where = f"slot {chunk.slot}, {chunk.done} of {whole} tokens, at most {chunk.most} more"
+        where = f"slot {chunk.slot}, {chunk.done} of {whole} tokens, at most {chunk.max_tokens} more"
         require(chunk.done < read <= whole, f"verify_with_chunk read {read} tokens in all, {where}")
         held = int(engine.store.lengths[chunk.slot])
         require(held == (whole if read == whole else 0), f"the store holds {held} tokens with {read} read, {where}")

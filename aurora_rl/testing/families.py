@@ -16,7 +16,7 @@ from aurora_rl.envs import TransformersEngine
 from aurora_rl.envs.exactness import UnsupportedModelError
 
 # Parameters of the largest model that is built; a family whose configuration cannot be made so small is not tried.
-_MOST_PARAMETERS = 40_000_000
+_MAX_PARAMETERS = 40_000_000
 # Whichever of these a configuration knows. Wide weights: with small ones a random model's logits are nearly flat.
 _SMALL: dict[str, Any] = {
     **dict.fromkeys(
@@ -121,7 +121,7 @@ def tiny_family(model_type: str) -> PreTrainedModel:
     config = _tiny_config(CONFIG_MAPPING[model_type], _SETTINGS.get(model_type, {}))
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if count > _MOST_PARAMETERS:
+    if count > _MAX_PARAMETERS:
         raise ValueError(f"its configuration does not shrink below {count / 1e6:.0f}M parameters")
     with torch.random.fork_rng():
         torch.manual_seed(0)

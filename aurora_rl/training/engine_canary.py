@@ -8,15 +8,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from aurora_rl.collectors.weights import WeightPublisher
-from aurora_rl.statistics import Both, LossTest
+from aurora_rl.statistics import FigurePair, LossTest, rounded_verdict
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.trajectories import acceptance_length
 
@@ -24,7 +23,7 @@ _FIGURES = ("acceptance_length", "tokens_per_second")
 # A window is missed if a group lacks requests once more than 8 times those of a window have arrived for each engine
 # connected. The next is drawn from all engines: some may get no traffic.
 _PATIENCE = 8
-_MOST_MISSED = 3  # windows after which a trial is rolled back
+_MAX_MISSED = 3  # windows after which a trial is rolled back
 _LOADING_S = 600.0  # after which arrivals count though an engine has not loaded its weights
 
 
@@ -70,8 +69,8 @@ class EngineTrialVerdict:
     reason: str
     pairs: int
     requests: int
-    acceptance_length: Both | None
-    tokens_per_second: Both | None
+    acceptance_length: FigurePair | None
+    tokens_per_second: FigurePair | None
     evidence: dict[str, float]
 
 
@@ -95,10 +94,10 @@ class _Sums:
         return {name: self.tokens / count for name, count in over.items() if count}
 
 
-def _both(old: _Sums, new: _Sums) -> dict[str, Both]:
+def _both(old: _Sums, new: _Sums) -> dict[str, FigurePair]:
     """Return the figures that are known of both."""
     known = old.figures.keys() & new.figures.keys()
-    return {name: Both(old.figures[name], new.figures[name]) for name in known}
+    return {name: FigurePair(old.figures[name], new.figures[name]) for name in known}
 
 
 class EngineTrial:
@@ -131,7 +130,7 @@ class EngineTrial:
         >>> trial.complete
         True
         >>> trial.end(False, "it is enough").acceptance_length
-        Both(old=2.0, new=1.0)
+        FigurePair(old=2.0, new=1.0)
     """
 
     def __init__(self, rules: EngineTrialRules, engines: Sequence[str], seed: int = 0) -> None:
@@ -181,7 +180,7 @@ class EngineTrial:
     def miss(self, engines: Sequence[str]) -> EngineTrialVerdict | None:
         """Draw a window anew whose requests do not come; return the verdict if that was so too often."""
         self._missed += 1
-        if self._missed < _MOST_MISSED:
+        if self._missed < _MAX_MISSED:
             self.draw(engines, anew=True)
             return None
         old, new = (sums.requests for sums in self._window)
@@ -329,14 +328,4 @@ class EngineCanary:
         else:
             published = self._publisher.next_version
             self._publisher.publish(published, old, trial.new)
-        self._log.write("engine_verdict", **self._numbers, published=published, **_rounded(verdict))
-
-
-def _rounded(verdict: EngineTrialVerdict) -> dict[str, Any]:
-    """Return a verdict as JSON values."""
-    both = {
-        name: None if figure is None else {"old": round(figure.old, 4), "new": round(figure.new, 4)}
-        for name in _FIGURES
-        for figure in [getattr(verdict, name)]
-    }
-    return {**asdict(verdict), **both, "evidence": {k: float(f"{v:.4g}") for k, v in verdict.evidence.items()}}
+        self._log.write("engine_verdict", **self._numbers, published=published, **rounded_verdict(verdict))

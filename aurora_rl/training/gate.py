@@ -25,8 +25,9 @@ from aurora_rl.training.replay import as_state, of_state
 from aurora_rl.training.shares import RecentEngines, engine_of
 from aurora_rl.trajectories import check_features
 
-_LATEST = 2  # times the requests of a decision: arrivals after which it waits for no engine's share
-_PRESENT = 8  # times the requests of a decision: arrivals of others after which an engine that sends none has gone
+# Both in multiples of the requests of a decision. A decision waits for the engines' shares until so many have arrived.
+_LATEST = 2
+_PRESENT = 8  # an engine has gone if it sends none while so many arrive from others
 
 
 class Replay(NamedTuple):

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 _STATE = "the training state"
 _STREAM = "stream.pt"  # file of a training state: replay buffer and other state from trajectories
-_MOST_TOLD = 64  # engines that reject a version: a peer may make up ever new names
+_MAX_TOLD = 64  # engines that reject a version: a peer may make up ever new names
 _COUNTS = "seen steps skipped version _skipped_in_a_row _credit _since_candidate _decided_steps".split()
 
 
@@ -64,7 +64,7 @@ class Learner:
         replay: Most replayed batches for each batch of new trajectories, taken while nothing new waits.
         publish_every: New trajectories between two candidates.
         max_skipped: Most steps in a row without a finite loss and gradient that no single trajectory explains.
-        checkpoint: Folder of the training states. Published drafters are kept next to it, in ``versions``.
+        states: Folder of the training states. Published drafters are kept next to it, in ``versions``.
         keep: Published drafters that are kept.
         keep_states: Training states that are kept.
         save_buffer: Whether a training state holds the replay buffer, which has users' text. A learner that resumes
@@ -97,7 +97,7 @@ class Learner:
         replay: int,
         publish_every: int,
         max_skipped: int,
-        checkpoint: str | os.PathLike[str],
+        states: str | os.PathLike[str],
         keep: int = 5,
         keep_states: int = 3,
         save_buffer: bool = False,
@@ -109,17 +109,16 @@ class Learner:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
         self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
         self._replayed = cast("NewestTrajectories", buffer.storage)
-        self._log, self._dtype, self._checkpoint = log, serving_dtype, Path(checkpoint)
+        self._log, self._dtype, self._states = log, serving_dtype, Path(states)
         self._batch_size, self._replay, self._publish_every = batch_size, replay, publish_every
         self._max_skipped, self._skipped_in_a_row, self._canary = max_skipped, 0, canary
-        self.outputs, self._keep, self._versions = outputs, keep, self._checkpoint.parent / "versions"
+        self.outputs, self._keep, self._versions = outputs, keep, self._states.parent / "versions"
         self._keep_states, self._save_buffer = keep_states, save_buffer
         self._new: list[TensorDictBase] = []
         self._notes = WireNotes(collector, publisher, log)
         self._sound: TensorDictBase | None = None  # the last new trajectory on which a step was taken
         self._credit = self._since_candidate = self._decided_steps = 0
-        self._age_limit, self._once = AgeLimit(max_age), once
-        self._serving = self._frozen()
+        self._age_limit, self._once, self._serving = AgeLimit(max_age), once, self._frozen()
         self._replaced: dict[str, Tensor] | None = None  # weights served before, until the newest is withdrawn
         self._rejecting: set[str] = set()  # engines that rejected the newest, as told
         self._start_check = StartCheck(self._serving, log)
@@ -176,10 +175,11 @@ class Learner:
             self._load_stream(stream)
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
         self._decided_steps = progress.get("decided_steps", 0)
-        self._log.write("resumed", state=str(state.folder), skipped=skipped, seen=self.seen, steps=self.steps)
+        newest, version = str(state.folder), None
         if serving is not None:  # else it is of aurora-rl train, and nothing was served
             self._serving = self._as_served(state.weights("replaced") or serving)
-            self._publish(self._as_served(serving))
+            version = self._publish(self._as_served(serving))
+        self._log.write("resumed", state=newest, skipped=skipped, version=version, seen=self.seen, steps=self.steps)
 
     def step(self, wait_s: float = 0.2) -> bool:
         """Take what arrived, and learn from one batch. Return False if there was nothing to do."""
@@ -257,7 +257,7 @@ class Learner:
     def _note_rejections(self) -> None:
         """Tell who rejects the newest weights. Once no engine serves them, those before them are served again."""
         for engine, reason in self._publisher.rejected_by(self.version).items():
-            if engine not in self._rejecting and len(self._rejecting) < _MOST_TOLD:
+            if engine not in self._rejecting and len(self._rejecting) < _MAX_TOLD:
                 self._rejecting.add(engine)
                 self._log.write(
                     "rejected", version=self.version, engine=engine, reason=reason, seen=self.seen, steps=self.steps
@@ -321,10 +321,10 @@ class Learner:
             # A step that was finite itself may have led to weights that are not.
             finite = all(bool(weight.isfinite().all()) for weight in self._drafter.state_dict().values())
             written = not finite or self.try_save()
-            there = self._checkpoint.exists()
-            kept = f"the last good training state is in {self._checkpoint}" if there else "no good state was saved"
+            there = self._states.exists()
+            kept = f"the last good training state is in {self._states}" if there else "no good state was saved"
             if not written:
-                kept = f"{self.outputs.failures[_STATE]}{f'; an older one is in {self._checkpoint}' * there}"
+                kept = f"{self.outputs.failures[_STATE]}{f'; an older one is in {self._states}' * there}"
             raise FloatingPointError(
                 f"{self._skipped_in_a_row} steps in a row had no finite loss and gradient (the last: {reason}); "
                 f"{kept}; lower the learning rate, or set learner.max_skipped higher"
@@ -357,7 +357,7 @@ class Learner:
         return self.version
 
     def try_save(self) -> bool:
-        """Save; a failure is told, is among the failures of ``outputs``, and ends nothing. False if it failed."""
+        """Save the training state. Return False if that failed, which is logged and kept in ``outputs.failures``."""
         return self.outputs.write(_STATE, self.save)
 
     def _save_version(self) -> None:
@@ -379,7 +379,7 @@ class Learner:
         Raises:
             OSError: It cannot be written; the earlier ones are left as they were.
         """
-        add_state(self._checkpoint, self._write_state, self._keep_states)
+        add_state(self._states, self._write_state, self._keep_states)
         self.outputs.failures.pop(_STATE, None)  # a later state makes good for an earlier one
         self._log.write("checkpoint", seen=self.seen, steps=self.steps, version=self.version)
 

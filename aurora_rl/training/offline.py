@@ -22,6 +22,8 @@ from aurora_rl.trajectories import pack
 
 logger = logging.getLogger(__name__)
 
+_MAX_REPLAYED = 16  # requests in memory at a time
+
 
 class Trajectories(Protocol):
     """Trajectories by their place: a list, or a dataset that reads one at a time."""
@@ -154,22 +156,19 @@ class OfflineTrainer:
         return checksum({"draft_vocab": self._drafter.draft_vocab})
 
 
-def replay_groups(
-    drafter: Drafter, groups: Mapping[str, Trajectories], shape: TreeShape, *, at_once: int = 16
-) -> dict[str, Replay]:
+def replay_groups(drafter: Drafter, groups: Mapping[str, Trajectories], shape: TreeShape) -> dict[str, Replay]:
     """Replay groups of recorded requests, see :func:`aurora_rl.training.gate.replay`.
 
     Args:
         drafter: Drafter as it is served.
         groups: Requests by the name of their group, such as a domain.
         shape: Tree to draft in every round.
-        at_once: Requests in memory at a time.
     """
     results = {}
     for name, stream in groups.items():
-        parts = [
-            replay_stream(drafter, [stream[index] for index in range(first, min(first + at_once, len(stream)))], shape)
-            for first in range(0, len(stream), at_once)
-        ]
+        parts = []
+        for first in range(0, len(stream), _MAX_REPLAYED):
+            indices = range(first, min(first + _MAX_REPLAYED, len(stream)))
+            parts.append(replay_stream(drafter, [stream[index] for index in indices], shape))
         results[name] = Replay(torch.cat([part.tokens for part in parts]), torch.cat([part.rounds for part in parts]))
     return results

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from tensordict import TensorDictBase
 
-_MOST_S = 1.0  # between two looks
+_MAX_INTERVAL_S = 1.0  # between two looks
 
 
 def _captured(trajectory: TensorDictBase) -> float:
@@ -52,7 +52,7 @@ class AgeLimit:
 
     def __init__(self, seconds: float | None, clock: Callable[[], float] = time.time) -> None:
         self._seconds, self._clock = math.inf if seconds is None else seconds, clock
-        self._every = min(self._seconds / 100, _MOST_S)
+        self._every = min(self._seconds / 100, _MAX_INTERVAL_S)
         self._last = self._next = -math.inf
 
     def due(self) -> bool:

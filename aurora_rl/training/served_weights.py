@@ -18,7 +18,7 @@ from aurora_rl.tree_index import TreeIndex
 logger = logging.getLogger(__name__)
 
 _CHECKED_DRAFTS = 100
-_MOST_TOLD = 64  # answers of engines
+_MAX_TOLD = 64  # answers of engines
 
 
 def with_weights(drafter: Drafter, weights: dict[str, Tensor], dtype: torch.dtype) -> Drafter:
@@ -107,7 +107,7 @@ class StartCheck:
             same = digest == self._digest
             if (name, version, digest) in self._told or (same and not version):  # as both started
                 continue
-            if len(self._told) == _MOST_TOLD:
+            if len(self._told) == _MAX_TOLD:
                 return
             self._told.add((name, version, digest))
             self._log.write("gate_against", engine=name, version=version, same=same)

@@ -44,7 +44,7 @@ DOMAINS = tuple(TEMPLATES)
 
 
 _BY = "traffic files"
-_MOST_TOLD = 20  # bad lines that an error names
+_MAX_TOLD = 20  # bad lines that an error names
 
 
 class TrafficError(ValueError):
@@ -120,8 +120,8 @@ def read_jsonl(
     except OSError as error:
         raise TrafficError(f"cannot read requests from {path}: {error.strerror or error}") from error
     # At once, and not line by line: every line of a compressed file or one in UTF-16 would be named.
-    if (other := _not_utf8(text)) is not None:
-        raise TrafficError(f"{path} is not UTF-8 (in line {other}); save it as UTF-8, and not compressed")
+    if (bad_line := _not_utf8(text)) is not None:
+        raise TrafficError(f"{path} is not UTF-8 (in line {bad_line}); save it as UTF-8, and not compressed")
     lines = text.splitlines()
 
     prompts: list[Prompt] = []
@@ -137,13 +137,13 @@ def read_jsonl(
                 raise ValueError(f"id {prompt.id!r} was already used in line {seen[prompt.id]}")
         except ValueError as error:  # json's and UTF-8's errors are ValueErrors too
             num_bad += 1
-            if len(bad) < _MOST_TOLD:  # an error holds its line and its frames
+            if len(bad) < _MAX_TOLD:  # an error holds its line and its frames
                 bad.append((number, error))
             continue
         seen[prompt.id] = number
         prompts.append(prompt)
     if bad:
-        more = f"; and {num_bad - _MOST_TOLD} more" if num_bad > _MOST_TOLD else ""
+        more = f"; and {num_bad - _MAX_TOLD} more" if num_bad > _MAX_TOLD else ""
         told = "; ".join(f"line {number}: {error}" for number, error in bad)
         raise TrafficError(f"{path}, {told}{more}") from bad[0][1]
     if not prompts:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from aurora_rl.cli.assembly import first_drafter, load, request_queue, traffic
 from aurora_rl.cli.config import load_config
-from aurora_rl.cli.engines import embedded_server
+from aurora_rl.cli.embedded import embedded_server
 from aurora_rl.cli.learner import build_learner
 from aurora_rl.cli.remote import remote_server
 from aurora_rl.cli.spec import resolve

@@ -46,7 +46,7 @@ def learner_and_drafter(
         replay=replay,
         publish_every=3,
         max_skipped=3,
-        checkpoint=folder / "learner",
+        states=folder / "learner",
         outputs=Outputs(log),
     )
     return learner, drafter

@@ -124,12 +124,10 @@ def test_a_drafter_that_could_not_be_saved_is_refused_before_it_serves(
     def start(*pairs: str) -> None:
         assembly.start_drafter(spec.resolve(configured("drafter.name=eagle3", *pairs)), target, [])
 
-    with pytest.raises(
-        ConfigError, match=r"drafter.name=eagle3 cannot be saved: feature_layers has 3; engines capture"
-    ):
+    with pytest.raises(ConfigError, match=r"drafter.name=eagle3 cannot be saved: feature_layers has 3; engines read"):
         start("drafter.feature_layers=[0,1,3]")
     start("drafter.feature_layers=[0,1]")
-    with pytest.raises(ConfigError, match="cannot be saved: .* SGLang cannot capture what enters layer 0"):
+    with pytest.raises(ConfigError, match="cannot be saved: .* SGLang cannot read what enters layer 0"):
         start("drafter.feature_layers=[0,1]", "engine.name=sglang")
 
 

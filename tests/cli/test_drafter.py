@@ -217,7 +217,7 @@ def test_export_writes_what_an_engine_reads_and_reads_it_back(
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
     ours = [*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"]
     target = assembly.load(spec.resolve(load_config(overrides=ours)))
-    # Of the target's three layers SGLang cannot capture the default, and "hf" does not name others.
+    # Of the target's three layers SGLang cannot read the default, and "hf" does not name others.
     for layout, layers, again in (("vllm", "[1,2]", "sglang"), ("hf", "null", "vllm"), ("sglang", "[1,2]", "sglang")):
         run = spec.resolve(load_config(overrides=[*ours, f"drafter.feature_layers={layers}"]))
         save_drafter(assembly.start_drafter(run, target, []), tmp_path / "ours")
@@ -281,7 +281,10 @@ def test_options_are_of_the_class_that_the_folder_says(
     ("arguments", "wrong"),
     [
         (["nowhere/at/all", "out", "--to", "sglang"], "is not a checkpoint"),
-        (["OURS", "out", "--to", "tensorrt"], "Eagle3Drafter has no format 'tensorrt'; it has sglang, vllm, hf"),
+        (  # loading the target would be another error
+            ["OURS", "out", "--to", "tensorrt", "model=/nowhere"],
+            "aurora-rl: --to tensorrt: Eagle3Drafter has no format 'tensorrt'; it has sglang, vllm, hf, gguf\n",
+        ),
         (["OURS", "out", "--to", "vllm", "--from", "gguf"], "Eagle3Drafter has no format 'gguf'"),
         (
             ["OURS", "out", "--to", "vllm", "drafter.name=medusa"],
@@ -300,7 +303,7 @@ def test_export_says_what_it_cannot_do(
     )
     drafter, out, *rest = arguments
     drafter = str(tmp_path / "ours") if drafter == "OURS" else drafter
-    assert export(Path(drafter), tmp_path / out, *rest, *pairs) == 2
+    assert export(Path(drafter), tmp_path / out, *pairs, *rest) == 2
     assert wrong in capsys.readouterr().err and not (tmp_path / out).exists()
 
 

@@ -42,6 +42,21 @@ def test_what_events_say_of_versions() -> None:
     assert found[4].outcome == "on trial against version 1"
 
 
+def test_a_version_of_a_resumed_learner_says_why_it_was_published() -> None:
+    found = versions([
+        {"event": "resumed", "version": None},  # after a training, which serves nothing
+        {"event": "resumed", "version": 1},
+        swap(8, version=1),
+        {"event": "renumbered", "version": 9},
+        {"event": "resumed"},  # of an earlier release
+    ])  # fmt: skip
+    assert {number: version.published for number, version in found.items()} == {
+        0: "the first drafter",
+        1: "resumed: what was served before",
+        9: "published again: what was served before",
+    }
+
+
 def test_what_events_say_of_a_trial_at_a_share_of_the_engines() -> None:
     trial = {"event": "engine_trial", "version": 2, "against": 1, "engines": ["a"], "of": 4}
     ended = {

@@ -20,8 +20,8 @@ import torch
 from aurora_rl.collectors import codec
 from aurora_rl.collectors.codec import CodecError, Limits, decode, encode
 from aurora_rl.collectors.engine_book import EngineBook
-from aurora_rl.collectors.guard import Meter, TooLongError
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.relay import Meter, TooLongError
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.trajectories import make_trajectory, validate
 

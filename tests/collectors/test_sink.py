@@ -264,7 +264,7 @@ def test_what_waits_for_too_long_is_dropped(free: str) -> None:
 
 
 def test_the_deletions_that_are_told_again_are_bounded(free: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aurora_rl.collectors.sink.MOST_DELETIONS", 3)
+    monkeypatch.setattr("aurora_rl.collectors.sink.MAX_DELETIONS", 3)
     sink = TrajectorySink(free, handshake=HANDSHAKE)
     for tenant in ("a", "b", "a", "c", "d"):
         sink.delete(tenant)

@@ -121,8 +121,8 @@ def test_chunks_of_a_prompt_leave_the_same_keys_and_features(models: dict[str, P
     engine, (text,) = engine_of(models["llama"], 2), texts_of(models["llama"], 1)
     engine.prefill([1], [text])
     done = 0
-    for most in (1, 3, 16, 2, 40):
-        done = engine.prefill_chunk(0, text, done, most)
+    for max_tokens in (1, 3, 16, 2, 40):
+        done = engine.prefill_chunk(0, text, done, max_tokens)
     assert done == LENGTH
     for rows in (*engine._pass.cache.blocks.values(), engine.store.features[None]):
         assert torch.equal(rows[:, 0, : LENGTH - 1], rows[:, 1, : LENGTH - 1])

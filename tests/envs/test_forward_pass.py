@@ -35,9 +35,9 @@ def rounds(engine: Engine, *, together: bool, sizes: tuple[int, ...] = (1, 3, 17
     parents = torch.tensor([[-1, 0, 0, 1], [-1, -1, 1, -1]])
     valid = torch.tensor([[True] * 4, [True, True, True, False]])
     verify, out = type(engine).verify_with_chunk if together else Engine.verify_with_chunk, []
-    for most in sizes:
+    for max_tokens in sizes:
         tokens = torch.randint(3, engine.vocab_size, (2, 4), generator=generator)
-        hidden, done = verify(engine, slots, tokens, parents, valid, PromptChunk(1, prompt, done, most))
+        hidden, done = verify(engine, slots, tokens, parents, valid, PromptChunk(1, prompt, done, max_tokens))
         path, new = torch.tensor([[0, 1, -1, -1], [1, 2, -1, -1]]), tokens.roll(1, 1)[:, [0, 1, 2, 3, 0]]
         out += [hidden, engine.commit(slots, path, new, torch.tensor([3, 2]))]
     assert done == len(prompt) == engine.store.lengths[1]

@@ -47,7 +47,7 @@ def test_a_class_by_its_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         get_objective("own_losses:Plane")
     with pytest.raises(ValueError, match="'pathlib:Path' is pathlib:Path, which is no subclass of .*.Objective"):
         get_objective("pathlib:Path")
-    with pytest.raises(ValueError, match="did you mean 'own_losses:Plain'.*and any package.module:Class"):
+    with pytest.raises(ValueError, match="did you mean 'own_losses:Plain'.*and any package.module:Thing"):
         get_objective("own_losses.Plain")
 
 

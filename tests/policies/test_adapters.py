@@ -26,7 +26,7 @@ from aurora_rl.policies import (
     recurrent,
 )
 from aurora_rl.policies.adapters import (
-    MOST_BYTES,
+    MAX_BYTES,
     AdaptedLinear,
     Adapters,
     adapted_layers,
@@ -424,7 +424,7 @@ def test_the_limit_is_that_of_the_tensors() -> None:
     of_rank_three = sum(
         (layer.lora_A[0].numel() + layer.lora_B[0].numel()) * 4 for layer in adapted_layers(drafter).values()
     )
-    plain, most = merge_adapter(drafter), MOST_BYTES // (of_rank_three // 3)
+    plain, most = merge_adapter(drafter), MAX_BYTES // (of_rank_three // 3)
     check_size(plain, most, torch.float32)
     with pytest.raises(ValueError, match=rf"rank {most + 1} has 20.0 MB in float32.*take a rank of {most} or less"):
         check_size(plain, most + 1, torch.float32)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from aurora_rl.policies import Eagle3Drafter, TargetParts, get_drafter
+from aurora_rl.policies import Eagle3Drafter, MedusaDrafter, TargetParts, get_drafter
 from aurora_rl.policies.drafter import check_weights, draft_rows
 from aurora_rl.testing import tiny_target
 
@@ -67,6 +72,17 @@ class Positional(Eagle3Drafter):
     @classmethod
     def from_target(cls, parts, draft_vocab, feature_layers=None):
         return super().from_target(parts, draft_vocab=draft_vocab, feature_layers=feature_layers)
+
+
+def test_the_page_of_checkpoints_has_each_entry_of_our_own_format(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    table = page.partition("in the format `aurora_rl`:\n")[2].partition("\n\n`model.safetensors`")[0]
+    parts = TargetParts.of(tiny_target())
+    drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.tensor([1, 4, 6]))
+    drafter.save_pretrained(tmp_path, format="aurora_rl")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(written)
+    assert load_file(tmp_path / "model.safetensors")["d2t"].tolist() == [1, 3, 4]
 
 
 def test_arguments_of_from_target_may_have_no_names() -> None:

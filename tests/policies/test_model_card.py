@@ -20,7 +20,7 @@ from aurora_rl.policies import (
     StandaloneDrafter,
     TargetParts,
 )
-from aurora_rl.policies.model_card import engine_commands, model_card
+from aurora_rl.policies.model_card import engine_commands, model_card, run_figures
 from aurora_rl.testing import tiny_target
 
 
@@ -79,6 +79,20 @@ drafter = Drafter.from_pretrained("me/drafter", "smollm2")
 ```
 """
     )
+
+
+def test_figures_of_a_training_are_said_to_be_of_held_out_requests(drafter: Eagle3Drafter, run: Path) -> None:
+    length = {"first": 1.2, "last": 2.25}
+    summary = {"requests": 90, "held_out": 10, "acceptance_length": length, "domains": {"code": {"requests": 10}}}
+    summary["domains"]["code"]["acceptance_length"] = length  # type: ignore[index]
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert run_figures(run)[1] == [
+        ("engine", "sglang"),
+        ("requests learned from", "90"),
+        ("held-out requests", "10"),
+        ("acceptance length by replay of held-out requests, day 0 → best epoch", "1.20 → 2.25"),
+        ("acceptance length by replay of held-out requests, code", "1.20 → 2.25"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def write_models(folder: Path) -> Path:
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
-        num_hidden_layers=LAYERS,  # with fewer, layers that SGLang captures for EAGLE-3 by default would coincide
+        num_hidden_layers=LAYERS,  # with fewer, layers that SGLang reads for EAGLE-3 by default would coincide
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=HEAD_SIZE,

@@ -21,7 +21,10 @@ from typing import IO
 
 # What commands import when they run.
 MODULES = (
-    *(f"aurora_rl.cli.{name}" for name in ("attach", "engines", "http", "learn", "learner", "main", "remote", "serve")),
+    *(
+        f"aurora_rl.cli.{name}"
+        for name in ("attach", "embedded", "http", "learn", "learner", "main", "remote", "serve")
+    ),
     *("matplotlib.pyplot", "transformers.models.llama.modeling_llama"),
 )
 

@@ -68,7 +68,7 @@ def of_layer(parameters: Parameters, prefix: str) -> Parameters:
 
 
 class Target:
-    """The states that engines capture, by transformers: entry ``l`` enters layer ``l``, the last its output head."""
+    """The states that engines read, by transformers: entry ``l`` enters layer ``l``, the last its output head."""
 
     def __init__(self) -> None:
         self.model = tiny_target()

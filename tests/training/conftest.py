@@ -110,7 +110,7 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
                 replay=replay,
                 publish_every=publish_every,
                 max_skipped=max_skipped,
-                checkpoint=tmp_path / "learner",
+                states=tmp_path / "learner",
                 keep=keep,
                 max_age=max_age,
                 once=once,
@@ -132,7 +132,7 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
                 publisher=publisher,
                 collector=collector,
                 events=events,
-                checkpoint=tmp_path / "learner",
+                states=tmp_path / "learner",
             )
 
         yield build

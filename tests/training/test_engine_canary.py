@@ -17,7 +17,7 @@ from weight_ends import HANDSHAKE, LOCAL, engine
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.weights import WeightPublisher
-from aurora_rl.statistics import Both, LossTest
+from aurora_rl.statistics import FigurePair, LossTest
 from aurora_rl.telemetry.log import MetricsLog, MetricsReader
 from aurora_rl.training.engine_canary import EngineCanary, EngineTrial, EngineTrialRules, EngineTrialVerdict
 
@@ -71,7 +71,7 @@ def test_groups_that_are_not_drawn_again_would_exceed_the_bound() -> None:
         for _ in range(32):
             old, new = ([fleet.request(name, new=False) for _ in range(2)] for name in ("a", "b"))
             lengths = (sum(each["tokens"] for each in its) / sum(each["rounds"] for each in its) for its in (old, new))
-            test.add({"acceptance_length": Both(*lengths)})
+            test.add({"acceptance_length": FigurePair(*lengths)})
         alarms += test.verdict is not None and not test.verdict[0]
     assert alarms > 0.3 * trials
 

@@ -204,7 +204,7 @@ def test_after_a_rollback_the_next_candidate_is_gated_against_what_is_served(
 
     monkeypatch.setattr(Gate, "decide", noted)
     loop = make(gate=2, publish_every=2)
-    kept = loop.checkpoint.parent / "versions"
+    kept = loop.states.parent / "versions"
     publish_one(loop, served[:4])
     wait(loop.receiver.latest)
     assert (kept / "1" / "config.json").is_file()
@@ -213,7 +213,7 @@ def test_after_a_rollback_the_next_candidate_is_gated_against_what_is_served(
     (event,) = loop.events("rejected")
     assert (event["version"], event["reason"]) == (1, "rolled back after 80 rounds")
     assert not (kept / "1").exists()
-    saved = load_file(states(loop.checkpoint)[0] / "drafter" / "model.safetensors")
+    saved = load_file(states(loop.states)[0] / "drafter" / "model.safetensors")
     assert all(torch.equal(tensor, saved[name]) for name, tensor in compared_with[0].items())
 
     publish_one(loop, served[4:8])
@@ -281,7 +281,7 @@ def test_a_version_that_one_engine_cannot_load_stays_what_is_served(
     (event,) = loop.events("rejected")
     assert (event["engine"], event["reason"]) == (loop.receiver.name, "out of memory")
     assert loop.learner._serving is weights and not loop.events("withdrawn") and not loop.events("renumbered")
-    assert (loop.checkpoint.parent / "versions" / "1").is_dir()
+    assert (loop.states.parent / "versions" / "1").is_dir()
 
     publish_one(loop, served[4:8])  # the next one is for all
     for receiver in [loop.receiver, *others]:
@@ -314,7 +314,7 @@ def test_the_newest_published_drafters_are_kept(make: Make) -> None:
     loop = make(keep=2)
     for _ in range(3):
         loop.learner._publish(loop.learner._frozen())
-    kept = loop.checkpoint.parent / "versions"
+    kept = loop.states.parent / "versions"
     assert sorted(path.name for path in kept.iterdir()) == ["2", "3"]
     tensors, published = load_file(kept / "3" / "model.safetensors"), loop.learner._serving
     assert all(torch.equal(tensors[name], tensor) for name, tensor in published.items())

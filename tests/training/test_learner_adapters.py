@@ -48,10 +48,10 @@ def test_adapters_are_learned_gated_published_and_saved_as_weights_are(make: Mak
     drain(first)
     first.learner.save()
     published = first.learner._serving
-    assert adapter_ranks(first.checkpoint.parent / "versions" / "1") == dict.fromkeys(TENANTS, 2)
+    assert adapter_ranks(first.states.parent / "versions" / "1") == dict.fromkeys(TENANTS, 2)
 
     second = make(adapters=TENANTS)
-    second.learner.resume(first.checkpoint)
+    second.learner.resume(first.states)
     assert all(torch.equal(tensor, published[name]) for name, tensor in second.learner._serving.items())
     learned = first.drafter.state_dict()
     assert all(torch.equal(tensor, learned[name]) for name, tensor in second.drafter.state_dict().items())
@@ -70,5 +70,5 @@ def test_a_state_of_other_adapters_is_refused_by_name(make: Make, names: tuple[s
     before = {name: value.clone() for name, value in second.drafter.state_dict().items()}
     message = f"was trained with drafter.adapters=['acme', 'globex'], and this run has {list(names)}; set the same"
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        second.learner.resume(first.checkpoint)
+        second.learner.resume(first.states)
     assert all(torch.equal(value, before[name]) for name, value in second.drafter.state_dict().items())

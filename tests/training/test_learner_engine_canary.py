@@ -120,7 +120,7 @@ def test_what_passed_the_gate_is_served_by_one_engine_first_and_then_by_all(
     wait(fleet.load)
     assert len(fleet.having(candidate)) == 3 and {each.version for each in fleet.receivers} == {learner.version}
     assert all(torch.equal(tensor, candidate[name]) for name, tensor in learner._serving.items())
-    assert (loop.checkpoint.parent / "versions" / str(learner.version)).is_dir()
+    assert (loop.states.parent / "versions" / str(learner.version)).is_dir()
     step_until(loop, lambda: len(loop.events("candidate")) == 2)
 
 
@@ -139,7 +139,7 @@ def test_a_worse_candidate_is_taken_back_and_the_next_is_gated_against_what_is_s
     wait(fleet.load)
     assert fleet.having(candidate) == [] and learner.version == 0 and learner._serving is day0
     assert sum(each.version == 0 for each in fleet.receivers) == 1
-    assert not (loop.checkpoint.parent / "versions").exists() and not loop.events("gate_against")
+    assert not (loop.states.parent / "versions").exists() and not loop.events("gate_against")
 
 
 @pytest.mark.parametrize("saved", ["before", "within"])
@@ -158,7 +158,7 @@ def test_a_learner_that_resumes_within_a_trial_publishes_what_all_had(
     first.loop.learner.close()
 
     second = make(version=version, checksum=checksum(candidate))  # an engine that has the candidate
-    second.learner.resume(first.loop.checkpoint)
+    second.learner.resume(first.loop.states)
     step_until(second, lambda: second.publisher.engines and not second.publisher.overtaken)
     published, weights = newest(second)
     assert published > version

@@ -74,7 +74,7 @@ def test_too_many_such_steps_in_a_row_stop_the_learner_and_keep_its_last_good_st
     ):
         drain(loop)
     assert loop.learner.skipped == 3
-    kept = load_file(states(loop.checkpoint)[0] / "model.safetensors")
+    kept = load_file(states(loop.states)[0] / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
     # Those of the last good step, and not of the last that was published.
     published = loop.learner._serving
@@ -90,13 +90,13 @@ def test_what_was_learned_before_such_steps_is_kept_though_nothing_was_published
     send(loop, served[:4])
     step_until(loop, lambda: loop.learner.steps == 2)
     learned = {name: value.clone() for name, value in loop.drafter.state_dict().items()}
-    assert not loop.checkpoint.exists()
+    assert not loop.states.exists()
     loop.loss.poison = lambda drafter: drafter.fc.weight.sum() * math.nan
     send(loop, served[4:20])
     with pytest.raises(FloatingPointError, match="last good training state is in"):
         drain(loop)
     again = make()
-    again.learner.resume(loop.checkpoint)
+    again.learner.resume(loop.states)
     assert (again.learner.seen, again.learner.steps) == (4, 2)
     assert all(torch.equal(value, learned[name]) for name, value in again.drafter.state_dict().items())
 
@@ -108,7 +108,7 @@ def test_weights_that_are_not_finite_do_not_replace_the_last_good_state(make: Ma
     send(loop, served[:20])
     with pytest.raises(FloatingPointError, match="no good state was saved; lower the learning rate"):
         drain(loop)
-    assert not loop.checkpoint.exists()
+    assert not loop.states.exists()
 
 
 def test_replay_is_owed_for_new_requests_only_and_does_not_pile_up(make: Make, served: list[TensorDict]) -> None:

@@ -66,12 +66,13 @@ def test_resume_publishes_what_was_served_at_once_and_the_rest_once_the_gate_pas
     assert not same({name: published[name] for name in learned}, learned)
 
     second = make(batch_size=2, gate=2, publish_every=2)
-    second.learner.resume(first.checkpoint)
+    second.learner.resume(first.states)
     assert (second.learner.seen, second.learner.steps, second.learner.version) == (8, first.learner.steps, 2)
     assert same(second.drafter.state_dict(), learned)
     assert same(received(second, 2), published)
     (resumed,) = second.events("resumed")
-    assert resumed["state"] == str(first.checkpoint / "000002") and resumed["skipped"] == []
+    assert resumed["state"] == str(first.states / "000002") and resumed["skipped"] == []
+    assert resumed["version"] == 2
 
     # What was learned since is a candidate: it is compared with what is served.
     send(second, served[8:10])
@@ -86,7 +87,7 @@ def test_weights_that_an_engine_rejects_after_the_resume_are_replaced_by_those_b
 ) -> None:
     before = first.learner._replaced
     second = make()
-    second.learner.resume(first.checkpoint)
+    second.learner.resume(first.states)
     received(second, 2)
     second.receiver.reject(2, "rolled back after 80 rounds")
     step_until(second, lambda: second.events("rejected"))
@@ -96,7 +97,7 @@ def test_weights_that_an_engine_rejects_after_the_resume_are_replaced_by_those_b
 def test_a_state_of_train_is_learned_from_and_published_once_the_gate_passes_it(
     make: Make, first: SimpleNamespace
 ) -> None:
-    flat = first.checkpoint.parent / "trained"
+    flat = first.states.parent / "trained"
     progress = {"seen": 8, "steps": 4, "version": 0, "draft_vocab": first.learner._draft_vocab()}
     learners.save_training_state(flat, first.drafter, first.learner._optimizers, progress)
     second = make()
@@ -108,11 +109,11 @@ def test_a_state_of_train_is_learned_from_and_published_once_the_gate_passes_it(
 def test_a_broken_state_is_passed_over_with_one_line(
     make: Make, first: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    newest, older = states(first.checkpoint)
+    newest, older = states(first.states)
     with open(newest / "progress.json", "a") as file:
         file.write(" ")
     second = make()
-    second.learner.resume(first.checkpoint)
+    second.learner.resume(first.states)
     assert second.learner.steps == 1 and second.learner.version == 2
     (line,) = [record.message for record in caplog.records]
     assert line == (
@@ -123,14 +124,14 @@ def test_a_broken_state_is_passed_over_with_one_line(
 
 
 def test_where_no_state_is_whole_one_error_says_so(make: Make, first: SimpleNamespace) -> None:
-    for state in states(first.checkpoint):
+    for state in states(first.states):
         (state / "model.safetensors").write_bytes(b"")
     second = make()
     before = {name: value.clone() for name, value in second.drafter.state_dict().items()}
     with pytest.raises(
         CheckpointError, match=r"learner: no training state can be used: .*000002: .*; .*000001: .*; le"
     ):
-        second.learner.resume(first.checkpoint)
+        second.learner.resume(first.states)
     assert same(second.drafter.state_dict(), before) and second.learner.version == 0
 
 
@@ -143,7 +144,7 @@ def test_a_state_that_does_not_fit_changes_nothing(make: Make) -> None:
     before = {name: value.clone() for name, value in second.drafter.state_dict().items()}
     second.drafter.draft_vocab += 1
     with pytest.raises(CheckpointError, match="trained with another draft vocabulary; set drafter.path"):
-        second.learner.resume(first.checkpoint)
+        second.learner.resume(first.states)
     assert second.learner.version == 0 and same(second.drafter.state_dict(), before)
 
 
@@ -185,7 +186,7 @@ def local_learner(folder: Path) -> SimpleNamespace:
         replay=2,
         publish_every=3,
         max_skipped=0,
-        checkpoint=folder / "learner",
+        states=folder / "learner",
         save_buffer=True,
         outputs=Outputs(log),
     )
@@ -285,7 +286,7 @@ def test_a_buffer_of_other_objectives_is_refused_before_anything_is_changed(
 
 
 def test_without_it_no_trajectory_is_saved_and_the_run_goes_on_all_the_same(make: Make, first: SimpleNamespace) -> None:
-    newest = states(first.checkpoint)[0]
+    newest = states(first.states)[0]
     files = {str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()}
     drafter = {"drafter/config.json", "drafter/model.safetensors"}
     assert files == {"manifest.json", "model.safetensors", "progress.json"} | drafter
@@ -297,4 +298,4 @@ def test_only_so_many_states_are_kept(make: Make, tmp_path: object) -> None:
     loop = make()
     for _ in range(5):
         loop.learner.save()
-    assert [state.name for state in states(loop.checkpoint)] == ["000005", "000004", "000003"]
+    assert [state.name for state in states(loop.states)] == ["000005", "000004", "000003"]

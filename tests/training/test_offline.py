@@ -14,6 +14,7 @@ from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.storage import CheckpointError
 from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.training import offline
 from aurora_rl.training.gate import replay
 from aurora_rl.training.offline import OfflineTrainer, replay_groups
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -105,11 +106,12 @@ def test_an_epoch_without_a_node_is_an_error_of_what_learns_from_nodes() -> None
         epochs.step()
 
 
-def test_groups_are_replayed_a_few_at_a_time_as_all_at_once() -> None:
+def test_groups_are_replayed_a_few_at_a_time_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "_MAX_REPLAYED", 2)
     drafter, _ = drafter_and_loss()
     drafter = drafter.double()
     recorded = [tiny_trajectory(drafter, request=i, max_new_tokens=6 + i) for i in range(5)]
-    groups = replay_groups(drafter, {"a": recorded[:3], "b": recorded[3:]}, TreeShape(3), at_once=2)
+    groups = replay_groups(drafter, {"a": recorded[:3], "b": recorded[3:]}, TreeShape(3))
     whole = replay(drafter, recorded, TreeShape(3))
     assert torch.equal(torch.cat([groups["a"].tokens, groups["b"].tokens]), whole.tokens)
     assert torch.equal(torch.cat([groups["a"].rounds, groups["b"].rounds]), whole.rounds)

@@ -17,7 +17,7 @@ from aurora_rl.cli.config.paths import expand_home
 from aurora_rl.cli.config.privacy import keep_nothing
 from aurora_rl.cli.config.schema import Config
 from aurora_rl.cli.config.tree import (
-    MOST_SHOWN,
+    MAX_SHOWN,
     keys_of,
     nested,
     node_at,
@@ -127,7 +127,7 @@ def _from_file(path: str | Path, config: DictConfig) -> DictConfig:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(
-            f"{path} holds no mapping of keys, but {text.strip()[:MOST_SHOWN]!r}; write lines such as "
+            f"{path} holds no mapping of keys, but {text.strip()[:MAX_SHOWN]!r}; write lines such as "
             "model: smollm2, or name another file"
         )
     with naming(str(path)):

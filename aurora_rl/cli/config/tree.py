@@ -12,17 +12,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.settings import nearest
 
-MOST_SHOWN = 80
+MAX_SHOWN = 80
 """Most characters of a wrong key, value or file that an error shows."""
-MOST_NAMED = 3
+MAX_NAMED = 3
 """Most similar keys that an error names."""
 _TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 _LISTS = {"compare": "[eagle3,medusa]", "objectives": "[{name: imitation}]"}  # examples where one element is too few
-_OWN_KEYS = ("drafter.options", "fleet.engines", "fleet.learner")  # theirs are known elsewhere
+_OWN_KEYS = ("drafter.options", "fleet.engines", "fleet.learner")  # mappings whose keys the schema does not have
 
 
 def node_at(config: DictConfig, key: str) -> Any:
-    """Return the node at ``key``, None if there is none; interpolations are not followed."""
+    """Return the node at ``key``, or None if there is none. Interpolations are not followed."""
     node: Any = config
     for part in key.split("."):
         node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) else None
@@ -115,9 +115,9 @@ def unknown_key(key: str, values: DictConfig, merged: DictConfig, source: str, g
         first = next(map(str, section))
         return f"{key} in {source} is a section of keys, not a value; set its keys, such as {key}.{first}{given}VALUE"
     found = [f"{each}{given}{text}" if each == f"{key}.name" else each for each in similar(key, known)]
-    told = f"unknown key {key[:MOST_SHOWN]!r} in {source}; "
+    told = f"unknown key {key[:MAX_SHOWN]!r} in {source}; "
     if found:
-        return f"{told}did you mean {' or '.join(map(repr, found[:MOST_NAMED]))}?"
+        return f"{told}did you mean {' or '.join(map(repr, found[:MAX_NAMED]))}?"
     section = node_at(merged, key.rpartition(".")[0])
     if isinstance(section, DictConfig):
         return f"{told}{key.rpartition('.')[0]} has {', '.join(map(str, section))}"
@@ -151,8 +151,8 @@ def wrong_type(values: DictConfig, merged: DictConfig, given: str) -> str:
             wrong = next(each for each in value if not isinstance(each, dict))
             return f"{key} holds {_shown(wrong)}; give mappings, such as {key}{given}{example}"
         need = "two names or folders" if key == "compare" else "integers" if kind is int else "texts"
-        if others := [each for each in value if type(each) is not kind]:
-            return f"{key} holds {_shown(others[0])}; give {need}"
+        if wrong := [each for each in value if type(each) is not kind]:
+            return f"{key} holds {_shown(wrong[0])}; give {need}"
     return ""
 
 
@@ -171,4 +171,4 @@ def nested(values: DictConfig, merged: DictConfig) -> str:
 
 
 def _shown(value: Any) -> str:
-    return repr(value)[:MOST_SHOWN] if isinstance(value, str) else json.dumps(value, default=str)[:MOST_SHOWN]
+    return repr(value)[:MAX_SHOWN] if isinstance(value, str) else json.dumps(value, default=str)[:MAX_SHOWN]

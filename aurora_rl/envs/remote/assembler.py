@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aurora_kernels.trees import reorder_depth_first
 from aurora_rl.sampling_params import SamplingParams
-from aurora_rl.tenants import MOST_DELETIONS
+from aurora_rl.tenants import MAX_DELETIONS
 from aurora_rl.trajectories import acceptance_length, accepted_per_round, make_trajectory
 
 logger = logging.getLogger(__name__)
@@ -267,7 +267,7 @@ class TrajectoryAssembler:
         with self._emitting:  # trajectories that stay are queued before the queue is searched
             self._deletions.pop(tenant, None)
             self._deletions[tenant] = time.monotonic()
-        if len(self._deletions) > MOST_DELETIONS:
+        if len(self._deletions) > MAX_DELETIONS:
             del self._deletions[next(iter(self._deletions))]
         self._ended.put(tenant)  # the store is the thread's
 

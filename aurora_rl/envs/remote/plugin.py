@@ -51,7 +51,7 @@ class RecorderPlugin:
     # ---- requests and replies ---------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        """Begin to answer; an address that cannot be had is told in the engine's log."""
+        """Begin to answer. If the address cannot be bound, log why and serve on."""
         try:
             keys = None if self._keys is None else plugin_server_keys(self._keys)
             self._server = PluginServer(self._address, self._answer, keys=keys)

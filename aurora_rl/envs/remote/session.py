@@ -55,7 +55,7 @@ class Session:
         fields: Fields of the request; see :data:`ATTACH`.
         engine: Name of the engine, for messages.
         keys: Folder of this engine's keys; None if it has none.
-        exact: Whether every round shows what the target's head reads, which captured graphs hide.
+        exact: Whether every round shows what the target's head reads, which CUDA graphs hide.
 
     Raises:
         PluginError: A field is missing, unknown or of the wrong type.

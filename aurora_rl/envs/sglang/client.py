@@ -177,7 +177,7 @@ def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathL
     algorithm = learned_method(drafter, config, "sglang_algorithm", LEARNED, engine=ENGINE)
     if min((config.get("eagle_config") or {}).get(LAYER_IDS) or [0]) < 0:
         raise CheckpointError(
-            f"{drafter}: the drafter reads what enters layer 0, which SGLang cannot capture; start a drafter of layers "
+            f"{drafter}: the drafter reads what enters layer 0, which SGLang cannot read; start a drafter of layers "
             "from 1 on (drafter.feature_layers)"
         )
     arguments = ["--speculative-algorithm", algorithm, "--speculative-draft-model-path", str(drafter)]

@@ -169,7 +169,7 @@ class Plugin(RecorderPlugin):
         target = self._target
         if reason := target_fault(target, algorithm, hybrid=bool(self._scheduler.is_hybrid_ssm)):
             raise PluginError(reason)
-        # EAGLE reads what the target's head reads, which is no layer that SGLang captures.
+        # EAGLE reads what the target's head reads, which is no layer that SGLang reads.
         layers = tuple(target.model.layers_to_capture) if algorithm == "EAGLE3" else (target.config.num_hidden_layers,)
         if layers != handshake.feature_layers:
             learner = handshake.feature_layers

@@ -22,7 +22,7 @@ from aurora_rl.remote_engines import address_variable
 TIMEOUT_S = 120.0
 """Seconds within which every rank comes to what an order says."""
 _BALLOT = 2048  # bytes
-_MOST = 400  # characters of a text in a ballot, each of which may take four bytes
+_MAX_TEXT = 400  # characters of a text in a ballot, each of which may take four bytes
 
 
 class EngineRanksLostError(ConnectionError):
@@ -75,7 +75,7 @@ class EngineRanks:
         """Return what each rank said, in their order: small JSON values. Long texts are cut."""
         if self._group is None:
             return [ballot]
-        short = {name: value[:_MOST] if isinstance(value, str) else value for name, value in ballot.items()}
+        short = {name: value[:_MAX_TEXT] if isinstance(value, str) else value for name, value in ballot.items()}
         own = torch.frombuffer(
             bytearray(json.dumps(short, ensure_ascii=False).encode().ljust(_BALLOT)), dtype=torch.uint8
         )

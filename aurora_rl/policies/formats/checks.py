@@ -113,14 +113,14 @@ def check_target_depth(stated: int | None, parts: TargetParts) -> None:
 
 
 def check_feature_layers(feature_layers: Sequence[int], num_target_layers: int, *, lowest: int = 0) -> None:
-    """Raise ValueError if engines cannot capture the features, from layer ``lowest`` on, or reorder them.
+    """Raise ValueError if engines cannot read the features from layer ``lowest`` on, or would reorder them.
 
     Layer 0 is the embedding.
     """
     for layer in feature_layers:
         if not lowest <= layer < num_target_layers:
             raise ValueError(
-                f"feature_layers has {layer}; engines capture what enters a layer, {lowest}..{num_target_layers - 1} "
+                f"feature_layers has {layer}; engines read what enters a layer, {lowest}..{num_target_layers - 1} "
                 "of this target"
             )
     check_layers_rise(feature_layers)

@@ -45,12 +45,12 @@ def write_dflash(drafter: DFlashDrafter, format: str) -> Checkpoint:
     """Return a DFlash as "hf" or "sglang" has it.
 
     Neither holds embedding or head, which are the target's. The ids in the file are one less than ``feature_layers``:
-    they name a captured state by the layer that it leaves. "hf" may also have the embedding, as −1, and what the
-    target's head reads; SGLang can capture neither. A reduced draft vocabulary is an extra tensor ``d2t``, offsets from
+    they name a feature by the layer that it leaves. "hf" may also have the embedding, as −1, and what the target's
+    head reads; SGLang can read neither. A reduced draft vocabulary is an extra tensor ``d2t``, offsets from
     rows to target ids: SGLang ignores it, and vLLM does not load a file that has it.
 
     Raises:
-        ValueError: SGLang cannot capture one of the features.
+        ValueError: SGLang cannot read one of the features.
     """
     if format == "sglang":  # SGLang's DFlash has no place for the embedding
         check_feature_layers(drafter.feature_layers, drafter.num_target_layers, lowest=1)

@@ -109,7 +109,7 @@ def written(drafter: Drafter, format: str | None = None) -> Checkpoint:
     # Where no format is asked for, a run keeps what it serves here, whether or not another engine could serve it.
     if asked == "sglang" and 0 in drafter.feature_layers:
         raise ValueError(
-            f"the drafter reads layers {tuple(drafter.feature_layers)}, and SGLang cannot capture what enters layer 0; "
+            f"the drafter reads layers {tuple(drafter.feature_layers)}, and SGLang cannot read what enters layer 0; "
             "start a drafter of layers from 1 on, such as drafter.feature_layers=[1,2] for a target of three layers"
         )
     return checkpoint

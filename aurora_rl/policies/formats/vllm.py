@@ -24,7 +24,7 @@ def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
     """Convert a drafter from this library's format to one that vLLM serves.
 
     EAGLE-3 keeps its names, and SGLang loads the result too: the file holds the layer ids of both engines. vLLM looks
-    for them at the top level of ``config.json``, and names a captured state by the layer that it enters. SGLang looks
+    for them at the top level of ``config.json``, and names a feature by the layer that it enters. SGLang looks
     in ``eagle_config``, and names it by the layer that it leaves. A drafter with a row for every token has no ``d2t``.
 
     Medusa's heads get a row for every token, since vLLM 0.32 cannot load fewer. Each missing row becomes the mean of

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _throttle = Throttle(logger)
 
 _HEAD_S = 20  # seconds for the head of a request, from its first byte or from the connection's opening
-_MOST_HEAD = 1 << 16  # bytes of a head
+_MAX_HEAD = 1 << 16  # bytes of a head
 _UNREAD_S = 60  # close a connection whose client reads nothing for this many seconds
 _KEEP_ALIVE_S = 75
 _SHUTDOWN_S = 5
@@ -61,8 +61,8 @@ class _Connection(HttpToolsProtocol):
             return None
         self._unset_keepalive_if_required()
         self._head = self._head + len(data) if self._in_head else 0
-        if self._head > _MOST_HEAD:
-            return self._refuse(ApiError(431, f"the head of the request has more than {_MOST_HEAD} bytes"))
+        if self._head > _MAX_HEAD:
+            return self._refuse(ApiError(431, f"the head of the request has more than {_MAX_HEAD} bytes"))
         while data:
             try:
                 self.parser.feed_data(data)

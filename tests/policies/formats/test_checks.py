@@ -128,7 +128,7 @@ def test_older_engines_read_rope_and_dtype_too(tmp_path: Path, name: str) -> Non
     ("layers", "message"),
     [((1, 3), "feature_layers has 3"), ((2, 1), "must rise"), ((1, 1), "must rise"), ((1, 9), "feature_layers has 9")],
 )
-def test_layers_that_engines_cannot_capture_are_not_exported(
+def test_layers_that_engines_cannot_read_are_not_exported(
     parts: TargetParts, tmp_path: Path, layers: tuple[int, ...], message: str, format: str
 ) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8), feature_layers=layers)

@@ -46,11 +46,11 @@ def test_a_folder_holds_what_engines_read(format: str, vocab: Tensor, parts: Tar
 
 
 @pytest.mark.parametrize(("layers", "ids"), [((0, 2), [-1, 1]), ((1, 3), [0, 2])])
-def test_sglang_captures_between_layers_only(
+def test_sglang_reads_between_layers_only(
     layers: tuple[int, ...], ids: list[int], parts: TargetParts, tmp_path: Path
 ) -> None:
     drafter = dflash_of_the_target(feature_layers=layers)
-    with pytest.raises(CheckpointError, match=r"feature_layers has [03]; engines capture .* 1..2 of this target"):
+    with pytest.raises(CheckpointError, match=r"feature_layers has [03]; engines read .* 1..2 of this target"):
         save_drafter(drafter, tmp_path / "drafter", "sglang")
     save_drafter(drafter, tmp_path / "drafter", "hf")
     config = json.loads((tmp_path / "drafter" / "config.json").read_text())

@@ -212,18 +212,16 @@ def test_layers_that_the_target_lacks_are_named(saved_eagle3: tuple[Eagle3Drafte
         load_drafter(saved_eagle3[1], parts)
 
 
-def test_what_sglang_cannot_capture_is_kept_but_not_exported(parts: TargetParts, tmp_path: Path) -> None:
+def test_what_sglang_cannot_read_is_kept_but_not_exported(parts: TargetParts, tmp_path: Path) -> None:
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8))
     save_drafter(drafter, tmp_path / "run")
     assert load_drafter(tmp_path / "run", parts).feature_layers == drafter.feature_layers == (0, 1)
-    message = r"reads layers \(0, 1\), and SGLang cannot capture what enters layer 0; .* drafter.feature_layers=\[1,2\]"
+    message = r"reads layers \(0, 1\), and SGLang cannot read what enters layer 0; .* drafter.feature_layers=\[1,2\]"
     with pytest.raises(CheckpointError, match=message):
         save_drafter(drafter, tmp_path / "sglang", "sglang")
     assert not (tmp_path / "sglang").exists()
     save_drafter(drafter, tmp_path / "vllm", "vllm")  # which can
-    with pytest.raises(
-        CheckpointError, match="run: the drafter reads what enters layer 0, which SGLang cannot capture"
-    ):
+    with pytest.raises(CheckpointError, match="run: the drafter reads what enters layer 0, which SGLang cannot read"):
         drafter_arguments(tmp_path / "run", tmp_path / "token_map.pt")
 
 
@@ -357,7 +355,7 @@ def test_a_drafter_of_a_target_of_other_weights_is_refused_unless_asked_for(
         if format == "sglang" and name == "dflash":
             continue  # whose default layers are too few in a tiny target
         folder = tmp_path / format
-        # EAGLE-3's are those that a run keeps and SGLang cannot capture.
+        # EAGLE-3's are those that a run keeps and SGLang cannot read.
         asked = None if (name, format) == ("eagle3", "sglang") else format
         save_drafter(drafter, folder, asked)
         wrong = (

@@ -272,7 +272,7 @@ def test_the_engine_sees_what_is_wrong(target: Path, tmp_path: Path, monkeypatch
         ({"fc_norm": True}, "llama.cpp has no fc_norm for EAGLE-3"),
         ({"norm_output": True}, "llama.cpp has no norm_output for EAGLE-3"),
         ({"feature_layers": (1, 2)}, r"reads layers \(1, 2\), and llama.cpp's EAGLE-3 reads three"),
-        ({"feature_layers": (1, 2, 3)}, "feature_layers has 3; engines capture what enters a layer, 0..2"),
+        ({"feature_layers": (1, 2, 3)}, "feature_layers has 3; engines read what enters a layer, 0..2"),
         ({"feature_layers": (2, 1, 0)}, "feature_layers must rise"),
         (
             {"rope": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}},

@@ -16,7 +16,7 @@ from torch import Tensor
 from aurora_rl.cli import assembly, spec
 from aurora_rl.cli.config import load_config
 from aurora_rl.cli.config.canary import compared
-from aurora_rl.cli.engines import _wire, embedded_server
+from aurora_rl.cli.embedded import _wire, embedded_server
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.remote import remote_server
 from aurora_rl.envs import Completion, SampleAndMatch, TransformersEngine

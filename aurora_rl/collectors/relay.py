@@ -2,11 +2,11 @@
 
 libzmq keeps the parts of a multipart message to itself until the last one has arrived; ``ZMQ_MAXMSGSIZE`` bounds a part
 and nothing bounds their number. So a peer that never sends the last part grows the process without end, and no reader
-of the socket sees it. It also takes whole messages from every peer, however slow their reader is. A :class:`Guard`
+of the socket sees it. It also takes whole messages from every peer, however slow their reader is. A :class:`Relay`
 stands between the network and the socket. It closes the connection of a message without end, and lets peers wait while
 what the reader has not taken exceeds a limit.
 
-CurveZMQ encrypts the flag that says whether more parts follow. There the guard counts what was relayed of each
+CurveZMQ encrypts the flag that says whether more parts follow. There the relay counts what was relayed of each
 connection and not taken by the reader. Where nothing can be taken although the limit is reached, the messages are
 unfinished, and the connection with most of them is closed.
 """
@@ -129,7 +129,7 @@ def cost(size: int) -> int:
     return max(size, _LEAST_COST)
 
 
-class Guard:
+class Relay:
     """Relays the connections of a listening socket, and closes those whose messages exceed the limits.
 
     The reader of the socket tells by `taken` and `asked_in_vain` how it gets on.
@@ -169,7 +169,7 @@ class Guard:
         self._takes = self._vain = 0
         self._relays: set[threading.Thread] = set()
         self._warned = self._closing = False
-        self._thread = threading.Thread(target=self._listen, name="guard", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="relay", daemon=True)
         self._thread.start()
 
     def taken(self, address: str, sizes: Sequence[int]) -> None:
@@ -225,7 +225,7 @@ class Guard:
             if accepted.family != socket.AF_UNIX:
                 accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             number += 1
-            relay = threading.Thread(target=self._relay, args=(accepted, number), name="guard-relay", daemon=True)
+            relay = threading.Thread(target=self._relay, args=(accepted, number), name="relay-connection", daemon=True)
             self._relays.add(relay)
             relay.start()
 
@@ -247,7 +247,7 @@ class Guard:
                 with self._lock:
                     self._held[pair], self._silent[pair] = 0, None
                     self._peers[key] = _name_of(pair[0])
-                outward = threading.Thread(target=_send_out, args=pair, name="guard-outward", daemon=True)
+                outward = threading.Thread(target=_send_out, args=pair, name="relay-outward", daemon=True)
                 outward.start()
                 try:
                     self._take_in(*pair, key)

@@ -132,15 +132,15 @@ def test_the_control_socket_answers_the_engines_own_key_alone(folder: Path, tmp_
         server.close()
 
 
-def test_nobody_is_let_in_while_the_gatekeeper_is_gone(collector: ZMQCollector, folder: Path) -> None:
-    gatekeeper = collector._socket.gatekeeper
-    assert gatekeeper is not None
-    gatekeeper.close()
-    collector._socket.gatekeeper = None
+def test_nobody_is_let_in_while_nobody_answers_for_admission(collector: ZMQCollector, folder: Path) -> None:
+    admission = collector._socket.admission
+    assert admission is not None
+    admission.close()
+    collector._socket.admission = None
     assert not arrives(collector, engine_keys(folder), 0.5)
 
 
-def test_a_peer_that_goes_past_the_guard_needs_a_key_as_well(collector: ZMQCollector, folder: Path) -> None:
+def test_a_peer_that_goes_past_the_relay_needs_a_key_as_well(collector: ZMQCollector, folder: Path) -> None:
     inside = collector._socket.getsockopt_string(zmq.LAST_ENDPOINT)
     assert inside.startswith("tcp://127.0.0.1:") and inside != collector.address
     with closing(TrajectorySink(inside, handshake=HANDSHAKE)) as sink:

@@ -17,11 +17,11 @@ import zmq
 from tensordict import TensorDict
 from zmtp_peers import GREETING, PING, part, peer, shake_hands, until
 
-from aurora_rl.collectors import guard
+from aurora_rl.collectors import relay
 from aurora_rl.collectors.codec import Limits, encode
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.guard import Meter, TooLongError
 from aurora_rl.collectors.handshake import Handshake
+from aurora_rl.collectors.relay import Meter, TooLongError
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.sockets import bind, open_socket
 from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
@@ -98,7 +98,7 @@ def test_a_learner_that_never_ends_its_weights_is_left_and_the_next_one_heard() 
 
 
 def test_of_many_unfinished_messages_the_largest_goes(collector: ZMQCollector, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "_LEAST_TOTAL", MIB)
+    monkeypatch.setattr(relay, "_LEAST_TOTAL", MIB)
     socket_ = open_socket(zmq.PULL)
     address = bind(socket_, LOCAL, limits=Limits(max_bytes=MIB))
     half, largest, small = (peer(address, b"PUSH") for _ in range(3))
@@ -117,7 +117,7 @@ def test_of_many_unfinished_messages_the_largest_goes(collector: ZMQCollector, m
 
 
 def test_no_more_connections_than_are_looked_after(collector: ZMQCollector, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "_MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(relay, "_MAX_CONNECTIONS", 1)
     first = peer(collector.address, b"PUSH")
     first.sendall(part(b"x", more=False))
     until(lambda: collector.poll(0.05) or collector.rejected)

@@ -14,12 +14,12 @@ import zmq
 from tensordict import TensorDict
 from zmtp_peers import GREETING, part, peer, until
 
-from aurora_rl.collectors import guard
+from aurora_rl.collectors import relay
 from aurora_rl.collectors.codec import Limits
 from aurora_rl.collectors.collector import ZMQCollector
-from aurora_rl.collectors.guard import Guard
 from aurora_rl.collectors.handshake import Handshake
 from aurora_rl.collectors.keys import engine_keys, learner_keys, make_keys
+from aurora_rl.collectors.relay import Relay
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.collectors.sockets import connect, open_socket
 
@@ -38,8 +38,8 @@ def keys(request: pytest.FixtureRequest, tmp_path: Path) -> Path | None:
 
 @pytest.fixture
 def collector(keys: Path | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[ZMQCollector]:
-    monkeypatch.setattr(guard, "_LEAST_TOTAL", 2 * MIB)
-    monkeypatch.setattr(guard, "_STALL_S", 0.2)
+    monkeypatch.setattr(relay, "_LEAST_TOTAL", 2 * MIB)
+    monkeypatch.setattr(relay, "_STALL_S", 0.2)
     own = None if keys is None else learner_keys(keys)
     collector = ZMQCollector(LOCAL, handshake=HANDSHAKE, keys=own, limits=Limits(max_bytes=MIB, max_leaves=64))
     yield collector
@@ -59,8 +59,8 @@ def receives(collector: ZMQCollector, sink: TrajectorySink) -> bool:
     return False
 
 
-def guard_of(collector: ZMQCollector) -> Guard:
-    found = collector._socket.guard
+def relay_of(collector: ZMQCollector) -> Relay:
+    found = collector._socket.relay
     assert found is not None
     return found
 
@@ -77,8 +77,8 @@ def test_an_admitted_engine_that_never_ends_its_message_is_cut_off(collector: ZM
     closed, most, deadline = False, 0, time.monotonic() + 30
     while not closed and time.monotonic() < deadline:
         collector.poll(0.05)
-        most = max(most, guard_of(collector)._inside.total())
-        closed = guard_of(collector)._warned
+        most = max(most, relay_of(collector)._inside.total())
+        closed = relay_of(collector)._warned
     assert closed and most <= 3 * MIB
     assert receives(collector, honest)
     assert collector.rejected == 0  # nothing of it was read
@@ -91,13 +91,13 @@ def test_a_reader_that_does_not_read_lets_engines_wait(collector: ZMQCollector, 
     for number in range(40):
         for sink in sinks:
             sink.extend(TensorDict({"x": torch.full((20_000,), number)}, batch_size=[]))  # 160 KB
-    inside = guard_of(collector)
+    inside = relay_of(collector)
     until(lambda: inside._inside.total() > 2 * MIB)
     held = []
     for _ in range(20):
         held.append(inside._inside.total())
         time.sleep(0.02)
-    assert max(held) <= 2 * MIB + 4 * (guard._CHUNK + 200_000)
+    assert max(held) <= 2 * MIB + 4 * (relay._CHUNK + 200_000)
     got = 0
     deadline = time.monotonic() + 30
     while got < 160 and time.monotonic() < deadline:
@@ -111,7 +111,7 @@ def test_a_reader_that_does_not_read_lets_engines_wait(collector: ZMQCollector, 
 def test_a_thousand_silent_connections_keep_no_engine_out(
     collector: ZMQCollector, keys: Path | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "_MAX_CONNECTIONS", 32)
+    monkeypatch.setattr(relay, "_MAX_CONNECTIONS", 32)
     early = sink_of(collector, keys)
     assert receives(collector, early)
     host, port = collector.address.removeprefix("tcp://").rsplit(":", 1)
@@ -120,7 +120,7 @@ def test_a_thousand_silent_connections_keep_no_engine_out(
             raw = opened.enter_context(socket.create_connection((host, int(port)), timeout=10))
             with contextlib.suppress(OSError):
                 raw.sendall(GREETING[: number % 65])
-        assert len(guard_of(collector)._relays) <= 64
+        assert len(relay_of(collector)._relays) <= 64
         late = sink_of(collector, keys)
         assert receives(collector, early) and receives(collector, late)
         late.close()

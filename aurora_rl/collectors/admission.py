@@ -19,7 +19,7 @@ KEY_NAME = "Key-Name"
 """Property of every message: the name of its sender's key."""
 
 
-class Gatekeeper:
+class Admission:
     """Answers libzmq's questions whether a key is admitted, in a thread.
 
     Args:
@@ -40,7 +40,7 @@ class Gatekeeper:
         self._questions = socket.context.socket(zmq.REP)
         self._questions.bind(_ADDRESS)
         self._failures = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
-        self._thread = threading.Thread(target=self._run, name="gatekeeper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="admission", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
