@@ -58,7 +58,7 @@ def follows_the_contrary(log_p: Tensor, log_q: Tensor, windows: Windows) -> tupl
         *("imitation", "aurora_rl.objectives:ImitationLoss", "objective_functions:plain_kl", ImitationLoss),
         *(partial(ImitationLoss, steps=2), scaled_kl, partial(scaled_kl, scale=2.0)),
     ],
-    ids=str,
+    ids=lambda objective: re.sub(" at 0x[0-9a-f]+", "", str(objective)),
 )
 def test_an_objective_is_named_as_elsewhere(objective: Any) -> None:
     check_objective(objective)
