@@ -122,7 +122,7 @@ def test_prompts_that_begin_alike_are_counted(serve: Serve, kept: int, monkeypat
     ("fields", "pairs", "wrong"),
     [
         ({"guidance_scale": 2.0}, [], r"model=\S+: .* sets guidance_scale=2.0, .*generation_config=ignore"),
-        ({"min_p": 0.1}, ["temperature=0.5"], r"model=\S+: temperature 0.5 with min_p=0.1 of the model's"),
+        ({"typical_p": 0.9}, ["temperature=0.5"], r"model=\S+: temperature 0.5 with typical_p=0.9 of the model's"),
         (
             {"repetition_penalty": 1.1, "top_p": 0.8},
             ["engine.name=sglang", "drafter.name=eagle3", "drafter.feature_layers=[1,2]"],

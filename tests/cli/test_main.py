@@ -188,7 +188,7 @@ def test_an_error_without_a_run_folder_leaves_its_traceback_in_a_temporary_file(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(drafter, "resolve", lambda config: {}["missing"])
     pairs = [pair for pair in arguments if not pair.startswith("run_dir")]
-    assert cli.main(["drafter", "export", "--drafter", "a", "--out", "b", "--to", "vllm", *pairs]) == 1
+    assert cli.main(["drafter", "init", "--out", str(tmp_path / "b"), *pairs]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     start, _, path = line.partition("; the traceback is in ")
     assert start == "aurora-rl: KeyError: 'missing'"

@@ -107,6 +107,7 @@ def test_nothing_has_a_row_of_the_targets_vocabulary_for_every_position(
     drafter, head = noisy_drafter_and_head(Eagle3Drafter)
     batch = batch_of(Eagle3Drafter)
     monkeypatch.setattr(kernel_rows, "_FEWEST", 1)
+    monkeypatch.setattr(kernel_rows, "_ENOUGH", 1)
     monkeypatch.setitem(kernel_rows._CHUNK, "cpu", 1)
     wide = nn.functional.pad(head.weight, (0, 0, 0, 5000))
     rows = len(batch["nodes", "hidden"]) if loss is DiscardSamplingLoss else len(batch["sequence", "hidden"])
@@ -123,6 +124,7 @@ def test_nothing_has_a_row_of_the_draft_vocabulary_for_every_position(
     drafter, head = noisy_drafter_and_head(kind)
     batch = batch_of(kind)
     monkeypatch.setattr(kernel_rows, "_FEWEST", 8)
+    monkeypatch.setattr(kernel_rows, "_ENOUGH", 8)
     monkeypatch.setitem(kernel_rows._CHUNK, "cpu", 1)
     # So many draft rows that logits would be the largest tensors.
     drafter.draft_vocab = torch.arange(4096)

@@ -45,7 +45,7 @@ def test_rules_by_name() -> None:
     assert get_rule("greedy") is Greedy and get_rule("sample_and_match") is SampleAndMatch
     with pytest.raises(ValueError, match="rule is called 'sample_match'; did you mean 'sample_and_match'[?]"):
         get_rule("sample_match")
-    with pytest.raises(ValueError, match="'gredy'; did you mean 'greedy'[?] There are block, greedy, reject.*:Class"):
+    with pytest.raises(ValueError, match="'gredy'; did you mean 'greedy'[?] There are block, greedy, reject.*:Thing"):
         get_rule("gredy")
 
 
