@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -237,11 +238,15 @@ def test_our_front_passes_clients_on_to_sglang(deployment: Deployment) -> None:
                 assert f"aurora_{sample}\n" in httpx.get(url).text
             assert deployment.engine.status()["skipped"] == {"opt_out": 1}
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+            if not ended.is_set():  # else the signal would end the tests
+                os.kill(os.getpid(), signal.SIGTERM)
 
+    ended = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(ask)
-        assert cli.main([*command, *deployment.pairs("serve"), "engine.threads=1"]) == 0
+        status = cli.main([*command, *deployment.pairs("serve"), "engine.threads=1"])
+        ended.set()
+        assert status == 0
         asked.result()
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["requests"], summary["swaps"]) == (2, 0) and summary["acceptance_length"]["last"] >= 1
