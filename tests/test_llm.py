@@ -10,21 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_llm import CHAT, PROMPTS, SHORT, llm, texts
 from transformers import PreTrainedTokenizerBase
 
-from aurora_rl import LLM, Completion, Eagle3Drafter, SamplingParams, TargetParts, TreeShape
+from aurora_rl import LLM, Eagle3Drafter, SamplingParams, TargetParts, TreeShape
 from aurora_rl.envs import SpecDecodeEnv
 from aurora_rl.models.loading import ModelError, encode_chat, load_target
 from aurora_rl.policies import Drafter, get_drafter
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.testing import tiny_target
-
-CHAT = [{"role": "user", "content": "Hello"}]
-SHORT = SamplingParams(max_tokens=24)
-
-
-def llm(folder: Path, drafter: object = "eagle3", **settings: object) -> LLM:
-    return LLM(folder, drafter=drafter, dtype="float64", device="cpu", **{"num_slots": 2, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +47,6 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompt: object) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     return encode_chat(tokenizer, prompt) if isinstance(prompt[0], dict) else list(prompt)
-
-
-def texts(completions: list[Completion]) -> list[list[int]]:
-    return [completion.tokens.tolist() for completion in completions]
-
-
-PROMPTS = ["Once upon", CHAT, [5, 6, 7], [*CHAT, {"role": "assistant", "content": "Hi"}, *CHAT], "x"]
 
 
 @pytest.mark.parametrize("drafter", ["eagle3", "ngram", None])

@@ -6,16 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_llm import PROMPTS, SHORT, llm, texts
 
 from aurora_rl import LLM, Completion, SamplingParams
-
-CHAT = [{"role": "user", "content": "Hello"}]
-PROMPTS = ["Once upon", CHAT, [5, 6, 7], [*CHAT, {"role": "assistant", "content": "Hi"}, *CHAT], "x"]
-SHORT = SamplingParams(max_tokens=24)
-
-
-def llm(folder: Path, drafter: object = "eagle3", **settings: object) -> LLM:
-    return LLM(folder, drafter=drafter, dtype="float64", device="cpu", **{"num_slots": 2, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +19,6 @@ def drafted(tiny_folder: Path) -> LLM:
 @pytest.fixture(scope="module")
 def plain(tiny_folder: Path) -> LLM:
     return llm(tiny_folder, None)
-
-
-def texts(completions: list[Completion]) -> list[list[int]]:
-    return [completion.tokens.tolist() for completion in completions]
 
 
 def test_it_learns_from_what_it_served(tiny_folder: Path) -> None:
