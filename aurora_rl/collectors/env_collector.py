@@ -104,6 +104,7 @@ class TrajectoryCollector(Collector):
 
     def _take(self, completion: Completion) -> None:
         assert completion.trajectory is not None
-        self._ended.append(completion.trajectory)
+        if not self.closed:  # another collector may go on with the environment
+            self._ended.append(completion.trajectory)
         if self._on_completion is not None:
             self._on_completion(completion)

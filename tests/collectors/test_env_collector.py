@@ -64,6 +64,19 @@ def test_frames_bound_a_collector_whose_requests_do_not_end() -> None:
     assert sum(len(batch["request"]) for batch in batches) >= 4
 
 
+def test_a_collector_that_was_shut_down_keeps_nothing_of_the_next_one_s_requests() -> None:
+    done: list[Completion] = []
+    world = World(on_completion=done.append)
+    policy = world.policy(world.drafter)
+    first = TrajectoryCollector(world.env, policy, frames_per_batch=8, total_frames=16)
+    found = [each for batch in first for each in unpack(batch)]
+    first.shutdown(close_env=False)
+    second = TrajectoryCollector(world.env, policy, frames_per_batch=8, total_frames=80)
+    found += [each for batch in second for each in unpack(batch)]
+    assert [int(each["request"]) for each in found] == [each.request.id for each in done]
+    assert not first._ended
+
+
 def test_objectives_take_its_batches_and_not_those_of_rounds() -> None:
     world = World(6)
     loss = SumLoss(
