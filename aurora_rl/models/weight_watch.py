@@ -62,7 +62,8 @@ class WeightWatch:
     the parameters become :class:`WatchedParameter`, in place: an optimizer that has them keeps them.
 
     Not noticed is a write that torch does not count: through a ``.data`` that was taken before the watch began,
-    through NumPy or DLPack, or by another process that shares the memory. Nor is one to a buffer alone.
+    through NumPy or DLPack, by ``torch.distributed`` (``broadcast``, ``recv``, ...), or by another process that shares
+    the memory. ``torch.autograd.graph.increment_version(parameter)`` counts one. Nor is a write to a buffer noticed.
 
     Args:
         module: Module whose parameters are watched; its submodules must stay.
