@@ -168,7 +168,7 @@ class LLM:
         self._waiting: deque[Request] = deque()
         self._ended: list[Completion] = []
         self._busy, self._next_id = False, 0
-        self._seeds = random.Random(seed)  # for sampled requests without a seed
+        self._seeds = random.Random(int(seed))  # for sampled requests without a seed; it takes no NumPy's
         self._decoder = SpeculativeDecoder(
             target,
             self.drafter,

@@ -60,6 +60,8 @@ class SamplingParams:
             unset = name in ("seed", "max_tokens", "logprobs") and value is None
             if not unset and (isinstance(value, bool) or not isinstance(value, kind)):
                 raise ValueError(f"{name} is {reprlib.repr(value)}; give {noun}")
+            if not isinstance(value, int | float | None):  # NumPy's, which JSON does not take and whose sums overflow
+                object.__setattr__(self, name, int(value) if kind is Integral else float(value))
         if not 0 <= self.temperature <= torch.finfo(torch.float32).max:
             raise ValueError(f"temperature is {self.temperature}; give a finite number >= 0 (0 decodes greedily)")
         if self.top_k == -1:  # how vLLM and SGLang write all tokens

@@ -23,10 +23,17 @@ class CheckpointError(ValueError):
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file with the umask's permissions; safetensors itself lets only the owner read it."""
+    """Write a safetensors file with the umask's permissions; safetensors itself lets only the owner read it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata)
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # its own for a full disk
+        raise OSError(str(error)) from error
     path.chmod(mode)
 
 
@@ -38,7 +45,7 @@ def write_file(path: Path, content: str | Callable[[Path], object]) -> None:
         content: Text of the file, or a function that writes the file at the path that it is given.
 
     Raises:
-        OSError: It cannot be written, as on a full disk; the file is as it was.
+        OSError: It cannot be written, as on a full disk, or the function's own error; the file is as it was.
     """
     part = path.with_name(f".{path.name}.part")
     try:
@@ -47,7 +54,7 @@ def write_file(path: Path, content: str | Callable[[Path], object]) -> None:
         else:
             content(part)
         os.replace(part, path)
-    except OSError:
+    except Exception:  # writers have errors of their own for a full disk, such as torch.save's RuntimeError
         part.unlink(missing_ok=True)
         raise
 
@@ -89,7 +96,7 @@ def write_folder(
             shutil.rmtree(old, ignore_errors=True)
             os.replace(folder, old)
         os.replace(new, folder)
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+    except OSError as error:
         shutil.rmtree(new, ignore_errors=True)
         if old.exists() and not folder.exists():
             with contextlib.suppress(OSError):  # read_folder finds it there too

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,6 +47,14 @@ from aurora_rl.sampling_params import SamplingBatch, SamplingParams
 def test_params_out_of_range_name_value_and_cure(field: str, value: Any, cure: str) -> None:
     with pytest.raises(ValueError, match=rf"{field} is {value}; .*{cure}"):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_numbers_of_numpy_are_python_s(kind: type) -> None:
+    params = SamplingParams(np.float32(0.5), kind(7), np.float64(0.25), n=kind(2), seed=kind(5), max_tokens=kind(9))
+    assert params == SamplingParams(0.5, 7, 0.25, n=2, seed=5, max_tokens=9)
+    assert json.loads(json.dumps(asdict(params))) == {**asdict(params), "stop": []}
+    assert [each.seed for each in params.copies()] == [5, 6]
 
 
 def test_batch_of_params() -> None:

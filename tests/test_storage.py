@@ -7,13 +7,15 @@ import itertools
 import json
 import os
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from aurora_rl import storage
-from aurora_rl.storage import CheckpointError, read_folder, write_file, write_folder
+from aurora_rl.storage import CheckpointError, read_folder, save_tensors, write_file, write_folder
 
 OLD, NEW = {"x": torch.zeros(2)}, {"x": torch.ones(3)}
 
@@ -40,6 +42,24 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         write_file(path, full)
     assert [file.name for file in tmp_path.iterdir()] == ["state.json"] and path.read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("write", "error"),
+    [(save_tensors, OSError), (torch.save, RuntimeError)],
+    ids=["safetensors", "torch.save"],
+)
+def test_a_file_of_tensors_on_a_full_disk_leaves_no_half(
+    write: Callable[[dict[str, Tensor], Path], None], error: type[Exception], tmp_path: Path
+) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(error):
+            write_file(tmp_path / "x", lambda part: write({"x": torch.zeros(10_000)}, part))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_written_from_a_working_directory_that_was_deleted(

@@ -20,8 +20,8 @@ class TrajectoryCollector(Collector):
     """TorchRL's ``Collector`` whose batches are packed trajectories, as objectives take them.
 
     TorchRL's own yields rounds, of which no objective can learn: a round lacks the prompt, and its request goes on in
-    the next batch. This one runs the same rounds, and yields the requests that ended in them. It yields nothing while
-    none ends, and stops when no request is left, or after ``total_frames``.
+    the next batch. This one runs the same rounds, and yields the requests that ended in them, on the drafter's device. It
+    yields nothing while none ends, and stops when no request is left, or after ``total_frames``.
 
     Args:
         env: Environment, made with ``record=True``. Its ``on_completion`` is called as before.
@@ -71,9 +71,10 @@ class TrajectoryCollector(Collector):
 
     @override
     def iterator(self) -> Iterator[TensorDict]:
+        device = self._drafts.drafter.draft_vocab.device  # the environment records on the CPU
         for _ in super().iterator():
             if self._ended:
-                batch, self._ended = pack(self._ended), []
+                batch, self._ended = pack(self._ended).to(device), []
                 yield batch
             elif not self._rounds_of.num_active:
                 return
@@ -104,6 +105,7 @@ class TrajectoryCollector(Collector):
 
     def _take(self, completion: Completion) -> None:
         assert completion.trajectory is not None
-        self._ended.append(completion.trajectory)
+        if not self.closed:  # another collector may go on with the environment
+            self._ended.append(completion.trajectory)
         if self._on_completion is not None:
             self._on_completion(completion)

@@ -22,12 +22,13 @@ from aurora_rl.models.kv_cache import SlotCache
 class PackedLinear(nn.Module):
     """A bf16 linear layer whose weight is stored in oneDNN's blocked layout, reordered once and not at every call.
 
-    ``keep_weight`` keeps the plain weight too, so that :func:`stage` can replace it. The packed one follows it when a
-    state dict is loaded and when the module is copied, cast or moved. ``aurora_rl.models.weight_watch`` notices other
-    writes. Where gradients are wanted the plain weight multiplies: none go through a packed one.
+    ``keep_weight`` keeps the plain weight too, so that :func:`stage` can replace it. The packed one follows it at the
+    next call, if torch counts the write; ``aurora_rl.models.weight_watch`` notices those to ``.data``, too. Where
+    gradients are wanted the plain weight multiplies: none go through a packed one.
     """
 
     packed: Tensor | None
+    _packed_from: tuple[Tensor, int] | None = None  # the plain weight, and how often torch had counted a write to it
 
     def __init__(self, linear: nn.Linear, *, keep_weight: bool) -> None:
         super().__init__()
@@ -35,7 +36,8 @@ class PackedLinear(nn.Module):
             # As register_parameter does, which refuses a name that the class has already.
             self._parameters["weight"] = linear.get_parameter("weight")
         self.bias = linear.bias
-        self.packed = self.pack(linear.weight.detach())
+        self.packed = None if keep_weight else self.pack(linear.weight.detach())
+        self.repack()
 
     @property
     def weight(self) -> Tensor:
@@ -58,6 +60,7 @@ class PackedLinear(nn.Module):
             # A packed weight that was made in inference mode could not be copied outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 self.packed = self.pack(kept.detach()) if _is_packable(kept) else None
+            self._packed_from = kept, _writes(kept)
 
     @override
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -72,7 +75,8 @@ class PackedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the packed weight out of copies if the plain one was kept: torch cannot copy it."""
-        return vars(self) | ({} if self._parameters.get("weight") is None else {"packed": None})
+        kept = self._parameters.get("weight")
+        return vars(self) | ({} if kept is None else {"packed": None, "_packed_from": None})
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -83,9 +87,19 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
         kept = self._parameters.get("weight")
-        if self.packed is None or (kept is not None and kept.requires_grad and torch.is_grad_enabled()):
+        if kept is not None:
+            if kept.requires_grad and torch.is_grad_enabled():
+                return nn.functional.linear(x, kept, self.bias)
+            if self._packed_from is None or self._packed_from[0] is not kept or self._packed_from[1] != _writes(kept):
+                self.repack()
+        if self.packed is None:
             return nn.functional.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def _writes(weight: Tensor) -> int:
+    """Return how many writes torch has counted; it counts none to an inference tensor."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _is_packable(weight: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from aurora_rl.models.inference_modules import PackedLinear
 
@@ -41,15 +42,28 @@ class WatchedParameter(nn.Parameter):
         self.times_replaced += 1
 
 
+def _count_fused(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+    """Count the writes of an optimizer made with ``fused=True``: torch's fused kernels do not."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for parameter in group["params"]:
+                if isinstance(parameter, WatchedParameter) and parameter.grad is not None:
+                    torch.autograd.graph.increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_count_fused)
+
+
 class WeightWatch:
     """Tells whether parameters of a module were written, and packs anew those that are kept packed.
 
     Noticed are ``load_state_dict``, ``copy_`` and every other operation of torch on a parameter or its ``.data``,
-    optimizers, assignments to ``.data``, ``TensorDict.update_`` and ``TensorDict.to_module``. For this the parameters
-    become :class:`WatchedParameter`, in place: an optimizer that has them keeps them.
+    optimizers, fused ones too, assignments to ``.data``, ``TensorDict.update_`` and ``TensorDict.to_module``. For this
+    the parameters become :class:`WatchedParameter`, in place: an optimizer that has them keeps them.
 
     Not noticed is a write that torch does not count: through a ``.data`` that was taken before the watch began,
-    through NumPy or DLPack, or by another process that shares the memory. Nor is one to a buffer alone.
+    through NumPy or DLPack, by ``torch.distributed`` (``broadcast``, ``recv``, ...), or by another process that shares
+    the memory. ``torch.autograd.graph.increment_version(parameter)`` counts one. Nor is a write to a buffer noticed.
 
     Args:
         module: Module whose parameters are watched; its submodules must stay.

@@ -20,14 +20,19 @@ from aurora_rl.testing import tiny_target
 from aurora_rl.trajectories import unpack
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
 class World:
     """A tiny target on two slots that serves so many requests, and a drafter."""
 
-    def __init__(self, requests: int | None = None, dtype: torch.dtype = torch.float32, **settings: Any) -> None:
-        model = tiny_target(dtype=dtype)
+    def __init__(
+        self, requests: int | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu", **settings: Any
+    ) -> None:
+        model = tiny_target(dtype=dtype).to(device)
         self.parts = TargetParts.of(model)
         torch.manual_seed(0)
-        self.drafter = Eagle3Drafter.from_target(self.parts, draft_vocab=torch.arange(32))
+        self.drafter = Eagle3Drafter.from_target(self.parts, draft_vocab=torch.arange(32)).to(device)
         self.engine = TransformersEngine(model, num_slots=2, max_length=64, feature_layers=self.drafter.feature_layers)
         ids = itertools.count() if requests is None else iter(range(requests))
 
@@ -62,6 +67,27 @@ def test_frames_bound_a_collector_whose_requests_do_not_end() -> None:
     world = World()
     batches = list(TrajectoryCollector(world.env, world.policy(world.drafter), frames_per_batch=8, total_frames=80))
     assert sum(len(batch["request"]) for batch in batches) >= 4
+
+
+def test_a_collector_that_was_shut_down_keeps_nothing_of_the_next_one_s_requests() -> None:
+    done: list[Completion] = []
+    world = World(on_completion=done.append)
+    policy = world.policy(world.drafter)
+    first = TrajectoryCollector(world.env, policy, frames_per_batch=8, total_frames=16)
+    found = [each for batch in first for each in unpack(batch)]
+    first.shutdown(close_env=False)
+    second = TrajectoryCollector(world.env, policy, frames_per_batch=8, total_frames=80)
+    found += [each for batch in second for each in unpack(batch)]
+    assert [int(each["request"]) for each in found] == [each.request.id for each in done]
+    assert not first._ended
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_batches_are_on_the_drafter_s_device(device: str) -> None:
+    world = World(2, device=device)
+    (batch, *_) = TrajectoryCollector(world.env, world.policy(world.drafter), frames_per_batch=16)
+    assert {value.device.type for value in batch.values(True, True)} == {device}
+    ImitationLoss(world.drafter, world.parts.head)(batch)["loss_imitation"].backward()
 
 
 def test_objectives_take_its_batches_and_not_those_of_rounds() -> None:

@@ -68,6 +68,30 @@ def test_every_way_of_writing_is_noticed_once(way: str, dtype: torch.dtype) -> N
             torch.testing.assert_close(module(x), new(x), atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=native_bf16)])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])  # on a CPU, SGD writes no bf16 if fused
+def test_steps_of_a_fused_optimizer_are_noticed_though_torch_counts_none(
+    kind: type[torch.optim.Optimizer], dtype: torch.dtype
+) -> None:
+    module, x = model(dtype), torch.randn(3, 32, dtype=dtype)
+    prepare_for_inference(module, keep_weights=True)
+    watch = WeightWatch(module)
+    optimizer = kind(module[0].parameters(), lr=0.1, fused=True)  # type: ignore[call-arg]
+    for _ in range(2):
+        for parameter in module[0].parameters():
+            parameter.grad = torch.ones_like(parameter)
+        before = module[0].weight.detach().clone()
+        optimizer.step()
+        assert watch.written() and not watch.written()
+        assert not torch.equal(module[0].weight, before)
+        expected = nn.functional.linear(x, module[0].weight, module[0].bias)
+        with torch.inference_mode():
+            torch.testing.assert_close(module[0](x), expected, atol=0.02, rtol=0.02)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert not watch.written()
+
+
 def test_one_entry_of_one_parameter_is_enough() -> None:
     module = model()
     watch = WeightWatch(module)
@@ -137,3 +161,18 @@ def test_copies_and_casts_of_a_packed_layer_are_of_its_weight_now() -> None:
     plain = copy.deepcopy(module).float()
     assert torch.equal(plain[0](x.float()), module[0].bias.float().expand(3, -1))
     assert torch.equal(plain.bfloat16()[0](x), module[0].bias.expand(3, -1))
+
+
+@native_bf16
+@pytest.mark.parametrize("way", WAYS)
+def test_a_packed_layer_follows_its_weight_before_a_watch_is_asked(way: str) -> None:
+    """A drafter that learns is validated between a step and the next round, without gradients."""
+    module, x = model(torch.bfloat16), torch.randn(3, 32).bfloat16()
+    prepare_for_inference(module, keep_weights=True)
+    WeightWatch(module)
+    for seed in (1, 2):
+        new = model(torch.bfloat16, seed)
+        WAYS[way](module, new)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.testing.assert_close(module(x), new(x), atol=0.02, rtol=0.02)

@@ -31,6 +31,7 @@ SERVED = [
     ("sample_and_match", SamplingParams(temperature=1.3, top_k=3)),
     ("rejection", SamplingParams(temperature=0.8, top_p=0.5)),
     ("rejection", SamplingParams(temperature=2.0, top_k=9, top_p=0.8, min_p=0.5)),
+    ("sample_and_match", SamplingParams(temperature=1.3, min_p=0.3)),
 ]
 
 
@@ -157,14 +158,14 @@ def test_the_whole_head_is_multiplied_once_with_rows_that_need_it(monkeypatch: p
     """A nucleus of more tokens than are kept is read by it every time."""
     monkeypatch.setattr(served_target, "_KEPT", 8)
     target, _ = target_of()
-    target.top_p[4::5], target.top_k[4::5], target.temperature[4::5] = 0.999, 0, 50.0  # wide
-    target.min_p[4::5] = 0.0
+    target.top_p[4::6], target.top_k[4::6], target.temperature[4::6] = 0.999, 0, 50.0  # wide
+    target.min_p[4::6] = 0.0
     seen, multiplied = [], ServedTarget._multiplied
     monkeypatch.setattr(ServedTarget, "_multiplied", lambda *args: seen.extend(args[1].tolist()) or multiplied(*args))
-    unlimited, wide = list(range(1, 40, 5)), list(range(4, 40, 5))
+    unlimited, wide = list(range(1, 40, 6)), list(range(4, 40, 6))
     for read, expected in (
         (lambda: target.reader(None, renormalize=True, temperature=1.0)(torch.tensor(unlimited)), []),
-        (target.covered, [row for row in range(40) if row % 5 != 1]),
+        (target.covered, [row for row in range(40) if row % 6 != 1]),
         (lambda: target.reader(None, renormalize=True, temperature=1.0)(slice(0, 40)), wide),
         (lambda: target.reader(None, renormalize=False, temperature=1.0)(slice(0, 40)), sorted(unlimited + wide)),
         (lambda: target.reader(None, renormalize=False, temperature=1.0)(slice(0, 40)), wide),

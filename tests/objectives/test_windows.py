@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -106,3 +108,37 @@ def test_depths_past_the_longest_text_are_not_unrolled_and_change_nothing(
     assert found[1]
     torch.testing.assert_close(found, learned())
     assert asked == [5, 9]
+
+
+@pytest.mark.parametrize("name", ["imitation", "expected_length", "windows_kl"])
+def test_processes_whose_texts_have_other_lengths_count_as_many_depths(name: str) -> None:
+    @register_objective("windows_kl")
+    def windows_kl(log_p: Tensor, log_q: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        return forward_kl(log_p, log_q), windows.valid
+
+    drafter, head = noisy_drafter_and_head()
+    texts = [trajectory_of(drafter, prompt_length=4, max_new_tokens=n, request=n) for n in (5, 2)]
+    met, figures = threading.Barrier(2, timeout=30), {}
+
+    def learned(batch: TensorDict, rank: int | None = None) -> list[Tensor]:
+        def gather(figure: Tensor) -> Tensor:
+            figures[rank] = figure.detach()
+            met.wait()
+            found = torch.stack([figures[0], figures[1]])
+            met.wait()
+            return found
+
+        (objective,) = make_objectives([{"name": name, "steps": 9}], drafter, head)
+        if rank is not None:
+            objective.gather = gather
+        loss, *metrics = (objective(batch)[key] for key in objective.out_keys)
+        gradients = torch.autograd.grad(loss, list(drafter.parameters()), materialize_grads=True)
+        return [*metrics, loss.detach(), *gradients]
+
+    whole = learned(pack(texts))
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(learned, [pack([text]) for text in texts], (0, 1))
+    metrics = 2 if name == "expected_length" else 1
+    torch.testing.assert_close(first[:metrics], whole[:metrics])
+    torch.testing.assert_close(second[:metrics], whole[:metrics])
+    torch.testing.assert_close([a + b for a, b in zip(first[metrics:], second[metrics:], strict=True)], whole[metrics:])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from transformers import LogitsProcessorList
 
 from aurora_rl.envs import Completion, Request, SamplingParams, TransformersEngine
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.policies import decoder as decoders
 from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.testing import tiny_target
 
@@ -63,3 +66,27 @@ def test_the_engine_may_be_another(drafter: Drafter) -> None:
     settings = {"shape": TreeShape(3), "max_length": 32}
     assert type(SpeculativeDecoder(tiny_target(), drafter, [], **settings).engine) is TransformersEngine
     assert type(SpeculativeDecoder(tiny_target(), drafter, [], engine=OwnEngine, **settings).engine) is OwnEngine
+
+
+def test_it_times_what_it_will_serve_and_leaves_out_nodes_that_do_not_pay(
+    drafter: Drafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def measured(*of: Any, processors: object, repeats: int) -> dict[int, dict[TreeShape, float]]:
+        _, _, asked["request"], asked["shapes"] = of
+        asked["processors"] = processors
+        return {2: {shape: 1.0 + 0.1 * shape.num_nodes for shape in asked["shapes"]}}
+
+    def processors(request: Request) -> LogitsProcessorList:
+        return LogitsProcessorList()
+
+    monkeypatch.setattr(decoders, "measure_rounds", measured)
+    settings = {"shape": TreeShape(3, 2, lookup=2), "max_length": 32, "num_slots": 2, "processors": processors}
+    decoder = SpeculativeDecoder(tiny_target(), drafter, REQUESTS, **settings)
+    decoder.adapt(REQUESTS[0])
+    assert asked["request"] is REQUESTS[0] and asked["processors"] is processors
+    depths: Sequence[tuple[int, bool]] = [(shape.depth, shape.lookup_only) for shape in asked["shapes"]]
+    assert [depth for depth, alone in depths if not alone] == [0, 3] and sum(alone for _, alone in depths) == 2
+    assert decoder.policy is not None
+    assert any(decoder.policy.min_path_probability > 0 for _ in decoder.rounds())

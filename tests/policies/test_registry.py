@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from importlib.metadata import EntryPoint
@@ -103,6 +104,9 @@ def test_a_class_without_a_name_is_known_where_it_is_imported_and_never_imported
     there = get_drafter("written_there:Mine")
     assert type(Drafter.from_pretrained(tmp_path / "mine", parts)) is there
     assert type(kind.from_pretrained(tmp_path / "mine", parts)) is kind
+
+    again = importlib.reload(sys.modules["written_there"]).Mine  # as a cell of a notebook that runs again
+    assert again is not there and type(Drafter.from_pretrained(tmp_path / "mine", parts)) is again
 
 
 def test_a_name_belongs_to_one_class() -> None:
