@@ -79,6 +79,8 @@ class LLM:
         device: Device of the target; "auto" is CUDA if there is one.
         num_slots: Requests decoded at the same time.
         max_length: Most tokens of prompt and completion; None takes the model's context, at most 2048.
+        generation_config: "auto" applies the logits processors that the model's generation config asks for, such as
+            ``repetition_penalty``, so that greedy text is that of ``generate``; "ignore" decodes raw logits.
         record: Whether completions carry their trajectory, which :meth:`learn` needs.
         seed: Seed of an untrained drafter's weights, of sampled drafts, and of the seeds that sampled requests without
             one draw. The same calls give the same texts, and copies of a prompt different ones.
@@ -91,7 +93,8 @@ class LLM:
         ModelError: The model cannot be loaded.
         UnsupportedModelError: The engine cannot serve the model exactly.
         CheckpointError: The drafter's checkpoint is broken, or made for another target.
-        ValueError: An argument is of another kind, or out of range.
+        ValueError: An argument is of another kind, or out of range, or what the model's generation config asks for
+            cannot be applied.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -117,6 +120,7 @@ class LLM:
         device: str | torch.device = "auto",
         num_slots: int = 4,
         max_length: int | None = None,
+        generation_config: str = "auto",
         record: bool = False,
         seed: int = 0,
     ) -> None:
@@ -139,6 +143,8 @@ class LLM:
         if seed >= 2**63:
             raise ValueError(f"seed is {seed}; give an integer with 0 <= seed < 2**63")
         _check_integers(1, num_slots=num_slots, **({} if max_length is None else {"max_length": max_length}))
+        if generation_config not in ("auto", "ignore"):
+            raise ValueError(f"generation_config is {generation_config!r}; give 'auto' or 'ignore'")
         device = usable_device(device)
         with naming_drafters(model):
             target, self.tokenizer = load_target(model, dtype=_dtype(dtype, device), device=device)
@@ -171,7 +177,7 @@ class LLM:
             seed=seed,
             stop_tokens=stop_tokens,
             decode=lambda tokens: detokenize(self.tokenizer, tokens),
-            processors=generation_processors(target, stop_tokens),
+            processors=generation_processors(target, stop_tokens) if generation_config == "auto" else None,
             on_completion=self._ended.append,
             record=record,
         )
