@@ -106,7 +106,7 @@ def test_copies_of_a_prompt_are_sampled_apart(drafter: str, request: pytest.Fixt
 def test_a_drafter_in_the_target_s_place_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     save_drafter(llm(tiny_folder, "medusa").drafter, tmp_path / "mine")
     with pytest.raises(
-        ModelError, match=r"mine': the folder holds a drafter \(MedusaDrafter\); give it as drafter.path"
+        ModelError, match=r"mine': the folder holds a drafter \(MedusaDrafter\); give it as drafter, and as model the"
     ):
         llm(tmp_path / "mine")
 
