@@ -37,6 +37,7 @@ _MOVED = {
     "engine.control": "engine.plugin_address",
     "learner.record": "learner.recording",
 }
+_OF_IMITATION = ("learner.decay", "learner.steps")  # settings of the objective now
 
 
 def load_config(
@@ -70,7 +71,7 @@ def load_config(
         sources.append((pair, _from_pair(pair, merged)))
     known = keys_of(merged)
     for source, values in sources:
-        if moved := [f"{key!r} is called {now!r} now" for key in keys_of(values) if (now := _moved(key)) is not None]:
+        if moved := [f"{key!r} is {now} now" for key in keys_of(values) if (now := _moved(key)) is not None]:
             raise ConfigError(f"{source}: {', '.join(moved)}")
         given = "=" if source in overrides or source in usual else ": "
         for key in keys_of(values):
@@ -100,8 +101,11 @@ def load_config(
 
 
 def _moved(key: str) -> str | None:
-    """Return the new name of a key if it, or a key above it, was renamed."""
-    return next((now + key[len(was) :] for was, now in _MOVED.items() if key == was or key.startswith(f"{was}.")), None)
+    """Return what a key is now if it, or a key above it, was renamed."""
+    if key in _OF_IMITATION:
+        return f"set by objectives=[{{name: imitation, {key.partition('.')[2]}: ...}}]"
+    names = (now + key[len(was) :] for was, now in _MOVED.items() if key == was or key.startswith(f"{was}."))
+    return next((f"called {name!r}" for name in names), None)
 
 
 def nearest_key(name: str) -> str | None:
