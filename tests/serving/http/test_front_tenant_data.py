@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -42,6 +45,18 @@ def test_a_tenants_data_is_deleted_and_no_other_tenants(rig: Any) -> None:
     assert answer.json() == {"tenant": "a", "prefixes": 1, "answers": 2, "trajectories": 0, "learner": "told"}
     assert rig.deleted == ["a"]
     assert complete(rig.url, A) == 0 < complete(rig.url, B) == complete(rig.url, {})
+
+
+@pytest.mark.usefixtures("stores")
+def test_the_command_of_the_privacy_page(rig: Any) -> None:
+    """As printed, but for the server's address; what it prints has these fields."""
+    page = (Path(__file__).parents[3] / "docs" / "privacy.md").read_text()
+    command, printed = page.split("## Delete a tenant's data\n\n```text\n")[1].split("\n```")[0].splitlines()
+    words = shlex.split(command.replace("http://127.0.0.1:8000", rig.url))
+    headers = dict(words[place + 1].split(": ", 1) for place, word in enumerate(words) if word == "-H")
+    assert words[:3] == ["curl", "-X", "DELETE"] and len(words) == 4 + 2 * len(headers)
+    answer = httpx.delete(words[3], headers=headers).json()
+    assert answer.keys() == json.loads(printed).keys() and answer["tenant"] == json.loads(printed)["tenant"]
 
 
 @pytest.mark.usefixtures("stores")
