@@ -50,10 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> ClientKeys:
     """An engine that knows the learner's public key, which does not know its."""
-    other = tmp_path_factory.mktemp("stranger")
-    make_keys(other, "stranger")
-    shutil.copy(folder / "learner.key", other / "learner.key")
-    return engine_keys(other)
+    keys = tmp_path_factory.mktemp("stranger")
+    make_keys(keys, "stranger")
+    shutil.copy(folder / "learner.key", keys / "learner.key")
+    return engine_keys(keys)
 
 
 @pytest.fixture
@@ -123,8 +123,8 @@ def test_the_control_socket_answers_the_engines_own_key_alone(folder: Path, tmp_
     try:
         assert ask(server.address, "status", engine="SGLang", keys=plugin_client_keys(folder)) == {"kind": "status"}
         make_keys(tmp_path)
-        other = plugin_client_keys(tmp_path)
-        pinned = ClientKeys(other.name, other.public, other.secret, engine_keys(folder).public)
+        stranger = plugin_client_keys(tmp_path)
+        pinned = ClientKeys(stranger.name, stranger.public, stranger.secret, engine_keys(folder).public)
         for keys in (None, pinned):
             with pytest.raises(PluginError, match="no answer at .* wire.keys here, AURORA_RL_SGLANG_KEYS there"):
                 ask(server.address, "status", engine="SGLang", keys=keys, timeout=0.5)

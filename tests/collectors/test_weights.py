@@ -174,16 +174,16 @@ def test_several_engines() -> None:
 
 def test_weights_for_one_engine_reach_no_other() -> None:
     publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
-    one, other = (engine(publisher.address, name=name) for name in ("one", "other"))
+    first, second = (engine(publisher.address, name=name) for name in ("one", "other"))
     publisher.publish(1, weights(1.0))
-    assert load(one) == load(other) == 1
+    assert load(first) == load(second) == 1
     publisher.publish(2, weights(2.0), ["one"])
-    assert load(one) == 2 and publisher.wait_ack(2, 10)
+    assert load(first) == 2 and publisher.wait_ack(2, 10)
     late = engine(publisher.address, name="late")
-    assert load(late) == 1 and other.latest() is None and not publisher.overtaken
+    assert load(late) == 1 and second.latest() is None and not publisher.overtaken
     publisher.publish(3, weights(3.0))
-    assert {load(each) for each in (one, other, late)} == {3}
-    for receiver in (one, other, late):
+    assert {load(each) for each in (first, second, late)} == {3}
+    for receiver in (first, second, late):
         receiver.close()
     publisher.close()
 

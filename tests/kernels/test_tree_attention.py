@@ -174,8 +174,8 @@ def test_the_plain_form_has_gradients() -> None:
     parts = [part.double().requires_grad_() for part in (query, key, value)]
     assert torch.autograd.gradcheck(lambda *each: tree_attention(*each, mask), parts)
     chunk = TreeMask(mask.prefix[:1])
-    one = [part[:1].detach().requires_grad_() for part in parts]
-    assert torch.autograd.gradcheck(lambda *each: tree_attention(*each, chunk), one)
+    first = [part[:1].detach().requires_grad_() for part in parts]
+    assert torch.autograd.gradcheck(lambda *each: tree_attention(*each, chunk), first)
 
 
 def test_a_prompt_takes_memory_linear_in_its_length() -> None:

@@ -191,5 +191,5 @@ def test_steps_that_predict_alike_are_compared_once_and_have_the_gradients_of_ea
         keep = weights != 0
         loss = (torch.where(keep, values, 0.0) * weights).sum()
         found.append([values[keep], agreement[keep], *torch.autograd.grad(loss, (states, head))])
-    for other in found[1:]:
-        torch.testing.assert_close(found[0], other)
+    for results in found[1:]:
+        torch.testing.assert_close(found[0], results)

@@ -73,17 +73,17 @@ def load_config(
     for source, values in sources:
         if moved := [f"{key!r} is {now} now" for key in keys_of(values) if (now := _moved(key)) is not None]:
             raise ConfigError(f"{source}: {', '.join(moved)}")
-        given = "=" if source in overrides or source in usual else ": "
+        equals = "=" if source in overrides or source in usual else ": "
         for key in keys_of(values):
             if key not in known:
-                raise ConfigError(unknown_key(key, values, merged, source, given))
+                raise ConfigError(unknown_key(key, values, merged, source, equals))
             node = node_at(values, key)
             if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
                 raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")
         try:
             merged.merge_with(values)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
-            if told := wrong_type(values, merged, given):
+            if told := wrong_type(values, merged, equals):
                 raise ConfigError(told if source in overrides else f"{source}: {told}") from error
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
         if told := nested(values, merged):
