@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from processes import wait
 
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.prefix_cache import PrefixCache
@@ -66,9 +67,9 @@ def test_requests_in_flight_are_completed_first_and_leave_nothing(rig: Any, monk
     monkeypatch.setattr(rig.server, "step", lambda: go.wait(0.01) and step())
     with ThreadPoolExecutor(5) as pool:
         flying = [pool.submit(complete, rig.url, headers, 24) for headers in (A, B, A, B)]
-        assert until(lambda: rig.clients.num_waiting == 4)
+        wait(lambda: rig.clients.num_waiting == 4)
         deletion = pool.submit(httpx.delete, f"{rig.url}/tenant_data", headers=A, timeout=30)
-        assert until(lambda: rig.clients._deletions)
+        wait(lambda: rig.clients._deletions)
         assert not deletion.done() and not rig.deleted
         go.set()
         answer = deletion.result(30).json()
@@ -76,14 +77,6 @@ def test_requests_in_flight_are_completed_first_and_leave_nothing(rig: Any, monk
     assert (answer["answers"], rig.deleted) == (0, ["a"]) and answer["prefixes"] >= 1
     assert len(rig.learned) == learned + 2
     assert complete(rig.url, A) == 0
-
-
-def until(condition: Callable[[], object]) -> bool:
-    for _ in range(1000):
-        if condition():
-            return True
-        threading.Event().wait(0.01)
-    return False
 
 
 def test_a_deletion_needs_a_tenant_a_key_and_an_engine(rig: Any, make_rig: Callable[[], Any]) -> None:
