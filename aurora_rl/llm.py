@@ -69,8 +69,8 @@ class LLM:
             lowest token ids. Or a checkpoint, as a folder or hub id, such as what ``llm.drafter.save_pretrained``
             wrote; a :class:`~aurora_rl.policies.Drafter`; or None for plain decoding.
         num_speculative_tokens: Number of tokens drafted per round, as a chain. What the request's own text says after
-            the same words takes the place of less likely ones (``TreeShape.lookup``), so that some are accepted before
-            the drafter has learned anything.
+            the same words takes the place of less likely ones (``TreeShape.lookup``). So some are accepted before the
+            drafter has learned anything.
         shape: Tree to draft instead of a chain; ``num_speculative_tokens`` is not used then. It needs a drafter.
         adaptive: Whether each round drafts what is fastest by measured acceptance and cost, up to that shape: the
             drafter's tree, lookup alone, or nothing. The text is the same. Making the LLM times rounds for it, which
