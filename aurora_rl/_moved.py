@@ -23,6 +23,15 @@ _RENAMED = {
     "policies.formats.files": {"check_layout": "check_format"},
     "cli.assembly": {"check_context": "slot_length"},
     "testing.families": {"Verdict": "FamilyOutcome", "verdict": "try_family"},
+    "envs.attention_span": {"Sees": "First"}, "envs.exactness": {"ELSEWHERE": "TRY_SGLANG", "SGLANG": "NOT_LEARNED"},
+    "models.detokenizer": {"decode": "detokenize"}, "policies.calibration": {"DrafterFault": "DrafterError"},
+    "testing.drafter_weights": {"check_weights": "check_weight_loading"},
+    "testing.enumerable_worlds": {"TabularDrafter": "EnumerableDrafter", "TabularTarget": "EnumerableTarget"},
+    "testing.fixtures": {"Served": "ServedTrajectories"},
+    "collectors.keys": {
+        "KeyFault": "WireKeyError", "control_client_keys": "plugin_client_keys",
+        "control_server_keys": "plugin_server_keys",
+    },
 }  # fmt: skip
 # Old to new, below aurora_rl: modules, then names that left a module which is still there.
 MOVED = {
@@ -48,6 +57,10 @@ MOVED = {
         "canary", "checks", "drafter", "fleet", "privacy", "tree")},
     "cli.flywheel": "cli.serve", "cli.export": "cli.drafter",
     "objectives.tree_index": "tree_index", "serving.answers": "serving.requests",
+    "objectives.settings": "settings", "policies.length": "policies.tree_controller",
+    "serving.http.fields": "workload.request_fields", "llm.Prompt": "llm_prompts.PromptType",
+    "policies.hub.engine_commands": "policies.model_card.engine_commands",
+    "workload.traffic.Message": "workload.request_values.ChatMessage",
     "collectors.weight_scheme": "collectors.weights", "serving.recording": "serving.recorded_requests",
     "serving.sglang": "serving.attached",
     "cli.recording": "cli.training_data", "adaptation.recording": "adaptation.recorded_stream",
@@ -57,7 +70,7 @@ MOVED = {
     "cli.sglang": "cli.attach", "cli.engines": "cli.embedded",
     "collectors.gatekeeper": "collectors.admission", "collectors.guard": "collectors.relay",
     **{f"envs.sglang.{name}": f"envs.remote.{name}" for name in (
-        "assembler", "copies", "plugin_server", "session")},
+        "assembler", "copies", "plugin_server", "replicas", "session")},
     "collectors.Hello": "collectors.handshake.Handshake",
     "collectors.ZMQWeightSyncScheme": "collectors.weights.WeightPublisher",
     "collectors.dataset.record": "serving.recorded_requests.record_requests",
@@ -133,6 +146,7 @@ ELSEWHERE = {
         "path_products, subtree_sums": "aurora_rl.tree_index.TreeIndex",
         "windows": "aurora_rl.objectives.windows.by_window",
     },
+    "objectives.settings": {"check": "aurora_rl.settings.check_values"},
     "objectives.draws": {"Draws": "aurora_rl.objectives.tree_law.TreeLaw"},
     "objectives.target": {"beside": "aurora_rl.objectives.target_rows.sibling_key"},
     "objectives.tree_index": {
@@ -148,6 +162,7 @@ ELSEWHERE = {
     "policies.hybrid": {
         "HybridDrafter": "aurora_rl.policies.DrafterPolicy", "merge_chain": "aurora_rl.policies.lookup.merge_trees",
     },
+    "policies.length": {"LengthController": "aurora_rl.policies.tree_controller.TreeController"},
     "policies.recorded": {"RecordedTrees": "aurora_rl.tree_index.TreeIndex"},
     "policies.shape": {"ShapeController": "aurora_rl.policies.tree_controller.TreeController"},
     "policies.target": {
@@ -201,6 +216,7 @@ GONE = {
     "policies.load_drafter": "Drafter.from_pretrained reads a drafter",
     "policies.save_drafter": "a drafter's save_pretrained writes it",
     "models.is_embedded_model_installed": "models.loading.load_target says what to install",
+    "models.loading.is_embedded_model_installed": "models.loading.load_target says what to install",
     "trees": "aurora_kernels.trees has draft trees as parent arrays",
     "envs.verification.sampling.gumbel": "aurora_kernels.noise.gumbel is the noise",
     "envs.verification.sampling.uniform": "aurora_kernels.noise.uniform has the numbers under it",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import random
-import reprlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,11 +12,11 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from aurora_rl.envs import Completion, Engine, Request, SamplingParams, generation_processors
+from aurora_rl.llm_prompts import PromptType, encode_prompt, prompts_with_params
 from aurora_rl.models.detokenizer import Detokenizer, detokenize
-from aurora_rl.models.loading import default_dtype, encode_chat, load_target, stop_token_ids, usable_device
+from aurora_rl.models.loading import default_dtype, load_target, stop_token_ids, usable_device
 from aurora_rl.models.target_head import context_length
 from aurora_rl.objectives import SumLoss, make_objectives
 from aurora_rl.policies import Drafter, TargetParts, TreeShape, get_drafter
@@ -30,16 +28,10 @@ from aurora_rl.policies.registry import names_drafter, start_untrained
 from aurora_rl.policies.tree_shape import USUAL_LOOKUP
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.steps import train_on
-from aurora_rl.workload.request_values import chat_messages, check_texts
 
 logger = logging.getLogger(__name__)
 
-_OF_VLLM = {"prompt_token_ids": "the ids themselves", "prompt": "the text itself"}  # its prompts, and what to give
 _TIMED = (16, 128)  # tokens of the prompt, and of its completion, whose rounds are timed
-
-PromptType = str | Sequence[int] | Tensor | Sequence[Mapping[str, Any]]
-"""A text to continue, token ids ``[P]``, or the messages of a chat, each with "role" and "content", as over HTTP. Ids
-``[n, P]`` are ``n`` prompts, padding included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +69,8 @@ class LLM:
             lowest token ids. Or a checkpoint, as a folder or hub id, such as what ``llm.drafter.save_pretrained``
             wrote; a :class:`~aurora_rl.policies.Drafter`; or None for plain decoding.
         num_speculative_tokens: Number of tokens drafted per round, as a chain. What the request's own text says after
-            the same words takes the place of less likely ones (``TreeShape.lookup``), so that some are accepted before
-            the drafter has learned anything.
+            the same words takes the place of less likely ones (``TreeShape.lookup``). So some are accepted before the
+            drafter has learned anything.
         shape: Tree to draft instead of a chain; ``num_speculative_tokens`` is not used then. It needs a drafter.
         adaptive: Whether each round drafts what is fastest by measured acceptance and cost, up to that shape: the
             drafter's tree, lookup alone, or nothing. The text is the same. Making the LLM times rounds for it, which
@@ -87,6 +79,8 @@ class LLM:
         device: Device of the target; "auto" is CUDA if there is one.
         num_slots: Requests decoded at the same time.
         max_length: Most tokens of prompt and completion; None takes the model's context, at most 2048.
+        generation_config: "auto" applies the logits processors that the model's generation config asks for, such as
+            ``repetition_penalty``, so that greedy text is that of ``generate``; "ignore" decodes raw logits.
         record: Whether completions carry their trajectory, which :meth:`learn` needs.
         seed: Seed of an untrained drafter's weights, of sampled drafts, and of the seeds that sampled requests without
             one draw. The same calls give the same texts, and copies of a prompt different ones.
@@ -99,7 +93,8 @@ class LLM:
         ModelError: The model cannot be loaded.
         UnsupportedModelError: The engine cannot serve the model exactly.
         CheckpointError: The drafter's checkpoint is broken, or made for another target.
-        ValueError: An argument is of another kind, or out of range.
+        ValueError: An argument is of another kind, or out of range, or what the model's generation config asks for
+            cannot be applied.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -125,6 +120,7 @@ class LLM:
         device: str | torch.device = "auto",
         num_slots: int = 4,
         max_length: int | None = None,
+        generation_config: str = "auto",
         record: bool = False,
         seed: int = 0,
     ) -> None:
@@ -147,6 +143,8 @@ class LLM:
         if seed >= 2**63:
             raise ValueError(f"seed is {seed}; give an integer with 0 <= seed < 2**63")
         _check_integers(1, num_slots=num_slots, **({} if max_length is None else {"max_length": max_length}))
+        if generation_config not in ("auto", "ignore"):
+            raise ValueError(f"generation_config is {generation_config!r}; give 'auto' or 'ignore'")
         device = usable_device(device)
         with naming_drafters(model):
             target, self.tokenizer = load_target(model, dtype=_dtype(dtype, device), device=device)
@@ -179,7 +177,7 @@ class LLM:
             seed=seed,
             stop_tokens=stop_tokens,
             decode=lambda tokens: detokenize(self.tokenizer, tokens),
-            processors=generation_processors(target, stop_tokens),
+            processors=generation_processors(target, stop_tokens) if generation_config == "auto" else None,
             on_completion=self._ended.append,
             record=record,
         )
@@ -299,9 +297,9 @@ class LLM:
     ) -> list[Request]:
         """Encode and check all prompts, before any is served."""
         requests: list[Request] = []
-        for index, (prompt, params) in enumerate(_asked(prompts, sampling_params)):
+        for index, (prompt, params) in enumerate(prompts_with_params(prompts, sampling_params)):
             try:
-                tokens = self._encoded(prompt)
+                tokens = encode_prompt(self.tokenizer, prompt)
                 if params.max_tokens is None:
                     params = replace(params, max_tokens=max(self._decoder.engine.max_length - len(tokens), 1))
                 for each in params.copies():
@@ -341,29 +339,6 @@ class LLM:
             self._waiting.clear()
             self._ended.clear()
             self._busy = False
-
-    def _encoded(self, prompt: PromptType) -> Tensor:
-        if isinstance(prompt, str):
-            check_texts(prompt)
-            return torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.int64)
-        parts = [prompt] if isinstance(prompt, Mapping) else prompt if isinstance(prompt, Sequence) else []
-        objects = [part for part in parts if isinstance(part, Mapping)]
-        for key, fix in _OF_VLLM.items():
-            if any(key in each and "role" not in each for each in objects):
-                raise ValueError(f"an object with {key!r} is no prompt; give {fix}")
-        if objects and parts is prompt:
-            turns = [dict(part) if isinstance(part, Mapping) else part for part in prompt]
-            messages = chat_messages(turns, by="LLM")
-            check_texts(messages)
-            return torch.tensor(encode_chat(self.tokenizer, messages), dtype=torch.int64)
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):
-            tokens = torch.as_tensor(prompt)
-            if tokens.ndim == 1 and not (len(tokens) and (tokens.is_floating_point() or tokens.dtype == torch.bool)):
-                return tokens.long()
-        got = reprlib.repr(prompt)
-        if isinstance(prompt, Tensor):
-            got = f"a tensor of shape {list(prompt.shape)} and {prompt.dtype}"
-        raise ValueError(f"it is {got}; give a text, a list of token ids, or a list of messages with role and content")
 
 
 def _kind(value: object) -> str:
@@ -424,27 +399,3 @@ def _drafter(drafter: str | os.PathLike[str] | Drafter, parts: TargetParts, seed
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return start_untrained(get_drafter(name), parts)
-
-
-def _asked(
-    prompts: PromptType | Sequence[PromptType], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-) -> list[tuple[PromptType, SamplingParams]]:
-    """Return each prompt with its parameters."""
-    if not hasattr(prompts, "__getitem__"):
-        raise ValueError(
-            f"prompts is a {type(prompts).__name__}; give a text, token ids, a list of messages with role and content, "
-            "or a list of these"
-        )
-    if isinstance(prompts, str | Mapping) or hasattr(prompts, "ndim"):
-        alone = getattr(prompts, "ndim", 1) < 2
-    else:
-        alone = len(prompts) > 0 and isinstance(prompts[0], Integral | Mapping)
-    listed: list[Any] = [prompts] if alone else list(prompts)
-    if sampling_params is None:
-        sampling_params = SamplingParams()
-    params = list(sampling_params) if isinstance(sampling_params, Sequence) else [sampling_params] * len(listed)
-    if wrong := [type(each).__name__ for each in params if not isinstance(each, SamplingParams)]:
-        raise ValueError(f"sampling_params is a {wrong[0]}; give SamplingParams(...), or a list of them")
-    if len(params) != len(listed):
-        raise ValueError(f"there are {len(listed)} prompts and {len(params)} SamplingParams; give one, or as many")
-    return list(zip(listed, params, strict=True))

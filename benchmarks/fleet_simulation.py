@@ -112,7 +112,7 @@ def simulate(engines: int, costs: Costs, load: Load, *, seconds: float = 600.0, 
     room = int(max(min(SINK, SINK_BYTES // load.trajectory_bytes), 1))
     one_cpu = costs.trajectory + costs.byte * load.trajectory_bytes
     waiting = np.zeros(here, dtype=np.int64)
-    made = taken = dropped = turn = 0
+    recorded = taken = dropped = turn = 0
     cpu = link_in = busy = 0.0
     out_cpu = out_link = 0.0  # what the publication under way still needs
     began, next_publication, lasts = 0.0, load.publish_every, []
@@ -120,7 +120,7 @@ def simulate(engines: int, costs: Costs, load: Load, *, seconds: float = 600.0, 
     for tick in range(ticks):
         now = tick * TICK_S
         arrived = dice.poisson(rate * TICK_S, engines)
-        made, dropped = made + int(arrived.sum()), dropped + int(arrived[here:].sum())
+        recorded, dropped = recorded + int(arrived.sum()), dropped + int(arrived[here:].sum())
         waiting += arrived[:here]
         dropped += int(np.maximum(waiting - room, 0).sum())
         waiting = np.minimum(waiting, room)
@@ -152,7 +152,7 @@ def simulate(engines: int, costs: Costs, load: Load, *, seconds: float = 600.0, 
         "cores": round(busy / seconds, 3),
         "link_in": round(taken * load.trajectory_bytes / seconds / load.link, 4),
         "taken_per_second": round(taken / seconds, 1),
-        "dropped": round(dropped / made, 4) if made else 0.0,
+        "dropped": round(dropped / recorded, 4) if recorded else 0.0,
         "last_swap_s": {"p50": round(float(np.median(lasts)), 2), "max": round(max(lasts), 2)} if lasts else None,
         "memory_gib": round((costs.base_mib + costs.engine_mib * here) / 1024 + (BUFFER_BYTES + unread) / 2**30, 2),
     }

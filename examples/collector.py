@@ -27,6 +27,7 @@ def main() -> None:
     model, shape = tiny_target(dtype=torch.float32), TreeShape(depth=3)  # any causal LM of transformers
     parts = TargetParts.of(model)
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(32))
+    # Not a SpeculativeDecoder, which serves a copy: here the policy's own weights learn.
     engine = TransformersEngine(model, num_slots=32, max_length=64, feature_layers=drafter.feature_layers)
     requests = (Request(i, torch.randint(0, 32, (8,)), SamplingParams(max_tokens=16)) for i in itertools.count())
     env = SpecDecodeEnv(engine, lambda: next(requests), num_nodes=3)

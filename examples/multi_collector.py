@@ -12,31 +12,28 @@ import itertools
 import torch
 from torchrl.collectors import Collector, MultiSyncCollector
 
-from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
+from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv
 from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeShape
+from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.testing import tiny_target
 
 
 @functools.cache
-def parts() -> tuple[Eagle3Drafter, TransformersEngine]:
-    """The drafter and the engine of this process, which its environment and its policy share."""
+def decoder() -> SpeculativeDecoder:
+    """The parts of this process, of which its environment and its policy share the engine."""
     torch.manual_seed(0)
     model = tiny_target(dtype=torch.float32)
-    drafter = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(32)).eval()
-    return drafter, TransformersEngine(model, num_slots=2, max_length=64, feature_layers=drafter.feature_layers)
+    drafter = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(32))
+    requests = (Request(i, torch.randint(0, 32, (5,)), SamplingParams(max_tokens=16)) for i in itertools.count())
+    return SpeculativeDecoder(model, drafter, requests, shape=TreeShape(3, 2, 6), max_length=64, num_slots=2)
 
 
 def make_env() -> SpecDecodeEnv:
-    _, engine = parts()
-    ids = itertools.count()
-    return SpecDecodeEnv(
-        engine, lambda: Request(next(ids), torch.randint(0, 32, (5,)), SamplingParams(max_tokens=16)), num_nodes=6
-    )
+    return decoder().env
 
 
-def make_policy() -> DrafterPolicy:
-    drafter, engine = parts()
-    return DrafterPolicy(drafter, engine.store, num_nodes=6, shape=TreeShape(depth=3, width=2, num_nodes=6))
+def make_policy() -> DrafterPolicy | None:
+    return decoder().policy
 
 
 def main() -> None:

@@ -181,9 +181,9 @@ def test_the_manifests_of_kubernetes_fit_each_other(tmp_path: Path) -> None:
         (engines, "engines", engines.replicas),
         (learner_placement(config), "learner", 1),
     ):
-        pod, given = groups[group]["template"], json.loads(json.loads(groups[group]["rayStartParams"]["resources"]))
+        pod, resources = groups[group]["template"], json.loads(json.loads(groups[group]["rayStartParams"]["resources"]))
         limits = pod["spec"]["containers"][0]["resources"]["limits"]
-        has = {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"]), **given}
+        has = {"CPU": float(limits["cpu"]), "GPU": float(limits["nvidia.com/gpu"]), **resources}
         assert groups[group]["replicas"] == members
         assert all(amount <= has[name] for name, amount in placement.demand.items())
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -30,6 +31,7 @@ from aurora_rl.policies import MedusaDrafter, TargetParts
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.policies.registry import DRAFTERS
 from aurora_rl.remote_engines import REMOTE_ENGINES
+from aurora_rl.serving.http.bodies import draft_metrics
 from aurora_rl.serving.http.schemas import ChatCompletionBody, parse
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.testing import tiny_target
@@ -330,6 +332,17 @@ def test_the_page_of_the_http_api_names_every_field() -> None:
     }
     named = re.findall(r"`(\w+)`", (DOCS / "reference" / "http.md").read_text())
     assert taken | HARMLESS | NEUTRAL.keys() <= set(named)
+
+
+def test_the_metrics_of_an_answer_on_the_http_page_are_those_of_its_histogram() -> None:
+    shown = json.loads(blocks(DOCS / "reference" / "http.md", "text")[0])
+    told = shown["speculative_decoding"]
+    assert shown == draft_metrics(
+        [told["acceptance_histogram"]],
+        num_drafted=told["num_draft_tokens"],
+        num_spec_tokens=told["num_spec_tokens"],
+        drafter_version=shown["drafter_version"],
+    )
 
 
 def test_the_quickstart_has_every_command_and_which_of_them_take_keys() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,22 @@ def test_the_text_is_that_of_transformers(tiny_folder: Path, drafter: str | None
             assert (completion.acceptance_length is None) == (drafter is None)
 
 
+def test_the_model_s_generation_config_is_applied_or_ignored(tiny_folder: Path, tmp_path: Path, plain: LLM) -> None:
+    penalized = tmp_path / "penalized"
+    shutil.copytree(tiny_folder, penalized)
+    fields = {"repetition_penalty": 1.5, "typical_p": 0.9}  # the second is none of greedy text
+    (penalized / "generation_config.json").write_text(json.dumps(fields))
+    processed, raw = by_transformers(penalized, PROMPTS, 24), texts(plain.generate(PROMPTS, SHORT))
+    assert processed != raw
+    assert texts(llm(penalized).generate(PROMPTS, SHORT)) == processed
+    ignoring = llm(penalized, generation_config="ignore")
+    assert texts(ignoring.generate(PROMPTS, SHORT)) == raw
+    sampled = SamplingParams(1.0, seed=3, max_tokens=8)
+    with pytest.raises(ValueError, match=r"typical_p=0.9 of .*serve raw logits \(generation_config=ignore\)"):
+        llm(penalized, None).generate("abc", sampled)
+    assert texts(ignoring.generate("abc", sampled)) == texts(plain.generate("abc", sampled))
+
+
 def test_samples_are_those_of_plain_decoding_in_trees_too(tiny_folder: Path, plain: LLM) -> None:
     params = [SamplingParams(1.0, top_k=k, top_p=0.95, seed=seed, max_tokens=20) for seed, k in enumerate((0, 3, 9))]
     trees = llm(tiny_folder, shape=TreeShape(3, 2, mode="sampled"))
@@ -89,7 +107,7 @@ def test_copies_of_a_prompt_are_sampled_apart(drafter: str, request: pytest.Fixt
 def test_a_drafter_in_the_target_s_place_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     save_drafter(llm(tiny_folder, "medusa").drafter, tmp_path / "mine")
     with pytest.raises(
-        ModelError, match=r"mine': the folder holds a drafter \(MedusaDrafter\); give it as drafter.path"
+        ModelError, match=r"mine': the folder holds a drafter \(MedusaDrafter\); give it as drafter, and as model the"
     ):
         llm(tmp_path / "mine")
 
@@ -114,8 +132,10 @@ def test_seeds_of_64_bits_have_a_text_each(drafted: LLM) -> None:
 
 def test_the_seed_decides_what_is_sampled_without_one(tiny_folder: Path) -> None:
     params = SamplingParams(1.0, max_tokens=16)
-    first, same, other = (texts(llm(tiny_folder, None, seed=n).generate(["abc"] * 2, params)) for n in (3, np.int64(3), 4))
-    assert first == same and len(set(map(tuple, [*first, *other]))) == 4
+    first, same, reseeded = (
+        texts(llm(tiny_folder, None, seed=n).generate(["abc"] * 2, params)) for n in (3, np.int64(3), 4)
+    )
+    assert first == same and len(set(map(tuple, [*first, *reseeded]))) == 4
 
 
 def test_a_path_is_a_folder_even_if_a_drafter_has_its_name(
@@ -302,6 +322,7 @@ def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_pa
         ),
         ({"drafter": "eagel3"}, "no drafter is called 'eagel3'; did you mean 'eagle3'"),
         ({"drafter": "/no/such/folder"}, "/no/such/folder"),
+        ({"generation_config": "vllm"}, "generation_config is 'vllm'; give 'auto' or 'ignore'"),
         ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
         ({"max_length": 513}, r"max_length must lie in 2\.\.512"),
         ({"num_slots": 2.0}, "num_slots must be an integer, got 2.0"),

@@ -181,6 +181,10 @@ MOVED_NAMES = {
     "cli.sglang": "register run",
     "objectives.tree_index": "completion_requests completion_tokens path_products subtree_sums windows",
     "serving.answers": "Answers",
+    "objectives.settings": "check nearest settings_of",
+    "policies.length": "LengthController",
+    "serving.http.fields": "check_fields",
+    "envs.sglang.replicas": "ask_all",
 }
 
 
@@ -210,7 +214,15 @@ def test_what_moved_names_the_new_place(old: str) -> None:
         exec(f"from {room} import {name}")
     of_modules = (
         *("cli.spec.", "collectors.dataset.", "trajectories.", "training.offline.", "objectives.objective."),
-        *("envs.exactness.", "policies.eagle3.", "serving.http.app.", "serving.http.proxy."),
+        *(
+            "llm.",
+            "policies.hub.",
+            "workload.traffic.",
+            "envs.exactness.",
+            "policies.eagle3.",
+            "serving.http.app.",
+            "serving.http.proxy.",
+        ),
     )
     if not old.startswith(of_modules):  # modules, which have no modules
         with pytest.raises(ModuleNotFoundError, match=told):

@@ -1,4 +1,4 @@
-"""What `import aurora_rl` gives: sixteen names, at once and without torch; and that errors are called so."""
+"""What `import aurora_rl` gives: sixteen names, at once and without torch; and what no name may be."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,9 @@ def test_the_import_alone_is_fast_and_loads_no_torch() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_name_is_there_and_has_an_example(name: str) -> None:
-    thing = getattr(aurora_rl, name)
-    assert thing.__name__ == name and ">>> " in thing.__doc__
-    assert "+SKIP" not in thing.__doc__
+    public = getattr(aurora_rl, name)
+    assert public.__name__ == name and ">>> " in public.__doc__
+    assert "+SKIP" not in public.__doc__
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -51,12 +52,18 @@ def test_other_names_are_refused_as_usual() -> None:
         importlib.import_module("aurora_rl.no_such_module")
 
 
+def nodes_of(*folders: str) -> Iterator[tuple[str, ast.AST]]:
+    """The nodes of all files in folders, each with its file's name. They are too many to keep."""
+    for folder in folders:
+        for file in (Path(__file__).parents[1] / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                yield file.name, node
+
+
 def test_the_name_of_an_exception_ends_in_error() -> None:
-    files = [file for home in aurora_rl.__path__ for file in Path(home).rglob("*.py")]
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
     bases = {
         node.name: {ast.unparse(base).rpartition(".")[2] for base in node.bases}
-        for node in nodes
+        for _, node in nodes_of("aurora_rl")
         if isinstance(node, ast.ClassDef)
     }
     errors = {name for name, each in vars(builtins).items() if isinstance(each, type) and issubclass(each, Exception)}
@@ -64,3 +71,16 @@ def test_the_name_of_an_exception_ends_in_error() -> None:
         errors |= more
     own = errors & bases.keys()
     assert len(own) > 15 and {name for name in own if not name.endswith("Error")} == set()
+
+
+def test_a_variable_is_called_what_it_is() -> None:
+    """These words say nothing of a thing."""
+    names = [
+        (file, node.arg if isinstance(node, ast.arg) else node.id)
+        for file, node in nodes_of("aurora_rl", "kernels", "examples", "benchmarks")
+        if isinstance(node, ast.arg) or (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
+    ]
+    assert len(names) > 10_000 and {each for each in names if each[1] in WORDS} == set()
+
+
+WORDS = {"made", "given", "theirs", "one", "other", "it"}

@@ -110,10 +110,10 @@ def test_a_part_has_one_name(parts: Registry[type[Part]]) -> None:
     assert parts.get(f"{MODULE}:Own") is parts.get("installed") is own and parts.name_of(own) == "installed"
     with pytest.raises(ValueError, match=f"^{MODULE}:Own is the part 'installed' already; use that name in the place"):
         parts.register("mine")(own)
-    other = sys.modules[MODULE].Other = type("Other", (Part,), {"__module__": MODULE})  # type: ignore[attr-defined]
-    assert parts.name_of(other) == f"{MODULE}:Other" and parts.get(f"{MODULE}:Other") is other
+    second = sys.modules[MODULE].Other = type("Other", (Part,), {"__module__": MODULE})  # type: ignore[attr-defined]
+    assert parts.name_of(second) == f"{MODULE}:Other" and parts.get(f"{MODULE}:Other") is second
     with pytest.raises(ValueError, match=f"is the part '{MODULE}:Other' already"):
-        parts.register("other")(other)
+        parts.register("other")(second)
     registered = sys.modules[MODULE].Third = type("Third", (Part,), {"__module__": MODULE})  # type: ignore[attr-defined]
     parts.register("third")(registered)
     assert parts.get(f"{MODULE}:Third") is registered and parts.name_of(registered) == "third"

@@ -48,14 +48,14 @@ class LoadedTarget:
 
 def load(spec: RunSpec) -> LoadedTarget:
     """Load the target."""
-    with naming_drafters(spec.config.model):
+    with naming_drafters(spec.config.model, drafter_key="drafter.path"):
         model, tokenizer = load_target(spec.config.model, dtype=spec.dtype, device=spec.device)
     return LoadedTarget(model, tokenizer, TargetParts.of(model))
 
 
 def load_alone(spec: RunSpec) -> TargetParts:
     """Load what drafters need of the target, for a process that does not run it."""
-    with naming_drafters(spec.config.model):
+    with naming_drafters(spec.config.model, drafter_key="drafter.path"):
         return load_parts(spec.config.model, dtype=spec.dtype, device=spec.device)
 
 

@@ -66,9 +66,9 @@ class LearnerProcess:
     def tend(self) -> bool:
         """Start the learner again if it died, from its last training state; return whether that was done.
 
-        It waits before each start: a second the first time, then twice as long each time up to a minute, until a
-        learner has lived for longer than that. A start that fails, as without memory or without the run's folder,
-        counts as a learner that died at once.
+        It waits before each start: a second the first time, then twice as long each time, up to a minute. Once a
+        learner has lived for longer than a minute, its end counts as the first. A start that fails, as without memory
+        or without the run's folder, counts as a learner that died at once.
         """
         now = time.monotonic()
         if self.child.poll() is None:

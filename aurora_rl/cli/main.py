@@ -171,9 +171,9 @@ def _parse(words: list[str], name: str, module: Any) -> argparse.Namespace:
         parser.error(f"unrecognized argument {option}; keys are set without dashes, such as {example}")
     if arguments.overrides is None and unknown:
         parser.error(f"unrecognized argument {unknown[0]}; aurora-rl {name} takes no key=value")
-    for option, given in vars(arguments).items():  # all that begin with a tilde are paths
-        if isinstance(given, list | str | Path):
-            setattr(arguments, option, [*map(_at_home, given)] if isinstance(given, list) else _at_home(given))
+    for option, path in vars(arguments).items():  # all that begin with a tilde are paths
+        if isinstance(path, list | str | Path):
+            setattr(arguments, option, [*map(_at_home, path)] if isinstance(path, list) else _at_home(path))
     # argparse takes the first group of pairs only; options stand between groups.
     arguments.overrides = [*(arguments.overrides or ()), *unknown]
     return arguments

@@ -17,7 +17,7 @@ class SafeStream:
     r"""A text stream whose writes always succeed.
 
     Characters that its encoding lacks are replaced by plain ones. If the stream can no longer be written, as when the
-    reader of a pipe has ended, the rest is lost: showing a run is no reason to end it.
+    reader of a pipe has ended, the rest is lost. Showing a run is no reason to end it.
 
     Args:
         stream: Stream to write to.

@@ -23,8 +23,8 @@ class ChunkedPrefill:
     """Reads the prompts of requests into their slots, first come, first served.
 
     While other slots decode, a chunk of a prompt is read along with each round, in one pass with it where the engine
-    can. Its length follows from the time from one round's end to the next's: that is to be less than twice as long as
-    without a chunk, which leaves room for about 12 tokens on a CPU and for hundreds on a GPU. After eight rounds with a
+    can. Its length follows from the time from one round's end to the next's, which is to be less than twice as long as
+    without a chunk. That leaves room for about 12 tokens on a CPU and for hundreds on a GPU. After eight rounds with a
     chunk, one goes without and is measured.
 
     Attributes:

@@ -19,7 +19,7 @@ from aurora_rl.policies.drafter import Drafter, Unroll
 class Windows(NamedTuple):
     """Windows of the committed text, as an objective that is a function sees them: some of a batch at a time.
 
-    A window starts at each completion token. It is what serving drafts at once: draft ``j`` of the window that starts
+    A window starts at each completion token. It is what serving drafts at once. Draft ``j`` of the window that starts
     at token ``c`` predicts token ``c + j`` after the ``j`` tokens of the text before it. Shapes are of ``C`` windows.
 
     Attributes:

@@ -38,7 +38,7 @@ from aurora_rl.tree_index import TreeIndex, completion_columns
 class DFlashDrafter(Drafter):
     """DFlash with the context's keys and values cached at serving, and a reduced draft vocabulary.
 
-    With the root at position ``n``, the block holds the root's token and masks at ``n + 1 .. n + W - 1``, each of which
+    With the root at position ``n``, the block holds the root's token and masks at ``n + 1 .. n + W - 1``. Each mask
     drafts the token of its own position. The context is the target's states at ``0 .. n - 1``, joined by ``fc`` and
     ``hidden_norm`` and projected by every layer. All nodes of a depth share one distribution, so a tree is a Cartesian
     product of top tokens. Embedding and head are the target's and frozen.

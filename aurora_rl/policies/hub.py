@@ -79,6 +79,7 @@ class HubMixin:
         Raises:
             CheckpointError: Files are missing or broken, or the drafter does not fit the target.
             ModelError: The target cannot be loaded.
+            ValueError: The target is of another kind.
 
         Example:
             >>> from tempfile import TemporaryDirectory
@@ -91,10 +92,16 @@ class HubMixin:
             ...     type(Drafter.from_pretrained(folder, tiny_target())).__name__
             'MedusaDrafter'
         """
-        from aurora_rl.policies.formats.files import load_drafter
+        from aurora_rl.policies.formats.files import load_drafter, naming_drafters
 
         if isinstance(target, str | os.PathLike):
-            target, _ = load_target(target, dtype=default_dtype("cpu"), device="cpu")
+            with naming_drafters(target, drafter_key="source", target_key="target"):
+                target, _ = load_target(target, dtype=default_dtype("cpu"), device="cpu")
+        elif not isinstance(target, PreTrainedModel | TargetParts):
+            raise ValueError(
+                f"target is a {type(target).__name__}; give a model, its parts, or its name: 'smollm2', a folder or a "
+                "hub id"
+            )
         parts = target if isinstance(target, TargetParts) else TargetParts.of(target)
         kind = None if inspect.isabstract(cls) else cast("type[Drafter]", cls)
         drafter = load_drafter(

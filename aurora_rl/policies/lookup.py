@@ -92,9 +92,9 @@ class EarlierAnswers:
 def continuations(text: Sequence[int] | np.ndarray, earlier: np.ndarray | None = None) -> dict[int, float]:
     """Estimate the next token by how texts went on where the last tokens of a text occurred before.
 
-    For each length from one to eight, the places where so many last tokens occurred before count what came after them:
-    16 in the text itself, 1 in earlier answers. A length adds the estimate of the next shorter one, worth 8 counts
-    (MacKay and Peto, "A hierarchical Dirichlet language model", 1995). Chances sum to less than 1.
+    For each length from one to eight, tokens are counted that came after earlier places of so many last tokens. A place
+    in the text itself counts 16, one in earlier answers 1. A length adds the estimate of the next shorter one, worth 8
+    counts (MacKay and Peto, "A hierarchical Dirichlet language model", 1995). Chances sum to less than 1.
 
     Args:
         text: The text so far.

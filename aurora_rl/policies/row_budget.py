@@ -16,8 +16,8 @@ _SHARE, _ROUNDS = 0.4, 8
 class RowBudget:
     """Bounds the rows of the drafter's cache that are read next to a round, by the time that they take.
 
-    They are to take less than half of a round, so that it ends less than two rounds after the one before, as rounds
-    with a chunk of a prompt do (``envs.chunked_prefill``).
+    They are to take less than half of a round. It then ends less than two rounds after the one before, as rounds with a
+    chunk of a prompt do (``envs.chunked_prefill``).
 
     Attributes:
         rows: Rows of the next call.

@@ -82,10 +82,10 @@ class _Sums:
 class RoundTrial:
     """Windows of new weights in turns with windows of the old ones, compared in pairs.
 
-    A cycle is a pair of neighbouring windows, one of each, in an order that is drawn, and then as many rounds of the
-    old weights as the share leaves. If the weights are equally good, the order alone decides the sign of a pair's
-    difference, however rounds depend on those before them. :class:`~aurora_rl.statistics.LossTest` needs that. It
-    compares acceptance length and tokens per second.
+    A cycle begins with a pair of neighbouring windows, one of each, in an order that is drawn. As many rounds of the
+    old weights follow as the share leaves. If the weights are equally good, the order alone decides the sign of a
+    pair's difference, however rounds depend on those before them. :class:`~aurora_rl.statistics.LossTest` needs that.
+    It compares acceptance length and tokens per second.
 
     - Rolled back: either figure is proven to be lower.
     - Promoted: of both figures a loss above the margin is ruled out; or ``max_rounds`` were drafted.

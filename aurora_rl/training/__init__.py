@@ -1,1 +1,1 @@
-"""The training server: learns from trajectories and publishes weights that pass the gate."""
+"""The learner: trains on trajectories and publishes weights that pass the gate."""

@@ -1,4 +1,4 @@
-"""The training server: collect, learn, and publish what passes the gate."""
+"""The learner: collect, learn, and publish what passes the gate."""
 
 from __future__ import annotations
 

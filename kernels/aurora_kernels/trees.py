@@ -78,9 +78,10 @@ def repeated_siblings(context: Tensor, tokens: Tensor) -> Tensor:
 def valid_nodes(tokens: Tensor, parents: Tensor, mask: Tensor, vocab_size: int, *, repeats: bool = False) -> Tensor:
     """Project arbitrary nodes onto a legal tree: return the nodes that may be verified, ``[B, N]`` bool.
 
-    A node is dropped if it is masked out, if its token is outside the vocabulary, or if its parent is dropped or is
-    neither an earlier node nor the root. It is also dropped if an earlier surviving sibling has the same token, so that
-    the path that verification accepts is unique. ``repeats`` keeps such siblings, as independent draws give them.
+    A node is dropped if it is masked out or if its token is outside the vocabulary. It is dropped if its parent is, or
+    if that is neither an earlier node nor the root. It is also dropped if an earlier surviving sibling has
+    the same token, so that the path that verification accepts is unique. ``repeats`` keeps such siblings, as
+    independent draws give them.
     ``mask`` ``[B, N]`` bool are the nodes that the drafter proposes.
 
     >>> tokens, parents = torch.tensor([[5, 5, 7, 9]]), torch.tensor([[-1, -1, 1, 0]])

@@ -124,8 +124,8 @@ def test_the_report_can_be_written_again_from_its_file(folder: Path) -> None:
 
 def test_a_stream_without_shifts_has_no_table_of_them(folder: Path) -> None:
     shutil.rmtree(folder / "live")
-    one = Scenario(phases=[Phase("code", 12, ["code"])], arms=SCENARIO.arms, window=2)
-    text = report.markdown(report.collect(folder, one))
+    single = Scenario(phases=[Phase("code", 12, ["code"])], arms=SCENARIO.arms, window=2)
+    text = report.markdown(report.collect(folder, single))
     assert "After each shift" not in text and "Output tokens per second" not in text
 
 

@@ -74,8 +74,8 @@ def test_an_untrained_drafter_of_another_seed_is_another_one(
     configured: Callable[..., Config], target: assembly.LoadedTarget
 ) -> None:
     run = spec.resolve(configured("drafter.name=eagle3"))
-    first, again, other = (assembly.start_drafter(run, target, [], seed=seed) for seed in (None, run.config.seed, 7))
-    assert torch.equal(first.fc.weight, again.fc.weight) and not torch.equal(first.fc.weight, other.fc.weight)
+    first, again, reseeded = (assembly.start_drafter(run, target, [], seed=seed) for seed in (None, run.config.seed, 7))
+    assert torch.equal(first.fc.weight, again.fc.weight) and not torch.equal(first.fc.weight, reseeded.fc.weight)
 
 
 @pytest.mark.parametrize("name", ["eagle3", "medusa", "dflash"])
@@ -100,11 +100,11 @@ def test_both_halves_start_from_the_same_drafter(
 def test_another_draft_vocabulary_is_a_mismatch(
     configured: Callable[..., Config], target: assembly.LoadedTarget
 ) -> None:
-    ours, theirs = (
+    engine, learner = (
         Handshake.of(target.parts, assembly.start_drafter(run, target, []), run.drafter_name)
         for run in map(spec.resolve, (configured(), configured("drafter.vocab_size=32")))
     )
-    mismatch = ours.mismatch(theirs)
+    mismatch = engine.mismatch(learner)
     assert mismatch is not None and "draft_map_checksum" in mismatch
 
 

@@ -58,7 +58,7 @@ def test_a_folder_of_a_drafter_is_named_in_one_line(
     assert main(["check", f"model={tmp_path}/mine", "device=cpu"]) == 2
     assert capsys.readouterr().err == (
         f"aurora-rl: cannot load model '{tmp_path}/mine': the folder holds a drafter ({kind.__name__}); give it as "
-        "drafter.path (in Python as drafter), and as model the language model that it drafts for\n"
+        "drafter.path, and as model the language model that it drafts for\n"
     )
 
 

@@ -169,8 +169,8 @@ def test_inspect_knows_every_architecture(
 def test_inspect_says_that_no_engine_loads_layer_0(
     target: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ours = spec.resolve(load_config(overrides=[*target, "drafter.name=eagle3", "drafter.feature_layers=[0,1]"]))
-    save_drafter(assembly.start_drafter(ours, assembly.load(ours), []), tmp_path / "d0")
+    run = spec.resolve(load_config(overrides=[*target, "drafter.name=eagle3", "drafter.feature_layers=[0,1]"]))
+    save_drafter(assembly.start_drafter(run, assembly.load(run), []), tmp_path / "d0")
     assert cli.main(["drafter", "inspect", str(tmp_path / "d0"), *target[:3]]) == 0
     out = capsys.readouterr().out
     assert (
@@ -215,11 +215,11 @@ def test_export_writes_what_an_engine_reads_and_reads_it_back(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = [f"model={tiny_folder}", "device=cpu", "dtype=float32"]
-    ours = [*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"]
-    target = assembly.load(spec.resolve(load_config(overrides=ours)))
+    settings = [*pairs, "drafter.vocab_size=64", "drafter.name=eagle3"]
+    target = assembly.load(spec.resolve(load_config(overrides=settings)))
     # Of the target's three layers SGLang cannot read the default, and "hf" does not name others.
     for layout, layers, again in (("vllm", "[1,2]", "sglang"), ("hf", "null", "vllm"), ("sglang", "[1,2]", "sglang")):
-        run = spec.resolve(load_config(overrides=[*ours, f"drafter.feature_layers={layers}"]))
+        run = spec.resolve(load_config(overrides=[*settings, f"drafter.feature_layers={layers}"]))
         save_drafter(assembly.start_drafter(run, target, []), tmp_path / "ours")
         there, back = tmp_path / layout, tmp_path / f"from-{layout}"
         assert export(tmp_path / "ours", there, "--to", layout, *pairs) == 0

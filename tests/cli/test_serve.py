@@ -313,7 +313,7 @@ def test_ctrl_c_while_starting(
     name: str,
 ) -> None:
     begin = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *given: signal.raise_signal(signal.SIGINT) or begin(*given))
+    monkeypatch.setattr(module, name, lambda *args: signal.raise_signal(signal.SIGINT) or begin(*args))
     assert cli.main(["flywheel", *arguments]) == 130
     assert summary(tmp_path / "run") == Stats().summary(duration_s=summary(tmp_path / "run")["duration_s"])
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES

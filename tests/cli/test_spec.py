@@ -215,7 +215,7 @@ def values(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
 
 def test_nothing_of_a_resolved_configuration_can_be_changed() -> None:
     pairs = ["drafter.options={num_heads: 2}", "drafter.feature_layers=[1,2]"]
-    given = load_config(
+    loaded = load_config(
         overrides=[
             *pairs,
             "device=cpu",
@@ -224,7 +224,7 @@ def test_nothing_of_a_resolved_configuration_can_be_changed() -> None:
             "objectives=[{name: imitation, divergence: {name: jensen_shannon, beta: 0.5}}]",
         ]
     )
-    before, config = to_yaml(given), spec.resolve(given).config
+    before, config = to_yaml(loaded), spec.resolve(loaded).config
     tried = set()
     for path, owner, key, value in values(config):
         tried.add(path)
@@ -240,7 +240,7 @@ def test_nothing_of_a_resolved_configuration_can_be_changed() -> None:
     for more in (config.drafter.options, config.objectives[0]):
         with pytest.raises(TypeError):
             more["more"] = 1
-    assert to_yaml(given) == before and config == given  # the caller's own is the same and frozen, too
+    assert to_yaml(loaded) == before and config == loaded  # the caller's own is the same and frozen, too
 
 
 def test_lists_and_mappings_of_the_caller_stay_the_callers_own() -> None:

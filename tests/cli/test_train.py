@@ -199,8 +199,8 @@ def test_recordings_are_learned_together_and_each_is_held_out_in_part(
     assert not (run / "recording").exists()
     capsys.readouterr()
     assert train("--resume", str(run), "--recording", str(recordings[0])) == 2
-    given = " ".join(f"--recording {folder}" for folder in recordings)
-    assert f"started with {given}, which stays; leave the option out" in capsys.readouterr().err
+    named = " ".join(f"--recording {folder}" for folder in recordings)
+    assert f"started with {named}, which stays; leave the option out" in capsys.readouterr().err
     assert train(*words, "--recording", f"{recordings[0]}/../code", *pairs) == 2
     assert "name each recording once" in capsys.readouterr().err
     assert train("--resume", str(run), "--held-out", "0.5") == 2

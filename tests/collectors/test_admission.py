@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 import zmq
+from processes import wait
 from tensordict import TensorDict
 
 from aurora_rl.collectors.codec import checksum
@@ -33,13 +33,6 @@ HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 LOCAL = "tcp://127.0.0.1:*"
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("keys")
@@ -50,10 +43,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> ClientKeys:
     """An engine that knows the learner's public key, which does not know its."""
-    other = tmp_path_factory.mktemp("stranger")
-    make_keys(other, "stranger")
-    shutil.copy(folder / "learner.key", other / "learner.key")
-    return engine_keys(other)
+    keys = tmp_path_factory.mktemp("stranger")
+    make_keys(keys, "stranger")
+    shutil.copy(folder / "learner.key", keys / "learner.key")
+    return engine_keys(keys)
 
 
 @pytest.fixture
@@ -74,7 +67,7 @@ def test_a_known_engine_is_heard_and_no_other(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert not arrives(collector, stranger, 0.5) and not arrives(collector, stranger, 0.5)
-        until(lambda: collector.refused >= 2)
+        wait(lambda: collector.refused >= 2)
     (line,) = caplog.messages
     assert "a peer from 127.0.0.1:" in line and f"{stranger.public.decode()} is not in {folder}/engines" in line
     assert not arrives(collector, None, 0.5)  # without keys
@@ -89,7 +82,7 @@ def test_an_engine_pins_the_learner(folder: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "engines/engine.key", tmp_path / "engines/engine.key")
     impostor = ZMQCollector(LOCAL, handshake=HANDSHAKE, keys=learner_keys(tmp_path))  # it would admit the engine
     assert not arrives(impostor, engine_keys(folder), 0.5)
-    until(lambda: impostor.refused)
+    wait(lambda: impostor.refused)
     impostor.shutdown()
     plain = ZMQCollector(LOCAL, handshake=HANDSHAKE)
     assert not arrives(plain, engine_keys(folder), 0.5)
@@ -105,10 +98,10 @@ def test_weights_go_to_known_engines_and_a_refused_one_is_told(
     refused = WeightReceiver(publisher.address, handshake=HANDSHAKE, keys=stranger)
     known = WeightReceiver(publisher.address, handshake=HANDSHAKE, keys=engine_keys(folder), name="x")
     got: list[tuple[int, TensorDict]] = []
-    until(lambda: got.extend(filter(None, [known.latest()])) or got)
+    wait(lambda: got.extend(filter(None, [known.latest()])) or got)
     known.acknowledge(1, checksum(got[0][1]), 0.1)
     assert publisher.wait_ack(1, 10) and known.error is None
-    until(lambda: refused.error)
+    wait(lambda: refused.error)
     assert refused.error == (
         "the learner does not know the key of this engine; copy engines/stranger.key to the folder of its wire.keys"
     )
@@ -123,8 +116,8 @@ def test_the_control_socket_answers_the_engines_own_key_alone(folder: Path, tmp_
     try:
         assert ask(server.address, "status", engine="SGLang", keys=plugin_client_keys(folder)) == {"kind": "status"}
         make_keys(tmp_path)
-        other = plugin_client_keys(tmp_path)
-        pinned = ClientKeys(other.name, other.public, other.secret, engine_keys(folder).public)
+        stranger = plugin_client_keys(tmp_path)
+        pinned = ClientKeys(stranger.name, stranger.public, stranger.secret, engine_keys(folder).public)
         for keys in (None, pinned):
             with pytest.raises(PluginError, match="no answer at .* wire.keys here, AURORA_RL_SGLANG_KEYS there"):
                 ask(server.address, "status", engine="SGLang", keys=keys, timeout=0.5)

@@ -76,12 +76,13 @@ def test_fine_tunes_with_one_head_are_told_apart_in_any_dtype() -> None:
         drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(8))
         return Handshake.of(parts, drafter, "medusa")
 
-    one, tuned, again = handshake(), handshake(0.01), handshake()
-    assert one == again and one.identity == again.identity
-    assert one.head_checksum == tuned.head_checksum and one.identity != tuned.identity
-    assert "target is " in str(one.mismatch(tuned)) and "set the same model on both sides" in str(one.mismatch(tuned))
+    first, tuned, again = handshake(), handshake(0.01), handshake()
+    assert first == again and first.identity == again.identity
+    assert first.head_checksum == tuned.head_checksum and first.identity != tuned.identity
+    mismatch = str(first.mismatch(tuned))
+    assert "target is " in mismatch and "set the same model on both sides" in mismatch
     # What differs for another dtype is the head alone, which the message then names.
-    assert handshake(dtype=torch.bfloat16).target == one.target
+    assert handshake(dtype=torch.bfloat16).target == first.target
 
 
 def test_equal_handshakes_match() -> None:

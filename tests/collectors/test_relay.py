@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 import zmq
+from processes import wait
 from tensordict import TensorDict
-from zmtp_peers import GREETING, PING, part, peer, shake_hands, until
+from zmtp_peers import GREETING, PING, part, peer, shake_hands
 
 from aurora_rl.collectors import relay
 from aurora_rl.collectors.codec import Limits, encode
@@ -53,7 +54,7 @@ def collector() -> Iterator[ZMQCollector]:
 def receives(collector: ZMQCollector) -> bool:
     with contextlib.closing(TrajectorySink(collector.address, handshake=HANDSHAKE)) as sink:
         sink.extend(TensorDict({"x": torch.arange(3)}, batch_size=[]))
-        until(lambda: sink.sent == 1)
+        wait(lambda: sink.sent == 1)
         return len(collector.poll(10)) == 1
 
 
@@ -76,7 +77,7 @@ def test_the_weight_publisher_and_the_plugin_server_close_such_connections() -> 
     assert ask(plugin.address, "status", {"a": 1}, engine="SGLang") == {"a": 1}
     receiver = WeightReceiver(publisher.address, handshake=HANDSHAKE)
     publisher.publish(1, {"w": torch.ones(2)})
-    until(lambda: (latest := receiver.latest()) is not None and latest[0] == 1)
+    wait(lambda: (latest := receiver.latest()) is not None and latest[0] == 1)
     for each in (receiver, publisher, plugin):
         each.close()
 
@@ -92,7 +93,7 @@ def test_a_learner_that_never_ends_its_weights_is_left_and_the_next_one_heard() 
         assert not sends(raw, part(bytes(MIB // 8)), 500)
     publisher = WeightPublisher(address, handshake=HANDSHAKE)
     publisher.publish(1, {"w": torch.ones(2)})
-    until(lambda: (latest := receiver.latest()) is not None and latest[0] == 1)
+    wait(lambda: (latest := receiver.latest()) is not None and latest[0] == 1)
     receiver.close()
     publisher.close()
 
@@ -120,7 +121,7 @@ def test_no_more_connections_than_are_looked_after(collector: ZMQCollector, monk
     monkeypatch.setattr(relay, "_MAX_CONNECTIONS", 1)
     first = peer(collector.address, b"PUSH")
     first.sendall(part(b"x", more=False))
-    until(lambda: collector.poll(0.05) or collector.rejected)
+    wait(lambda: collector.poll(0.05) or collector.rejected)
     host, port = collector.address.removeprefix("tcp://").rsplit(":", 1)
     with socket.create_connection((host, int(port)), timeout=10) as second:
         assert second.recv(1) == b""  # closed before ZeroMQ greets

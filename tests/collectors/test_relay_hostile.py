@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import zmq
+from processes import wait
 from tensordict import TensorDict
-from zmtp_peers import GREETING, part, peer, until
+from zmtp_peers import GREETING, part, peer
 
 from aurora_rl.collectors import relay
 from aurora_rl.collectors.codec import Limits
@@ -70,7 +71,7 @@ def test_an_admitted_engine_that_never_ends_its_message_is_cut_off(collector: ZM
     hostile = open_socket(zmq.PUSH)
     hostile.watch_peer()
     connect(hostile, collector.address, keys=None if keys is None else engine_keys(keys))
-    until(lambda: hostile.connected)
+    wait(lambda: hostile.connected)
     honest = sink_of(collector, keys)
     assert receives(collector, honest)
     hostile.send_multipart([bytes(MIB // 4)] * 32)
@@ -92,7 +93,7 @@ def test_a_reader_that_does_not_read_lets_engines_wait(collector: ZMQCollector, 
         for sink in sinks:
             sink.extend(TensorDict({"x": torch.full((20_000,), number)}, batch_size=[]))  # 160 KB
     inside = relay_of(collector)
-    until(lambda: inside._inside.total() > 2 * MIB)
+    wait(lambda: inside._inside.total() > 2 * MIB)
     held = []
     for _ in range(20):
         held.append(inside._inside.total())
@@ -103,7 +104,7 @@ def test_a_reader_that_does_not_read_lets_engines_wait(collector: ZMQCollector, 
     while got < 160 and time.monotonic() < deadline:
         got += len(collector.poll(0.1))
     assert got == 160 and not any(sink.drops.total() for sink in sinks)
-    until(lambda: inside._inside.total() <= 64 * 160)  # of pings, under CurveZMQ
+    wait(lambda: inside._inside.total() <= 64 * 160)  # of pings, under CurveZMQ
     for sink in sinks:
         sink.close()
 

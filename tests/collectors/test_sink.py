@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
 import torch
 import zmq
+from processes import wait
 from tensordict import NonTensorData, TensorDict
 from torchrl.collectors import Collector
 from torchrl.testing.mocking_classes import CountingEnv
@@ -23,13 +24,6 @@ HANDSHAKE = Handshake(1, "config", "head", (2, 5), "", "eagle3")
 
 def item(number: int, size: int = 1) -> TensorDict:
     return TensorDict({"sequence": {"tokens": torch.full((size,), number)}}, batch_size=[])
-
-
-def until(condition: Callable[[], bool], timeout: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.002)
 
 
 class Learner:
@@ -65,7 +59,7 @@ def test_everything_arrives_in_order() -> None:
         for number in range(50):
             sink.extend(item(number))
         assert learner.receive(50) == list(range(50))
-        until(lambda: sink.sent == 50)
+        wait(lambda: sink.sent == 50)
         assert (sink.drops.total(), sink.queued) == (0, 0)
     learner.close()
 
@@ -92,10 +86,10 @@ def test_a_learner_that_does_not_read_stalls_nothing() -> None:
     learner = Learner(high_water=1)
     sink = TrajectorySink(learner.address, handshake=HANDSHAKE, capacity=4)
     sink.extend(item(0, 500_000))
-    until(lambda: sink.sent == 1)  # the learner is connected
+    wait(lambda: sink.sent == 1)  # the learner is connected
     for number in range(1, 40):  # 4 MB each: more than the buffers of the kernel hold
         sink.extend(item(number, 500_000))
-    until(lambda: sink.queued == 4)
+    wait(lambda: sink.queued == 4)
     assert sink.drops.total() > 0 and sink.sent + sink.drops.total() + sink.queued == 40
     start = time.monotonic()
     sink.close(0.2)
@@ -129,9 +123,9 @@ def test_what_is_dropped_between_two_learners_is_missed_and_what_waits_is_not() 
     sink = TrajectorySink(first.address, handshake=HANDSHAKE, capacity=2)
     sink.extend(item(0))
     assert first.receive(1) == [0]
-    until(lambda: sink._connected)
+    wait(lambda: sink._connected)
     first.close()
-    until(lambda: not sink._connected)
+    wait(lambda: not sink._connected)
     for number in range(1, 6):
         sink.extend(item(number))
     assert (sink.sent, sink.drops.total(), sink.drops["no_learner"], sink.queued) == (1, 3, 3, 2)
@@ -204,7 +198,7 @@ def test_the_queue_is_bounded_in_bytes_and_one_that_is_too_large_displaces_nobod
     assert (sink.queued, sink.drops["no_learner"], sink.drops["too_large"]) == (4, 6, 1)
     learner = Learner(free)
     assert learner.receive(4) == [6, 7, 8, 9]
-    until(lambda: sink.sent == 4)
+    wait(lambda: sink.sent == 4)
     sink.extend(item(11, 1_000))  # they have left room
     assert learner.receive(1) == [11]
     sink.close()
@@ -239,7 +233,7 @@ def test_a_deletion_drops_what_waits_of_the_tenant_and_reaches_whoever_connects(
     assert began <= times[0] <= times[1] <= deletion.meta["before"] <= times[2] <= time.time()
 
     first.close()
-    until(lambda: not sink._connected)
+    wait(lambda: not sink._connected)
     sink.delete("b")
     second = Learner(free)  # another, or one that has lost what was on its way
     told = {each.meta["tenant"]: (each.kind, each.meta["before"]) for each in messages(second, 2)}
@@ -253,10 +247,10 @@ def test_a_deletion_drops_what_waits_of_the_tenant_and_reaches_whoever_connects(
 def test_what_waits_for_too_long_is_dropped(free: str) -> None:
     sink = TrajectorySink(free, handshake=HANDSHAKE, max_age=1.0)
     sink.extend(item(0))
-    until(lambda: sink.drops.total() > 0)
+    wait(lambda: sink.drops.total() > 0)
     assert (sink.drops["expired"], sink.drops.total(), sink.queued) == (1, 1, 0)
     learner = Learner(free)
-    until(lambda: sink.connected)  # the next one is sent at once, and not when a learner has been found
+    wait(lambda: sink.connected)  # the next one is sent at once, and not when a learner has been found
     sink.extend(item(1))
     assert learner.receive(1) == [1]
     sink.close()

@@ -51,8 +51,8 @@ def test_a_closed_socket_leaves_no_ipc_file_but_that_of_another_process(tmp_path
     socket = open_socket(zmq.PULL)
     bind(socket, f"ipc://{path}")
     path.unlink()
-    with plain.socket(plain.AF_UNIX) as other:
-        other.bind(str(path))
+    with plain.socket(plain.AF_UNIX) as successor:
+        successor.bind(str(path))
         socket.close()
         assert path.is_socket()
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import zmq
-from processes import wait as until
+from processes import wait
 from weight_ends import HANDSHAKE, LOCAL, FakeLearner, engine, free_address, load, take, weights
 
 from aurora_rl.collectors.codec import CodecError, Limits, checksum, decode, encode
@@ -51,8 +51,8 @@ def test_an_engine_composes_nothing_while_no_learner_is_there(monkeypatch: pytes
     time.sleep(0.3)
     assert composed == []
     publisher = WeightPublisher(address, handshake=HANDSHAKE)
-    until(lambda: "serving" in composed)
-    until(lambda: publisher.engines)
+    wait(lambda: "serving" in composed)
+    wait(lambda: publisher.engines)
     receiver.close()
     publisher.close()
 
@@ -64,7 +64,7 @@ def test_the_learner_hears_why_a_version_was_rolled_back() -> None:
     version, _ = take(receiver)
     assert publisher.rejected_by(3) == {}
     receiver.reject(version, "rolled back")
-    until(lambda: publisher.rejected_by(3))
+    wait(lambda: publisher.rejected_by(3))
     assert publisher.rejected_by(3) == {"engine": "rolled back"} and publisher.rejected_by(2) == {}
     receiver.close()
     publisher.close()
@@ -80,7 +80,7 @@ def test_engine_first_then_learner_then_a_restarted_learner() -> None:
     first.close()
 
     second = WeightPublisher(address, handshake=HANDSHAKE)
-    until(lambda: "engine" in second.engines)
+    wait(lambda: "engine" in second.engines)
     assert second.engines["engine"].serving == 1 and second.next_version == 2
     second.publish(second.next_version, weights(2.0))
     assert load(receiver) == 2 and second.wait_ack(2, 10)
@@ -91,13 +91,13 @@ def test_engine_first_then_learner_then_a_restarted_learner() -> None:
 def test_a_learner_that_starts_counting_afresh_is_warned(caplog: pytest.LogCaptureFixture) -> None:
     publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     receiver = engine(publisher.address, version=7)
-    until(lambda: publisher.engines)
+    wait(lambda: publisher.engines)
     publisher.publish(1, weights(1.0))
-    until(lambda: publisher.engines["engine"].ahead)
+    wait(lambda: publisher.engines["engine"].ahead)
     assert "publish next_version to reach it" in caplog.text
     publisher.publish(publisher.next_version, weights(2.0))
     assert load(receiver) == 8
-    until(lambda: not publisher.engines["engine"].ahead)
+    wait(lambda: not publisher.engines["engine"].ahead)
     receiver.close()
     publisher.close()
 
@@ -121,8 +121,8 @@ def test_latest_wins_while_the_engine_does_not_look() -> None:
     receiver = engine(publisher.address)
     for version in range(1, 20):
         publisher.publish(version, weights(float(version)))
-    until(lambda: publisher.engines and publisher.engines["engine"].offered == 19)
-    until(lambda: not publisher.engines["engine"].in_flight)
+    wait(lambda: publisher.engines and publisher.engines["engine"].offered == 19)
+    wait(lambda: not publisher.engines["engine"].in_flight)
     version, tensors = take(receiver)
     assert version == 19 and (tensors["layer", "w"] == 19).all()
     assert receiver.latest() is None
@@ -174,16 +174,16 @@ def test_several_engines() -> None:
 
 def test_weights_for_one_engine_reach_no_other() -> None:
     publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
-    one, other = (engine(publisher.address, name=name) for name in ("one", "other"))
+    first, second = (engine(publisher.address, name=name) for name in ("one", "other"))
     publisher.publish(1, weights(1.0))
-    assert load(one) == load(other) == 1
+    assert load(first) == load(second) == 1
     publisher.publish(2, weights(2.0), ["one"])
-    assert load(one) == 2 and publisher.wait_ack(2, 10)
+    assert load(first) == 2 and publisher.wait_ack(2, 10)
     late = engine(publisher.address, name="late")
-    assert load(late) == 1 and other.latest() is None and not publisher.overtaken
+    assert load(late) == 1 and second.latest() is None and not publisher.overtaken
     publisher.publish(3, weights(3.0))
-    assert {load(each) for each in (one, other, late)} == {3}
-    for receiver in (one, other, late):
+    assert {load(each) for each in (first, second, late)} == {3}
+    for receiver in (first, second, late):
         receiver.close()
     publisher.close()
 
@@ -192,7 +192,7 @@ def test_handshake_mismatch_is_one_sentence_on_both_sides_and_heals() -> None:
     publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     publisher.publish(1, weights(1.0))
     receiver = engine(publisher.address, handshake=replace(HANDSHAKE, head_checksum="other"))
-    until(lambda: receiver.error)
+    wait(lambda: receiver.error)
     cure = "set the same model and dtype on both sides"
     mismatch = f"handshake mismatch: head_checksum is 'head' at the learner and 'other' at the engine; {cure}"
     assert publisher.error == mismatch
@@ -202,7 +202,7 @@ def test_handshake_mismatch_is_one_sentence_on_both_sides_and_heals() -> None:
     address = publisher.address
     publisher.close()
     right = WeightPublisher(address, handshake=replace(HANDSHAKE, head_checksum="other"))
-    until(lambda: receiver.error is None)  # accepted, even before there are weights
+    wait(lambda: receiver.error is None)  # accepted, even before there are weights
     right.publish(1, weights(1.0))
     assert load(receiver) == 1
     receiver.close()
@@ -220,7 +220,7 @@ def test_nack_is_reported_and_not_offered_again() -> None:
     assert time.monotonic() - start < 5  # a rejection ends the wait
     assert publisher.engines["engine"].rejected == (1, "shapes differ")
     seen = publisher.engines["engine"].last_seen
-    until(lambda: publisher.engines["engine"].last_seen > seen + 0.1)
+    wait(lambda: publisher.engines["engine"].last_seen > seen + 0.1)
     assert receiver.latest() is None and receiver.version == 0
     publisher.publish(2, weights(2.0))
     assert load(receiver) == 2 and publisher.wait_ack(2, 10)
@@ -258,7 +258,7 @@ def test_an_unreadable_offer_does_not_block_later_ones() -> None:
     publisher = WeightPublisher(LOCAL, handshake=HANDSHAKE)
     receiver = engine(publisher.address, limits=Limits(max_leaves=1))
     publisher.publish(1, {"a": torch.ones(1), "b": torch.ones(1)})
-    until(lambda: publisher.engines and publisher.engines["engine"].rejected)
+    wait(lambda: publisher.engines and publisher.engines["engine"].rejected)
     rejected = publisher.engines["engine"].rejected
     assert rejected is not None and rejected[0] is None and "1 to 2 frames" in rejected[1]
     publisher.publish(2, {"a": torch.ones(1)})
@@ -288,7 +288,7 @@ def test_hostile_messages_do_not_end_the_publisher() -> None:
     for frames in bad:
         dealer.send_multipart(frames)
     dealer.send_multipart(encode("ack", ack))  # well formed, but from nobody we know: ignored
-    until(lambda: publisher.rejected == len(bad))
+    wait(lambda: publisher.rejected == len(bad))
     assert publisher.engines == {}
     receiver = engine(publisher.address)
     publisher.publish(1, weights(1.0))
@@ -325,7 +325,7 @@ def test_a_version_that_nobody_can_have_published_is_not_believed(version: int) 
     dealer.send_multipart(encode("serving", serving()))
     dealer.send_multipart(encode("ack", {"engine": "x", "version": version, "checksum": "", "swap_ms": 1.0}))
     dealer.send_multipart(encode("serving", serving(version=version)))
-    until(lambda: publisher.rejected == 2)
+    wait(lambda: publisher.rejected == 2)
     assert publisher.next_version == 2
     dealer.close(0)
     context.term()
@@ -343,7 +343,7 @@ def test_a_learner_that_is_silent_is_told_once_and_again_when_it_answers(
     identity, _ = learner.receive("serving")
     for text in ("the learner has not answered for 0 s; serving goes on with version 3", "the learner answers again, "):
         learner.socket.send_multipart([identity, *encode("accepted")])
-        until(lambda text=text: any(record.message.startswith(text) for record in caplog.records))
+        wait(lambda text=text: any(record.message.startswith(text) for record in caplog.records))
     assert len(caplog.records) == 2
     receiver.close()
     learner.close()
@@ -399,7 +399,7 @@ def test_a_new_learner_gives_no_number_that_weights_on_trial_have() -> None:
     first.close()
     second = WeightPublisher(address, handshake=HANDSHAKE)
     second.publish(2, weights(9.0))
-    until(lambda: second.overtaken)
+    wait(lambda: second.overtaken)
     assert second.rejected_by(2) == {} and receiver.latest() is None
     assert second.next_version == 6
     receiver.acknowledge(version, checksum(on_trial), swap_ms=1.0)

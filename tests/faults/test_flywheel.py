@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from processes import alive, wait
+from run_events import events
 
 from aurora_rl.cli import main as cli
 from aurora_rl.collectors.dataset import TrajectoryDataset
@@ -99,12 +100,9 @@ def test_a_killed_learner_does_not_stop_serving(
     run = tmp_path / "run"
     step, killed = InferenceServer.step, []
 
-    def events(kind: str) -> list[dict[str, Any]]:
-        return [event for event in MetricsReader(run / "metrics.jsonl") if event["event"] == kind]
-
     def stepped(server: InferenceServer) -> bool:
-        if not killed and events("train"):
-            killed.append(events("learner_ready")[0]["pid"])
+        if not killed and events(run, "train"):
+            killed.append(events(run, "learner_ready")[0]["pid"])
             os.kill(killed[0], signal.SIGKILL)
         time.sleep(0.01)  # so that the end comes after the death was noticed
         return step(server)
@@ -114,8 +112,8 @@ def test_a_killed_learner_does_not_stop_serving(
     assert cli.main(["flywheel", *arguments, *pairs]) == 0
     assert not alive(killed[0])
     assert "the learner died with status -9, serving goes on" in " ".join(capsys.readouterr().out.split())
-    assert len(events("learner_died")) == 1
-    assert sorted(event["request"] for event in events("request")) == list(range(60))
+    assert len(events(run, "learner_died")) == 1
+    assert sorted(event["request"] for event in events(run, "request")) == list(range(60))
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["requests"], summary["failed"]) == (60, 0)
     assert summary["dropped_trajectories"] >= summary["dropped_by_reason"]["no_learner"] > 0

@@ -12,21 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_problems import assert_same, kernel, problem, random_trees, reference
+from attention_problems import assert_same, in_parts, kernel, problem, random_trees, reference
 from tensor_sizes import largest_tensor
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aurora_kernels import TreeMask, tree_attention
 
 module = sys.modules[tree_attention.__module__]
-
-
-def in_parts(*args: Any, **terms: Any) -> Tensor:
-    """The form of a CPU for many rows and columns: the text without a mask of rows."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "_BIAS", 0)
-        return tree_attention(*args, **terms)
 
 
 both = pytest.mark.parametrize("attend", [tree_attention, in_parts, kernel], ids=["plain", "in parts", "triton"])
@@ -174,8 +166,8 @@ def test_the_plain_form_has_gradients() -> None:
     parts = [part.double().requires_grad_() for part in (query, key, value)]
     assert torch.autograd.gradcheck(lambda *each: tree_attention(*each, mask), parts)
     chunk = TreeMask(mask.prefix[:1])
-    one = [part[:1].detach().requires_grad_() for part in parts]
-    assert torch.autograd.gradcheck(lambda *each: tree_attention(*each, chunk), one)
+    first = [part[:1].detach().requires_grad_() for part in parts]
+    assert torch.autograd.gradcheck(lambda *each: tree_attention(*each, chunk), first)
 
 
 def test_a_prompt_takes_memory_linear_in_its_length() -> None:

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import pytest
 import torch
-from attention_problems import kernel, problem, reference
+from attention_problems import in_parts, kernel, problem, reference
 from torch import Tensor
 
 from aurora_kernels import TreeMask, tree_attention
 
 # Triton's interpreter computes with NumPy, which tells of every number that is none.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-
-module = sys.modules[tree_attention.__module__]
-
-
-def in_parts(*args: Any, **terms: Any) -> Tensor:
-    """The form of a CPU for many rows and columns: the text without a mask of rows."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "_BIAS", 0)
-        return tree_attention(*args, **terms)
 
 
 every_form = pytest.mark.parametrize("attend", [tree_attention, in_parts, kernel], ids=["plain", "in parts", "triton"])

@@ -48,12 +48,12 @@ def test_they_are_those_of_the_whole_target(name: str, tmp_path: Path, caplog: p
     assert WHOLE not in caplog.text
     assert (parts.digest, parts.fingerprint) == (whole.digest, whole.fingerprint)
     assert same(parts.embedding, whole.embedding) and same(parts.norm, whole.norm)
-    for ours, theirs in (
+    for found, expected in (
         (parts.last_layer, whole.last_layer),
         (parts.parameters, whole.parameters),
         (parts.head.tensors(), whole.head.tensors()),
     ):
-        assert ours.keys() == theirs.keys() and all(same(ours[key], theirs[key]) for key in ours)
+        assert found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in found)
     tied = [each.embedding.data_ptr() == each.head.weight.data_ptr() for each in (parts, whole)]
     assert tied[0] == tied[1]
 

@@ -29,8 +29,8 @@ def model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
 def step(module: nn.Module, new: nn.Module) -> None:
     """Have an optimizer make the parameters those of ``new``, or nearly."""
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    for own, other in zip(module.parameters(), new.parameters(), strict=True):
-        own.grad = (own - other).detach()
+    for own, target in zip(module.parameters(), new.parameters(), strict=True):
+        own.grad = (own - target).detach()
     optimizer.step()
 
 
@@ -118,9 +118,9 @@ def test_a_watched_parameter_is_a_parameter_everywhere_else() -> None:
     module = model()
     WeightWatch(module)
     copied, sent = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
-    for other in (copied, sent, module.to(torch.float64).to(torch.float32)):
-        assert all(isinstance(each, nn.Parameter) for each in other.parameters())
-        assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model().parameters(), strict=True))
+    for copy_of in (copied, sent, module.to(torch.float64).to(torch.float32)):
+        assert all(isinstance(each, nn.Parameter) for each in copy_of.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(copy_of.parameters(), model().parameters(), strict=True))
     with torch.no_grad():
         copied[0].weight.zero_()
     assert isinstance(module[0].weight, WatchedParameter) and bool(module[0].weight.any())

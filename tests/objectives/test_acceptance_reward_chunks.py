@@ -94,14 +94,18 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("fewest", [1, 4])
 @pytest.mark.parametrize(
-    ("kind", "made", "settings"),
+    ("kind", "batch_settings", "settings"),
     [(Eagle3Drafter, *each) for each in SETTINGS] + [(kind, {}, {}) for kind in (EagleDrafter, MedusaDrafter)],
     ids=str,
 )
 def test_values_and_gradients_are_those_of_one_chunk(
-    kind: type[Drafter], made: dict[str, Any], settings: dict[str, Any], fewest: int, monkeypatch: pytest.MonkeyPatch
+    kind: type[Drafter],
+    batch_settings: dict[str, Any],
+    settings: dict[str, Any],
+    fewest: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (drafter, head), batch = noisy_drafter_and_head(kind), batch_of(kind, **made)
+    (drafter, head), batch = noisy_drafter_and_head(kind), batch_of(kind, **batch_settings)
     loss = AcceptanceRewardLoss(drafter, head, **settings)
     assert len(TreeIndex.of(batch).context) > 20
     expected, wanted = learn(loss, batch)

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from tiny_drafters import noisy_drafter_and_head
 from tiny_recordings import trajectory_of
 from torch import Tensor, nn
+from whole_logits import with_whole_logits
 
 from aurora_kernels import LogProbTarget
 from aurora_kernels import rows as kernel_rows
@@ -83,21 +84,13 @@ def test_it_is_what_it_is_with_whole_logits(
     out, gradients = learn(loss(drafter, head, **settings), batch)
     assert not multiplied, "whole logits were made"
     for name in ("unroll", "context_logits"):  # of plain logits
-        monkeypatch.setattr(drafter, name, plain(getattr(drafter, name)))
+        monkeypatch.setattr(drafter, name, with_whole_logits(getattr(drafter, name)))
     expected, wanted = learn(loss(drafter, head, **settings), batch)
     assert multiplied
     torch.testing.assert_close(out.to_dict(), expected.to_dict())
     assert len(gradients) == len(wanted) > 0
     for got, each in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(got, each)
-
-
-def plain(function: Any) -> Any:
-    def with_plain_logits(*args: Any) -> Any:
-        found = function(*args)
-        return found + 0 if isinstance(found, Tensor) else found._replace(logits=[each + 0 for each in found.logits])
-
-    return with_plain_logits
 
 
 @pytest.mark.parametrize(("loss", "settings"), LOSSES, ids=str)
@@ -191,5 +184,5 @@ def test_steps_that_predict_alike_are_compared_once_and_have_the_gradients_of_ea
         keep = weights != 0
         loss = (torch.where(keep, values, 0.0) * weights).sum()
         found.append([values[keep], agreement[keep], *torch.autograd.grad(loss, (states, head))])
-    for other in found[1:]:
-        torch.testing.assert_close(found[0], other)
+    for results in found[1:]:
+        torch.testing.assert_close(found[0], results)

@@ -13,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from tiny_drafters import noisy_drafter_and_head
 from tiny_recordings import trajectory_of
 from torch import Tensor
+from whole_logits import with_whole_logits
 
 from aurora_kernels import rows as kernel_rows
 from aurora_kernels.rows import Rows
@@ -246,11 +247,3 @@ def test_objectives_have_the_value_and_gradient_of_the_dense_rows(
         found.append([out.to_dict(), gradients])
     torch.testing.assert_close(*found)
     assert sum(float(each.abs().sum()) for each in found[0][1]) > 1e-3
-
-
-def with_whole_logits(function: Any) -> Any:
-    def whole(*args: Any) -> Any:
-        found = function(*args)
-        return found + 0 if isinstance(found, Tensor) else found._replace(logits=[each + 0 for each in found.logits])
-
-    return whole

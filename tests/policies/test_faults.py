@@ -39,9 +39,9 @@ def test_a_table_that_is_cast_and_has_more_rows_is_what_it_was(rows: int, dtype:
     before = sample(table)
     for held in (table.to(dtype), longer.to(dtype)):
         assert unchanged(held, before) and unchanged(table, sample(held[:rows]))
-        one = held.clone()
-        one.view(-1)[(rows - 1) * 64 - (rows - 1) * 64 % before.step] += 1
-        assert not unchanged(one, before) and not unchanged(-held, before)
+        changed = held.clone()
+        changed.view(-1)[(rows - 1) * 64 - (rows - 1) * 64 % before.step] += 1
+        assert not unchanged(changed, before) and not unchanged(-held, before)
     for held in (table[:-1], table.T.contiguous(), table[:, :-1], table.flatten(), table.long(), table[None]):
         assert not unchanged(held, before)
 

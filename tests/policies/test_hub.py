@@ -15,7 +15,7 @@ import torch
 from hub_server import Hub, hub
 from huggingface_hub import HfApi, metadata_load
 
-from aurora_rl.models.loading import load_target
+from aurora_rl.models.loading import ModelError, load_target
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, TargetParts
 from aurora_rl.storage import CheckpointError
 from aurora_rl.testing import tiny_target
@@ -44,6 +44,19 @@ def test_a_drafter_is_read_for_a_model_its_parts_and_its_name(tiny_folder: Path,
         read = Drafter.from_pretrained(tmp_path / "drafter", target)
         assert isinstance(read, MedusaDrafter) and read.trained_for == parts.fingerprint
         assert all(torch.equal(read.published()[name], tensor) for name, tensor in written.published().items())
+
+
+def test_what_is_no_target_is_named(tiny_folder: Path, drafter: Eagle3Drafter, tmp_path: Path) -> None:
+    drafter.save_pretrained(tmp_path / "drafter")
+    for source in (tmp_path / "drafter", tiny_folder):  # the drafter twice, and both in each other's place
+        with pytest.raises(ModelError) as caught:
+            Drafter.from_pretrained(source, tmp_path / "drafter")
+        assert str(caught.value) == (
+            f"cannot load model '{tmp_path}/drafter': the folder holds a drafter (Eagle3Drafter); give it as source, "
+            "and as target the language model that it drafts for"
+        )
+    with pytest.raises(ValueError, match="^target is a int; give a model, its parts, or its name: 'smollm2', a folder"):
+        Drafter.from_pretrained(tmp_path / "drafter", 5)
 
 
 def test_a_subclass_reads_its_own_kind_in_the_layout_that_is_asked_for(drafter: Eagle3Drafter, tmp_path: Path) -> None:

@@ -117,13 +117,13 @@ class Chats:
         return self.kept.hits
 
 
-def check_equal(one: TensorDict, same: TensorDict) -> None:
+def check_equal(found: TensorDict, expected: TensorDict) -> None:
     """Two trajectories: the same rounds, tokens, trees and versions, and float32 that differs by rounding.
 
     Log-probabilities by more, as the drafter's wide weights make more of what its features differ by.
     """
-    for key in one.keys(include_nested=True, leaves_only=True):
-        first, second = one[key], same[key]
+    for key in found.keys(include_nested=True, leaves_only=True):
+        first, second = found[key], expected[key]
         if first.is_floating_point():
             atol = 1e-4 if key == ("nodes", "log_probs") else 1e-5
             torch.testing.assert_close(first, second, rtol=1e-5, atol=atol)

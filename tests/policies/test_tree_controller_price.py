@@ -18,8 +18,8 @@ NONE = TreeShape(0)
 def test_the_price_keeps_the_nodes_that_make_the_most_of_a_round(row: float, slots: int) -> None:
     """Nodes whose chances are known, and change from round to round: no fixed number of them is as good."""
     most = TreeShape(1, lookup=8).without_drafter(8)
-    one = TreeShape(1, lookup=8).without_drafter(1)
-    costs = {shape: 1 + row * slots * shape.num_nodes for shape in (NONE, one, most)}
+    single = TreeShape(1, lookup=8).without_drafter(1)
+    costs = {shape: 1 + row * slots * shape.num_nodes for shape in (NONE, single, most)}
     controller, dice = TreeController({slots: costs}), random.Random(0)
     tokens, seconds = Counter[str](), Counter[str]()
 

@@ -64,12 +64,12 @@ def test_each_drafter_has_a_controller_and_a_shape_of_its_own(tmp_path: Path) ->
 
 def test_a_damaged_drafter_is_never_mended_by_the_weights_of_the_other(tmp_path: Path) -> None:
     """Once the second drafts alone, the first's weights are gone: they would be another drafter's."""
-    known, other = requests(5), eagle(1)
-    serving = compared(tmp_path, eagle(0), other, watched=True, trial_rules=RoundTrialRules(window=4, max_rounds=8))
+    known, second = requests(5), eagle(1)
+    serving = compared(tmp_path, eagle(0), second, watched=True, trial_rules=RoundTrialRules(window=4, max_rounds=8))
     serving.run_until(lambda: bool(serving.events("verdict")), known)
     assert serving.events("verdict")[0]["promote"] and not serving.events("watchdog")
     for _ in range(2):  # loaded again the first time, and left out the second
-        weight = next(p for p in other.parameters() if p.ndim == 2)
+        weight = next(p for p in second.parameters() if p.ndim == 2)
         nn.init.zeros_(weight)
         found = len(serving.events("watchdog"))
         serving.run_until(lambda found=found: len(serving.events("watchdog")) > found, known, most=60)

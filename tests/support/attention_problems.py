@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from aurora_kernels import TreeMask
+from aurora_kernels import TreeMask, tree_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,6 +25,13 @@ def kernel(query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, splits: in
     softcap, sinks, table = (part.to(DEVICE) if isinstance(part, Tensor) else part for part in arguments)
     scale = terms.get("scale") or query.shape[-1] ** -0.5
     return attend(query, key, value, moved, scale, softcap, sinks, table, splits=splits).cpu()
+
+
+def in_parts(*args: Any, **terms: Any) -> Tensor:
+    """The form of a CPU for many rows and columns: the text without a mask of rows."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules[tree_attention.__module__], "_BIAS", 0)
+        return tree_attention(*args, **terms)
 
 
 def reference(

@@ -97,23 +97,23 @@ class Forks:
         Signals have their usual effect, whatever this process ignores.
         """
         if self._process is None:
-            self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                command = [sys.executable, "-m", "forked_commands", str(theirs.fileno())]
+            self._requests, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with writer:
+                command = [sys.executable, "-m", "forked_commands", str(writer.fileno())]
                 path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
                 self._process = subprocess.Popen(
                     command,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[writer.fileno()],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # Ctrl-C ends the tests, and they end it
                     env=os.environ | {"PYTHONPATH": path},
                 )
         request = {"words": list(words), "cwd": str(cwd or Path.cwd()), "env": dict(os.environ if env is None else env)}
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with writer:
             files = [each if isinstance(each, int) else each.fileno() for each in (stdout, stderr)]
-            socket.send_fds(self._requests, [json.dumps(request).encode()], [*files, theirs.fileno()])
-        return ForkedProcess(ours)
+            socket.send_fds(self._requests, [json.dumps(request).encode()], [*files, writer.fileno()])
+        return ForkedProcess(reader)
 
 
 def _serve(requests: socket.socket) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from processes import wait
 from tensordict import TensorDict
 
 from aurora_rl.collectors.handshake import Handshake
@@ -33,13 +34,6 @@ def send(loop: SimpleNamespace, trajectories: list[TensorDict]) -> None:
         loop.sink.extend(trajectory)
     wait(lambda: loop.sink.sent and not loop.sink.queued)
     time.sleep(0.05)
-
-
-def wait(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def step_until(loop: SimpleNamespace, condition: Callable[[], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -34,3 +35,11 @@ def commands(page: Path) -> list[list[str]]:
         for words in lines
         if words
     ]
+
+
+def run_block(code: str, folder: Path, **names: Path) -> dict:
+    """Run a block with folders for the names in capitals, in float32 as the test's models are."""
+    for name, path in names.items():
+        code = code.replace(f'"{name}"', repr(str(path)))
+    (folder / "block.py").write_text(code.replace("torch.bfloat16", "torch.float32"))
+    return runpy.run_path(str(folder / "block.py"))

@@ -223,8 +223,8 @@ class Learner:
         return next(iter(self.publisher.rejected_by(version).values()), "")
 
 
-def same(held: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return held.keys() == other.keys() and all(torch.equal(held[name], other[name]) for name in held)
+def same(held: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return held.keys() == expected.keys() and all(torch.equal(held[name], expected[name]) for name in held)
 
 
 def expected(seed: int) -> dict[str, Tensor]:
@@ -249,8 +249,8 @@ def wait(condition: Callable[[], Any], seconds: float = 20.0) -> bool:
 def swaps(server: Server) -> dict[str, Any]:
     """Swaps that all ranks make together, and those that none makes as one could not."""
     learner, found, status = Learner(server), dict[str, Any](), lambda: server.plugin._answer("status", {})
-    other = Handshake(**{**learner.handshake.__dict__, "head_checksum": "0" * 32})
-    found["another head"], found["attach"] = learner.attach(other), learner.attach()
+    stranger = Handshake(**{**learner.handshake.__dict__, "head_checksum": "0" * 32})
+    found["another head"], found["attach"] = learner.attach(stranger), learner.attach()
     found["start"] = same(server.held(), expected(0))
 
     found["idle"] = learner.publish(1, 1), same(server.held(), expected(1))

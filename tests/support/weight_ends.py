@@ -6,7 +6,7 @@ import time
 
 import torch
 import zmq
-from processes import wait as until
+from processes import wait
 from tensordict import TensorDict
 
 from aurora_rl.collectors.codec import checksum, decode, encode
@@ -34,7 +34,7 @@ def take(receiver: WeightReceiver) -> tuple[int, TensorDict]:
         got.extend([latest] if latest else [])
         return bool(got)
 
-    until(arrived)
+    wait(arrived)
     return got[0]
 
 
@@ -75,7 +75,7 @@ class FakeLearner:
 
     def await_received(self, version: int) -> None:
         """Until the engine says that these weights have arrived."""
-        until(lambda: self.receive("serving")[1]["received"] == version)
+        wait(lambda: self.receive("serving")[1]["received"] == version)
 
     def close(self) -> None:
         self.socket.close()

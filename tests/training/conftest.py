@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from learner_loops import HANDSHAKE, PARTS, SHAPE, TARGET, Make, day0
+from run_events import events
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from aurora_rl.collectors.weights import WeightPublisher, WeightReceiver
 from aurora_rl.objectives.imitation import ImitationLoss
 from aurora_rl.policies import Eagle3Drafter, TreeShape
 from aurora_rl.policies.adapters import add_adapters
-from aurora_rl.telemetry.log import MetricsLog, MetricsReader
+from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.testing import serve
 from aurora_rl.training.engine_canary import EngineCanary, EngineTrialRules
@@ -120,9 +121,6 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
             for close in (sink.close, receiver.close, learner.close):
                 stack.callback(close)
 
-            def events(kind: str) -> list[dict[str, Any]]:
-                return [e for e in MetricsReader(tmp_path / "metrics.jsonl") if e["event"] == kind]
-
             return SimpleNamespace(
                 learner=learner,
                 drafter=drafter,
@@ -131,7 +129,7 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
                 receiver=receiver,
                 publisher=publisher,
                 collector=collector,
-                events=events,
+                events=partial(events, tmp_path),
                 states=tmp_path / "learner",
             )
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import wait
 from tensordict import TensorDict
 from torch import Tensor
 from weight_ends import HANDSHAKE, LOCAL, engine
@@ -188,18 +188,18 @@ class Loop:
         for name in names:
             self.join(name)
         self.publisher.publish(1, OLD)
-        self.wait(lambda: all([each.load() for each in self.engines]))
+        wait(lambda: all([each.load() for each in self.engines]))
 
     def join(self, name: str) -> Engine:
         self.engines.append(Engine(self.publisher, name, self.gain))
-        self.wait(lambda: name in self.publisher.engines)
+        wait(lambda: name in self.publisher.engines)
         return self.engines[-1]
 
     def leave(self, name: str) -> None:
         gone = next(each for each in self.engines if each.name == name)
         self.engines.remove(gone)
         gone.receiver.close()
-        self.wait(lambda: name not in self.publisher.engines)
+        wait(lambda: name not in self.publisher.engines)
 
     def publish_to_all(self, weights: dict[str, Tensor]) -> int:
         version = self.publisher.next_version
@@ -208,7 +208,7 @@ class Loop:
 
     def turn(self) -> None:
         """Let engines load what they are to have, and answer a request each."""
-        self.wait(lambda: all([each.load() for each in self.engines]))
+        wait(lambda: all([each.load() for each in self.engines]))
         self.most_with_new = max(self.most_with_new, sum(each.weights == 2.0 for each in self.engines))
         self.canary.follow([each.request(self.dice) for each in self.engines], self.publish_to_all)
 
@@ -219,17 +219,11 @@ class Loop:
                 break
             self.turn()
         (event,) = self.events("engine_verdict")
-        self.wait(lambda: all([each.load() for each in self.engines]))
+        wait(lambda: all([each.load() for each in self.engines]))
         return event
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in MetricsReader(self.folder / "metrics.jsonl") if event["event"] == kind]
-
-    def wait(self, condition: Callable[[], object], seconds: float = 20.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, "it did not happen in time"
-            time.sleep(0.002)
 
     def close(self) -> None:
         for each in self.engines:
@@ -290,7 +284,7 @@ def test_an_engine_that_rejects_the_new_weights_ends_the_trial(loop: Loop) -> No
     loop.turn()
     (has_new,) = (each for each in loop.engines if each.weights == 2.0)
     has_new.receiver.reject(version or 0, "the drafter is dead")
-    loop.wait(lambda: loop.publisher.rejected_by(version or 0))
+    wait(lambda: loop.publisher.rejected_by(version or 0))
     event = loop.end()
     assert not event["promote"]
     assert event["reason"] == f"{has_new.name} rejected version {version}: the drafter is dead"
@@ -342,7 +336,7 @@ def test_a_window_waits_for_engines_that_load_slowly_and_not_for_those_without_r
     windows, trial = [loop.canary._drafted], loop.canary._trial
     busy(loop, 1000)  # nobody has loaded anything
     while trial is loop.canary._trial:
-        loop.wait(lambda: all([each.load() for each in loop.engines]) and loop.canary._have_loaded(trial))
+        wait(lambda: all([each.load() for each in loop.engines]) and loop.canary._have_loaded(trial))
         busy(loop, 64)  # 8 times 2 requests of each of four engines
         assert loop.canary._drafted is windows[-1]
         busy(loop, 1)

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from benchmark_scripts import imported
-from learner_loops import SHAPE, Make, drain, send, step_until, wait
+from learner_loops import SHAPE, Make, drain, send, step_until
+from processes import wait
 from tensordict import TensorDict
 
 from aurora_rl.policies.adapters import adapted_layers

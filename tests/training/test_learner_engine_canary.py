@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from learner_loops import HANDSHAKE, Make, send, step_until, wait
+from learner_loops import HANDSHAKE, Make, send, step_until
+from processes import wait
 from tensordict import TensorDict
 from torch import Tensor
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from learner_loops import PARTS, SHAPE, Make, day0, drain, send, step_until, wait
+from learner_loops import PARTS, SHAPE, Make, day0, drain, send, step_until
+from processes import wait
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor

@@ -6,7 +6,8 @@ import time
 from collections import Counter
 
 import torch
-from learner_loops import HANDSHAKE, Make, drain, send, wait
+from learner_loops import HANDSHAKE, Make, drain, send
+from processes import wait
 from tensordict import TensorDict
 
 from aurora_rl.collectors.sink import TrajectorySink

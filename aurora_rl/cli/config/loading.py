@@ -37,6 +37,7 @@ _MOVED = {
     "engine.control": "engine.plugin_address",
     "learner.record": "learner.recording",
 }
+_OF_IMITATION = ("learner.decay", "learner.steps")  # settings of the objective now
 
 
 def load_config(
@@ -70,19 +71,19 @@ def load_config(
         sources.append((pair, _from_pair(pair, merged)))
     known = keys_of(merged)
     for source, values in sources:
-        if moved := [f"{key!r} is called {now!r} now" for key in keys_of(values) if (now := _moved(key)) is not None]:
+        if moved := [f"{key!r} is {now} now" for key in keys_of(values) if (now := _moved(key)) is not None]:
             raise ConfigError(f"{source}: {', '.join(moved)}")
-        given = "=" if source in overrides or source in usual else ": "
+        equals = "=" if source in overrides or source in usual else ": "
         for key in keys_of(values):
             if key not in known:
-                raise ConfigError(unknown_key(key, values, merged, source, given))
+                raise ConfigError(unknown_key(key, values, merged, source, equals))
             node = node_at(values, key)
             if node is not None and node._value() == "???":  # OmegaConf would leave the default without a word
                 raise ConfigError(f"{key}=??? in {source}: ??? stands for no value; name one, or leave the key out")
         try:
             merged.merge_with(values)
         except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list in the place of a mapping
-            if told := wrong_type(values, merged, given):
+            if told := wrong_type(values, merged, equals):
                 raise ConfigError(told if source in overrides else f"{source}: {told}") from error
             raise ConfigError(f"{source}: {str(error).splitlines()[0]}") from error
         if told := nested(values, merged):
@@ -100,8 +101,11 @@ def load_config(
 
 
 def _moved(key: str) -> str | None:
-    """Return the new name of a key if it, or a key above it, was renamed."""
-    return next((now + key[len(was) :] for was, now in _MOVED.items() if key == was or key.startswith(f"{was}.")), None)
+    """Return what a key is now if it, or a key above it, was renamed."""
+    if key in _OF_IMITATION:
+        return f"set by objectives=[{{name: imitation, {key.partition('.')[2]}: ...}}]"
+    names = (now + key[len(was) :] for was, now in _MOVED.items() if key == was or key.startswith(f"{was}."))
+    return next((f"called {name!r}" for name in names), None)
 
 
 def nearest_key(name: str) -> str | None:

@@ -172,7 +172,7 @@ class HttpConfig:
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """The training server."""
+    """The learner, which trains the drafter while the server serves."""
 
     spawn: bool = True
     """Whether the server starts a learner of its own; false leaves that to one at ``wire.*``, or to none."""

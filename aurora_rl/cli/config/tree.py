@@ -97,7 +97,7 @@ def similar(name: str, known: Sequence[str]) -> list[str]:
     return [near] if not within and (near := nearest(name, known)) else []
 
 
-def unknown_key(key: str, values: DictConfig, merged: DictConfig, source: str, given: str) -> str:
+def unknown_key(key: str, values: DictConfig, merged: DictConfig, source: str, equals: str) -> str:
     """Return what is wrong with a key that there is not, and what to write.
 
     Args:
@@ -105,7 +105,7 @@ def unknown_key(key: str, values: DictConfig, merged: DictConfig, source: str, g
         values: Values of its source.
         merged: Tree of all keys.
         source: File or pair that has it.
-        given: What stands between key and value in the source, ``=`` or ``: ``.
+        equals: What stands between key and value in the source, ``=`` or ``: ``.
     """
     node = node_at(values, key)
     value = node._value() if isinstance(node, StringNode | AnyNode) else None
@@ -113,8 +113,8 @@ def unknown_key(key: str, values: DictConfig, merged: DictConfig, source: str, g
     section, known = node_at(merged, key), keys_of(merged)
     if isinstance(section, DictConfig) and not (text and f"{key}.name" in known):
         first = next(map(str, section))
-        return f"{key} in {source} is a section of keys, not a value; set its keys, such as {key}.{first}{given}VALUE"
-    found = [f"{each}{given}{text}" if each == f"{key}.name" else each for each in similar(key, known)]
+        return f"{key} in {source} is a section of keys, not a value; set its keys, such as {key}.{first}{equals}VALUE"
+    found = [f"{each}{equals}{text}" if each == f"{key}.name" else each for each in similar(key, known)]
     told = f"unknown key {key[:MAX_SHOWN]!r} in {source}; "
     if found:
         return f"{told}did you mean {' or '.join(map(repr, found[:MAX_NAMED]))}?"
@@ -124,13 +124,13 @@ def unknown_key(key: str, values: DictConfig, merged: DictConfig, source: str, g
     return f"{told}aurora-rl serve --print-config prints all keys"
 
 
-def wrong_type(values: DictConfig, merged: DictConfig, given: str) -> str:
+def wrong_type(values: DictConfig, merged: DictConfig, equals: str) -> str:
     """Return which key has a value of another type, the value, and what to write; empty if none has.
 
     Args:
         values: Values of one source.
         merged: Tree of all keys.
-        given: What stands between key and value in the source, ``=`` or ``: ``.
+        equals: What stands between key and value in the source, ``=`` or ``: ``.
     """
     for key in keys_of(values):
         wanted, node = node_at(merged, key), node_at(values, key)
@@ -140,16 +140,16 @@ def wrong_type(values: DictConfig, merged: DictConfig, given: str) -> str:
             continue
         got = f"{key} is {_shown(value)}"
         if isinstance(wanted, DictConfig):
-            return f"{got}; give a mapping, such as {key}{given}{{NAME: VALUE}}"
+            return f"{got}; give a mapping, such as {key}{equals}{{NAME: VALUE}}"
         if not isinstance(wanted, TupleConfig):
             return f"{got}; give {_TYPES[wanted._metadata.ref_type]}{' or null' * wanted._is_optional()}"
         kind = get_args(wanted._metadata.ref_type)[0]
         example = _LISTS.get(key, f"[{'' if value is None else value}]")
         if not isinstance(value, list):
-            return f"{got}; give a list, such as {key}{given}{example}"
+            return f"{got}; give a list, such as {key}{equals}{example}"
         if kind not in (int, str):
             wrong = next(each for each in value if not isinstance(each, dict))
-            return f"{key} holds {_shown(wrong)}; give mappings, such as {key}{given}{example}"
+            return f"{key} holds {_shown(wrong)}; give mappings, such as {key}{equals}{example}"
         need = "two names or folders" if key == "compare" else "integers" if kind is int else "texts"
         if wrong := [each for each in value if type(each) is not kind]:
             return f"{key} holds {_shown(wrong[0])}; give {need}"

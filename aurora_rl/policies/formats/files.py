@@ -215,11 +215,15 @@ def drafter_class(source: str | os.PathLike[str], kind: type[Drafter] | None = N
 
 
 @contextlib.contextmanager
-def naming_drafters(model: str | os.PathLike[str]) -> Iterator[None]:
+def naming_drafters(
+    model: str | os.PathLike[str], *, drafter_key: str = "drafter", target_key: str = "model"
+) -> Iterator[None]:
     """Name the likely cause where the block cannot load a target: its folder holds a drafter.
 
     Args:
         model: What the block loads.
+        drafter_key: Key or argument that the user gives a drafter by.
+        target_key: Key or argument that the user gives the target by.
 
     Raises:
         ModelError: That of the block, or in its place one that says what to do with the drafter.
@@ -234,7 +238,7 @@ def naming_drafters(model: str | os.PathLike[str]) -> Iterator[None]:
     if kind is not None:  # not within the block, where the loaders' own texts would be its context
         raise ModelError(
             f"cannot load model {os.fspath(model)!r}: the folder holds a drafter ({kind.__name__}); give it as "
-            "drafter.path (in Python as drafter), and as model the language model that it drafts for"
+            f"{drafter_key}, and as {target_key} the language model that it drafts for"
         )
 
 

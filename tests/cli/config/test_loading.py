@@ -82,6 +82,8 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("drafter.made_for=any", "^drafter.made_for=.*: 'drafter.made_for' is called 'drafter.trained_for' now$"),
         ("canary.most_rounds=8", "^canary.most_rounds=.*: 'canary.most_rounds' is called 'canary.max_rounds' now$"),
         ("canary.most_requests=8", "^canary.most_requests=.* is called 'canary.max_requests' now$"),
+        ("learner.decay=0.9", r"'learner.decay' is set by objectives=\[\{name: imitation, decay: ...\}\] now$"),
+        ("learner.steps=3", r"'learner.steps' is set by objectives=\[\{name: imitation, steps: ...\}\] now$"),
         ("learner.record=stream", "^learner.record=.*: 'learner.record' is called 'learner.recording' now$"),
         ("engine.slot=2", "unknown key 'engine.slot' in engine.slot=2; did you mean 'engine.slots'?"),
         ("slots=2", "unknown key 'slots' in slots=2; did you mean"),

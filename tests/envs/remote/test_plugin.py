@@ -89,7 +89,7 @@ def test_a_fault_of_the_engine_reaches_the_engine(plugin):
 
 def test_an_address_that_is_taken_is_told_in_the_log(plugin, caplog):
     plugin._listen()
-    other = Bare(plugin._server.address)
-    other._listen()
-    assert other._server is None and "nobody can attach here" in caplog.text
+    late = Bare(plugin._server.address)
+    late._listen()
+    assert late._server is None and "nobody can attach here" in caplog.text
     plugin._server.close()

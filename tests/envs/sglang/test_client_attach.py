@@ -21,11 +21,11 @@ import pytest
 from forked_commands import Forks
 from loopback_ports import free_ports
 from processes import wait
+from run_events import events
 from sglang_requests import environment, requests
 
 from aurora_rl.cli import main as cli
 from aurora_rl.envs.sglang.client import CPU_ARGUMENTS, CPU_VARIABLES, SGLangClient, SGLangError
-from aurora_rl.telemetry.log import MetricsReader
 
 pytestmark = [pytest.mark.sglang, pytest.mark.usefixtures("signal_handlers")]
 
@@ -111,10 +111,6 @@ class Attached:
             return condition()
 
         wait(happened, 120)
-
-
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in MetricsReader(folder / "metrics.jsonl") if event["event"] == kind]
 
 
 def counted(folder: Path) -> int:

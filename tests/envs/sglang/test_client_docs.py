@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
 
 import pytest
+from pages import DOCS, blocks, run_block
 
 from aurora_rl.envs.sglang import SGLangClient
 
-(BLOCK,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[3] / "docs" / "sglang.md").read_text(), re.DOTALL)
-
-
-def run(code: str, folder: Path, **names: Path) -> dict:
-    """Run a block with folders for the names in capitals, in float32 as the test's models are."""
-    for name, path in names.items():
-        code = code.replace(f'"{name}"', repr(str(path)))
-    (folder / "block.py").write_text(code.replace("torch.bfloat16", "torch.float32"))
-    return runpy.run_path(str(folder / "block.py"))
+(BLOCK,) = blocks(DOCS / "sglang.md", "python")
 
 
 def test_everything_up_to_the_launch(sglang_models: Path, tmp_path: Path) -> None:
     before, after = BLOCK.split("engine = ")
     assert after.startswith("SGLangClient.launch(")
-    names = run(before, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
+    names = run_block(before, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
     names["publisher"].close()
     names["collector"].shutdown()
     assert names["SGLangClient"] is SGLangClient
@@ -38,7 +30,7 @@ def test_the_whole_block_on_a_server(
     attached = f"SGLangClient({chain.url!r}, {chain.plugin_address!r})"
     code, count = re.subn(r"SGLangClient\.launch\(.*?\)(?=\n)", attached, BLOCK)
     assert count == 1
-    names = run(code, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
+    names = run_block(code, tmp_path, MODEL=sglang_models / "target", DRAFTER=sglang_models / "eagle3")
     assert len(names["completion"].tokens) == 32 and int(names["trajectory"]["request"]) == 0
     printed = capsys.readouterr().out
     assert "'recorded': 1," in printed and "'version': 1," in printed and "'swaps': 1," in printed

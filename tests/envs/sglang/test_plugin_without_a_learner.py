@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from processes import wait
 from sglang_requests import requests
 
 from aurora_rl.collectors.handshake import Handshake
@@ -52,16 +52,9 @@ def test_a_tenants_trajectories_are_deleted_from_the_queue_and_no_others(alone: 
     ]
     for request in asked:
         alone.generate(request)
-    until(lambda: alone.status()["queued"] == waiting + 3)
+    wait(lambda: alone.status()["queued"] == waiting + 3)
     assert alone.delete("a") == {"trajectories": 2, "learner": "absent"}
     assert alone.status()["queued"] == waiting + 1
     assert alone.delete("a") == {"trajectories": 0, "learner": "absent"}
-    until(lambda: alone.generate(replace(asked[0], id=asked[0].id + 10**7)).tokens is not None)  # and it serves on
-    until(lambda: alone.status()["queued"] == waiting + 2)  # what begins later is another matter
-
-
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait(lambda: alone.generate(replace(asked[0], id=asked[0].id + 10**7)).tokens is not None)  # and it serves on
+    wait(lambda: alone.status()["queued"] == waiting + 2)  # what begins later is another matter

@@ -14,6 +14,7 @@ from itertools import product
 
 import pytest
 import torch
+from fraction_laws import VOCAB, Law, laws, scaled
 from torch import Tensor
 
 from aurora_kernels.noise import uniform
@@ -32,24 +33,12 @@ from aurora_rl.testing.enumerable_worlds import (
 )
 from aurora_rl.trajectories import pack
 
-VOCAB, DEEPEST = 3, 3
+DEEPEST = 3
 Text = tuple[int, ...]
-Law = tuple[Fraction, ...]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def scaled(values: list[Fraction]) -> Law:
-    total = sum(values)
-    return tuple(v / total for v in values) if total else tuple(values)
-
-
-def laws(generator: torch.Generator) -> Law:
-    """A random law, now and then with tokens that it excludes."""
-    weights = torch.randint(0, 7, (VOCAB,), generator=generator).tolist()
-    return scaled([Fraction(w) for w in weights]) if sum(weights) else laws(generator)
 
 
 class World:

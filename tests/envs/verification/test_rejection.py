@@ -15,6 +15,7 @@ from itertools import product
 
 import pytest
 import torch
+from fraction_laws import VOCAB, Law, laws, scaled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,25 +23,12 @@ from torch import Tensor
 from aurora_rl.envs.verification.rejection import Rejection, RejectionWithoutReplacement, reject
 from aurora_rl.envs.verification.rules import Verdict
 
-VOCAB = 3
-Law = tuple[Fraction, ...]
 RULES = {True: Rejection(), False: RejectionWithoutReplacement()}
 both = pytest.mark.parametrize("replacement", [True, False], ids=["with", "without"])
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def scaled(values: list[Fraction]) -> Law:
-    total = sum(values)
-    return tuple(v / total for v in values) if total else tuple(values)
-
-
-def laws(generator: torch.Generator, size: int = VOCAB, zeros: bool = True) -> Law:
-    """A random law in twelfths, now and then with tokens that it excludes."""
-    weights = torch.randint(0 if zeros else 1, 7, (size,), generator=generator).tolist()
-    return scaled([Fraction(w) for w in weights]) if sum(weights) else laws(generator, size, zeros)
 
 
 class World:

@@ -63,9 +63,9 @@ def test_the_noise_draws_the_law(replacement: bool) -> None:
 def test_without_nodes_verification_is_plain_sampling() -> None:
     logits, nodes = torch.randn(50, 1, 7), torch.zeros(50, 0, dtype=torch.int64)
     sampling = SamplingBatch.from_params([SamplingParams(0.8, 5, 0.9, seed) for seed in range(50)])
-    given_ = (logits, nodes, nodes, nodes.bool(), torch.full((50,), 9), sampling)
-    plain_ = get_rule("sample_and_match")().verify(*given_)
-    assert torch.equal(Rejection().verify(*given_, torch.zeros(50, 0, 7)).bonus_token, plain_.bonus_token)
+    round_ = (logits, nodes, nodes, nodes.bool(), torch.full((50,), 9), sampling)
+    expected = get_rule("sample_and_match")().verify(*round_)
+    assert torch.equal(Rejection().verify(*round_, torch.zeros(50, 0, 7)).bonus_token, expected.bonus_token)
 
 
 def test_rejection_needs_the_drafters_distribution() -> None:

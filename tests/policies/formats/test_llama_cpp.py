@@ -173,18 +173,18 @@ def test_llama_cpp_s_own_converter_writes_the_same(rope: dict[str, Any], smollm2
     parts = TargetParts.of(model)
     drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(0, 49152, 96), feature_layers=(1, 9, 28))
     perturbed(drafter, 0.01).bfloat16()
-    ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+    written, converted = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
     save_drafter(drafter, tmp_path / "folder", "vllm")
-    save_gguf(drafter, ours, loading._embedded_gguf())
+    save_gguf(drafter, written, loading._embedded_gguf())
     subprocess.run(
         [sys.executable, "convert_hf_to_gguf.py", tmp_path / "folder", "--target-model-dir", smollm2_path]
-        + ["--outtype", "bf16", "--outfile", theirs],
+        + ["--outtype", "bf16", "--outfile", converted],
         cwd=os.environ["AURORA_RL_LLAMA_CPP"],
         check=True,
         timeout=300,
     )
-    assert fields(ours) == fields(theirs)
-    here, there = tensors(ours), tensors(theirs)
+    assert fields(written) == fields(converted)
+    here, there = tensors(written), tensors(converted)
     assert here.keys() == there.keys()
     for name, (kind, values) in there.items():
         assert here[name][0] == kind, name

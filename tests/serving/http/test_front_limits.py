@@ -169,8 +169,8 @@ def test_what_has_no_room_is_refused_before_work_goes_into_it(
 ) -> None:
     asked: list[object] = []
 
-    def counted(self: Any, given: Any) -> list[int]:
-        asked.append(given)
+    def counted(self: Any, prompt: Any) -> list[int]:
+        asked.append(prompt)
         return [1] * 100_000
 
     monkeypatch.setattr(Encoder, "_chat", counted)

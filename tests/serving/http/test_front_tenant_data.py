@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from processes import wait
 
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.prefix_cache import PrefixCache
@@ -45,15 +49,27 @@ def test_a_tenants_data_is_deleted_and_no_other_tenants(rig: Any) -> None:
 
 
 @pytest.mark.usefixtures("stores")
+def test_the_command_of_the_privacy_page(rig: Any) -> None:
+    """As printed, but for the server's address; what it prints has these fields."""
+    page = (Path(__file__).parents[3] / "docs" / "privacy.md").read_text()
+    command, printed = page.split("## Delete a tenant's data\n\n```text\n")[1].split("\n```")[0].splitlines()
+    words = shlex.split(command.replace("http://127.0.0.1:8000", rig.url))
+    headers = dict(words[place + 1].split(": ", 1) for place, word in enumerate(words) if word == "-H")
+    assert words[:3] == ["curl", "-X", "DELETE"] and len(words) == 4 + 2 * len(headers)
+    answer = httpx.delete(words[3], headers=headers).json()
+    assert answer.keys() == json.loads(printed).keys() and answer["tenant"] == json.loads(printed)["tenant"]
+
+
+@pytest.mark.usefixtures("stores")
 def test_requests_in_flight_are_completed_first_and_leave_nothing(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four in two slots, two of the tenant's: one runs and one waits."""
     go, step, learned = threading.Event(), rig.server.step, len(rig.learned)
     monkeypatch.setattr(rig.server, "step", lambda: go.wait(0.01) and step())
     with ThreadPoolExecutor(5) as pool:
         flying = [pool.submit(complete, rig.url, headers, 24) for headers in (A, B, A, B)]
-        assert until(lambda: rig.clients.num_waiting == 4)
+        wait(lambda: rig.clients.num_waiting == 4)
         deletion = pool.submit(httpx.delete, f"{rig.url}/tenant_data", headers=A, timeout=30)
-        assert until(lambda: rig.clients._deletions)
+        wait(lambda: rig.clients._deletions)
         assert not deletion.done() and not rig.deleted
         go.set()
         answer = deletion.result(30).json()
@@ -61,14 +77,6 @@ def test_requests_in_flight_are_completed_first_and_leave_nothing(rig: Any, monk
     assert (answer["answers"], rig.deleted) == (0, ["a"]) and answer["prefixes"] >= 1
     assert len(rig.learned) == learned + 2
     assert complete(rig.url, A) == 0
-
-
-def until(condition: Callable[[], object]) -> bool:
-    for _ in range(1000):
-        if condition():
-            return True
-        threading.Event().wait(0.01)
-    return False
 
 
 def test_a_deletion_needs_a_tenant_a_key_and_an_engine(rig: Any, make_rig: Callable[[], Any]) -> None:
