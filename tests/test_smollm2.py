@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensordict import TensorDictBase
+from scripted_drafter import ScriptedDrafter
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -116,7 +116,7 @@ def serve(
     return done
 
 
-class Knowing(Drafter):
+class Knowing(ScriptedDrafter):
     """Drafts the answer with mistakes and with wrong branches around it, so that paths are long and fork anywhere."""
 
     def __init__(self, world: World, answers: dict[int, list[int]], *, branches: bool) -> None:
@@ -125,19 +125,6 @@ class Knowing(Drafter):
         self.draft_vocab = torch.arange(self.vocab_size)
         self._texts = [world.prompts[i].tolist() + answer for i, answer in answers.items()]
         self._branches, self._generator = branches, torch.Generator().manual_seed(5)
-
-    @classmethod
-    def from_target(cls, parts: TargetParts, **options: object) -> Knowing:
-        raise NotImplementedError
-
-    def allocate(self, num_slots: int, max_length: int) -> None:
-        self.cached = torch.zeros(num_slots, dtype=torch.int64)
-        self._held: list[list[int]] = [[] for _ in range(num_slots)]
-
-    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        for slot, row, count in zip(slots.tolist(), tokens.tolist(), num_new.tolist(), strict=True):
-            self._held[slot] = self._held[slot][: int(self.cached[slot])] + row[1 : count + 1]
-        self.cached[slots] += num_new
 
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
         random = torch.randint(0, len(self.draft_vocab), (len(slots), shape.depth, 2), generator=self._generator)
@@ -163,18 +150,6 @@ class Knowing(Drafter):
             parents.append(row_parents)
         rows = torch.tensor(tokens)
         return Proposal(rows, torch.tensor(parents), torch.zeros(rows.shape))
-
-    def unroll(self, batch: TensorDictBase, steps: int):
-        raise NotImplementedError
-
-    def context_logits(self, batch: TensorDictBase, trees: object, wanted: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def published(self) -> dict[str, Tensor]:
-        return {}
-
-    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        raise NotImplementedError
 
 
 def eagle(parts: TargetParts, dtype: torch.dtype = torch.float32) -> Eagle3Drafter:

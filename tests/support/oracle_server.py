@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from scripted_drafter import ScriptedDrafter
+from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_rl.collectors.handshake import Handshake
@@ -57,7 +58,7 @@ def truth(request: Request) -> list[int]:
     return text(tuple(request.prompt.tolist()), request.sampling_params.max_tokens)
 
 
-class Oracle(Drafter):
+class Oracle(ScriptedDrafter):
     """Proposes what the target is going to say, and may sleep over it."""
 
     vocab_size = VOCAB
@@ -71,19 +72,6 @@ class Oracle(Drafter):
             r.prompt.tolist() + text(tuple(r.prompt.tolist()), r.sampling_params.max_tokens + DEPTH + 1) for r in known
         ]
 
-    @classmethod
-    def from_target(cls, parts: TargetParts, **options: object) -> Oracle:
-        raise NotImplementedError
-
-    def allocate(self, num_slots: int, max_length: int) -> None:
-        self.cached = torch.zeros(num_slots, dtype=torch.int64)
-        self._held: list[list[int]] = [[] for _ in range(num_slots)]
-
-    def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        for slot, row, count in zip(slots.tolist(), tokens.tolist(), num_new.tolist(), strict=True):
-            self._held[slot] = self._held[slot][: int(self.cached[slot])] + row[1 : count + 1]
-        self.cached[slots] += num_new
-
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
         time.sleep(self.nap)
         rows = []
@@ -93,18 +81,6 @@ class Oracle(Drafter):
             rows.append(known[1 + len(held) :][: shape.depth])
         tokens = torch.tensor(rows)
         return Proposal(tokens, torch.arange(-1, shape.depth - 1).expand_as(tokens), torch.zeros(tokens.shape))
-
-    def unroll(self, batch: TensorDictBase, steps: int):
-        raise NotImplementedError
-
-    def context_logits(self, batch: TensorDictBase, trees: object, wanted: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def published(self) -> dict[str, Tensor]:
-        return {}
-
-    def stage(self, weights: dict[str, Tensor]) -> Callable[[], None]:
-        raise NotImplementedError
 
 
 class Wrong(Oracle):
