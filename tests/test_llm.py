@@ -114,7 +114,8 @@ def test_seeds_of_64_bits_have_a_text_each(drafted: LLM) -> None:
 
 def test_the_seed_decides_what_is_sampled_without_one(tiny_folder: Path) -> None:
     params = SamplingParams(1.0, max_tokens=16)
-    first, same, other = (texts(llm(tiny_folder, None, seed=n).generate(["abc"] * 2, params)) for n in (3, np.int64(3), 4))
+    seeds = (3, np.int64(3), 4)
+    first, same, other = (texts(llm(tiny_folder, None, seed=n).generate(["abc"] * 2, params)) for n in seeds)
     assert first == same and len(set(map(tuple, [*first, *other]))) == 4
 
 
