@@ -20,8 +20,8 @@ class TrajectoryCollector(Collector):
     """TorchRL's ``Collector`` whose batches are packed trajectories, as objectives take them.
 
     TorchRL's own yields rounds, of which no objective can learn: a round lacks the prompt, and its request goes on in
-    the next batch. This one runs the same rounds, and yields the requests that ended in them, on the drafter's device. It
-    yields nothing while none ends, and stops when no request is left, or after ``total_frames``.
+    the next batch. This one runs the same rounds, and yields the requests that ended in them, on the drafter's device.
+    It yields nothing while none ends, and stops when no request is left, or after ``total_frames``.
 
     Args:
         env: Environment, made with ``record=True``. Its ``on_completion`` is called as before.

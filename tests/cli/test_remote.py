@@ -7,15 +7,17 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from aurora_rl.cli import assembly, spec
+from aurora_rl.cli import assembly, remote, spec
 from aurora_rl.cli.config import load_config, to_yaml
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.remote import remote_server, served_config
 from aurora_rl.envs.remote import plugin_server
 from aurora_rl.envs.remote.plugin_server import PluginServer
+from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
 from aurora_rl.telemetry.log import MetricsLog
 
 SERVED = {
@@ -65,6 +67,25 @@ def test_a_plugin_that_does_not_answer_is_named_with_its_key(monkeypatch: pytest
     nowhere = ["engine.name=sglang", "engine.url=http://127.0.0.1:9", "engine.plugin_address=tcp://127.0.0.1:9"]
     with pytest.raises(ConfigError, match="engine.plugin_address: no answer at tcp://127.0.0.1:9"):
         served_config(load_config(overrides=[*nowhere, "drafter.path=d"]))
+
+
+@pytest.mark.parametrize(("context", "length"), [(4096, 1024), (1000, 1000 - reserved_context(3, 2, 5))])
+def test_a_server_that_is_launched_here_has_a_length_that_fits_the_model(
+    context: int, length: int, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: dict[str, Any] = {}
+    monkeypatch.setattr(SGLangClient, "launch", lambda model, **settings: launched.update(settings))
+    pairs = [f"model={tiny_folder}", "dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3"]
+    pairs += ["engine.name=sglang", "drafter.feature_layers=[1,2]", "drafter.width=2", "drafter.num_nodes=5"]
+    run = spec.resolve(load_config(overrides=[*pairs, "drafter.depth=3"]))
+    drafter = assembly.start_drafter(run, assembly.load(run), [])
+    remote._launch(run, drafter, context, tmp_path)
+    assert launched["max_length"] == length
+    longer = replace(run, config=replace(run.config, engine=replace(run.config.engine, max_length=context)))
+    with pytest.raises(
+        SGLangError, match=f"engine.max_length={context} and the drafts exceed .*; set engine.max_length="
+    ):
+        remote._launch(longer, drafter, context, tmp_path)
 
 
 def test_settings_that_keep_clients_requests_from_the_records_are_told(

@@ -19,7 +19,6 @@ from aurora_rl.policies import DrafterPolicy, Eagle3Drafter, TargetParts, TreeSh
 from aurora_rl.testing import tiny_target
 from aurora_rl.trajectories import unpack
 
-
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 

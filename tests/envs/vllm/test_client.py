@@ -74,7 +74,8 @@ def test_requests_and_answers():
                 sampled = SamplingParams(temperature=0.5, top_k=4, top_p=0.9, seed=3, max_tokens=5, stop=("x",))
                 asked = Request(0, torch.tensor([3, 4]), sampled, learn=False, tenant="t")
                 first = client.generate(asked, stop_tokens=[7])
-                second = client.generate(Request(1, torch.tensor([5]), SamplingParams(max_tokens=5, min_p=0.1, seed=-1)))
+                greedy = SamplingParams(max_tokens=5, min_p=0.1, seed=-1)
+                second = client.generate(Request(1, torch.tensor([5]), greedy))
                 with pytest.raises(VLLMError, match="vLLM refuses /v1/completions: too long"):
                     client.generate(Request(9, torch.tensor([5])))
                 with pytest.raises(VLLMError, match="request 2: speculative=false is not supported by vLLM"):

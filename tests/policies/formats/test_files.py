@@ -15,17 +15,19 @@ from tensordict import TensorDict
 
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs.sglang.client import drafter_arguments
+from aurora_rl.models.loading import ModelError, load_target
 from aurora_rl.policies import (
     Drafter,
     Eagle3Drafter,
+    EagleDrafter,
     MedusaDrafter,
     NgramDrafter,
     TargetParts,
     get_drafter,
 )
-from aurora_rl.policies.formats.files import holds_drafter, load_drafter, save_drafter
+from aurora_rl.policies.formats.files import holds_drafter, load_drafter, naming_drafters, save_drafter
 from aurora_rl.storage import CheckpointError
-from aurora_rl.testing import tiny_target, tiny_trajectory
+from aurora_rl.testing import tiny_folder, tiny_target, tiny_trajectory
 from aurora_rl.trajectories import pack
 
 
@@ -153,6 +155,23 @@ def test_a_folder_of_a_drafter_without_a_name_is_of_its_class(parts: TargetParts
     save_drafter(Eagle3Drafter.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter")
     with pytest.raises(CheckpointError, match="config.json is of Eagle3Drafter, and OtherHeads is asked for"):
         load_drafter(tmp_path / "drafter", parts, OtherHeads)
+
+
+class OtherEagle(EagleDrafter):
+    """One whose files may be as EAGLE's authors have them, which have no entry of ours."""
+
+
+@pytest.mark.parametrize("format", OtherEagle.formats)
+def test_a_drafter_without_a_name_comes_back_from_each_format(parts: TargetParts, tmp_path: Path, format: str) -> None:
+    save_drafter(OtherEagle.from_target(parts, draft_vocab=torch.arange(8)), tmp_path / "drafter", format)
+    assert type(load_drafter(tmp_path / "drafter", parts, OtherEagle, format=format)) is OtherEagle
+
+
+def test_a_broken_language_model_is_not_taken_for_a_drafter(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no file named model\.safetensors"), naming_drafters(folder):
+        load_target(folder, dtype=torch.float32, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
