@@ -60,7 +60,7 @@ class PackedLinear(nn.Module):
             # A packed weight that was made in inference mode could not be copied outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 self.packed = self.pack(kept.detach()) if _is_packable(kept) else None
-            self._packed_from = kept, _writes(kept)
+            self._packed_from = kept, writes_to(kept)
 
     @override
     def _load_from_state_dict(self, *args: Any) -> None:
@@ -90,16 +90,24 @@ class PackedLinear(nn.Module):
         if kept is not None:
             if kept.requires_grad and torch.is_grad_enabled():
                 return nn.functional.linear(x, kept, self.bias)
-            if self._packed_from is None or self._packed_from[0] is not kept or self._packed_from[1] != _writes(kept):
+            if self._packed_from is None or self._packed_from[0] is not kept or self._packed_from[1] != writes_to(kept):
                 self.repack()
         if self.packed is None:
             return nn.functional.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def _writes(weight: Tensor) -> int:
-    """Return how many writes torch has counted; it counts none to an inference tensor."""
-    return 0 if weight.is_inference() else weight._version
+def writes_to(tensor: Tensor) -> int:
+    """Return how many writes torch has counted; it counts none to a tensor that was made in inference mode.
+
+    Example:
+        >>> writes_to(torch.zeros(2).add_(1))
+        1
+    """
+    try:
+        return tensor._version
+    except RuntimeError:  # also where other memory was assigned to its `.data`, which `is_inference` does not tell
+        return 0
 
 
 def _is_packable(weight: Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from aurora_rl.models.inference_modules import PackedLinear
+from aurora_rl.models.inference_modules import PackedLinear, writes_to
 
 
 class WatchedParameter(nn.Parameter):
@@ -92,7 +92,7 @@ class WeightWatch:
                 if type(parameter) is nn.Parameter:
                     parameter.__class__ = WatchedParameter
                 replaced = getattr(parameter, "times_replaced", 0)
-                self._known.append((owner, name, parameter, parameter._version, replaced))
+                self._known.append((owner, name, parameter, writes_to(parameter), replaced))
 
     def written(self) -> bool:
         """Return whether a parameter was written since the last :meth:`accept` or call of this."""
@@ -100,7 +100,7 @@ class WeightWatch:
             owner
             for owner, name, parameter, version, replaced in self._known
             if owner._parameters.get(name) is not parameter
-            or parameter._version != version
+            or writes_to(parameter) != version
             or getattr(parameter, "times_replaced", 0) != replaced
         ]
         if not owners:

@@ -133,6 +133,20 @@ def test_parameters_made_in_inference_mode_are_left_alone() -> None:
 
 
 @native_bf16
+def test_new_weights_take_the_place_of_those_made_in_inference_mode() -> None:
+    new, x = model(torch.bfloat16, seed=1), torch.randn(3, 32).bfloat16()
+    with torch.inference_mode():
+        module = nn.Sequential(model(torch.bfloat16)[0])
+        prepare_for_inference(module, keep_weights=True)
+    watch = WeightWatch(module)
+    stage(module, new[:1].state_dict())()
+    watch.accept()
+    assert not watch.written()
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x), new[0](x), atol=0.02, rtol=0.02)
+
+
+@native_bf16
 def test_gradients_go_through_a_packed_layer_that_keeps_its_weight() -> None:
     module, plain, x = model(torch.bfloat16), model(torch.bfloat16), torch.randn(3, 32).bfloat16()
 
