@@ -133,6 +133,9 @@ class LLM:
             )
         if not isinstance(shape, TreeShape | None):
             raise ValueError(f"shape is {shape!r}; give a TreeShape, such as TreeShape(depth=4, width=2)")
+        for name, value in (("adaptive", adaptive), ("record", record)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; give True or False")
         if drafter is None and (shape is not None or adaptive):
             asked = f"shape is {shape}" if shape is not None else f"adaptive is {adaptive}"
             raise ValueError(

@@ -323,6 +323,8 @@ def test_a_drafter_comes_by_name_by_folder_or_as_it_is(tiny_folder: Path, tmp_pa
         ({"drafter": "eagel3"}, "no drafter is called 'eagel3'; did you mean 'eagle3'"),
         ({"drafter": "/no/such/folder"}, "/no/such/folder"),
         ({"generation_config": "vllm"}, "generation_config is 'vllm'; give 'auto' or 'ignore'"),
+        ({"adaptive": "no"}, "adaptive is 'no'; give True or False"),
+        ({"record": 1}, "record is 1; give True or False"),
         ({"num_slots": 0}, "num_slots must be at least 1, got 0"),
         ({"max_length": 513}, r"max_length must lie in 2\.\.512"),
         ({"num_slots": 2.0}, "num_slots must be an integer, got 2.0"),
