@@ -314,6 +314,12 @@ def slug(title: str) -> str:
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
 
 
+def test_the_index_of_the_results_names_every_section() -> None:
+    index, *sections = re.split(r"^## (.+)$", (DOCS / "results.md").read_text(), flags=re.M)
+    linked = re.findall(r"^\|.*\(#([\w-]+)\) \|$", index, re.M)
+    assert {slug(title) for title in sections[::2]} == set(linked)
+
+
 # Each line of families.md takes a model: tests/testing/test_families.py.
 @pytest.mark.parametrize("page", sorted(GENERATED.keys() - {"families.md"}))
 def test_generated_pages_are_current(page: str) -> None:
