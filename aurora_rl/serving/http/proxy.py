@@ -29,7 +29,7 @@ from aurora_rl.serving.http.streams import EventStream, event
 from aurora_rl.telemetry.throttle import Throttle
 from aurora_rl.tenants import joint_salt
 from aurora_rl.workload.request_fields import FieldError, check_fields, refusal
-from aurora_rl.workload.request_values import boolean_field, wrong
+from aurora_rl.workload.request_values import BUDGETS, boolean_field, wrong
 
 logger = logging.getLogger(__name__)
 _throttle = Throttle(logger)
@@ -112,7 +112,7 @@ class Proxy(Application):
         try:
             fields = json_object(await self._body(request))
             if known := (await self._known_fields(deadline)).get(request.scope["path"]):
-                fields = check_fields(fields, known, by="SGLang")
+                fields = check_fields(_with_known_budget(fields, known), known, by="SGLang")
             answer = SGLangAnswer(
                 translated(fields, request.headers, self._opt_out),
                 observe=self._metrics.observe,
@@ -281,6 +281,16 @@ def _described(reply: httpx.Response) -> dict[str, frozenset[str]]:
     except (ValueError, LookupError, TypeError, AttributeError):  # there is none, as with DISABLE_OPENAPI_DOC
         return {}
     return fields
+
+
+def _with_known_budget(fields: Mapping[str, Any], known: Collection[str]) -> Mapping[str, Any]:
+    """Return the fields with the token budget under the name that SGLang has for it on both paths."""
+    name, other = BUDGETS
+    if (budget := fields.get(other)) is None or other in known:
+        return fields
+    if fields.get(name) not in (None, budget):
+        raise FieldError(f"{name} and {other} differ; give one of them", other)
+    return {**{each: value for each, value in fields.items() if each != other}, name: budget}
 
 
 def _refusal_of(reply: httpx.Response) -> ApiError:

@@ -170,6 +170,19 @@ def test_fields_that_sglang_does_not_know_are_refused_by_name(upstream: Upstream
     assert json.loads(upstream.bodies[-1]) == kept
 
 
+def test_both_names_of_the_budget_hold_on_both_paths(upstream: Upstream, serve: Callable[..., str]) -> None:
+    """SGLang's /v1/completions knows one of them."""
+    upstream.api = described(chat=["max_tokens", "max_completion_tokens"], text=["max_tokens"])
+    url, path = serve(), "/v1/completions"
+    assert post(url, {"max_completion_tokens": 3}).status_code == 200
+    assert json.loads(upstream.bodies[-1])["max_completion_tokens"] == 3
+    for fields in ({"max_completion_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 3}, {"max_tokens": 3}):
+        assert httpx.post(url + path, json=fields).status_code == 200
+        assert json.loads(upstream.bodies[-1]) == {"max_tokens": 3, "return_spec_tokens_details": True}
+    answer = httpx.post(url + path, json={"max_completion_tokens": 3, "max_tokens": 4})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_completion_tokens")
+
+
 @pytest.mark.parametrize("api", [None, [], {}, {"paths": {CHAT: {}}}])
 def test_an_sglang_that_does_not_describe_its_api_gets_all_fields(
     upstream: Upstream, serve: Callable[..., str], api: Any
