@@ -111,7 +111,11 @@ METRICS: dict[str, Metric] = {
         "counter", "Trials of new weights by how they ended.", "verdict", ("promoted", "rolled_back")
     ),
     # Learning.
-    "learner_up": Metric("gauge", "1 while the server's learner runs and takes what is served; absent without one."),
+    "learner_up": Metric(
+        "gauge",
+        "1 while the process of the server's learner runs, also while it starts again, and does not refuse what is "
+        "served; absent without one.",
+    ),
     "learner_restarts_total": Metric("counter", "Learners that were started again after their death."),
     "learner_steps_total": Metric("counter", "Optimizer steps."),
     "learner_skipped_steps_total": Metric("counter", "Steps left out, as their loss or gradient was not finite."),

@@ -91,6 +91,8 @@ def check_fields(
 ) -> dict[str, Any]:
     """Return the known fields of an object, and refuse by name what is not supported.
 
+    A null field says nothing, whatever its name: clients send one for each field that they know and do not use.
+
     Args:
         fields: The object.
         known: Names of the fields that are honoured.
@@ -113,7 +115,7 @@ def check_fields(
             kept[name] = value
         elif (reason := refusal(name, value, neutral, where=where, by=by)) is not None:
             raise FieldError(reason, place, "unsupported_field")
-        elif name not in harmless and name not in neutral:
+        elif value is not None and name not in harmless and name not in neutral:
             near = difflib.get_close_matches(name[:64], [*known, *neutral], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise FieldError(f"unknown field {place[:100]!r}{hint}", place[:100], "unknown_field")

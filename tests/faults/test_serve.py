@@ -105,9 +105,10 @@ def test_a_learner_whose_folder_is_gone_ends_no_server(start: Start) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_chat_of_the_quickstart(start: Start) -> None:
+def test_the_chat_of_the_quickstart(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "quickstart.md").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^curl .*", page, re.M)
+    code = next(block for block in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "OpenAI(" in block)
     assert ".venv/bin/aurora-rl serve\n" in page
     server = start("serve", "http.port=0", "learner.spawn=false")
     url = str(client(server).base_url).removesuffix("/v1/")
@@ -116,6 +117,10 @@ def test_the_chat_of_the_quickstart(start: Start) -> None:
     out = subprocess.run([*words, "-s", "--max-time", "60"], capture_output=True, timeout=90, check=True).stdout
     (choice,) = json.loads(out)["choices"]
     assert choice["message"]["role"] == "assistant" and choice["finish_reason"] in ("length", "stop")
+    names: dict[str, Any] = {}
+    exec(code.replace("http://127.0.0.1:8000", url), names)
+    names["client"].close()
+    assert capsys.readouterr().out == f"{choice['message']['content']}\n"
     server.interrupt()
     assert server.ended() == 0, server.text
 

@@ -19,7 +19,11 @@ from aurora_rl.serving.http.server import HttpServer
 CHAT = "/v1/chat/completions"
 ANSWER = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [
     {"index": 0, "message": {"role": "assistant", "content": "hällo"}, "finish_reason": "stop"}]}  # fmt: skip
-REFUSAL = {"object": "error", "message": "too long", "type": "BadRequestError", "param": None, "code": 400}
+WRONG = "1 validation error:\n  {'type': 'int_parsing', 'loc': ('body', 'n')}"
+REFUSAL = {
+    "object": "error", "message": f'{WRONG}\n\n  File "/opt/sglang/http_server.py", line 1777, in openai',
+    "type": "BadRequestError", "param": None, "code": 400,
+}  # fmt: skip
 # What SGLang 0.5.21 says of the drafts of a choice if it is asked: 11 tokens in four passes of chains of three.
 DETAILS = {
     "spec_accept_rate": 0.5, "spec_accept_length": 2.75, "spec_num_correct_drafts": 6, "spec_num_proposed_drafts": 12,
@@ -38,6 +42,7 @@ class Upstream:
     """Answers by the field `do` of a body, and notes what came.
 
     Attributes:
+        api: What it says of its own API, in OpenAPI's form; None if it does not.
         bodies: Bodies, as bytes.
         cookies: Cookies that came with each request.
         paths: Paths that were asked for.
@@ -45,6 +50,7 @@ class Upstream:
     """
 
     def __init__(self) -> None:
+        self.api: dict[str, Any] | None = None
         self.bodies: list[bytes] = []
         self.paths: list[str] = []
         self.cookies: list[str | None] = []
@@ -55,6 +61,8 @@ class Upstream:
         self.url = self._server.url
 
     async def answer(self, request: Request) -> Response:
+        if request.scope["path"] == "/openapi.json":
+            return Response(status_code=404) if self.api is None else JSONResponse(self.api)
         self.paths.append(request.scope["path"])
         self.cookies.append(request.headers.get("cookie"))
         self.bodies.append(await request.body())
@@ -62,6 +70,8 @@ class Upstream:
         match fields.get("do"):
             case "refuse":
                 return JSONResponse(REFUSAL, 400, headers={"Retry-After": "7"})
+            case "fail":
+                return Response("Internal Server Error", 500)
             case "cookie":
                 return JSONResponse(ANSWER, headers={"Set-Cookie": "route=node1"})
             case "hang":

@@ -156,7 +156,9 @@ def _from_pair(pair: str, config: DictConfig) -> DictConfig:
     try:
         return OmegaConf.from_dotlist([pair])
     except Exception as error:  # the YAML parser has its own hierarchy of errors
-        raise ConfigError(f"{pair}: not a valid value: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        fix = 'give YAML, in which a text that begins with *, &, !, % or @ is quoted, as in ["*"]'
+        raise ConfigError(f"{pair}: not a valid value: {reason}; {fix}") from error
 
 
 def _schema() -> DictConfig:

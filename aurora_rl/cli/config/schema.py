@@ -167,7 +167,7 @@ class HttpConfig:
     timeout: float = 600.0
     """Most seconds of a request, waiting included."""
     cors_origins: tuple[str, ...] = ()
-    """Origins whose pages may call the server from a browser, such as https://chat.example; * is any."""
+    """Origins whose pages may call the server from a browser, such as https://chat.example; ["*"] is any."""
 
 
 @dataclass(frozen=True)

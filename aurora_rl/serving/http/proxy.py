@@ -28,14 +28,24 @@ from aurora_rl.serving.http.sglang_answer import SGLangAnswer
 from aurora_rl.serving.http.streams import EventStream, event
 from aurora_rl.telemetry.throttle import Throttle
 from aurora_rl.tenants import joint_salt
-from aurora_rl.workload.request_fields import FieldError
-from aurora_rl.workload.request_values import boolean_field, wrong
+from aurora_rl.workload.request_fields import FieldError, check_fields, refusal
+from aurora_rl.workload.request_values import BUDGETS, boolean_field, wrong
 
 logger = logging.getLogger(__name__)
 _throttle = Throttle(logger)
 
 _CONNECT_S = 10.0
 _HEALTH_S = 30.0  # SGLang itself gives up after 20
+_GENERATE = ("/v1/chat/completions", "/v1/completions")
+_OF_ERROR = ("message", "param", "code")
+_UNLISTED = ("reasoning",)  # SGLang reads it, and does not describe it
+# What SGLang applies otherwise with drafts than without, and the values that ask for nothing.
+_COUNTS_NO_DRAFT = "SGLang, which counts no token of a draft when it verifies one"
+_INEXACT: Mapping[str, tuple[tuple[float, ...], str]] = {
+    "min_p": ((0,), "SGLang, which does not apply it when it verifies drafts"),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_tokens"), ((0,), _COUNTS_NO_DRAFT)),
+    "repetition_penalty": ((1,), _COUNTS_NO_DRAFT),
+}
 
 
 class Proxy(Application):
@@ -67,6 +77,7 @@ class Proxy(Application):
         self._opt_out, self._delete = frozenset(opt_out), delete
         self._max_waiting, self._num_slots, self._open = max_waiting, num_slots, 0  # requests that SGLang has of us
         self._cancelled = 0
+        self._fields: dict[str, frozenset[str]] | None = None  # by path, once SGLang has said
         # A connection a request: a server ends idle ones whenever it likes, also while the next request is on its way.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         # Not through a proxy that the environment names, and without its passwords: prompts go to SGLang alone. A jar
@@ -82,7 +93,7 @@ class Proxy(Application):
     def routes(self) -> list[BaseRoute]:
         get, post = ["GET"], ["POST"]
         return [
-            *(Route(path, self.generate, methods=post) for path in ("/v1/chat/completions", "/v1/completions")),
+            *(Route(path, self.generate, methods=post) for path in _GENERATE),
             *(Route(path, self.tokens, methods=post) for path in ("/tokenize", "/detokenize")),
             *(Route(path, self.fetch, methods=get) for path in ("/v1/models", "/health_generate")),
             Route("/v1/models/{model:path}", self.model, methods=get),
@@ -99,19 +110,18 @@ class Proxy(Application):
         """Pass on a request whose answer may be learned from."""
         deadline = self._deadline()
         try:
-            body = await self._body(request)
+            fields = json_object(await self._body(request))
+            if known := (await self._known_fields(deadline)).get(request.scope["path"]):
+                fields = check_fields(_with_known_budget(fields, known), known, by="SGLang")
             answer = SGLangAnswer(
-                translated(json_object(body), request.headers, self._opt_out),
+                translated(fields, request.headers, self._opt_out),
                 observe=self._metrics.observe,
                 num_spec_tokens=self._num_spec_tokens(),
                 drafter_version=self._drafter_version,
             )
-            response = await self._forward(request, deadline, json.dumps(answer.fields).encode(), answer)
+            return await self._forward(request, deadline, json.dumps(answer.fields).encode(), answer)
         except (ApiError, FieldError) as error:
             raise self._failed(error) from error
-        if response.status_code >= 400:
-            self._metrics.failed(str(response.status_code))
-        return response
 
     async def tokens(self, request: Request) -> Response:
         """Pass on a request about tokens and texts."""
@@ -186,11 +196,30 @@ class Proxy(Application):
         if answer is not None and _is_stream(reply):
             return EventStream(self._events(exchange, answer, deadline), deadline)
         await exchange.aclose()
-        kept = {name: reply.headers[name] for name in ("content-type", "retry-after") if name in reply.headers}
+        if reply.is_error:
+            raise _refusal_of(reply)
         content = reply.content
-        if answer is not None and reply.is_success:
+        if answer is not None:
             content = await asyncio.to_thread(answer.whole, content)  # it may hold megabytes of log-probabilities
-        return Response(content, reply.status_code, headers=kept)
+        return Response(content, reply.status_code, media_type=reply.headers.get("content-type"))
+
+    async def _known_fields(self, deadline: float) -> Mapping[str, frozenset[str]]:
+        """Return the fields that SGLang takes, by path; a path of which it describes none is left out.
+
+        SGLang itself ignores what it does not know, a misspelt field too.
+        """
+        if self._fields is None:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    reply = await self._http.get(f"{self._url}/openapi.json")
+            except (TimeoutError, httpx.HTTPError) as error:
+                raise self._failure(error) from error
+            if reply.is_server_error:  # it starts, say, and is asked again
+                return {}
+            self._fields = _described(reply)
+            if not self._fields:
+                logger.warning("SGLang does not describe its API: fields that it does not know are not refused")
+        return self._fields
 
     async def _exchange(
         self, method: str, path: str, body: bytes | None, *, generates: bool
@@ -240,6 +269,44 @@ class Proxy(Application):
         return ApiError(502, "SGLang does not answer; try again later")
 
 
+def _described(reply: httpx.Response) -> dict[str, frozenset[str]]:
+    """Return the fields of bodies by path from a description of SGLang's API, in OpenAPI's form."""
+    fields = {}
+    try:
+        api = reply.json()
+        for path in _GENERATE:
+            schema = api["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+            described = api["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["properties"]
+            fields[path] = frozenset([*described, *_UNLISTED, "speculative", "learn"])
+    except (ValueError, LookupError, TypeError, AttributeError):  # there is none, as with DISABLE_OPENAPI_DOC
+        return {}
+    return fields
+
+
+def _with_known_budget(fields: Mapping[str, Any], known: Collection[str]) -> Mapping[str, Any]:
+    """Return the fields with the token budget under the name that SGLang has for it on both paths."""
+    name, other = BUDGETS
+    if (budget := fields.get(other)) is None or other in known:
+        return fields
+    if fields.get(name) not in (None, budget):
+        raise FieldError(f"{name} and {other} differ; give one of them", other)
+    return {**{each: value for each, value in fields.items() if each != other}, name: budget}
+
+
+def _refusal_of(reply: httpx.Response) -> ApiError:
+    """Return SGLang's error in OpenAI's form. SGLang's own is flat, and some of OpenAI's clients read nothing in it."""
+    try:
+        told = reply.json()
+        told = told.get("error", told)
+        message, param, code = (value if isinstance(value := told.get(name), str) else None for name in _OF_ERROR)
+    except (ValueError, AttributeError):
+        message = param = code = None
+    message = message or f"SGLang answers with status {reply.status_code}; see its log"
+    message = message.partition("\n\n  File ")[0]  # what it says of a wrong type ends in a place of its source
+    headers = {"Retry-After": reply.headers["retry-after"]} if "retry-after" in reply.headers else {}
+    return ApiError(reply.status_code, message, param=param, code=code, headers=headers)
+
+
 def _is_stream(answer: httpx.Response) -> bool:
     return answer.is_success and answer.headers.get("content-type", "").startswith("text/event-stream")
 
@@ -253,7 +320,8 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str], opt_out: C
         opt_out: Tenants whose requests are never captured.
 
     Raises:
-        FieldError: A switch, a salt or ``custom_params`` of a wrong type, ``speculative=false``, or samples by min-p.
+        FieldError: A switch, a salt or ``custom_params`` of a wrong type, ``speculative=false``, or what SGLang does
+            not apply exactly to drafts: min-p in sampling, and penalties.
         ApiError: Status 400, for a tenant that is none.
 
     Example:
@@ -265,9 +333,11 @@ def translated(fields: Mapping[str, Any], headers: Mapping[str, str], opt_out: C
     if not switch(speculative, headers, "x-aurora-speculative"):
         message = "speculative=false is not supported with engine.name=sglang, which drafts for all requests"
         raise FieldError(f"{message}: leave it out", "speculative", "unsupported_field")
-    if fields.get("min_p") and fields.get("temperature") != 0:
-        message = "min_p is not supported with engine.name=sglang, which does not apply it when it verifies drafts"
-        raise FieldError(f"{message}: leave it out, or set it to 0", "min_p", "unsupported_field")
+    for name, (neutral, by) in _INEXACT.items():
+        if name == "min_p" and fields.get("temperature") == 0:
+            continue  # it excludes tokens that greedy decoding does not take
+        if (reason := refusal(name, fields.get(name), {name: neutral}, by=by)) is not None:
+            raise FieldError(reason, name, "unsupported_field")
     tenant, salt = tenant_of(headers), fields.get("cache_salt")
     if tenant is not None or salt is not None:
         passed["cache_salt"] = [_salt(tenant, s) for s in salt] if isinstance(salt, list) else _salt(tenant, salt)

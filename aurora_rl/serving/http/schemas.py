@@ -47,7 +47,8 @@ class Generation:
     """
 
     NAMES: ClassVar[tuple[str, ...]] = (
-        *("model", "stream", "stream_options", "n", "max_tokens", "logprobs", "speculative", "learn", "cache_salt"),
+        *("model", "stream", "stream_options", "n", "logprobs", "speculative", "learn", "cache_salt"),
+        *BUDGETS,
         *SAMPLING,
     )
 
@@ -56,7 +57,7 @@ class Generation:
     include_usage: bool
     n: int
     sampling: Mapping[str, Any]
-    budget_name: str = "max_tokens"
+    budget_name: str
     default_budget: int | None = None
     speculative: bool | None
     learn: bool | None
@@ -73,6 +74,7 @@ def _generation(fields: Mapping[str, Any], logprobs: int | None) -> dict[str, An
         "include_usage": _include_usage(fields.get("stream_options"), stream),
         "n": integer_field(fields, "n", 1, _MAX_N) or 1,
         "sampling": sampling if logprobs is None else {**sampling, "logprobs": logprobs},
+        "budget_name": next((name for name in reversed(BUDGETS) if fields.get(name) is not None), BUDGETS[0]),
         "speculative": boolean_field(fields, "speculative"),
         "learn": boolean_field(fields, "learn"),
         "cache_salt": cache_salt_field(fields),
@@ -101,7 +103,7 @@ class ChatCompletionBody(Generation):
         messages: The conversation.
     """
 
-    NAMES = (*Generation.NAMES, "messages", "max_completion_tokens", "top_logprobs")
+    NAMES = (*Generation.NAMES, "messages", "top_logprobs")
 
     messages: tuple[ChatMessage, ...]
 
@@ -112,9 +114,7 @@ class ChatCompletionBody(Generation):
         logprobs, top = boolean_field(fields, "logprobs"), integer_field(fields, "top_logprobs", 0, _MAX_LOGPROBS)
         if top and not logprobs:
             raise FieldError("top_logprobs needs logprobs=true", "top_logprobs")
-        name = next((name for name in reversed(BUDGETS) if fields.get(name) is not None), BUDGETS[0])
-        common = _generation(fields, (top or 0) if logprobs else None)
-        return cls(messages=messages, budget_name=name, **common)
+        return cls(messages=messages, **_generation(fields, (top or 0) if logprobs else None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

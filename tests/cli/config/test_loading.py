@@ -130,6 +130,7 @@ def test_a_saved_configuration_names_no_folder(tmp_path: Path) -> None:
         ("wire.weights=localhost:1", "wire.weights must be tcp://host:port or ipc://path, got 'localhost:1'"),
         ("wire.weights=tcp://127.0.0.1:5557", "wire.trajectories and wire.weights must differ"),
         ("drafter.options=[", r"drafter.options=\[: not a valid value"),
+        ("http.cors_origins=[*]", r'http.cors_origins=\[\*\]: not a valid value: .*; give YAML, .* as in \["\*"\]$'),
         ("model=${nowhere}", r"model=\$\{nowhere\}: .* such as \$\{model\}, got '\$\{nowhere\}'"),
         ("model=${engine}", r"model=\$\{engine\}: .*, got '\$\{engine\}'"),
         ("model=${oc.env:HOME}", r"model=\$\{oc.env:HOME\}: .*, got '\$\{oc.env:HOME\}'"),

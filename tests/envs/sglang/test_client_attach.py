@@ -226,13 +226,25 @@ def test_our_front_passes_clients_on_to_sglang(deployment: Deployment) -> None:
             assert clients.chat(7, extra_body={"learn": False}).choices[0].message.content == whole
             with pytest.raises(openai.BadRequestError, match="speculative=false is not supported"):
                 clients.chat(7, extra_body={"speculative": False})
-            wait(lambda: counted(folder) == 2)
-            delivered = f"aurora_generation_tokens_total {float(2 * tokens)}\n"
+            # SGLang would ignore the one, and its own words on the other are in no form of OpenAI's.
+            with pytest.raises(openai.BadRequestError, match="did you mean 'temperature'") as refused:
+                clients.chat(7, extra_body={"temprature": 1})
+            assert (refused.value.param, refused.value.code) == ("temprature", "unknown_field")
+            with pytest.raises(
+                openai.BadRequestError, match="Error code: 400 - {'error': {'message': 'temperature must"
+            ):
+                clients.chat(7, temperature=-1)
+            assert clients.chat(7, seed=1, user="me", extra_body={"metadata": {"a": "b"}}).usage.completion_tokens
+            short = {"max_completion_tokens": 3, "learn": False}  # the one name of the budget that SGLang has not here
+            answer = clients.api.completions.create(model="default", prompt="7", temperature=0, extra_body=short)
+            assert answer.usage.completion_tokens == 3
+            wait(lambda: counted(folder) == 3)
+            delivered = f"aurora_generation_tokens_total {float(3 * tokens)}\n"
             url = f"http://127.0.0.1:{port}/metrics"
             wait(lambda: delivered in httpx.get(url).text)
-            for sample in ("e2e_request_latency_seconds_count 3.0", "request_time_per_output_token_seconds_count 1.0"):
+            for sample in ("e2e_request_latency_seconds_count 5.0", "request_time_per_output_token_seconds_count 1.0"):
                 assert f"aurora_{sample}\n" in httpx.get(url).text
-            assert deployment.engine.status()["skipped"] == {"opt_out": 1}
+            assert deployment.engine.status()["skipped"] == {"opt_out": 2}
         finally:
             if not ended.is_set():  # else the signal would end the tests
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -245,5 +257,5 @@ def test_our_front_passes_clients_on_to_sglang(deployment: Deployment) -> None:
         assert status == 0
         asked.result()
     summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["requests"], summary["swaps"]) == (2, 0) and summary["acceptance_length"]["last"] >= 1
+    assert (summary["requests"], summary["swaps"]) == (3, 0) and summary["acceptance_length"]["last"] >= 1
     assert not deployment.engine.status()["attached"]

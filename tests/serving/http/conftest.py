@@ -142,6 +142,7 @@ def _upstream() -> Iterator[Upstream]:
 
 @pytest.fixture
 def upstream(_upstream: Upstream) -> Upstream:
+    _upstream.api = None
     _upstream.bodies.clear()
     _upstream.paths.clear()
     _upstream.left.clear()

@@ -180,6 +180,15 @@ def test_without_a_budget_a_chat_goes_on_to_the_end_of_the_context(rig: Any, cli
     assert answer.usage.completion_tokens == len(rig.plain(prompt, 512 - len(prompt)))
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_both_names_of_the_budget_hold_on_both_paths(rig: Any, path: str, name: str) -> None:
+    body = {"messages": CHAT} if "chat" in path else {"prompt": "Once"}
+    answer = httpx.post(f"{rig.url}/v1/{path}", json={**body, name: 3, "ignore_eos": True})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 3
+
+
 def test_seeds_make_samples_reproducible_with_drafts_and_without(client: openai.OpenAI) -> None:
     def ask(**settings: Any) -> list[str]:
         answer = client.completions.create(

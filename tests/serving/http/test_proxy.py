@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from processes import wait
-from sglang_stand_in import ANSWER, CHAT, REFUSAL, Upstream, post
+from sglang_stand_in import ANSWER, CHAT, WRONG, Upstream, post
 
 from aurora_rl.envs.remote.plugin_server import PluginError
 
@@ -40,8 +40,16 @@ def test_an_unmodified_client_is_answered_whole_and_in_pieces(serve: Callable[..
         assert [chunk.choices[0].delta.content for chunk in stream] == ["one", "two"]
 
 
-@pytest.mark.parametrize("fields", [{"min_p": 0}, {"min_p": None}, {"min_p": 0.1, "temperature": 0}])
-def test_a_min_p_that_excludes_nothing_goes_on(upstream: Upstream, serve: Callable[..., str], fields: Any) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"min_p": 0}, {"min_p": None}, {"min_p": 0.1, "temperature": 0}),
+        {"frequency_penalty": 0.0, "presence_penalty": None, "repetition_penalty": 1, "min_tokens": 0},
+    ],
+)
+def test_a_min_p_and_penalties_that_change_nothing_go_on(
+    upstream: Upstream, serve: Callable[..., str], fields: Any
+) -> None:
     assert post(serve(), fields).status_code == 200
     assert json.loads(upstream.bodies[-1]) == {"return_spec_tokens_details": True, **fields}
 
@@ -75,6 +83,10 @@ def test_what_is_not_to_be_learned_says_so_in_sglangs_words(
         ({}, {"X-Aurora-Speculative": "0"}, "speculative", "unsupported_field"),
         ({"min_p": 0.1}, {}, "min_p", "unsupported_field"),
         ({"min_p": 0.1, "temperature": 0.5}, {}, "min_p", "unsupported_field"),
+        ({"frequency_penalty": 0.5, "temperature": 0}, {}, "frequency_penalty", "unsupported_field"),
+        ({"presence_penalty": -1}, {}, "presence_penalty", "unsupported_field"),
+        ({"repetition_penalty": 1.1}, {}, "repetition_penalty", "unsupported_field"),
+        ({"min_tokens": 3}, {}, "min_tokens", "unsupported_field"),
         ({"learn": "no"}, {}, "learn", "invalid_value"),
         ({"learn": 0}, {}, "learn", "invalid_value"),
         ({}, {"X-Aurora-Learn": "never"}, None, "invalid_value"),
@@ -115,10 +127,69 @@ def test_a_deletion_goes_to_the_plugin_and_not_to_sglang(upstream: Upstream, ser
     assert asked == ["a", "b"] and not upstream.paths
 
 
-def test_sglangs_refusals_come_back_as_they_are(serve: Callable[..., str]) -> None:
+def test_sglangs_errors_come_back_in_openais_form(serve: Callable[..., str]) -> None:
     for stream in (False, True):
         answer = post(serve(), {"do": "refuse", "stream": stream})
-        assert (answer.status_code, answer.json(), answer.headers["retry-after"]) == (400, REFUSAL, "7")
+        error = {"message": WRONG, "type": "invalid_request_error", "param": None, "code": None}
+        assert (answer.status_code, answer.json(), answer.headers["retry-after"]) == (400, {"error": error}, "7")
+    error = post(serve(), {"do": "fail"}).json()["error"]
+    assert error == {
+        "message": "SGLang answers with status 500; see its log", "type": "server_error", "param": None,
+        "code": "internal_error",
+    }  # fmt: skip
+
+
+def described(**fields: list[str]) -> dict[str, Any]:
+    """An API in OpenAPI's form: fields of the bodies of `chat/completions` and of `completions`."""
+    paths, schemas = {}, {}
+    for name, known in fields.items():
+        body = {"schema": {"$ref": f"#/components/schemas/{name}"}}
+        post = {"requestBody": {"content": {"application/json": body}}}
+        paths["/v1/completions" if name == "text" else CHAT] = {"post": post}
+        schemas[name] = {"properties": dict.fromkeys(known, {})}
+    return {"paths": paths, "components": {"schemas": schemas}}
+
+
+def test_fields_that_sglang_does_not_know_are_refused_by_name(upstream: Upstream, serve: Callable[..., str]) -> None:
+    """It would ignore them."""
+    upstream.api = described(chat=["temperature", "tools", "n"], text=["temperature", "best_of", "n"])
+    url, chat = serve(), CHAT
+    for path, field, code, says in (
+        (chat, "temprature", "unknown_field", "did you mean 'temperature'?"),
+        (chat, "best_of", "unsupported_field", "best_of is not supported by SGLang: leave it out, or set it to 1"),
+        ("/v1/completions", "tools", "unsupported_field", "tools is not supported by SGLang"),
+    ):
+        answer = httpx.post(url + path, json={"n": 1, field: 2})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (400, field, code)
+        assert says in error["message"]
+    assert upstream.bodies == []
+    fields = {"n": 1, "tools": [], "learn": True, "speculative": True, "reasoning": {"effort": "low"}}
+    assert post(url, {**fields, "metadata": {"a": "b"}, "store": False}).status_code == 200
+    kept = {"n": 1, "tools": [], "reasoning": {"effort": "low"}, "return_spec_tokens_details": True}
+    assert json.loads(upstream.bodies[-1]) == kept
+
+
+def test_both_names_of_the_budget_hold_on_both_paths(upstream: Upstream, serve: Callable[..., str]) -> None:
+    """SGLang's /v1/completions knows one of them."""
+    upstream.api = described(chat=["max_tokens", "max_completion_tokens"], text=["max_tokens"])
+    url, path = serve(), "/v1/completions"
+    assert post(url, {"max_completion_tokens": 3}).status_code == 200
+    assert json.loads(upstream.bodies[-1])["max_completion_tokens"] == 3
+    for fields in ({"max_completion_tokens": 3}, {"max_completion_tokens": 3, "max_tokens": 3}, {"max_tokens": 3}):
+        assert httpx.post(url + path, json=fields).status_code == 200
+        assert json.loads(upstream.bodies[-1]) == {"max_tokens": 3, "return_spec_tokens_details": True}
+    answer = httpx.post(url + path, json={"max_completion_tokens": 3, "max_tokens": 4})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_completion_tokens")
+
+
+@pytest.mark.parametrize("api", [None, [], {}, {"paths": {CHAT: {}}}])
+def test_an_sglang_that_does_not_describe_its_api_gets_all_fields(
+    upstream: Upstream, serve: Callable[..., str], api: Any
+) -> None:
+    upstream.api = api
+    assert post(serve(), {"unknown": 1}).status_code == 200
+    assert json.loads(upstream.bodies[-1]) == {"unknown": 1, "return_spec_tokens_details": True}
 
 
 def test_only_the_paths_of_clients_lead_to_sglang(upstream: Upstream, serve: Callable[..., str]) -> None:

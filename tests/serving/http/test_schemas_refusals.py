@@ -72,6 +72,8 @@ def test_neutral_and_harmless_fields_are_taken(http: httpx.Client, path: str) ->
         ({"prompt": ["a", "b"], "n": 5}, "prompt", "2 prompts of n=5 choices are more than"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "max_tokens is 0"),
         ({"prompt": "a", "max_tokens": "9"}, "max_tokens", "give an integer"),
+        ({"prompt": "a", "max_tokens": 2, "max_completion_tokens": 3}, "max_completion_tokens", "differ"),
+        ({"prompt": "a", "max_completion_tokens": 600}, "prompt", "or lower max_completion_tokens"),
         ({"prompt": "a", "temperature": -1}, "temperature", "temperature is -1"),
         ({"prompt": "a", "temperature": "hot"}, "temperature", "give a number"),
         ({"prompt": "a", "temperature": 10**400}, "temperature", ""),
