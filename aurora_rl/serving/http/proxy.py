@@ -285,12 +285,12 @@ def _described(reply: httpx.Response) -> dict[str, frozenset[str]]:
 
 def _with_known_budget(fields: Mapping[str, Any], known: Collection[str]) -> Mapping[str, Any]:
     """Return the fields with the token budget under the name that SGLang has for it on both paths."""
-    name, other = BUDGETS
-    if (budget := fields.get(other)) is None or other in known:
+    name, alias = BUDGETS
+    if (budget := fields.get(alias)) is None or alias in known:
         return fields
     if fields.get(name) not in (None, budget):
-        raise FieldError(f"{name} and {other} differ; give one of them", other)
-    return {**{each: value for each, value in fields.items() if each != other}, name: budget}
+        raise FieldError(f"{name} and {alias} differ; give one of them", alias)
+    return {**{each: value for each, value in fields.items() if each != alias}, name: budget}
 
 
 def _refusal_of(reply: httpx.Response) -> ApiError:
