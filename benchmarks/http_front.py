@@ -2,9 +2,14 @@
 
 The engine runs in a process of its own, as under `aurora-rl serve`: rounds in the main thread, HTTP in another. The
 cost of throughput has two parts: HTTP work that delays rounds, which shows in the pace of rounds with all slots
-occupied, and slots that stay empty until their client asks again, which shows in how many are occupied. On a machine
-whose pace changes neither is seen. There the CPU time of the other threads bounds the first part: a round cannot wait
-for more of it. It is given by thread as a share of the CPU time of the thread that serves the rounds.
+occupied, and slots that stay empty until their client asks again, which shows in how many are occupied.
+
+The beginning of a turn is none of them. The queue has all requests at once, and their prompts are read together;
+clients' come one after the other, and all but the first are read in chunks along with its rounds. So there is a third
+figure, "busy": tokens per second without the first and the last completions of a turn, as many as there are slots.
+
+On a machine whose pace changes neither part is seen. There the CPU time of the other threads bounds the first: a round
+cannot wait for more of it. It is given by thread as a share of the CPU time of the thread that serves the rounds.
 """
 
 from __future__ import annotations
@@ -46,6 +51,7 @@ from aurora_rl.workload.traffic import Prompt
 _IDLE_S = 0.1  # as `aurora-rl serve` waits
 _GOAL = 0.03
 _ROUNDS = "rounds"  # asks for the rounds since it was asked last
+End = tuple[float, int]  # when a completion ended, by the clock of its process, and its tokens
 _PAIRS = ["baseline.share=0", "engine.prefix_cache_tokens=0", "drafter.history=0"]
 
 
@@ -54,10 +60,11 @@ class Workload:
 
     def __init__(self) -> None:
         self._queue: RequestQueue | None = None
-        self._most = self._running = self.tokens = 0
+        self._most = self._running = 0
+        self.ends: list[End] = []
 
     def begin(self, queue: RequestQueue, clients: int) -> None:
-        self._queue, self._most, self.tokens = queue, clients, 0
+        self._queue, self._most, self.ends = queue, clients, []
 
     def __call__(self) -> Request | None:
         if self._queue is None or self._running == self._most or (request := self._queue()) is None:
@@ -68,7 +75,7 @@ class Workload:
     def completed(self, completion: Completion) -> str:
         assert self._queue is not None
         self._running -= 1
-        self.tokens += len(completion.tokens)
+        self.ends.append((time.perf_counter(), len(completion.tokens)))
         return self._queue.completed(completion)
 
     def refused(self, request: Request, reason: str) -> None:
@@ -107,7 +114,7 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
                 began = time.perf_counter()
                 while clients.step():
                     pass
-                pipe.send((workload.tokens, time.perf_counter() - began))
+                pipe.send((began, workload.ends))
             elif not clients.step():
                 clients.wait(_IDLE_S)
     finally:
@@ -127,6 +134,20 @@ def cpu_by_thread() -> Counter[str]:
         clock = time.pthread_getcpuclockid(thread.ident or 0)
         seconds[thread.name.rstrip("0123456789_")] += time.clock_gettime(clock)
     return seconds
+
+
+def whole_and_busy(began: float, ends: Sequence[End], slots: int) -> tuple[float, float]:
+    """Return tokens per second of a turn, and of it without its first and last ``slots`` completions; nan of too few.
+
+    >>> whole_and_busy(0.0, [(4.0, 8), (5.0, 2), (6.0, 4), (10.0, 6)], slots=1)
+    (2.0, 3.0)
+    """
+    ends = sorted(ends)
+    whole = sum(tokens for _, tokens in ends) / (ends[-1][0] - began)
+    if len(ends) <= 2 * slots:
+        return whole, math.nan
+    middle = ends[slots : len(ends) - slots]
+    return whole, sum(tokens for _, tokens in middle) / (middle[-1][0] - ends[slots - 1][0])
 
 
 def pace_and_occupancy(rounds: Iterable[Round], slots: int) -> tuple[float, float]:
@@ -166,15 +187,15 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
     end.close()
     load = Load(pipe.recv(), options.max_new_tokens)
 
-    def by_queue(clients: int) -> tuple[int, float]:
+    def by_queue(clients: int) -> tuple[float, list[End]]:
         pipe.send(clients)
         return pipe.recv()
 
-    def over_http(clients: int) -> tuple[int, float]:
+    def over_http(clients: int) -> tuple[float, list[End]]:
         answers = asyncio.run(load.closed_loop(prompts, clients))
         assert all(answer.complete and answer.usage for answer in answers)
-        seconds = max(answer.ended for answer in answers) - min(answer.began for answer in answers)
-        return sum(answer.usage["completion_tokens"] for answer in answers if answer.usage), seconds
+        ends = [(answer.ended, answer.usage["completion_tokens"]) for answer in answers if answer.usage]
+        return min(answer.began for answer in answers), ends
 
     def ask_rounds() -> tuple[float, float, Counter[str]]:
         pipe.send(_ROUNDS)
@@ -183,24 +204,26 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
     figures = {}
     for clients in options.front_clients:
         over_http(clients), by_queue(clients)  # unmeasured
-        found = {figure: {"queue": [], "http": []} for figure in ("throughput", "pace", "occupied")}
+        found = {figure: {"queue": [], "http": []} for figure in ("throughput", "busy", "pace", "occupied")}
         spent = {"queue": Counter[str](), "http": Counter[str]()}
         for turn in range(options.turns):
             ways = [("queue", by_queue), ("http", over_http)]
             for name, way in ways if turn % 2 else reversed(ways):
                 ask_rounds()
-                tokens, seconds = way(clients)
+                began, ends = way(clients)
                 pace, occupied, cpu = ask_rounds()
-                for each, value in zip(found.values(), (tokens / seconds, pace, occupied), strict=True):
+                rates = whole_and_busy(began, ends, options.slots)
+                for each, value in zip(found.values(), (*rates, pace, occupied), strict=True):
                     each[name].append(value)
                 spent[name].update(cpu)
             ratios = [f"{each['http'][-1] / each['queue'][-1]:.3f}" for each in found.values()]
             print(
-                f"front, {clients} clients, turn {turn + 1}: throughput, pace, occupancy {', '.join(ratios)}; "
+                f"front, {clients} clients, turn {turn + 1}: throughput, busy, pace, occupancy {', '.join(ratios)}; "
                 f"CPU of threads so far {shares(spent['http'])}",
                 flush=True,
             )
         figures[clients] = compare(**found["throughput"]) | {
+            "busy": compare(**found["busy"]),
             "of_a_full_round": compare(**found["pace"]),
             "occupied": {name: round(statistics.fmean(each), 4) for name, each in found["occupied"].items()},
             "cpu_of_threads": {name: shares(seconds) for name, seconds in spent.items()},

@@ -165,12 +165,13 @@ def test_the_front_is_compared_with_its_engine(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     front, common = imported("http_front", monkeypatch), importlib.import_module("common")
-    monkeypatch.setattr(sys, "argv", ["script.py", "--limit", "3", "--max-new-tokens", "4", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["script.py", "--limit", "5", "--max-new-tokens", "4", "--device", "cpu"])
     options = common.parse(common.arguments(None))
     options.model, options.slots, options.front_clients, options.turns = str(tiny_folder), 2, [2], 1
     options.overrides = ["engine.max_length=256"]
     figures = front.measure(options, common.prompts(options), tmp_path)["clients"][2]
     assert all(figures["tokens_per_second"].values()) and figures["turns"] == [figures["cost"]] and figures["cost"] < 1
+    assert all(figures["busy"]["tokens_per_second"].values())
     assert 0 < figures["cpu_of_threads"]["http"]["http"] < 1
 
 
@@ -234,7 +235,7 @@ def test_the_queue_has_no_more_requests_in_flight_than_clients(
         workload.completed(Completion(request, torch.arange(4), terminated=False))
         running += [each for each in [workload()] if each is not None]
         assert workload() is None
-    assert served == list(range(5)) and workload.tokens == 20
+    assert served == list(range(5)) and [tokens for _, tokens in workload.ends] == [4] * 5
 
 
 # ---- the failures of benchmarks/soak.py ---------------------------------------------------------------------------
