@@ -6,7 +6,7 @@ occupied, and slots that stay empty until their client asks again, which shows i
 
 The beginning of a turn is none of them. The queue has all requests at once, and their prompts are read together;
 clients' come one after the other, and all but the first are read in chunks along with its rounds. So there is a third
-figure, "busy": tokens per second without the first and the last completions of a turn, as many as there are slots.
+figure, "busy": tokens per second between the first and the last ends of requests in a turn, as many as there are slots.
 
 On a machine whose pace changes neither part is seen. There the CPU time of the other threads bounds the first: a round
 cannot wait for more of it. It is given by thread as a share of the CPU time of the thread that serves the rounds.
@@ -34,6 +34,7 @@ import torch
 from common import cost
 from http_load import Load
 from http_servers import settings
+from typing_extensions import override
 
 from aurora_rl.cli.assembly import first_drafter, load, request_queue
 from aurora_rl.cli.config import load_config
@@ -51,7 +52,7 @@ from aurora_rl.workload.traffic import Prompt
 _IDLE_S = 0.1  # as `aurora-rl serve` waits
 _GOAL = 0.03
 _ROUNDS = "rounds"  # asks for the rounds since it was asked last
-End = tuple[float, int]  # when a completion ended, by the clock of its process, and its tokens
+End = tuple[float, int]  # when a request ended, and the tokens that had been delivered by then, to all requests
 _PAIRS = ["baseline.share=0", "engine.prefix_cache_tokens=0", "drafter.history=0"]
 
 
@@ -60,11 +61,10 @@ class Workload:
 
     def __init__(self) -> None:
         self._queue: RequestQueue | None = None
-        self._most = self._running = 0
-        self.ends: list[End] = []
+        self._most = self._running = self.tokens = 0
 
     def begin(self, queue: RequestQueue, clients: int) -> None:
-        self._queue, self._most, self.ends = queue, clients, []
+        self._queue, self._most, self.tokens = queue, clients, 0
 
     def __call__(self) -> Request | None:
         if self._queue is None or self._running == self._most or (request := self._queue()) is None:
@@ -75,11 +75,22 @@ class Workload:
     def completed(self, completion: Completion) -> str:
         assert self._queue is not None
         self._running -= 1
-        self.ends.append((time.perf_counter(), len(completion.tokens)))
+        self.tokens += len(completion.tokens)
         return self._queue.completed(completion)
 
     def refused(self, request: Request, reason: str) -> None:
         raise RuntimeError(f"request {request.id} is refused: {reason}")
+
+
+class Watched(AsyncEngine):
+    """Requests of clients and of a workload, and when each ended."""
+
+    ends: list[End]
+
+    @override
+    def completed(self, completion: Completion) -> str:
+        self.ends.append((time.perf_counter(), self.delivered))
+        return super().completed(completion)
 
 
 def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], folder: Path) -> None:
@@ -94,7 +105,8 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
     usual = first.first_prompts(1)[0]
     drafter, _ = first_drafter(spec, target, first.first_prompts(64), None)
     workload, cpu_before = Workload(), cpu_by_thread()
-    clients = AsyncEngine(max_waiting=config.http.max_waiting, workload=workload, first_id=first.total)
+    clients = Watched(max_waiting=config.http.max_waiting, workload=workload, first_id=first.total)
+    clients.ends = []
     server = embedded_server(spec, target, clients, usual, drafter, MetricsLog(folder / "metrics.jsonl", "server"))
     clients.attach(server)
     http.start(spec, target.tokenizer, target.parts.config.vocab_size, clients, server, RunHistory())
@@ -107,14 +119,15 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
                 if number == _ROUNDS:
                     pace, occupied = pace_and_occupancy(server.stats.rounds, config.engine.slots)
                     cpu = cpu_by_thread()
-                    pipe.send((pace, occupied, {name: s - cpu_before.get(name, 0.0) for name, s in cpu.items()}))
-                    server.stats.rounds, cpu_before = Rounds(), cpu
+                    spent = {name: s - cpu_before.get(name, 0.0) for name, s in cpu.items()}
+                    pipe.send((busy(clients.ends, config.engine.slots), pace, occupied, spent))
+                    server.stats.rounds, cpu_before, clients.ends = Rounds(), cpu, []
                     continue
                 workload.begin(queue(), number)
                 began = time.perf_counter()
                 while clients.step():
                     pass
-                pipe.send((began, workload.ends))
+                pipe.send((workload.tokens, time.perf_counter() - began))
             elif not clients.step():
                 clients.wait(_IDLE_S)
     finally:
@@ -136,18 +149,16 @@ def cpu_by_thread() -> Counter[str]:
     return seconds
 
 
-def whole_and_busy(began: float, ends: Sequence[End], slots: int) -> tuple[float, float]:
-    """Return tokens per second of a turn, and of it without its first and last ``slots`` completions; nan of too few.
+def busy(ends: Sequence[End], slots: int) -> float:
+    """Return tokens per second without what came before the first ``slots`` ends and after all but as many; or nan.
 
-    >>> whole_and_busy(0.0, [(4.0, 8), (5.0, 2), (6.0, 4), (10.0, 6)], slots=1)
-    (2.0, 3.0)
+    >>> busy([(4.0, 8), (5.0, 10), (6.0, 14), (10.0, 20)], slots=1)
+    3.0
     """
-    ends = sorted(ends)
-    whole = sum(tokens for _, tokens in ends) / (ends[-1][0] - began)
     if len(ends) <= 2 * slots:
-        return whole, math.nan
-    middle = ends[slots : len(ends) - slots]
-    return whole, sum(tokens for _, tokens in middle) / (middle[-1][0] - ends[slots - 1][0])
+        return math.nan
+    (began, before), (ended, after) = ends[slots - 1], ends[-slots - 1]
+    return (after - before) / (ended - began)
 
 
 def pace_and_occupancy(rounds: Iterable[Round], slots: int) -> tuple[float, float]:
@@ -187,17 +198,17 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
     end.close()
     load = Load(pipe.recv(), options.max_new_tokens)
 
-    def by_queue(clients: int) -> tuple[float, list[End]]:
+    def by_queue(clients: int) -> tuple[int, float]:
         pipe.send(clients)
         return pipe.recv()
 
-    def over_http(clients: int) -> tuple[float, list[End]]:
+    def over_http(clients: int) -> tuple[int, float]:
         answers = asyncio.run(load.closed_loop(prompts, clients))
         assert all(answer.complete and answer.usage for answer in answers)
-        ends = [(answer.ended, answer.usage["completion_tokens"]) for answer in answers if answer.usage]
-        return min(answer.began for answer in answers), ends
+        seconds = max(answer.ended for answer in answers) - min(answer.began for answer in answers)
+        return sum(answer.usage["completion_tokens"] for answer in answers if answer.usage), seconds
 
-    def ask_rounds() -> tuple[float, float, Counter[str]]:
+    def ask_rounds() -> tuple[float, float, float, Counter[str]]:
         pipe.send(_ROUNDS)
         return pipe.recv()
 
@@ -210,10 +221,9 @@ def measure(options: argparse.Namespace, prompts: Sequence[Prompt], folder: Path
             ways = [("queue", by_queue), ("http", over_http)]
             for name, way in ways if turn % 2 else reversed(ways):
                 ask_rounds()
-                began, ends = way(clients)
-                pace, occupied, cpu = ask_rounds()
-                rates = whole_and_busy(began, ends, options.slots)
-                for each, value in zip(found.values(), (*rates, pace, occupied), strict=True):
+                tokens, seconds = way(clients)
+                *rounds, cpu = ask_rounds()
+                for each, value in zip(found.values(), (tokens / seconds, *rounds), strict=True):
                     each[name].append(value)
                 spent[name].update(cpu)
             ratios = [f"{each['http'][-1] / each['queue'][-1]:.3f}" for each in found.values()]
