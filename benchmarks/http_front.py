@@ -4,7 +4,7 @@ The engine runs in a process of its own, as under `aurora-rl serve`: rounds in t
 cost of throughput has two parts: HTTP work that delays rounds, which shows in the pace of rounds with all slots
 occupied, and slots that stay empty until their client asks again, which shows in how many are occupied.
 
-The beginning of a turn is none of them. The queue has all requests at once, and their prompts are read together;
+The beginning of a turn is neither. The queue has all requests at once, and their prompts are read together;
 clients' come one after the other, and all but the first are read in chunks along with its rounds. So there is a third
 figure, "busy": tokens per second between the first and the last ends of requests in a turn, as many as there are slots.
 
@@ -85,7 +85,9 @@ class Workload:
 class Watched(AsyncEngine):
     """Requests of clients and of a workload, and when each ended."""
 
-    ends: list[End]
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.ends: list[End] = []
 
     @override
     def completed(self, completion: Completion) -> str:
@@ -106,7 +108,6 @@ def host(pipe: Connection, pairs: Sequence[str], prompts: Sequence[Prompt], fold
     drafter, _ = first_drafter(spec, target, first.first_prompts(64), None)
     workload, cpu_before = Workload(), cpu_by_thread()
     clients = Watched(max_waiting=config.http.max_waiting, workload=workload, first_id=first.total)
-    clients.ends = []
     server = embedded_server(spec, target, clients, usual, drafter, MetricsLog(folder / "metrics.jsonl", "server"))
     clients.attach(server)
     http.start(spec, target.tokenizer, target.parts.config.vocab_size, clients, server, RunHistory())

@@ -32,8 +32,10 @@ def make_env() -> SpecDecodeEnv:
     return decoder().env
 
 
-def make_policy() -> DrafterPolicy | None:
-    return decoder().policy
+def make_policy() -> DrafterPolicy:
+    policy = decoder().policy
+    assert policy is not None  # there is a drafter
+    return policy
 
 
 def main() -> None:

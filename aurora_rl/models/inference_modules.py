@@ -22,9 +22,10 @@ from aurora_rl.models.kv_cache import SlotCache
 class PackedLinear(nn.Module):
     """A bf16 linear layer whose weight is stored in oneDNN's blocked layout, reordered once and not at every call.
 
-    ``keep_weight`` keeps the plain weight too, so that :func:`stage` can replace it. The packed one follows it at the
-    next call, if torch counts the write; ``aurora_rl.models.weight_watch`` notices those to ``.data``, too. Where
-    gradients are wanted the plain weight multiplies: none go through a packed one.
+    ``keep_weight`` keeps the plain weight too, so that :func:`stage` can replace it. The packed one follows it at once
+    when a state dict is loaded and when the module is copied, cast or moved, so that no round waits for that. It
+    follows other writes at the next call, if torch counts them; ``aurora_rl.models.weight_watch`` notices those to
+    ``.data``, too. Where gradients are wanted the plain weight multiplies: none go through a packed one.
     """
 
     packed: Tensor | None

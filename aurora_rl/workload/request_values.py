@@ -148,6 +148,18 @@ def cache_salt_field(fields: Mapping[str, Any]) -> str | None:
     raise wrong("cache_salt", value, r"give a string of 1 to 128 characters, none of them @, /, \ or NUL")
 
 
+def budget_field(fields: Mapping[str, Any]) -> int | None:
+    """Return the most new tokens that a request asks for, by either name of :data:`BUDGETS`; None if by neither.
+
+    Raises:
+        FieldError: A value is no integer of at least 1, or the two differ.
+    """
+    budgets = {name: budget for name in BUDGETS if (budget := integer_field(fields, name, 1)) is not None}
+    if len(set(budgets.values())) > 1:
+        raise FieldError(f"{' and '.join(budgets)} differ; give one of them", BUDGETS[-1])
+    return next(iter(budgets.values()), None)
+
+
 def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a request says of its :class:`~aurora_rl.sampling_params.SamplingParams`, by their names.
 
@@ -176,10 +188,7 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     longest = max(map(len, stops), default=0)
     if longest > _LONGEST_STOP:  # it is looked for at every token
         raise FieldError(f"stop has a string of {longest} characters; give at most {_LONGEST_STOP}", "stop")
-    budgets = {name: budget for name in BUDGETS if (budget := integer_field(fields, name, 1)) is not None}
-    if len(set(budgets.values())) > 1:
-        raise FieldError(f"{' and '.join(budgets)} differ; give one of them", BUDGETS[-1])
-    for budget in budgets.values():
+    if (budget := budget_field(fields)) is not None:
         named["max_tokens"] = budget
     try:
         SamplingParams(**named)

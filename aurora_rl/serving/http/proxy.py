@@ -29,7 +29,7 @@ from aurora_rl.serving.http.streams import EventStream, event
 from aurora_rl.telemetry.throttle import Throttle
 from aurora_rl.tenants import joint_salt
 from aurora_rl.workload.request_fields import FieldError, check_fields, refusal
-from aurora_rl.workload.request_values import BUDGETS, boolean_field, wrong
+from aurora_rl.workload.request_values import BUDGETS, boolean_field, budget_field, wrong
 
 logger = logging.getLogger(__name__)
 _throttle = Throttle(logger)
@@ -286,11 +286,9 @@ def _described(reply: httpx.Response) -> dict[str, frozenset[str]]:
 def _with_known_budget(fields: Mapping[str, Any], known: Collection[str]) -> Mapping[str, Any]:
     """Return the fields with the token budget under the name that SGLang has for it on both paths."""
     name, alias = BUDGETS
-    if (budget := fields.get(alias)) is None or alias in known:
+    if fields.get(alias) is None or alias in known:
         return fields
-    if fields.get(name) not in (None, budget):
-        raise FieldError(f"{name} and {alias} differ; give one of them", alias)
-    return {**{each: value for each, value in fields.items() if each != alias}, name: budget}
+    return {**{each: value for each, value in fields.items() if each != alias}, name: budget_field(fields)}
 
 
 def _refusal_of(reply: httpx.Response) -> ApiError:

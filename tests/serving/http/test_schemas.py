@@ -31,8 +31,8 @@ HONOURED: list[dict[str, Any]] = [
     {"max_tokens": 2, "max_completion_tokens": 2},
     *({"ignore_eos": value} for value in (True, False)),
     *({name: False} for name in ("speculative", "learn", "stream", "logprobs", "store")),
-    {"model": "tiny/model"}, {"n": 1}, {"nonsense": None},
-    said("a", "assistant", metadata=None, options=None),  # as Gradio resends an answer {"frequency_penalty": 0.0},
+    {"model": "tiny/model"}, {"n": 1}, {"nonsense": None}, {"frequency_penalty": 0.0},
+    said("a", "assistant", metadata=None, options=None),  # as Gradio resends an answer
     said([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), said("a", "developer"), said("a", name="me"),
     said("a", "assistant", tool_calls=[], refusal=None),
     dict.fromkeys(HARMLESS, "x"), dict.fromkeys(NEUTRAL),
