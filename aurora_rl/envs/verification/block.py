@@ -24,10 +24,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from aurora_kernels.noise import uniform
-from aurora_kernels.trees import depths
-from aurora_rl.envs.verification.rejection import bonus_draw, both_distributions
-from aurora_rl.envs.verification.rules import Verdict, VerificationRule, check_shapes, register_rule
-from aurora_rl.sampling_params import SamplingBatch
+from aurora_rl.envs.verification.rejection import ComparingRule
+from aurora_rl.envs.verification.rules import Verdict, register_rule
 
 # A stream of their own. A coin belongs to a round and a depth: nodes after the accepted ones have shown theirs, so at
 # the same position the next round must have another.
@@ -101,10 +99,10 @@ def _check_chains(parents: Tensor, valid: Tensor) -> None:
 
 @final
 @register_rule("block")
-class Block(VerificationRule):
+class Block(ComparingRule):
     """Block verification of a chain that was drawn from the drafter.
 
-    >>> from aurora_rl.sampling_params import SamplingParams
+    >>> from aurora_rl.sampling_params import SamplingBatch, SamplingParams
     >>> logits, q = torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]]), torch.tensor([[[0.5, 0.5]]])
     >>> tokens, parents, valid = torch.tensor([[0]]), torch.tensor([[-1]]), torch.tensor([[True]])
     >>> sampling = SamplingBatch.from_params([SamplingParams(1.0, seed=0)])
@@ -112,23 +110,12 @@ class Block(VerificationRule):
     Verdict(accepted=tensor([[True]]), bonus_token=tensor([1]))
     """
 
-    draft_modes, needs_q, token_wise = ("sampled",), True, False
+    draft_modes, token_wise = ("sampled",), False
+    _settle = staticmethod(verify_chain)
 
     @override
-    def verify(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        parents: Tensor,
-        valid: Tensor,
-        positions: Tensor,
-        sampling: SamplingBatch,
-        q: Tensor | None = None,
-    ) -> Verdict:
-        check_shapes(logits, tokens, parents, valid)
-        p, q = both_distributions(self.name, logits, tokens, sampling, q)
-        coins = uniform(sampling.seed[:, None], positions[:, None], depths(parents), _COINS)
-        return verify_chain(p, q, tokens, parents, valid, coins, bonus_draw(parents, positions, sampling))
+    def _coins(self, seed: Tensor, positions: Tensor, depth: Tensor, tokens: Tensor) -> Tensor:
+        return uniform(seed, positions, depth, _COINS)
 
     @override
     def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ Children are drawn independently, ``q_k = q``, or without replacement, where ``q
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -89,40 +90,15 @@ def reject(
     return Verdict(accepted, pick(residual, column))
 
 
-def both_distributions(
-    name: str, logits: Tensor, tokens: Tensor, sampling: SamplingBatch, q: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the served distribution at the root and every node, ``[B, N + 1, V]``, and ``q`` in its dtype.
+class ComparingRule(VerificationRule):
+    """Base of rules that compare the target's distribution with the one that nodes were drawn from."""
 
-    ``name`` is the rule's. The other arguments are those of ``VerificationRule.verify``. ValueError says that ``q`` is
-    not ``[B, N, V]``.
-    """
-    if q is None or q.shape[:2] != tokens.shape:
-        raise ValueError(f"the rule {name!r} needs q [B, N, V], got {None if q is None else list(q.shape)}")
-    columns = logits.shape[1]
-    parts = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    params = (part.repeat_interleave(columns) for part in parts)
-    p = served_log_probs(logits.flatten(0, 1), *params).view(logits.shape).exp()
-    return p, q.to(p.dtype)
-
-
-def bonus_draw(parents: Tensor, positions: Tensor, sampling: SamplingBatch) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that draws tokens ``[B]`` from distributions ``[B, V]`` after the nodes at columns ``[B]``.
-
-    The noise is that of plain sampling at their positions. Arguments are those of ``VerificationRule.verify``.
-    """
-    depth = F.pad(depths(parents), (1, 0))
-
-    def pick(residual: Tensor, column: Tensor) -> Tensor:
-        below = depth.gather(1, column[:, None])[:, 0]
-        return gumbel_argmax(residual.log(), sampling.seed, positions + below + 1)
-
-    return pick
-
-
-class _Rejection(VerificationRule):
-    replacement: ClassVar[bool]
     needs_q = True
+    _settle: ClassVar[Callable[..., Verdict]]  # takes the first seven arguments of `reject`
+
+    @abstractmethod
+    def _coins(self, seed: Tensor, positions: Tensor, depth: Tensor, tokens: Tensor) -> Tensor:
+        """Return the coin of each node ``[B, N]``; seed and position of the roots are ``[B, 1]``."""
 
     @override
     def verify(
@@ -136,11 +112,30 @@ class _Rejection(VerificationRule):
         q: Tensor | None = None,
     ) -> Verdict:
         check_shapes(logits, tokens, parents, valid)
-        p, q = both_distributions(self.name, logits, tokens, sampling, q)
-        at = positions[:, None] + depths(parents)  # the position that a node's token would take
-        coins = uniform(sampling.seed[:, None], at, tokens.clamp(min=0), _COINS)
-        pick = bonus_draw(parents, positions, sampling)
-        return reject(p, q, tokens, parents, valid, coins, pick, replacement=self.replacement)
+        if q is None or q.shape[:2] != tokens.shape:
+            raise ValueError(f"the rule {self.name!r} needs q [B, N, V], got {None if q is None else list(q.shape)}")
+        parts = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        params = (part.repeat_interleave(logits.shape[1]) for part in parts)
+        p = served_log_probs(logits.flatten(0, 1), *params).view(logits.shape).exp()
+        depth = depths(parents)
+
+        def pick(residual: Tensor, column: Tensor) -> Tensor:
+            below = F.pad(depth, (1, 0)).gather(1, column[:, None])[:, 0]
+            return gumbel_argmax(residual.log(), sampling.seed, positions + below + 1)
+
+        coins = self._coins(sampling.seed[:, None], positions[:, None], depth, tokens)
+        return self._settle(p, q.to(p.dtype), tokens, parents, valid, coins, pick)
+
+
+class _Rejection(ComparingRule):
+    replacement: ClassVar[bool]
+
+    def _settle(self, *round_: Any) -> Verdict:
+        return reject(*round_, replacement=self.replacement)
+
+    @override
+    def _coins(self, seed: Tensor, positions: Tensor, depth: Tensor, tokens: Tensor) -> Tensor:
+        return uniform(seed, positions + depth, tokens.clamp(min=0), _COINS)  # where the node's token would stand
 
     @override
     def acceptance(self, p: Tensor, q: Tensor | None, tokens: Tensor, context: Tensor) -> Tensor:
