@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -102,25 +102,11 @@ class _Stream:
 
 @dataclass(slots=True, eq=False)
 class _Deletion:
-    """A tenant whose data is to be deleted once these requests have ended, and who waits for it, in which loop."""
+    """A tenant whose data is to be deleted once these requests have ended; cancelled if its client has left."""
 
     tenant: str
     requests: set[int]
-    answer: asyncio.Future[Deleted]
-    loop: asyncio.AbstractEventLoop
-
-    def end(self, outcome: Deleted | Exception) -> None:
-        """Tell who waits what was deleted, or why nothing was."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
-            self.loop.call_soon_threadsafe(self._tell, outcome)
-
-    def _tell(self, outcome: Deleted | Exception) -> None:
-        if self.answer.done():  # the client has left
-            return
-        if isinstance(outcome, Exception):
-            self.answer.set_exception(outcome)
-        else:
-            self.answer.set_result(outcome)
+    answer: Future[Deleted] = field(default_factory=Future)
 
 
 class AsyncEngine:
@@ -250,16 +236,15 @@ class AsyncEngine:
         Raises:
             UnavailableError: The server is shutting down, or a fault has ended the rounds.
         """
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Deleted] = loop.create_future()
         with self._lock:
             self.check_alive()
             requests = [each.request for each in list(self._streams.values()) if each.request.tenant == tenant]
             for request in requests:
                 request.learn = False
-            self._deletions.append(_Deletion(tenant, {request.id for request in requests}, answer, loop))
+            deletion = _Deletion(tenant, {request.id for request in requests})
+            self._deletions.append(deletion)
         self._arrived.set()
-        return await answer
+        return await asyncio.wrap_future(deletion.answer)
 
     def _cancel(self, stream: _Stream) -> None:
         request = stream.request
@@ -313,7 +298,8 @@ class AsyncEngine:
             self._streams.clear()
             deletions, self._deletions = self._deletions, []
         for deletion in deletions:
-            deletion.end(self._unavailable())
+            if deletion.answer.set_running_or_notify_cancel():
+                deletion.answer.set_exception(self._unavailable())
         self._deliver()
 
     def __call__(self) -> Request | None:
@@ -364,7 +350,9 @@ class AsyncEngine:
             due = [each for each in self._deletions if not each.requests & self._streams.keys()]
             self._deletions = [each for each in self._deletions if each not in due]
         for deletion in due:
-            deletion.end(server.delete(deletion.tenant))
+            deleted = server.delete(deletion.tenant)
+            if deletion.answer.set_running_or_notify_cancel():
+                deletion.answer.set_result(deleted)
 
     def _deliver(self) -> None:
         """Wake each event loop once for all that a round added."""

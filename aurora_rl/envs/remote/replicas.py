@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, zip_longest
 from typing import Any
 
 from aurora_rl.collectors.keys import ClientKeys
 from aurora_rl.envs.remote.plugin_server import PluginError, ask, replica_address
 
-_SUMS = ("slots", "recorded", "queued", "sent", "swaps")
 _ATTACH_S = 90.0
-_COUNTS = ("seen", "skipped", "drops")
 
 
 def ask_all(
@@ -71,40 +69,23 @@ def status_of_all(statuses: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return statuses[0]
     # One replica may be detached, whose status has less.
     whole = {name: value for each in reversed(statuses) for name, value in each.items()}
-    whole["attached"] = all(each["attached"] for each in statuses)
-    sessions = [each["session"] for each in statuses]
-    whole["session"] = "+".join(sessions) if all(sessions) else ""
-    for name in _SUMS:
-        if name in whole:
-            whole[name] = sum(each.get(name, 0) for each in statuses)
-    for name in _COUNTS:
-        if name in whole:
-            whole[name] = dict(sum((Counter(each.get(name, {})) for each in statuses), Counter()))
-    if "ranks" in whole:
-        whole["ranks"] = [{"replica": i, **rank} for i, each in enumerate(statuses) for rank in each.get("ranks", [])]
-    if "version" in whole:
-        whole["version"] = min(each.get("version", whole["version"]) for each in statuses)
-    for name in ("error", "refused"):
-        told = [f"replica {i}: {each[name]}" for i, each in enumerate(statuses) if each.get(name)]
-        if name in whole:
-            whole[name] = "; ".join(told)
-    if "served" in whole:
-        whole["served"] = _served([each["served"] for each in statuses if "served" in each])
-    if "swap_ms" in whole:  # the latest last
-        turns = zip_longest(*(reversed(each.get("swap_ms", [])) for each in statuses))
-        whole["swap_ms"] = [ms for ms in chain(*turns) if ms is not None][::-1]
-    if "faults" in whole:
-        whole["faults"] = [
-            {**fault, "replica": i} for i, each in enumerate(statuses) for fault in each.get("faults", [])
-        ]
-    if "deleted" in whole:
-        deleted = [each["deleted"] for each in statuses]
-        told_all = all(each["learner"] == "told" for each in deleted)
-        whole["deleted"] = {
-            "trajectories": sum(each["trajectories"] for each in deleted),
-            "learner": "told" if told_all else "absent",
-        }
+    for name in whole.keys() & _COMBINED.keys():
+        whole[name] = _COMBINED[name]([each[name] for each in statuses if name in each])
+    for name in whole.keys() & {"error", "refused"}:
+        whole[name] = "; ".join(f"replica {i}: {each[name]}" for i, each in enumerate(statuses) if each.get(name))
+    for name in whole.keys() & {"faults", "ranks"}:
+        whole[name] = [{"replica": i, **entry} for i, each in enumerate(statuses) for entry in each.get(name, [])]
     return whole
+
+
+def _in_turns(times: Sequence[Sequence[float]]) -> list[float]:
+    """Return the times of all replicas, the latest last."""
+    return [ms for ms in chain(*zip_longest(*map(reversed, times))) if ms is not None][::-1]
+
+
+def _deleted(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    told = all(part["learner"] == "told" for part in parts)
+    return {"trajectories": sum(part["trajectories"] for part in parts), "learner": "told" if told else "absent"}
 
 
 def _served(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -118,3 +99,15 @@ def _served(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "accepted": dict(accepted),
         "acceptance_length": sums["speculative_tokens"] / rounds if rounds else None,
     }
+
+
+_COMBINED: dict[str, Callable[[list[Any]], Any]] = {
+    "attached": all,
+    "session": lambda sessions: "+".join(sessions) if all(sessions) else "",
+    **dict.fromkeys(("slots", "recorded", "queued", "sent", "swaps"), sum),
+    **dict.fromkeys(("seen", "skipped", "drops"), lambda counts: dict(sum(map(Counter, counts), Counter()))),
+    "version": min,
+    "served": _served,
+    "swap_ms": _in_turns,
+    "deleted": _deleted,
+}
