@@ -69,6 +69,9 @@ MOVED = {
     "envs.sglang.client.SGLangCompletion": "envs.remote.client.EngineCompletion",
     "cli.sglang": "cli.attach", "cli.engines": "cli.embedded",
     "collectors.gatekeeper": "collectors.admission", "collectors.guard": "collectors.relay",
+    "envs.kv_shapes": "envs.attention_span", "envs.alibi": "envs.forward_pass", "serving.capture": "serving.server",
+    "serving.http.reading": "serving.http.app", "serving.http.generation": "serving.http.app",
+    "envs.sglang.layout": "envs.sglang.refusals", "envs.sglang.models": "envs.sglang.refusals",
     **{f"envs.sglang.{name}": f"envs.remote.{name}" for name in (
         "assembler", "copies", "plugin_server", "replicas", "session")},
     "collectors.Hello": "collectors.handshake.Handshake",
@@ -128,6 +131,8 @@ ELSEWHERE = {
         "ControlConfig": "aurora_rl.cli.config.BaselineConfig", "ConfigError": "aurora_rl.cli.errors",
     },
     "conversations": {"Conversations": "aurora_rl.serving.requests.RequestQueue"},
+    "envs.sglang.layout": {"cores_of, ranks_of": "aurora_rl.envs.sglang.client"},
+    "serving.http.generation": {"complete": "aurora_rl.serving.http.front"},
     "envs.sampling": {
         "SamplingBatch, SamplingParams": "aurora_rl.sampling_params",
         "argmax, gumbel, uniform": "aurora_kernels.noise",

@@ -17,7 +17,7 @@ MODULES = {
 } | {f"kernels/{path.stem}" for path in (ROOT / "kernels" / "aurora_kernels").glob("*.py") if path.stem != "__init__"}
 FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py"))
 # Parts of the front, which its tests see as clients of a real server do.
-OF_THE_FRONT = {f"serving/http/{name}" for name in ("bodies", "errors", "generation", "prompts", "streams")}
+OF_THE_FRONT = {f"serving/http/{name}" for name in ("bodies", "errors", "prompts", "streams")}
 EXCEPTIONS = {
     "faults/test_attach.py": "processes of all rooms, by the commands of docs/production.md",
     "faults/test_fleet.py": "`aurora-rl fleet` on a Ray cluster of this machine",

@@ -25,9 +25,8 @@ from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_controller import TreeController
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.serving.canary import RoundTrialRules
-from aurora_rl.serving.capture import Capture
 from aurora_rl.serving.requests import RequestSource
-from aurora_rl.serving.server import InferenceServer
+from aurora_rl.serving.server import Capture, InferenceServer
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows
 

@@ -1,15 +1,16 @@
-"""The part of a text that a layer sees: windows and chunks of attention, and lengths on which attention depends."""
+"""What a layer keeps and sees of a text: keys and values, windows and chunks, lengths on which attention depends."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from aurora_rl.envs.exactness import NOT_LEARNED, TRY_SGLANG, UnsupportedModelError
-from aurora_rl.models.kv_cache import sliding_window
+from aurora_rl.envs.exactness import NOT_LEARNED, TRY_SGLANG, UnsupportedModelError, reason_of
+from aurora_rl.models.kv_cache import KVShape, RecurrentStateError, ShapeRecorder, sliding_window
 from aurora_rl.models.target_head import decoder_of
 
 # Lengths from which on GPT-Neo's local layers and Doge drop keys by their place in the pass.
@@ -21,6 +22,24 @@ _ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", 
 
 First = Callable[[Tensor], Tensor]
 """First position that queries at some positions see."""
+
+
+def kv_shapes(model: PreTrainedModel) -> dict[int, tuple[KVShape, KVShape]]:
+    """Return the shapes of the keys and values of each layer, as the model writes them."""
+    name, recorder = type(model).__name__, ShapeRecorder()
+    tokens = torch.tensor([[1, 2]], device=model.device)
+    try:
+        with torch.inference_mode():
+            decoder_of(model)(input_ids=tokens, past_key_values=recorder, use_cache=True)
+        if not recorder.shapes:
+            raise RecurrentStateError("it keeps no keys and values of earlier tokens that slots could hold")
+    except RecurrentStateError as error:
+        raise UnsupportedModelError(f"{name} cannot verify trees: {error}; {NOT_LEARNED}") from error
+    except Exception as error:  # whatever a forward raises that takes another cache
+        raise UnsupportedModelError(
+            f"{name} does not run with a cache of keys and values ({reason_of(error)}); {TRY_SGLANG}"
+        ) from error
+    return recorder.shapes
 
 
 def mask_kinds(config: PretrainedConfig, name: str, max_length: int) -> dict[str | None, First | None]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.attention_span import First
+from aurora_rl.envs.exactness import TRY_SGLANG, UnsupportedModelError
 from aurora_rl.models.attention import GROUPED_ATTENTION, PartMasks, pass_mask
 from aurora_rl.models.batch_invariant import invariant_mask, whole_blocks
 from aurora_rl.models.inference_modules import FusedDecoderLayer, fuse_decoder_layers
@@ -41,6 +41,47 @@ class Rows(NamedTuple):
     depth: Tensor
     seen: Tensor | None = None
     present: Tensor | None = None
+
+
+class AlibiPositions:
+    """Replaces the ALiBi of a decoder that counts positions itself, such as BLOOM's; made by :meth:`of`.
+
+    A tree's nodes lie in another order than their positions.
+    """
+
+    def __init__(self, decoder: Any, max_length: int, device: torch.device) -> None:
+        self._decoder, self._max_length, self._device = decoder, max_length, device
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, max_length: int, *, takes_positions: bool) -> AlibiPositions | None:
+        """Return what gives a model's ALiBi its positions; None if the model can be told them (``takes_positions``).
+
+        ``max_length`` is the most columns of a pass.
+
+        Raises:
+            UnsupportedModelError: The decoder counts positions itself, in a way that is not known here.
+        """
+        decoder = decoder_of(model)
+        if getattr(type(decoder), "build_alibi_tensor", None) is not None:
+            return cls(decoder, max_length, model.device)
+        if takes_positions and not getattr(model.config.get_text_config(), "alibi", False):
+            return None
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be told the positions of a tree's nodes: its decoder counts them itself; "
+            f"{TRY_SGLANG}"
+        )
+
+    def aim(self, columns: Tensor) -> None:
+        """Let the next pass read positions ``columns`` (``[b, L]``); at every pass, as another engine has its own."""
+        self._columns, self._decoder.build_alibi_tensor = columns, self._build
+
+    def _build(self, attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+        original = type(self._decoder).build_alibi_tensor
+        if attention_mask.ndim == 2:  # not one of ours
+            return original(self._decoder, attention_mask, num_heads, dtype)
+        every = torch.ones(1, self._max_length, dtype=torch.float32, device=self._device)
+        table = original(self._decoder, every, num_heads, dtype)[:, 0]
+        return table[:, self._columns].transpose(0, 1).flatten(0, 1)[:, None]
 
 
 class ForwardPass:

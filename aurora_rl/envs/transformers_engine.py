@@ -16,8 +16,7 @@ from typing_extensions import override
 
 from aurora_kernels.trees import ancestor_mask, depths
 from aurora_rl.context import ContextStore
-from aurora_rl.envs.alibi import AlibiPositions
-from aurora_rl.envs.attention_span import make_independent_of_length, mask_kinds
+from aurora_rl.envs.attention_span import kv_shapes, make_independent_of_length, mask_kinds
 from aurora_rl.envs.batch_invariance import check_batch_invariance, require_fused
 from aurora_rl.envs.engine import Engine, PromptChunk, register_engine
 from aurora_rl.envs.exactness import (
@@ -32,8 +31,7 @@ from aurora_rl.envs.exactness import (
     takes_positions,
     with_larger_products,
 )
-from aurora_rl.envs.forward_pass import ForwardPass, Rows
-from aurora_rl.envs.kv_shapes import kv_shapes
+from aurora_rl.envs.forward_pass import AlibiPositions, ForwardPass, Rows
 from aurora_rl.models.attention import GROUPED_ATTENTION
 from aurora_rl.models.batch_invariant import make_batch_invariant, whole_blocks
 from aurora_rl.models.inference_modules import prepare_for_inference

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -21,7 +22,6 @@ from aurora_rl.policies import DrafterPolicy, TreeShape
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.policies.tree_controller import TreeController, observe_round
 from aurora_rl.serving.canary import RoundTrialRules
-from aurora_rl.serving.capture import Capture
 from aurora_rl.serving.versions import Versions
 from aurora_rl.serving.watchdog import Watchdog
 from aurora_rl.telemetry.log import MetricsLog
@@ -48,6 +48,34 @@ class Deleted:
     answers: int
     trajectories: int
     learner: Literal["told", "absent"]
+
+
+class Capture:
+    """Decides about each request. One that is not captured is served as with ``learn=False``.
+
+    Args:
+        rate: Share of the requests that are captured, 0 to 1.
+        opt_out: Tenants whose requests never are.
+        seed: Key of the hash of a request's id that chooses the share, so that a run chooses the same again.
+
+    Example:
+        >>> import torch
+        >>> capture, prompt = Capture(0.25, opt_out=["a"]), torch.tensor([3])
+        >>> sum(capture(Request(id, prompt)) for id in range(1000))
+        266
+        >>> any(capture(Request(id, prompt, tenant="a")) for id in range(1000))
+        False
+    """
+
+    def __init__(self, rate: float = 1.0, opt_out: Collection[str] = (), seed: int = 0) -> None:
+        self._rate, self._opt_out, self._seed = rate, frozenset(opt_out), seed
+
+    def __call__(self, request: Request) -> bool:
+        """Return whether a request is captured."""
+        if not request.learn or request.tenant in self._opt_out:
+            return False
+        digest = hashlib.blake2b(f"{self._seed}/{request.id}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest) < self._rate * 2**64
 
 
 class InferenceServer:

@@ -1,10 +1,9 @@
 """SGLang as the serving engine, unpatched.
 
 Inside SGLang's scheduler process: :mod:`plugin` (hooks), :mod:`requests` (which are recorded), :mod:`swaps` (of
-weights, on all :mod:`ranks` alike), :mod:`weights` (how they are loaded), :mod:`watchdog`, :mod:`models` and
-:mod:`layout` (what is refused). Outside: :mod:`client` (a server, launched or attached to). What other engines do alike
-is in :mod:`aurora_rl.envs.remote`, and
-:mod:`aurora_rl.serving.attached` follows a server, or keeps its slots filled.
+weights, on all :mod:`ranks` alike), :mod:`weights` (how they are loaded), :mod:`watchdog` and :mod:`refusals`.
+Outside: :mod:`client` (a server, launched or attached to). What other engines do alike is in
+:mod:`aurora_rl.envs.remote`, and :mod:`aurora_rl.serving.attached` follows a server, or keeps its slots filled.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,6 @@ from typing_extensions import override
 from aurora_rl.envs import Request
 from aurora_rl.envs.remote.client import EngineClient, EngineCompletion, EngineError, free_ports, learned_method
 from aurora_rl.envs.sglang import ENGINE, LEARNED
-from aurora_rl.envs.sglang.layout import cores_of, ranks_of
 from aurora_rl.policies.formats.vllm import LAYER_IDS
 from aurora_rl.storage import CheckpointError, read_folder
 
@@ -163,6 +163,27 @@ class SGLangClient(EngineClient):
     def probe(self, status: dict[str, Any]) -> None:
         self._argmax = status["device"] == "cpu"
         super().probe(status)
+
+
+def ranks_of(arguments: Sequence[str]) -> int:
+    """Return how many processes with a part of the model SGLang's arguments start, over all replicas.
+
+    >>> ranks_of(["--tp-size", "2", "--dp-size=3", "--log-level", "info"])
+    6
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (("--tp-size", "--tp", "--tensor-parallel-size"), ("--dp-size", "--dp", "--data-parallel-size")):
+        parser.add_argument(*names, type=int, default=1)
+    found, _ = parser.parse_known_args(list(arguments))
+    return found.tp_size * found.dp_size
+
+
+def cores_of(ranks: int) -> str:
+    """Return the cores of each rank on a CPU as SGLang takes them; left to itself it has one rank for a NUMA node."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // ranks)
+    own = ([cores[(rank * share + i) % len(cores)] for i in range(share)] for rank in range(ranks))
+    return "|".join(",".join(map(str, each)) for each in own)
 
 
 def drafter_arguments(drafter: str | os.PathLike[str], token_map: str | os.PathLike[str]) -> list[str]:

@@ -26,9 +26,8 @@ from aurora_rl.envs.remote.plugin import RecorderPlugin
 from aurora_rl.envs.remote.plugin_server import PluginError, replica_address
 from aurora_rl.envs.remote.session import Session
 from aurora_rl.envs.sglang import ENGINE, LEARNED
-from aurora_rl.envs.sglang.layout import layout_fault
-from aurora_rl.envs.sglang.models import drafter_fault, target_fault
 from aurora_rl.envs.sglang.ranks import EngineRanks, Order
+from aurora_rl.envs.sglang.refusals import drafter_fault, layout_fault, target_fault
 from aurora_rl.envs.sglang.requests import sampling_of, unwanted
 from aurora_rl.envs.sglang.swaps import Swaps
 from aurora_rl.envs.sglang.weights import draft_vocab
@@ -317,38 +316,28 @@ class Plugin(RecorderPlugin):
             joint = None
         self._seen["log_probs"] += joint is not None
         self._seen["hidden"] += "hidden" in target
-        tokens, child, sibling, path, length, anchor, rows = (
-            to_host(t)
-            for t in (
-                tree.draft_token.view(n, width),
-                tree.retrieve_next_token.view(n, width),
-                tree.retrieve_next_sibling.view(n, width),
-                paths.view(n, -1) - width * torch.arange(n, device=paths.device)[:, None],
-                path_lengths,
-                batch.seq_lens,
-                features.view(n, width, -1),
-            )
-        )
+        parts = {
+            "anchor": batch.seq_lens,
+            "tokens": tree.draft_token.view(n, width),
+            "first_child": tree.retrieve_next_token.view(n, width),
+            "next_sibling": tree.retrieve_next_sibling.view(n, width),
+            "path": paths.view(n, -1) - width * torch.arange(n, device=paths.device)[:, None],
+            "path_length": path_lengths,
+            "features": features.view(n, width, -1),
+        }
+        copies = {name: to_host(part) for name, part in parts.items()}
         scores = None if joint is None else to_host(joint)
         trees = {key: value.view(n, width, *value.shape[1:]) for key, value in target.items()}
         ready = copies_done(features.device)
         for i, rid in self._wanted:
-            session.assembler.round(
-                rid,
-                EngineRound(
-                    anchor=anchor[i],
-                    tokens=tokens[i],
-                    first_child=child[i],
-                    next_sibling=sibling[i],
-                    path=path[i],
-                    path_length=length[i],
-                    joint_log_probs=None if scores is None else scores[i],
-                    features=rows[i],
-                    target={key: value[i] for key, value in trees.items()},
-                    policy_version=session.version,
-                    ready=ready,
-                ),
+            drafted = EngineRound(
+                **{name: copy[i] for name, copy in copies.items()},
+                joint_log_probs=None if scores is None else scores[i],
+                target={key: value[i] for key, value in trees.items()},
+                policy_version=session.version,
+                ready=ready,
             )
+            session.assembler.round(rid, drafted)
 
     def _finish_requests(self, session: Session, out: Any, scheduler: Any, batch: Any, result: Any) -> None:
         for req in batch.reqs:

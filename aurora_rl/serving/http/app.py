@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -22,12 +23,15 @@ import aurora_rl
 from aurora_rl.serving.http import errors
 from aurora_rl.serving.http.keys import BearerKeys
 from aurora_rl.serving.http.live_page import FILES, page_routes
-from aurora_rl.serving.http.reading import read_body
 from aurora_rl.telemetry.history import RunHistory
 from aurora_rl.telemetry.prometheus import Exporter
 from aurora_rl.workload.request_fields import FieldError
 
+T = TypeVar("T")
+
 _CORS_METHODS = ("GET", "POST", "DELETE")
+# A client that sends too much is read on for a while: cut off at once, it would see a broken connection and no answer.
+_DRAINED, _DRAIN_S = 8, 2.0
 
 
 class _Cors(CORSMiddleware):
@@ -149,4 +153,62 @@ class Application(ABC):
         return answer
 
     async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self._max_body, self._timeout)
+        """Return the body of a request of JSON, read within the bounds of size and time.
+
+        Raises:
+            ApiError: Status 408 or 413 for a body that takes longer or is larger, 415 if it is not JSON.
+            ClientDisconnect: The client left before it was complete.
+        """
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        # This also keeps pages of other origins out, which may send other types unasked.
+        if media_type != "application/json":
+            message = f"the content type is {media_type[:80]!r}; send 'Content-Type: application/json'"
+            raise errors.ApiError(415, message)
+        declared = request.headers.get("content-length", "")
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self._timeout):
+                if declared.isdecimal() and int(declared) > self._max_body:
+                    await _refuse(request, self._max_body)
+                async for chunk in request.stream():
+                    data += chunk
+                    if len(data) > self._max_body:
+                        await _refuse(request, self._max_body)
+        except TimeoutError:
+            raise errors.ApiError(408, f"the body was not complete after {self._timeout:g} s") from None
+        return bytes(data)
+
+
+async def _refuse(request: Request, limit: int) -> None:
+    if "expect" not in request.headers:  # with it, the client has not sent the body
+        left = _DRAINED * limit
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                while left > 0 and (message := await request.receive()).get("more_body"):
+                    left -= len(message["body"])
+    raise errors.ApiError(413, f"the body has more than the {limit} bytes that http.max_body allows")
+
+
+async def while_connected(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
+    """Return the result of some work, and cancel it if the client leaves.
+
+    ``receive`` is ASGI's source of events, after the request's body was read.
+
+    Raises:
+        ClientGoneError: The client has left.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise errors.ClientGoneError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -19,13 +19,12 @@ from starlette.routing import BaseRoute, Route
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from aurora_rl.envs import SamplingParams
+from aurora_rl.envs import Completion, SamplingParams
 from aurora_rl.models.detokenizer import token_bytes
 from aurora_rl.serving.async_engine import AsyncEngine, Job, QueueFullError, UnavailableError
-from aurora_rl.serving.http.app import Application
+from aurora_rl.serving.http.app import Application, while_connected
 from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
 from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine
-from aurora_rl.serving.http.generation import complete, while_connected
 from aurora_rl.serving.http.prompts import Encoder, tenant_to_delete
 from aurora_rl.serving.http.schemas import ChatCompletionBody, CompletionBody, Detokenize, Tokenize, parse
 from aurora_rl.serving.http.streams import EventStream, Parts, events
@@ -248,3 +247,18 @@ async def _rejoined(first: T, rest: AsyncGenerator[T, None]) -> AsyncGenerator[T
         yield first
         async for each in rest:
             yield each
+
+
+async def complete(engine: AsyncEngine, jobs: Sequence[Job], deadline: float) -> list[Completion]:
+    """Return the completions of all jobs, in their order.
+
+    Raises:
+        TimeoutError: The deadline, a time of the event loop's clock, has passed.
+        Exception: The first error of the engine at one of the jobs.
+    """
+    done: dict[int, Completion] = {}
+    async with aclosing(engine.generate(jobs, deadline)) as updates:
+        async for index, update in updates:
+            if update.completion is not None:
+                done[index] = update.completion
+    return [done[index] for index in range(len(jobs))]

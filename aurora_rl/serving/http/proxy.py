@@ -19,9 +19,8 @@ from typing_extensions import override
 
 from aurora_rl.envs.remote.plugin_server import PluginError
 from aurora_rl.serving.async_engine import QueueFullError
-from aurora_rl.serving.http.app import Application
+from aurora_rl.serving.http.app import Application, while_connected
 from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine
-from aurora_rl.serving.http.generation import while_connected
 from aurora_rl.serving.http.prompts import switch, tenant_of, tenant_to_delete
 from aurora_rl.serving.http.schemas import json_object
 from aurora_rl.serving.http.sglang_answer import SGLangAnswer
@@ -94,8 +93,8 @@ class Proxy(Application):
         get, post = ["GET"], ["POST"]
         return [
             *(Route(path, self.generate, methods=post) for path in _GENERATE),
-            *(Route(path, self.tokens, methods=post) for path in ("/tokenize", "/detokenize")),
-            *(Route(path, self.fetch, methods=get) for path in ("/v1/models", "/health_generate")),
+            *(Route(path, self.pass_on, methods=post) for path in ("/tokenize", "/detokenize")),
+            *(Route(path, self.pass_on, methods=get) for path in ("/v1/models", "/health_generate")),
             Route("/v1/models/{model:path}", self.model, methods=get),
             Route("/health", self.health, methods=get),
             Route("/tenant_data", self.delete_tenant_data, methods=["DELETE"]),
@@ -123,14 +122,10 @@ class Proxy(Application):
         except (ApiError, FieldError) as error:
             raise self._failed(error) from error
 
-    async def tokens(self, request: Request) -> Response:
-        """Pass on a request about tokens and texts."""
+    async def pass_on(self, request: Request) -> Response:
+        """Pass on a request from whose answer nothing is learned."""
         deadline = self._deadline()
-        return await self._forward(request, deadline, await self._body(request))
-
-    async def fetch(self, request: Request) -> Response:
-        """Pass on a request without a body."""
-        return await self._forward(request, self._deadline())
+        return await self._forward(request, deadline, await self._body(request) if request.method == "POST" else None)
 
     async def model(self, request: Request) -> Response:
         """Pass on a question about one model."""

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, drafter_arguments
+from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, cores_of, drafter_arguments, ranks_of
 from aurora_rl.policies import Eagle3Drafter, EagleDrafter, MedusaDrafter, TargetParts
 from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.storage import CheckpointError
@@ -170,3 +170,16 @@ def test_a_salt_keeps_prefixes_apart(chain):
 
     first, again = ([cached(salt) for salt in ("a", "b", None)] for _ in range(2))
     assert first == [0, 0, 0] and min(again) > 30
+
+
+@pytest.mark.parametrize(
+    "names", [("--tp-size", "--dp-size"), ("--tp", "--dp"), ("--tensor-parallel-size", "--data-parallel-size")]
+)
+def test_ranks_and_replicas_are_read_from_sglangs_arguments(names: tuple[str, str]) -> None:
+    assert ranks_of([names[0], "4", f"{names[1]}=2"]) == 8
+    assert ranks_of(["--log-level", "info"]) == 1
+
+
+def test_ranks_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 1, 7, 5})
+    assert (cores_of(2), cores_of(4), cores_of(5)) == ("1,3|5,7", "1|3|5|7", "1|3|5|7|1")

@@ -7,8 +7,8 @@ import torch
 import transformers as hf
 from served_models import FAMILIES, model_of
 
+from aurora_rl.envs.attention_span import kv_shapes
 from aurora_rl.envs.exactness import UnsupportedModelError
-from aurora_rl.envs.kv_shapes import kv_shapes
 from aurora_rl.models.kv_cache import KVShape
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
-from aurora_rl.envs.alibi import AlibiPositions
 from aurora_rl.envs.exactness import UnsupportedModelError
+from aurora_rl.envs.forward_pass import AlibiPositions
 from aurora_rl.testing import tiny_target
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from aurora_rl.envs.sglang.models import drafter_fault, target_fault
+from aurora_rl.envs.sglang.refusals import drafter_fault, target_fault
 
 
 def target(**changed):

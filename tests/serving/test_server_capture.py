@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.policies.lookup import EarlierAnswers
-from aurora_rl.serving.capture import Capture
+from aurora_rl.serving.server import Capture
 
 
 def requests(count: int, **fields: object) -> list[Request]:

@@ -1,7 +1,8 @@
-"""Which targets and drafters in SGLang can be learned from."""
+"""Which servers, targets and drafters of SGLang cannot be learned from."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,39 @@ _ARCHITECTURES = ("LlamaForCausalLMEagle3", "LlamaForCausalLMEagle")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD = ("lm_head", "logits_processor")
 _SIZES = ("vocab_size", "num_hidden_layers")
+
+
+def layout_fault(arguments: Mapping[str, Any]) -> str:
+    """Return why a server of several GPUs cannot be learned from, by SGLang's arguments; empty if it can.
+
+    Example:
+        >>> layout_fault({"tp_size": 2, "pp_size": 2})
+        'pp_size=2 is not supported: no rank has the whole of target and drafter; use --tp-size'
+    """
+    size, pipeline = arguments["tp_size"], arguments["pp_size"]
+    if pipeline != 1:
+        return f"pp_size={pipeline} is not supported: no rank has the whole of target and drafter; use --tp-size"
+    if arguments["enable_dp_attention"]:
+        return (
+            "enable_dp_attention is not supported: its replicas share layers and one drafter; start without "
+            "--enable-dp-attention, then each has a drafter of its own"
+        )
+    if arguments["attn_cp_size"] != 1:
+        return (
+            f"attn_cp_size={arguments['attn_cp_size']} is not supported: a rank has features of a part of a prompt "
+            "alone; use --tp-size"
+        )
+    if size > 1 and (backend := arguments["moe_a2a_backend"]) not in (None, "none"):
+        return (
+            f"moe_a2a_backend={backend!r} is not supported with tp_size={size}: a rank may have features of a part of "
+            "the tokens alone; start without --moe-a2a-backend"
+        )
+    if size > 1 and arguments["speculative_token_map"] and str(arguments["speculative_algorithm"]).upper() == "EAGLE":
+        return (
+            f"EAGLE with a reduced vocabulary is not supported with tp_size={size}: SGLang takes rows of each rank's "
+            "part of the head by ids of the whole vocabulary; start without --speculative-token-map"
+        )
+    return ""
 
 
 def target_fault(model: Any, algorithm: str, *, hybrid: bool) -> str:

@@ -1,4 +1,4 @@
-"""Layouts of servers: which are refused, and where their processes run."""
+"""Layouts of servers that are refused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aurora_rl.envs.sglang.layout import cores_of, layout_fault, ranks_of
+from aurora_rl.envs.sglang.refusals import layout_fault
 
 ONE = {
     "tp_size": 1, "pp_size": 1, "enable_dp_attention": False, "attn_cp_size": 1, "moe_a2a_backend": "none",
@@ -36,16 +36,3 @@ def test_layouts_that_cannot_be_learned_from_are_named(changed: dict[str, Any], 
 )
 def test_other_layouts_are_not(changed: dict[str, Any]) -> None:
     assert layout_fault({**ONE, **changed}) == ""
-
-
-@pytest.mark.parametrize(
-    "names", [("--tp-size", "--dp-size"), ("--tp", "--dp"), ("--tensor-parallel-size", "--data-parallel-size")]
-)
-def test_ranks_and_replicas_are_read_from_sglangs_arguments(names: tuple[str, str]) -> None:
-    assert ranks_of([names[0], "4", f"{names[1]}=2"]) == 8
-    assert ranks_of(["--log-level", "info"]) == 1
-
-
-def test_ranks_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 1, 7, 5})
-    assert (cores_of(2), cores_of(4), cores_of(5)) == ("1,3|5,7", "1|3|5|7", "1|3|5|7|1")
