@@ -148,8 +148,7 @@ class ZMQCollector:
             meta = message.meta.get("handshake")
             source = sender_of(frames, message.meta.get("engine"))
             engine = self._handshake if meta == self._handshake_meta else Handshake.from_meta(meta)
-            tenant, time_s = _retention(message)
-            seconds = _seconds(message)
+            tenant, time_s, seconds = _retention(message)
         except CodecError as error:
             self._reject("malformed", source, error)
             return None
@@ -180,13 +179,15 @@ class ZMQCollector:
         self._log.warning(kind, "a trajectory of %s is dropped, %s: %s", source or "a peer", kind, reason)
 
 
-def _retention(message: Message) -> tuple[str, float]:
-    """Return the tenant of a message, empty if there is none, and the time of its request's end or of its deletion.
+def _retention(message: Message) -> tuple[str, float, float | None]:
+    """Return a message's tenant, empty if it has none, the time of its request's end or of its deletion, and seconds.
+
+    The seconds are those for which the request was decoded; None is an engine of an earlier release, or a deletion.
 
     Raises:
-        CodecError: A field is malformed, or a deletion lacks its tenant or has tensors.
+        CodecError: A field is malformed, a deletion lacks its tenant or has tensors, or seconds are less than 1e-6.
     """
-    meta, now = {"tenant": None, "captured": None} | message.meta, time.time()
+    meta, now = {"tenant": None, "captured": None, "seconds": None} | message.meta, time.time()
     deletes = message.kind == DELETION
     tenant = field(meta, "tenant", str) if deletes else field(meta, "tenant", str, type(None))
     if tenant is not None:
@@ -197,18 +198,11 @@ def _retention(message: Message) -> tuple[str, float]:
     if deletes and len(message.tensors.keys()):
         raise CodecError(f"a {DELETION!r} message has no tensors, this one has {len(message.tensors.keys())}")
     if deletes:
-        return tenant or "", float(field(meta, "before", float, int))
-    # None is an engine of an earlier release. A clock ahead of ours must not make a trajectory live longer.
-    return tenant or "", min(field(meta, "captured", float, int, type(None)) or now, now)
-
-
-def _seconds(message: Message) -> float | None:
-    """Return the seconds for which a request was decoded; None is an engine of an earlier release, or a deletion.
-
-    Raises:
-        CodecError: They are malformed, or less than a microsecond.
-    """
-    seconds = field({"seconds": None} | message.meta, "seconds", float, int, type(None))
+        time_s = float(field(meta, "before", float, int))
+    else:
+        # None is an engine of an earlier release. A clock ahead of ours must not make a trajectory live longer.
+        time_s = min(field(meta, "captured", float, int, type(None)) or now, now)
+    seconds = field(meta, "seconds", float, int, type(None))
     if seconds is not None and seconds < 1e-6:
         raise CodecError(f"a request is decoded for a microsecond at least, this one for {seconds} s")
-    return None if seconds is None else float(seconds)
+    return tenant or "", time_s, None if seconds is None else float(seconds)

@@ -33,14 +33,8 @@ _APPLIED = (
 )
 # Fields that a request, or the environment by its stop tokens, decides.
 _OF_THE_REQUEST = (
-    "max_length",
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "eos_token_id",
+    *("max_length", "max_new_tokens", "eos_token_id"),
+    *("do_sample", "temperature", "top_k", "top_p", "min_p"),
 )
 # Fields that do not change which tokens one completion has. Those of assisted decoding say how transformers drafts.
 _WITHOUT_EFFECT = (

@@ -64,17 +64,8 @@ class Versions:
     again, or those before them, or caches are rebuilt. What comes again, or is no matter of weights, leaves the drafter
     alone until new weights come: lookup and plain decoding go on.
 
-    Args:
-        policy: Policy that drafts first.
-        log: Log of swaps and trials.
-        stats: Statistics of the run.
-        controller: Chooses the shape of every round's drafts; None keeps the policy's.
-        receiver: Brings weights; None if nobody learns.
-        trial_rules: How new weights are tried; None swaps them in at once.
-        second_policy: Policy of another copy of the drafter on the same engine, for trials; or of another drafter and
-            version.
-        second_controller: Chooses the shape of the second drafter's drafts.
-        watch: Makes the watchdog of a policy; None watches nothing.
+    Arguments are those of :class:`~aurora_rl.serving.server.InferenceServer`, its statistics, and ``watch``: it makes
+    the watchdog of a policy; None watches nothing.
 
     Raises:
         ValueError: There are rules of trials without a second policy.

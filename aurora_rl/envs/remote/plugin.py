@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from aurora_rl.tenants import check_tenant
 logger = logging.getLogger(__name__)
 
 
-class RecorderPlugin:
+class RecorderPlugin(ABC):
     """State of one engine process, which answers requests at ``address``, with the keys in a folder if there are.
 
     A plugin of an engine adds the hooks, and says what is served (:meth:`_status`) and what is refused
@@ -36,17 +37,17 @@ class RecorderPlugin:
     # ---- what an engine's plugin says -------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def _exact(self) -> bool:
         """Whether every round shows what the target's head reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _status(self) -> dict[str, Any]:
         """Return what is served, which hooks have seen something, and the session's own status."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_engine(self, handshake: Handshake) -> None:
         """Raise PluginError where this engine is not what the handshake says or what the hooks were written for."""
-        raise NotImplementedError
 
     # ---- requests and replies ---------------------------------------------------------------------------------------
 

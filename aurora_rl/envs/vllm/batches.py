@@ -107,38 +107,27 @@ def assemble_part(
     if part.count != part.logit_rows:  # put back, and its text comes from the prefix cache but for its end
         assembler.drop(part.rid, "retracted")
         return
+
+    def take_chain(step: int, tokens: Sequence[int], path_length: int, joint_log_probs: Tensor | None) -> None:
+        rows = slice(step, step + len(tokens))
+        chain = EngineRound(
+            anchor=torch.tensor(part.start + step),
+            tokens=torch.tensor(tokens),
+            first_child=torch.tensor([*range(1, len(tokens)), -1]),
+            next_sibling=torch.full((len(tokens),), -1),
+            path=torch.arange(len(tokens)),
+            path_length=torch.tensor(path_length),
+            joint_log_probs=joint_log_probs if len(tokens) > 1 else torch.zeros(0),
+            features=features[rows],
+            target={name: values[rows] for name, values in target.items()},
+            policy_version=draft.version,
+            ready=ready,
+        )
+        assembler.round(part.rid, chain)
+
     if draft.filler:  # decoded plainly, a token a round
         for step, token in enumerate([part.root, *said[:-1]]):
-            at, row = part.start + step, slice(step, step + 1)
-            rows = {name: values[row] for name, values in target.items()}
-            assembler.round(part.rid, _round(at, [token], 1, None, features[row], rows, draft.version, ready))
-        return
-    joint = None if draft.joint_log_probs is None else draft.joint_log_probs[: len(part.drafts)]
-    tokens = [part.root, *part.drafts]
-    assembler.round(part.rid, _round(part.start, tokens, len(said), joint, features, target, draft.version, ready))
-
-
-def _round(
-    anchor: int,
-    tokens: Sequence[int],
-    path_length: int,
-    joint_log_probs: Tensor | None,
-    features: Tensor,
-    target: TargetRows,
-    version: int,
-    ready: Callable[[], None],
-) -> EngineRound:
-    """Return a chain as a round."""
-    return EngineRound(
-        anchor=torch.tensor(anchor),
-        tokens=torch.tensor(tokens),
-        first_child=torch.tensor([*range(1, len(tokens)), -1]),
-        next_sibling=torch.full((len(tokens),), -1),
-        path=torch.arange(len(tokens)),
-        path_length=torch.tensor(path_length),
-        joint_log_probs=joint_log_probs if len(tokens) > 1 else torch.zeros(0),
-        features=features,
-        target=target,
-        policy_version=version,
-        ready=ready,
-    )
+            take_chain(step, [token], 1, None)
+    else:
+        joint = None if draft.joint_log_probs is None else draft.joint_log_probs[: len(part.drafts)]
+        take_chain(0, [part.root, *part.drafts], len(said), joint)
