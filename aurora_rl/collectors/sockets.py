@@ -148,9 +148,6 @@ def bind(socket: Socket, address: str, *, limits: Limits = DEFAULT_LIMITS, keys:
         _check(address, binds=True)
         if keys is None and not is_local(address):
             raise OSError(errno.EACCES, "other hosts can reach it, which needs keys: `aurora-rl keys` makes them")
-        if address.startswith("ipc://") and _has_listener(address.removeprefix("ipc://")):
-            # ZeroMQ unlinks the file and takes over, which leaves the first process listening to nobody.
-            raise zmq.ZMQError(errno.EADDRINUSE)
         if address.startswith("ipc://"):
             _check_deletable(address.removeprefix("ipc://"))
         # ZeroMQ knows how to read an address; once it has left it, the relay listens there.
@@ -198,14 +195,12 @@ def _bind_inside(socket: Socket, keys: ServerKeys | None, name: str) -> str:
     socket.curve_secretkey = keys.secret
     socket.zap_domain = b"aurora-rl"
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody is let in while nobody answers libzmq
-    socket.admission = Admission(socket, keys, lambda peer: _network_address(socket, peer), name)
+    socket.admission = Admission(
+        socket, keys, lambda peer: peer if socket.relay is None else socket.relay.peer_of(peer), name
+    )
     # The address of a peer names its connection, which takes TCP. A peer that goes past the relay needs a key as well.
     socket.bind("tcp://127.0.0.1:*")
     return socket.getsockopt_string(zmq.LAST_ENDPOINT)
-
-
-def _network_address(socket: Socket, address: str) -> str:
-    return address if socket.relay is None else socket.relay.peer_of(address)
 
 
 def connect(socket: Socket, address: str, *, limits: Limits | None = None, keys: ClientKeys | None = None) -> None:
@@ -250,9 +245,7 @@ def connect(socket: Socket, address: str, *, limits: Limits | None = None, keys:
 def peer_of(frames: list[zmq.Frame], field: str = "Peer-Address") -> str:
     """Return what libzmq knows of the peer that a message came from, or an empty string.
 
-    Args:
-        frames: Frames of the message.
-        field: "Peer-Address", as the socket sees it, or `admission.KEY_NAME`.
+    ``field`` is "Peer-Address", as the socket sees it, or `admission.KEY_NAME`.
     """
     try:
         return cast("str", frames[-1].get(field))
@@ -263,13 +256,8 @@ def peer_of(frames: list[zmq.Frame], field: str = "Peer-Address") -> str:
 def sender_of(frames: list[zmq.Frame], claimed: object) -> str:
     """Return the name of the engine that a message came from.
 
-    Args:
-        frames: Frames of the message.
-        claimed: Name that the message has. It counts without keys alone.
-
-    Returns:
-        Name of the key that was admitted or, without keys, the first 128 characters of the name that is claimed. Empty
-        if that cannot be printed.
+    It is that of the key that was admitted or, without keys, the first 128 characters of the name that the message
+    claims. Empty if that cannot be printed.
     """
     if name := peer_of(frames, KEY_NAME):
         return name
@@ -287,7 +275,12 @@ def _check(address: str, *, binds: bool) -> None:
 
 
 def _check_deletable(path: str) -> None:
-    """Refuse a path whose file is no socket: binding deletes what a process that is gone has left there."""
+    """Refuse a path whose file is no socket, or one that a process listens at: binding deletes what is there."""
+    with contextlib.closing(plain.socket(plain.AF_UNIX, plain.SOCK_STREAM)) as probe, contextlib.suppress(OSError):
+        probe.settimeout(1.0)  # a listener that does not answer is as good as none
+        probe.connect(path)
+        # ZeroMQ would unlink the file and take over, which leaves the first process listening to nobody.
+        raise zmq.ZMQError(errno.EADDRINUSE)
     if path.startswith("@"):
         return  # a name of Linux's own, without a file
     with contextlib.suppress(FileNotFoundError):
@@ -335,16 +328,6 @@ def _dial(address: str, number: int | None = None) -> plain.socket:
         dialed.close()
         raise
     return dialed
-
-
-def _has_listener(path: str) -> bool:
-    with contextlib.closing(plain.socket(plain.AF_UNIX, plain.SOCK_STREAM)) as probe:
-        probe.settimeout(1.0)  # a listener that does not answer is as good as none
-        try:
-            probe.connect(path)
-        except OSError:
-            return False
-        return True
 
 
 class SocketThread:

@@ -73,11 +73,7 @@ class Engine(ABC):
         An engine that cannot stop within a prompt reads it whole, as this method does unless it is overridden. The
         slot stays free until its prompt is complete; a prompt that is begun at 0 again takes the place of another.
 
-        Args:
-            slot: The slot.
-            prompt: Its whole prompt, ``[P]`` int64, ``1 <= P < max_length``.
-            done: Tokens that are read, as the call before returned; 0 at first.
-            max_tokens: Most tokens to read, at least one.
+        Arguments are the fields of :class:`PromptChunk`.
 
         Returns:
             How many tokens are read now, ``P`` where the prompt is complete.
@@ -107,12 +103,7 @@ class Engine(ABC):
         An engine may do both in one pass, which then reads the weights once. Unless this method is overridden, the
         chunk is read by :meth:`prefill_chunk`, in a pass of its own.
 
-        Args:
-            slots: See :meth:`verify`, as ``tokens``, ``parents`` and ``valid``.
-            tokens: See there.
-            parents: See there.
-            valid: See there.
-            chunk: What is to be read of a prompt; the slot is none of ``slots``.
+        ``chunk`` is of a slot that is none of ``slots``. The other arguments are those of :meth:`verify`.
 
         Returns:
             What :meth:`verify` returns, and how many tokens of the prompt are read now, ``P`` where it is complete. Its

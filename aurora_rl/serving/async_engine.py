@@ -68,17 +68,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Job:
-    """One completion that a client wants.
-
-    Attributes:
-        prompt: ``[P]`` int64 tokens.
-        sampling_params: Its parameters.
-        speculative: Whether drafts are verified for it.
-        learn: Whether the learner may see it.
-        counted: Whether statistics and metrics count it.
-        cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
-        tenant: Name of the tenant that it is for.
-    """
+    """One completion that a client wants: a :class:`~aurora_rl.envs.Request` that has no number yet."""
 
     prompt: Tensor
     sampling_params: SamplingParams

@@ -176,16 +176,14 @@ class AttachedServer:
 class DrivenServer(AttachedServer):
     """The same, with requests of ours alone: keeps the engine's slots filled, and counts its own answers.
 
+    The other arguments are those of the base class.
+
     Args:
-        client: Client of the engine.
-        attach: Attaches the learner to the engine; called now, and again when the engine was restarted.
         requests: Called for the next request; None if there is none now.
         num_slots: Requests in flight.
         stop_tokens: Token ids that end a completion.
-        log: Log of requests and swaps.
         note: Called with each completion; returns its domain.
         on_refused: Called with each request that the engine did not answer, and the reason.
-        published: Returns the folder of the drafter that the learner published last; None if that is not known.
     """
 
     def __init__(

@@ -126,10 +126,7 @@ class RoundTrial:
     def observe(self, tokens: int, occupied: int, seconds: float) -> RoundTrialVerdict | None:
         """Take in a round that the weights named by :attr:`new` drafted; return the verdict once there is one.
 
-        Args:
-            tokens: Tokens delivered.
-            occupied: Slots that took part.
-            seconds: Wall time.
+        It delivered so many tokens to so many occupied slots, in so many seconds of wall time.
         """
         window, place = divmod(self._at, self._rules.window)
         if window < 2 and place:

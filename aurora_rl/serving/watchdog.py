@@ -43,7 +43,6 @@ class Watchdog:
         policy: The policy. A shallow copy of its drafter is asked, with the same weights and a cache of its own:
             ``Drafter.allocate`` keeps caches in attributes of the drafter, not in its modules.
         engine: Engine that it drafts for.
-
     """
 
     def __init__(self, policy: DrafterPolicy, engine: Engine) -> None:

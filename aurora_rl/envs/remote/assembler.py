@@ -250,13 +250,9 @@ class TrajectoryAssembler:
         self.counts[reason] += 1
 
     def finish(self, rid: str, completion: Sequence[int], sampling_params: SamplingParams, *, terminated: bool) -> None:
-        """End a recorded request.
+        """End a recorded request, with the token ids of its completion, a stop token included.
 
-        Args:
-            rid: Id of the request in the engine.
-            completion: Token ids of the completion, a stop token included.
-            sampling_params: Parameters by which it was sampled.
-            terminated: Whether the text ended by itself, not by its budget.
+        It is ``terminated`` if the text ended by itself, not by its budget.
         """
         record = self._records.pop(rid)
         record.ended = time.monotonic()

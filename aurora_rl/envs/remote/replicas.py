@@ -23,12 +23,7 @@ def ask_all(
 ) -> dict[str, Any]:
     """Send a request to the plugins of all replicas and return the status of the server.
 
-    Args:
-        address: Address of the first replica's plugin.
-        kind: Kind of the request, see :func:`~aurora_rl.envs.remote.plugin_server.ask`.
-        fields: Fields of the request; None has none.
-        engine: Name of the engine, for messages.
-        keys: Keys of this client; None if the plugins have none.
+    Arguments are those of :func:`~aurora_rl.envs.remote.plugin_server.ask`, with the address of the first replica's.
 
     Raises:
         PluginError: A plugin refuses or does not answer. If one refuses to be attached, none is.

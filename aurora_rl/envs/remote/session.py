@@ -129,12 +129,9 @@ class Session:
         return {"trajectories": dropped, "learner": "told" if self.sink.connected else "absent"}
 
     def acknowledge(self, version: int, weights: dict[str, Tensor], milliseconds: float) -> None:
-        """Tell the learner that a version serves now.
+        """Tell the learner that a version serves now, after a swap of so many milliseconds.
 
-        Args:
-            version: The version.
-            weights: Its tensors as they came, by checkpoint names, of which the learner gets the checksum.
-            milliseconds: Time that the swap took.
+        It gets the checksum of the tensors as they came, by checkpoint names.
         """
         digest = self._digests[version] = checksum(weights)
         self.receiver.acknowledge(version, digest, milliseconds)

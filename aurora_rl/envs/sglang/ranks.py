@@ -62,11 +62,7 @@ class EngineRanks:
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Put the first rank's values into the tensor of each.
-
-        Args:
-            tensor: Tensor on the CPU, of any shape and dtype that are the same on all ranks; written in place.
-        """
+        """Put the first rank's values into the tensor of each, in place: on the CPU, of one shape and dtype on all."""
         if self._group is not None:
             source = dist.get_global_rank(self._group, 0)
             self._wait(dist.broadcast(tensor, source, self._group, async_op=True))
@@ -86,11 +82,7 @@ class EngineRanks:
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks on the first rank, in their order; nothing on others.
 
-        Args:
-            tensor: Tensor of any shape and dtype that are the same on all ranks.
-
-        Returns:
-            Tensors of this shape and dtype on the CPU; with one rank ``tensor`` itself.
+        They have one shape and dtype on all ranks, and come to the CPU; with one rank it is ``tensor`` itself.
         """
         if self._group is None:
             return [tensor]

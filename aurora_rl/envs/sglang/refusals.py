@@ -49,10 +49,7 @@ def layout_fault(arguments: Mapping[str, Any]) -> str:
 def target_fault(model: Any, algorithm: str, *, hybrid: bool) -> str:
     """Return why the passes of a target in SGLang cannot be recorded, empty if they can.
 
-    Args:
-        model: SGLang's model.
-        algorithm: SGLang's speculative algorithm.
-        hybrid: Whether some of its layers have a state in place of a cache, such as linear attention.
+    A ``hybrid`` model has layers with a state in place of a cache, such as linear attention.
     """
     if hybrid:
         return (

@@ -96,11 +96,8 @@ class Swaps:
     def due(self, session: Session | None, rounds: int) -> Iterator[Order]:
         """Yield what all ranks are to do before the requests of this turn; the first rank calls this each turn.
 
-        What was yielded before an error is to be done, too.
-
-        Args:
-            session: Session of the learner that is attached now; None if none is.
-            rounds: Rounds that SGLang has verified so far.
+        What was yielded before an error is to be done, too. ``session`` is that of the learner that is attached now.
+        SGLang has verified so many ``rounds`` so far.
         """
         if self._lost or (session is None and self._decided is None and self._head is None):
             return
@@ -185,9 +182,7 @@ class Swaps:
     def obey(self, order: Order, logits: Sequence[Tensor]) -> None:
         """Do what the first rank has decided, at the same place between two batches as all others.
 
-        Args:
-            order: The order.
-            logits: The drafter's logits of the last round, ``[n, Vd]`` each; empty if CUDA graphs hide them.
+        ``logits`` are the drafter's of the last round, ``[n, Vd]`` each; empty if CUDA graphs hide them.
         """
         actions: dict[str, Callable[..., None]] = {
             **{"begin": self._begin, "end": self._end, "check": self._check},

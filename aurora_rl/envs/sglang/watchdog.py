@@ -41,7 +41,6 @@ class DrafterWatchdog:
         session: Session that gets the faults.
         agree: Takes the fault that a check found here, None if it found none, and returns the one to mend. With several
             ranks it is that of the first that found one, so that all mend the same.
-
     """
 
     def __init__(
@@ -99,11 +98,9 @@ class DrafterWatchdog:
         return rounds - self._checked >= EVERY
 
     def check(self, rounds: int, logits: Sequence[Tensor]) -> None:
-        """Check, and mend what is wrong.
+        """Check, after so many rounds that SGLang has verified, and mend what is wrong.
 
-        Args:
-            rounds: Rounds that SGLang has verified so far.
-            logits: The drafter's logits of the last round, ``[n, Vd]`` each; empty if CUDA graphs hide them.
+        ``logits`` are the drafter's of the last round, ``[n, Vd]`` each; empty if CUDA graphs hide them.
         """
         self._checked, self._turn = rounds, self._turn + 1
         self._logits, found = logits, None

@@ -17,12 +17,7 @@ _SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"
 
 
 def check_server(config: Any, *, missing: list[str], version: str) -> None:
-    """Refuse a version, hooks that are missing, and ways to serve whose rounds are not recorded.
-
-    Args:
-        config: vLLM's configuration.
-        missing: Hooks that are not in force.
-        version: Version of vLLM.
+    """Refuse a version of vLLM, ``missing`` hooks, and a configuration whose rounds are not recorded.
 
     Raises:
         PluginError: Names what was found, and what to do.
@@ -79,11 +74,7 @@ def check_server(config: Any, *, missing: list[str], version: str) -> None:
 
 
 def check_models(runner: Any, handshake: Handshake) -> None:
-    """Refuse another target, other feature layers or another draft vocabulary than the learner's.
-
-    Args:
-        runner: Model runner of the worker.
-        handshake: What the learner expects.
+    """Refuse another target, other feature layers or another draft vocabulary than the learner's handshake says.
 
     Raises:
         PluginError: Names what differs, and what to do.

@@ -39,12 +39,8 @@ class Encoder:
         sampling_params: SamplingParams,
         max_tokens: int | None = None,
     ) -> None:
-        self._tokenizer, self._model, self._sampling_params, self._max_tokens = (
-            tokenizer,
-            model,
-            sampling_params,
-            max_tokens,
-        )
+        self._tokenizer, self._model = tokenizer, model
+        self._sampling_params, self._max_tokens = sampling_params, max_tokens
         self._vocab_size, self._max_length, self._max_waiting = vocab_size, max_length, max_waiting
         # Texts that no tokens of the vocabulary could bring into the context are refused before seconds go into them.
         self._max_characters = max_length * max(map(len, tokenizer.get_vocab()))
@@ -176,10 +172,7 @@ def switch(value: bool | None, headers: Mapping[str, str], name: str) -> bool:
 
 
 def tenant_of(headers: Mapping[str, str]) -> str | None:
-    """Return the tenant that a request names, None if it names none.
-
-    Args:
-        headers: Headers of the request, by lower-case name.
+    """Return the tenant in a request's headers (by lower-case name), None if it names none.
 
     Raises:
         ApiError: Status 400, for a name that is none.
