@@ -72,6 +72,7 @@ MOVED = {
     "envs.kv_shapes": "envs.attention_span", "envs.alibi": "envs.forward_pass", "serving.capture": "serving.server",
     "serving.http.reading": "serving.http.app", "serving.http.generation": "serving.http.app",
     "envs.sglang.layout": "envs.sglang.refusals", "envs.sglang.models": "envs.sglang.refusals",
+    "envs.batch_invariance": "envs.exactness", "envs.logprobs": "envs.request",
     **{f"envs.sglang.{name}": f"envs.remote.{name}" for name in (
         "assembler", "copies", "plugin_server", "replicas", "session")},
     "collectors.Hello": "collectors.handshake.Handshake",

@@ -20,9 +20,8 @@ from aurora_kernels.trees import accepted_path, valid_nodes
 from aurora_rl.context import TrajectoryRecorder
 from aurora_rl.envs.chunked_prefill import ChunkedPrefill
 from aurora_rl.envs.engine import Engine
-from aurora_rl.envs.logprobs import TokenLogprobs, token_logprobs
 from aurora_rl.envs.processors import process
-from aurora_rl.envs.request import Completion, Drafts, Request
+from aurora_rl.envs.request import Completion, Drafts, Request, TokenLogprobs, token_logprobs
 from aurora_rl.envs.specs import specs
 from aurora_rl.envs.verification.rules import get_rule
 from aurora_rl.models.detokenizer import StopStrings

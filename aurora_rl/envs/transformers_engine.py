@@ -17,7 +17,6 @@ from typing_extensions import override
 from aurora_kernels.trees import ancestor_mask, depths
 from aurora_rl.context import ContextStore
 from aurora_rl.envs.attention_span import kv_shapes, make_independent_of_length, mask_kinds
-from aurora_rl.envs.batch_invariance import check_batch_invariance, require_fused
 from aurora_rl.envs.engine import Engine, PromptChunk, register_engine
 from aurora_rl.envs.exactness import (
     TRY_SGLANG,
@@ -26,8 +25,10 @@ from aurora_rl.envs.exactness import (
     Probe,
     UnsupportedModelError,
     WrongLogitsError,
+    check_batch_invariance,
     few_layers_in_float32,
     reason_of,
+    require_fused,
     takes_positions,
     with_larger_products,
 )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from aurora_rl.envs import Completion, Request, SamplingParams
-from aurora_rl.envs.logprobs import TokenLogprobs
+from aurora_rl.envs.request import TokenLogprobs
 from aurora_rl.serving.request_times import RequestTimes, Wait
 from aurora_rl.serving.requests import RequestSource
 from aurora_rl.serving.server import Deleted, InferenceServer

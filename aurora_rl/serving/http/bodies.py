@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from aurora_rl.envs import Completion
-from aurora_rl.envs.logprobs import TokenLogprobs
+from aurora_rl.envs.request import TokenLogprobs
 from aurora_rl.models.detokenizer import detokenize
 from aurora_rl.serving.async_engine import Job
 

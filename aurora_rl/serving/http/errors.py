@@ -15,9 +15,6 @@ from aurora_rl.workload.request_fields import FieldError
 
 logger = logging.getLogger(__name__)
 
-CLIENT_GONE = Response(status_code=499)
-"""To a client that has left: nobody reads it, and nginx has this status for it."""
-
 # The usual type and code of an error, by its status.
 _USUAL = {
     401: ("authentication_error", "invalid_api_key"),
@@ -101,8 +98,8 @@ async def answer_request_error(request: Request, error: Exception) -> Response:
 
 
 async def answer_nobody(request: Request, error: Exception) -> Response:
-    """Starlette's handler of a client that has left."""
-    return CLIENT_GONE
+    """Starlette's handler of a client that has left: nobody reads the answer, for which nginx has this status."""
+    return Response(status_code=499)
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:

@@ -318,7 +318,7 @@ def test_log_probabilities_of_a_completion_have_offsets(rig: Any, client: openai
 
 
 def test_unlikely_tokens_have_a_finite_logprob(rig: Any) -> None:
-    from aurora_rl.envs.logprobs import TokenLogprobs
+    from aurora_rl.envs.request import TokenLogprobs
     from aurora_rl.serving.http.bodies import ChatBodies
 
     bodies = ChatBodies(

@@ -14,8 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aurora_rl.envs import TransformersEngine, forward_pass, transformers_engine
-from aurora_rl.envs.batch_invariance import check_batch_invariance
-from aurora_rl.envs.exactness import UnsupportedModelError
+from aurora_rl.envs.exactness import UnsupportedModelError, check_batch_invariance
 from aurora_rl.models import batch_invariant
 
 LENGTH = 40

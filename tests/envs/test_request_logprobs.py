@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from aurora_rl.envs.logprobs import token_logprobs
+from aurora_rl.envs.request import token_logprobs
 
 
 def test_each_token_has_its_own_and_the_likeliest() -> None:
