@@ -25,30 +25,23 @@ _DIGITS = 32  # longest checksum kept from an engine's message, in characters
 
 @dataclass(slots=True)
 class EngineStatus:
-    """What the learner knows of the engine of one connection; times are `time.monotonic` seconds.
-
-    `acknowledged` is the newest version whose checksum, after loading, was the published one. `rejected` is the last
-    version that was refused or loaded wrong, with the reason. Its version is None if the message could not be read.
-    `rejected_at` is when that was.
-    `checksum` is that of the weights that it serves, as it says. `ahead`: it serves a version newer than the one that
-    it is to have, from an earlier learner, and ignores older ones. `foreign` is the version that it serves if an
-    earlier learner published other weights under its number: it is below `first_offered`, the first version that was
-    sent over this connection. `taken` is the number of weights of an earlier learner that it may serve next.
-    """
+    """What the learner knows of the engine of one connection; times are `time.monotonic` seconds."""
 
     name: str
     serving: int
     last_seen: float
-    acknowledged: int | None = None
+    acknowledged: int | None = None  # newest version whose checksum, after loading, was the published one
     swap_ms: float | None = None
+    # Last version that was refused or loaded wrong, None if the message could not be read, with the reason.
     rejected: tuple[int | None, str] | None = None
     rejected_at: float = 0.0
     offered: int | None = None
-    first_offered: int | None = None
-    taken: int = 0
+    first_offered: int | None = None  # first version that was sent over this connection
+    taken: int = 0  # number of weights of an earlier learner that it may serve next
     in_flight: bool = False
-    checksum: str | None = None
-    ahead: bool = False
+    checksum: str | None = None  # of the weights that it serves, as it says
+    ahead: bool = False  # serves a newer version than it is to have, of an earlier learner, and ignores older ones
+    # The version that it serves, below `first_offered`, if an earlier learner published other weights as this number.
     foreign: int | None = None
 
     def rejects(self, version: int) -> bool:

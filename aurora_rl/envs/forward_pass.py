@@ -24,23 +24,14 @@ from aurora_rl.models.target_head import context_length, decoder_of
 
 
 class Rows(NamedTuple):
-    """Tokens of slots that attend together in a pass: trees, or a chunk of a prompt.
+    """Tokens of slots that attend together in a pass: trees, or a chunk of a prompt."""
 
-    Attributes:
-        slots: The slots, ``[b]`` int64 on the CPU.
-        past: First column that is written, ``[b]`` int64 on the CPU.
-        tokens: The tokens, ``[b, T]`` int64.
-        depth: Distance of each from ``past``, ``[b, T]`` int64.
-        seen: Which of the tokens a token sees, ``[b, T, T]`` bool; None if those up to itself.
-        present: Which tokens are no padding, ``[b, T]`` bool; None if all.
-    """
-
-    slots: Tensor
-    past: Tensor
-    tokens: Tensor
-    depth: Tensor
-    seen: Tensor | None = None
-    present: Tensor | None = None
+    slots: Tensor  # [b] int64 on the CPU
+    past: Tensor  # first column that is written, [b] int64 on the CPU
+    tokens: Tensor  # [b, T] int64
+    depth: Tensor  # distance of each token from `past`, [b, T] int64
+    seen: Tensor | None = None  # which of the tokens a token sees, [b, T, T] bool; None if those up to itself
+    present: Tensor | None = None  # which tokens are no padding, [b, T] bool; None if all
 
 
 class AlibiPositions:
@@ -99,7 +90,6 @@ class ForwardPass:
         packs: Whether the layers take a pass without its padding, and rows of several kinds together.
         batch_invariant: Whether what is computed for a token must not depend on the rest of the pass.
         cache: Keys and values of every slot; whoever runs a pass sets it before.
-        kinds: As given.
         starts: Position of column 0 of each slot, ``[B]`` int64 on the CPU; None if it is 0.
     """
 
@@ -109,9 +99,8 @@ class ForwardPass:
         self, model: PreTrainedModel, layers: nn.ModuleList, kinds: dict[str | None, First | None],
         alibi: AlibiPositions | None, *, takes_positions: bool,
     ) -> None:  # fmt: skip
-        self._model, self._decoder, self._layers, self._config = (
-            model, decoder_of(model), layers, model.config.get_text_config(),
-        )  # fmt: skip
+        self._model, self._decoder, self._layers = model, decoder_of(model), layers
+        self._config = model.config.get_text_config()
         context = context_length(self._config)
         self._last = None if context is None else context - 1
         self.kinds, self._alibi, self._takes_positions = kinds, alibi, takes_positions

@@ -15,47 +15,28 @@ from aurora_rl.statistics import FigurePair, LossTest
 
 @dataclass(frozen=True, slots=True)
 class RoundTrialRules:
-    """How new weights are tried before they draft every round.
+    """How new weights are tried before they draft every round."""
 
-    Attributes:
-        share: Share of the rounds that they draft meanwhile, in (0, 0.5].
-        window: Rounds of a window, at least 2. The first, in which the drafter's cache catches up, is not measured.
-        false_alarm_rate: Chance that weights as good as the old ones are ever rolled back, at most.
-        margin: Relative loss that is tolerated: weights are promoted once a larger one is ruled out.
-        max_rounds: Rounds that they draft before they are promoted if no loss was proven; None tries them until a loss
-            is proven or ruled out.
-        seed: Seed of the order of the windows.
-    """
-
-    share: float = 0.5
-    window: int = 8
-    false_alarm_rate: float = 0.01
-    margin: float = 0.05
+    share: float = 0.5  # of the rounds, which they draft meanwhile, in (0, 0.5]
+    window: int = 8  # rounds, at least 2; the first, in which the drafter's cache catches up, is not measured
+    false_alarm_rate: float = 0.01  # chance that weights as good as the old ones are ever rolled back, at most
+    margin: float = 0.05  # relative loss that is tolerated: weights are promoted once a larger one is ruled out
+    # Rounds that they draft before they are promoted if no loss was proven; None waits for proof either way.
     max_rounds: int | None = 512
-    seed: int = 0
+    seed: int = 0  # of the order of the windows
 
 
 @dataclass(frozen=True, slots=True)
 class RoundTrialVerdict:
-    """How a trial ended.
+    """How a trial ended."""
 
-    Attributes:
-        promote: Whether the new weights draft every round from now on.
-        reason: What decided, in words.
-        rounds: Rounds of the trial.
-        pairs: Pairs of windows that were compared.
-        acceptance_length: Tokens per round and slot in these windows.
-        tokens_per_second: Tokens per second in them.
-        evidence: Evidence of a loss, by figure; see :attr:`LossTest.evidence`.
-    """
-
-    promote: bool
-    reason: str
+    promote: bool  # whether the new weights draft every round from now on
+    reason: str  # what decided, in words
     rounds: int
-    pairs: int
-    acceptance_length: FigurePair
+    pairs: int  # of windows that were compared
+    acceptance_length: FigurePair  # tokens per round and slot in these windows
     tokens_per_second: FigurePair
-    evidence: dict[str, float]
+    evidence: dict[str, float]  # of a loss, by figure, see LossTest.evidence
 
 
 @dataclass(slots=True)

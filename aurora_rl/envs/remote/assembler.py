@@ -33,33 +33,19 @@ TargetRows = dict[str, Tensor]
 
 @dataclass(slots=True)
 class EngineRound:
-    """One round of one request, as the engine has it; ``n`` nodes, the root before them.
+    """One round of one request, as the engine has it; ``n`` nodes, the root before them."""
 
-    Attributes:
-        anchor: Position of the root, ``[]`` int64.
-        tokens: Token of the root and of each node, ``[n + 1]``.
-        first_child: Place of the first child, −1 if there is none, ``[n + 1]``.
-        next_sibling: Place of the next sibling, −1 if there is none, ``[n + 1]``.
-        path: Places of the root and the accepted nodes, in order, ``[d]``; those after ``path_length`` are ignored.
-        path_length: Number of accepted nodes and the root, ``[]``.
-        joint_log_probs: The drafter's log-probability of each node's whole path, ``[n]``; None if it kept none.
-        features: Features at the root and at each node, ``[n + 1, F]``.
-        target: The target's distribution at the root and each node.
-        policy_version: Version of the weights that drafted.
-        ready: Function to call before anything is read, which waits for copies that are still on their way.
-    """
-
-    anchor: Tensor
-    tokens: Tensor
-    first_child: Tensor
-    next_sibling: Tensor
-    path: Tensor
-    path_length: Tensor
-    joint_log_probs: Tensor | None
-    features: Tensor
-    target: TargetRows
-    policy_version: int
-    ready: Callable[[], None]
+    anchor: Tensor  # position of the root, [] int64
+    tokens: Tensor  # of the root and of each node, [n + 1]
+    first_child: Tensor  # its place, -1 if there is none, [n + 1]
+    next_sibling: Tensor  # its place, -1 if there is none, [n + 1]
+    path: Tensor  # places of the root and the accepted nodes, in order, [d]; those after `path_length` are ignored
+    path_length: Tensor  # number of accepted nodes and the root, []
+    joint_log_probs: Tensor | None  # the drafter's, of each node's whole path, [n]; None if it kept none
+    features: Tensor  # at the root and at each node, [n + 1, F]
+    target: TargetRows  # at the root and each node
+    policy_version: int  # of the weights that drafted
+    ready: Callable[[], None]  # called before anything is read: it waits for copies that are still on their way
 
     @property
     def nbytes(self) -> int:
@@ -208,15 +194,10 @@ class TrajectoryAssembler:
         tenant: str | None = None,
         name: str | None = None,
     ) -> bool:
-        """Take in a request; return False if there is no room.
+        """Take in a request, for which weights of a version draft; return False if there is no room.
 
-        Args:
-            rid: Id of the request in the engine.
-            prompt: Token ids of its prompt.
-            cached: Number of tokens of the prompt that the engine has in its prefix cache and will not run.
-            version: Version of the weights that draft.
-            tenant: Tenant of the request; None if it has none.
-            name: Id of the request as its client gave it; None if the engine has no other.
+        The engine has so many tokens of its prompt ``cached``, and will not run them. ``name`` is the id that the
+        client gave it; None if the engine has no other.
         """
         if self._reserved - self._released > self._max_bytes:
             self.counts["memory"] += 1

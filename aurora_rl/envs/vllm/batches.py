@@ -17,23 +17,14 @@ from aurora_rl.envs.remote.assembler import EngineRound, TargetRows, TrajectoryA
 
 @dataclass(frozen=True, slots=True)
 class BatchPart:
-    """One request's part of a batch.
-
-    Attributes:
-        rid: Id of the request.
-        start: Position of its first token in this batch.
-        count: Number of its tokens in this batch.
-        prompt_length: Number of tokens of its prompt.
-        root: Token at ``start``.
-        drafts: Drafted tokens after it.
-    """
+    """One request's part of a batch."""
 
     rid: str
-    start: int
-    count: int
+    start: int  # position of its first token in this batch
+    count: int  # number of its tokens in this batch
     prompt_length: int
-    root: int
-    drafts: Sequence[int]
+    root: int  # token at `start`
+    drafts: Sequence[int]  # drafted tokens after it
 
     @property
     def of_prompt(self) -> bool:
@@ -48,17 +39,11 @@ class BatchPart:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """How the drafts that are verified next were made.
+    """How the drafts that are verified next were made."""
 
-    Attributes:
-        version: Version of the weights that drafted.
-        joint_log_probs: The drafter's log-probability of each drafted prefix, ``[K]``; None if it kept none.
-        filler: Whether no drafter made them. vLLM verifies tokens 0 where a text of the batch is about as long as it
-            may be.
-    """
-
-    version: int
-    joint_log_probs: Tensor | None = None
+    version: int  # of the weights that drafted
+    joint_log_probs: Tensor | None = None  # of each drafted prefix, [K]; None if the drafter kept none
+    # Whether no drafter made them: vLLM verifies tokens 0 where a text of the batch is about as long as it may be.
     filler: bool = False
 
 

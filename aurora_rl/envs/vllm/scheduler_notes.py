@@ -33,16 +33,11 @@ class Notes:
     """The scheduler's notes to the worker on a batch.
 
     vLLM logs a batch whose pass fails, part by part, and parts with users' data by their :meth:`anon_repr`.
-
-    Attributes:
-        ended: How requests ended that are finished, by id.
-        salts: Salts of the requests that begin, by id; None where a request has none.
-        flushed: Whether the prefix cache was emptied just before this batch.
     """
 
-    ended: dict[str, Ended]
-    salts: dict[str, str | None]
-    flushed: bool
+    ended: dict[str, Ended]  # how requests ended that are finished, by id
+    salts: dict[str, str | None]  # of the requests that begin, by id; None where a request has none
+    flushed: bool  # whether the prefix cache was emptied just before this batch
 
     def anon_repr(self) -> str:
         """Return counts, without tokens and salts."""

@@ -29,22 +29,7 @@ _MAX_N, _MAX_LOGPROBS = 128, 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """Fields that chats and plain completions share. A null field counts as absent, except ``max_tokens``.
-
-    Attributes:
-        model: Name of the served model.
-        stream: Whether the answer comes in pieces.
-        include_usage: Whether a stream ends with the usage.
-        n: Choices for each prompt.
-        sampling: What the request says of its :class:`~aurora_rl.sampling_params.SamplingParams`, by their names. The
-            seed is that of the first choice; the next ones take the numbers after it.
-        budget_name: Field that names the token budget.
-        default_budget: Token budget if neither the request nor the configuration names one; None takes what the context
-            leaves.
-        speculative: Whether drafts are verified for it; None if the body does not say.
-        learn: Whether the learner may see it; None if the body does not say.
-        cache_salt: Key of what requests share, see :class:`~aurora_rl.envs.Request`.
-    """
+    """Fields that chats and plain completions share. A null field counts as absent, except ``max_tokens``."""
 
     NAMES: ClassVar[tuple[str, ...]] = (
         *("model", "stream", "stream_options", "n", "logprobs", "speculative", "learn", "cache_salt"),
@@ -52,15 +37,17 @@ class Generation:
         *SAMPLING,
     )
 
-    model: str | None
+    model: str | None  # name of the served model
     stream: bool
-    include_usage: bool
-    n: int
+    include_usage: bool  # at the end of a stream
+    n: int  # choices for each prompt
+    # What the request says of its SamplingParams, by their names. The seed is the first choice's; others count on.
     sampling: Mapping[str, Any]
-    budget_name: str
+    budget_name: str  # field that names the token budget
+    # Token budget if neither the request nor the configuration names one; None takes what the context leaves.
     default_budget: int | None = None
-    speculative: bool | None
-    learn: bool | None
+    speculative: bool | None  # None if the body does not say
+    learn: bool | None  # None if the body does not say
     cache_salt: str | None
 
 
@@ -97,11 +84,7 @@ def _include_usage(options: Any, stream: bool) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatCompletionBody(Generation):
-    """Body of ``/v1/chat/completions``.
-
-    Attributes:
-        messages: The conversation.
-    """
+    """Body of ``/v1/chat/completions``."""
 
     NAMES = (*Generation.NAMES, "messages", "top_logprobs")
 
@@ -119,11 +102,7 @@ class ChatCompletionBody(Generation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionBody(Generation):
-    """Body of ``/v1/completions``.
-
-    Attributes:
-        prompts: Prompts, each a text or token ids.
-    """
+    """Body of ``/v1/completions``."""
 
     NAMES = (*Generation.NAMES, "prompt")
 
@@ -157,23 +136,15 @@ def _is_ids(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Tokenize:
-    """Body of ``/tokenize``: a prompt or messages.
-
-    Attributes:
-        model: Name of the served model.
-        prompt: A text; None if there are messages.
-        messages: A conversation; None if there is a text.
-        add_special_tokens: Whether the text gets the special tokens that the tokenizer begins or ends a text with.
-        return_token_strs: Whether each token is also told as a string.
-    """
+    """Body of ``/tokenize``: a text or a conversation."""
 
     NAMES: ClassVar[tuple[str, ...]] = ("model", "prompt", "messages", "add_special_tokens", "return_token_strs")
 
     model: str | None
-    prompt: str | None
-    messages: tuple[ChatMessage, ...] | None
-    add_special_tokens: bool
-    return_token_strs: bool
+    prompt: str | None  # None if there are messages
+    messages: tuple[ChatMessage, ...] | None  # None if there is a text
+    add_special_tokens: bool  # whether a text gets those that the tokenizer begins or ends it with
+    return_token_strs: bool  # whether each token is also told as a string
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Self:
@@ -192,12 +163,7 @@ class Tokenize:
 
 @dataclass(frozen=True, slots=True)
 class Detokenize:
-    """Body of ``/detokenize``.
-
-    Attributes:
-        model: Name of the served model.
-        tokens: Token ids.
-    """
+    """Body of ``/detokenize``: token ids, and the name of the served model."""
 
     NAMES: ClassVar[tuple[str, ...]] = ("model", "tokens")
 
