@@ -106,12 +106,10 @@ class ZMQCollector:
         looked_at = 0
         # The second condition keeps a flood of bad messages from holding the learner here.
         while len(trajectories) < self._high_water and (looked_at < self._high_water or time.monotonic() < deadline):
-            frames = self._receive(0.0 if trajectories else deadline - time.monotonic())
-            if frames is None:
+            if (frames := self._receive(0.0 if trajectories else deadline - time.monotonic())) is None:
                 break
             looked_at += 1
-            trajectory = self._accept(frames)
-            if trajectory is not None:
+            if (trajectory := self._accept(frames)) is not None:
                 trajectories.append(trajectory)
         return trajectories
 
@@ -152,8 +150,7 @@ class ZMQCollector:
         except CodecError as error:
             self._reject("malformed", source, error)
             return None
-        mismatch = self._handshake.mismatch(engine)
-        if mismatch is not None:
+        if (mismatch := self._handshake.mismatch(engine)) is not None:
             self.handshake_error = mismatch
             self._reject("handshake", source, mismatch)
             return None

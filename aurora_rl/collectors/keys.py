@@ -31,14 +31,7 @@ class WireKeyError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ClientKeys:
-    """Keys of a connecting socket.
-
-    Args:
-        name: Name of its own key.
-        public: Its public key.
-        secret: Its secret key.
-        server: Public key that the other side must have.
-    """
+    """Keys of a connecting socket: the name of its own, its pair, and the public key that the other side must have."""
 
     name: str
     public: bytes
@@ -48,12 +41,9 @@ class ClientKeys:
 
 @dataclass(frozen=True, slots=True)
 class ServerKeys:
-    """Keys of a listening socket.
+    """Keys of a listening socket: its secret key, and the file or the folder of the public keys that it admits.
 
-    Args:
-        secret: Its secret key.
-        admitted: A public key file, or a folder of them, which is read at every handshake: a key that is added or
-            removed counts at once.
+    They are read at every handshake, so that a key that is added or removed counts at once.
     """
 
     secret: bytes
@@ -116,11 +106,7 @@ def plugin_client_keys(folder: str | os.PathLike[str]) -> ClientKeys:
 
 
 def make_keys(folder: str | os.PathLike[str], engine: str = "engine") -> list[Path]:
-    """Write the keys of a learner and of an engine where they are missing, secret ones with mode 0600.
-
-    Args:
-        folder: Folder of the keys; created if it is missing.
-        engine: Name of the engine.
+    """Write the keys of a learner and of an engine, by its name, where they are missing; secret ones with mode 0600.
 
     Returns:
         The files that were written.

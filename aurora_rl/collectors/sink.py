@@ -93,7 +93,8 @@ class TrajectorySink:
         self.drops = Counter(no_learner=0, slow_learner=0, not_encodable=0, too_large=0, expired=0)
         """Trajectories given up, by reason: ``not_encodable``, ``too_large``, ``expired``, or displaced by newer ones
         or left over at `close` while a learner was connected (``slow_learner``) or none was (``no_learner``)."""
-        self._connected = False
+        self.connected = False
+        """Whether a learner is connected, as of the last turn of the thread, a second ago at most."""
         self._socket = open_socket(zmq.PUSH)
         self._socket.sndhwm = _SEND_HIGH_WATER
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # queue only for a learner that has completed its handshake
@@ -101,11 +102,6 @@ class TrajectorySink:
         connect(self._socket, address, keys=keys)
         self._thread = SocketThread(self._socket, self._step, name="trajectory-sink")
         self._thread.start()
-
-    @property
-    def connected(self) -> bool:
-        """Whether a learner is connected, as of the last turn of the thread, a second ago at most."""
-        return self._connected
 
     @property
     def queued(self) -> int:
@@ -169,13 +165,13 @@ class TrajectorySink:
 
     def _drop(self, count: int) -> None:
         """Count trajectories that are given up; called with the lock held."""
-        self.drops["slow_learner" if self._connected else "no_learner"] += count
+        self.drops["slow_learner" if self.connected else "no_learner"] += count
 
     def _step(self) -> bool:
         with self._changed:
             if not self._queue and not self._untold and not self._closed:
                 self._changed.wait(_IDLE_S)
-            self._connected = self._socket.connected
+            self.connected = self._socket.connected
             # It may be another learner, or the last one was lost.
             if self._told_connections != self._socket.connections:
                 self._told_connections, self._untold = self._socket.connections, dict(self._deletions)
@@ -188,7 +184,7 @@ class TrajectorySink:
             return False
         # Taken from the queue only now: a trajectory held back here would outlive newer ones.
         if self._socket.poll(_TURN_MS, zmq.POLLOUT):
-            if self._untold and self._connected:  # a message sent before the monitor's word would be told twice
+            if self._untold and self.connected:  # a message sent before the monitor's word would be told twice
                 self._send_deletion()
             else:
                 self._send_oldest()
@@ -233,5 +229,5 @@ class TrajectorySink:
                 else:
                     self._drop(1)
         else:
-            self._connected = True  # the monitor's word may come later
+            self.connected = True  # the monitor's word may come later
             self.sent += 1

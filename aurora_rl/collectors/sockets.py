@@ -209,8 +209,7 @@ def connect(socket: Socket, address: str, *, limits: Limits | None = None, keys:
     Args:
         socket: Socket from `open_socket`, with all its options set.
         address: Address as for `bind`.
-        limits: Limits of a message from the peer, which loses the connection if it exceeds them; None if nothing is
-            received, or not for long.
+        limits: Limits of a message from the peer, as for `bind`; None if nothing is received, or not for long.
         keys: Keys for CurveZMQ: only the peer with the server key of them is talked to, encrypted.
 
     Raises:

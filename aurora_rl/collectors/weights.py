@@ -281,7 +281,8 @@ class WeightReceiver:
         self._heard: float | None = None  # when the learner said something last
         self._silent = False
         self._lock, self._log = threading.Lock(), Throttle(logging.getLogger(__name__))
-        self._version = version
+        self.version = version
+        """The version served, as last acknowledged."""
         self._checksum = checksum
         self._received: int | None = None
         self._pending: tuple[int, TensorDict] | None = None
@@ -295,11 +296,6 @@ class WeightReceiver:
         connect(self._socket, address, limits=limits, keys=keys)
         self._thread = SocketThread(self._socket, self._step, name="weight-receiver")
         self._thread.start()
-
-    @property
-    def version(self) -> int:
-        """The version served, as last acknowledged."""
-        return self._version
 
     def latest(self) -> tuple[int, TensorDict] | None:
         """Take the newest complete weights, verified against the learner's checksum; None if there are no new ones.
@@ -317,18 +313,18 @@ class WeightReceiver:
         nothing; engines of other processes compare what they hold with what was received, and give the latter's.
         """
         with self._lock:
-            self._version, self._checksum = version, checksum
+            self.version, self._checksum = version, checksum
             self._reply("ack", version=version, checksum=checksum, swap_ms=swap_ms)
 
     def go_back(self, version: int) -> None:
         """Say from now on that an earlier version serves, of which no checksum is known."""
         with self._lock:
-            self._version, self._checksum, self._next_beat = version, None, 0.0
+            self.version, self._checksum, self._next_beat = version, None, 0.0
 
     def reject(self, version: int, reason: str) -> None:
         """Report that weights from `latest` were not installed and the old ones stay. They are not offered again."""
         with self._lock:
-            self._newest = min(self._newest, (self._version, self._checksum), key=lambda weights: weights[0])
+            self._newest = min(self._newest, (self.version, self._checksum), key=lambda weights: weights[0])
             self._reply("nack", version=version, reason=reason)
 
     def close(self, timeout: float = 1.0) -> None:
@@ -365,7 +361,7 @@ class WeightReceiver:
             self._silent = True
             logger.warning(
                 "the learner has not answered for %.0f s; serving goes on with version %d",
-                *(_SILENCE_S, self._version),
+                *(_SILENCE_S, self.version),
             )
 
     def _note_heard(self) -> None:
@@ -381,7 +377,7 @@ class WeightReceiver:
                 self._replies.popleft()
             # Nobody is there without a learner, and composing the message in every turn took 3% of a core.
             if time.monotonic() >= self._next_beat and self._socket.poll(0, zmq.POLLOUT):
-                state = {"version": self._version, "checksum": self._checksum, "received": self._received}
+                state = {"version": self.version, "checksum": self._checksum, "received": self._received}
                 serving = encode("serving", {"engine": self.name, **state, "handshake": self._handshake_meta})
                 if self._send(serving):  # else the learner went away since the poll: again next turn
                     self._next_beat = time.monotonic() + _HEARTBEAT_S
@@ -408,12 +404,12 @@ class WeightReceiver:
                 self._received = version
                 self._next_beat = 0.0
                 if refusal is not None:
-                    self._log.warning("weights", "version %d is refused, %d stays: %s", version, self._version, refusal)
+                    self._log.warning("weights", "version %d is refused, %d stays: %s", version, self.version, refusal)
                     self.rejected += 1
                     self._reply("nack", version=version, reason=refusal)
-                elif version > max(self._version, self._newest[0]):
+                elif version > max(self.version, self._newest[0]):
                     self._pending, self._newest = (version, message.tensors), (version, declared)
-                elif version > self._version and (version, declared) != self._newest:
+                elif version > self.version and (version, declared) != self._newest:
                     # A learner that has just begun gives numbers that its predecessor's weights have here, on trial.
                     reason = f"version {self._newest[0]} of an earlier learner is about to be served"
                     self._reply("nack", version=version, reason=reason, taken=self._newest[0])
@@ -430,7 +426,7 @@ class WeightReceiver:
             )
         if (actual := checksum(tensors)) != declared:
             return f"received checksum {actual}, declared {declared}"
-        if version > self._version + _MAX_JUMP:
+        if version > self.version + _MAX_JUMP:
             return f"version {version} leaves no room for later ones"
         for name, tensor in tensors.flatten_keys(".").items():
             if (fault := implausible(tensor)) is not None:

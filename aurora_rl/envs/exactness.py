@@ -281,7 +281,11 @@ def check_batch_invariance(engine: Engine, text: Tensor) -> None:
     """
     root, slot = len(text) - 5, engine.num_slots - 1
     engine.prefill([slot], [text[:1]])
-    plain = torch.cat([_plain_round(engine, [slot], text[at : at + 1][None]) for at in range(1, len(text))])[-4:]
+    alone, none, logits = torch.tensor([slot]), text[None, :0], []
+    for token in text[1:]:
+        logits.append(engine.logits(engine.verify(alone, none, none, none.bool()))[:, 0])
+        engine.commit(alone, none, token.view(1, 1), torch.ones_like(alone))
+    plain = torch.cat(logits[-4:])
     engine.release(slot)
     slots = sorted({0, slot})
     # The other slot has a shorter text, so that columns are masked for one and not for both.
@@ -309,12 +313,3 @@ def require_fused(layers: nn.ModuleList, found: Exactness) -> bool:
         "engine.batch_invariant=true serves models whose decoder layers are all fused, which these are not"
         f"{reasons}; set engine.batch_invariant=false"
     )
-
-
-def _plain_round(engine: Engine, slots: list[int], tokens: Tensor) -> Tensor:
-    """Deliver tokens ``[s, 1]`` in a plain round, and return the logits ``[s, V]`` that preceded them."""
-    none = tokens[:, :0]
-    hidden = engine.verify(torch.tensor(slots), none, none, none.bool())
-    logits = engine.logits(hidden)[:, 0]
-    engine.commit(torch.tensor(slots), none, tokens, torch.ones(len(slots), dtype=torch.int64))
-    return logits

@@ -329,8 +329,7 @@ class AsyncEngine:
             return
         with self._lock:
             cancelled, self._cancelled = self._cancelled, set()
-            kept = [request for request in self._waiting if request.id not in cancelled]
-            self._waiting = deque(kept)
+            self._waiting = deque(request for request in self._waiting if request.id not in cancelled)
         for request in cancelled:
             server.cancel(request)
 

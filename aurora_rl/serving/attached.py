@@ -42,7 +42,6 @@ class AttachedServer:
         published: Returns the folder of the drafter that the learner published last; None if that is not known.
 
     Attributes:
-        client: Client of the engine.
         stats: Statistics of the run so far.
         status: Status of the plugin, as last heard.
         detached: Whether somebody else detached the learner, which is not attached again then.

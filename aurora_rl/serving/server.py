@@ -134,7 +134,7 @@ class InferenceServer:
         )
         env.on_completion = self.completed
         self._windows, self._log, self._sink, self._note = windows, log, sink, note
-        self._captures = Capture() if captures is None else captures
+        self._receiver, self._captures = receiver, captures or Capture()
         self._td: TensorDictBase | None = None
         self._recording = 0.0
         # Of the requests in flight: in which rounds drafts were asked for, and the time of the first round.
@@ -183,7 +183,7 @@ class InferenceServer:
     @property
     def refused(self) -> str | None:
         """Why the learner refuses this server; None if it does not."""
-        return self.versions.refused
+        return self._receiver.error if self._receiver is not None else None
 
     def step(self) -> bool:
         """Run one round. Return False if there was nothing to decode."""

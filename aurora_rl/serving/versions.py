@@ -88,14 +88,11 @@ class Versions:
             raise ValueError("a trial needs a second policy, of another copy of the drafter")
         self._log, self._stats, self._receiver, self._trial_rules = log, stats, receiver, trial_rules
         self._seat = _Seat(policy, controller, watch and watch(policy))
-        self._idle = (  # the policy that does not draft this round
-            None
-            if second_policy is None or trial_rules is None
-            else _Seat(second_policy, second_controller, watch and watch(second_policy))
-        )
-        for each in (self._seat, self._idle):
-            if each is not None:
-                each.policy.notices_writes = False  # the versions here are published ones; other writes are faults
+        self._idle: _Seat | None = None  # the policy that does not draft this round
+        if second_policy is not None and trial_rules is not None:
+            self._idle = _Seat(second_policy, second_controller, watch and watch(second_policy))
+        for each in self.policies:
+            each.notices_writes = False  # the versions here are published ones; other writes are faults
         # Of the version that is served, the one before it, and the one on trial.
         self._kept = {policy.version: _Kept(_as_served(policy, policy.drafter.published()), "")}
         self._mended: set[tuple[int, str]] = set()  # faults found before: version and cause
@@ -130,11 +127,6 @@ class Versions:
     def policies(self) -> list[DrafterPolicy]:
         """Every policy that may draft."""
         return [seat.policy for seat in (self._seat, self._idle) if seat is not None]
-
-    @property
-    def refused(self) -> str | None:
-        """Why the learner refuses this server; None if it does not."""
-        return self._receiver.error if self._receiver is not None else None
 
     def next_round(self, is_init: Tensor) -> None:
         """Choose who drafts the next round, whose slots with a new request are ``is_init``, ``[B, 1]`` bool."""

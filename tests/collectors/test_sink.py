@@ -123,9 +123,9 @@ def test_what_is_dropped_between_two_learners_is_missed_and_what_waits_is_not() 
     sink = TrajectorySink(first.address, handshake=HANDSHAKE, capacity=2)
     sink.extend(item(0))
     assert first.receive(1) == [0]
-    wait(lambda: sink._connected)
+    wait(lambda: sink.connected)
     first.close()
-    wait(lambda: not sink._connected)
+    wait(lambda: not sink.connected)
     for number in range(1, 6):
         sink.extend(item(number))
     assert (sink.sent, sink.drops.total(), sink.drops["no_learner"], sink.queued) == (1, 3, 3, 2)
@@ -233,7 +233,7 @@ def test_a_deletion_drops_what_waits_of_the_tenant_and_reaches_whoever_connects(
     assert began <= times[0] <= times[1] <= deletion.meta["before"] <= times[2] <= time.time()
 
     first.close()
-    wait(lambda: not sink._connected)
+    wait(lambda: not sink.connected)
     sink.delete("b")
     second = Learner(free)  # another, or one that has lost what was on its way
     told = {each.meta["tenant"]: (each.kind, each.meta["before"]) for each in messages(second, 2)}

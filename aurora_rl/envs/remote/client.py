@@ -200,17 +200,16 @@ class EngineClient:
         raise NotImplementedError
 
     def _check_request(self, request: Request) -> None:
+        params, reason = request.sampling_params, ""
         if not request.speculative:
-            raise self.error(f"request {request.id}: speculative=false is not supported by {self.engine}; leave it out")
-        if request.sampling_params.logprobs is not None:
-            raise self.error(
-                f"request {request.id}: logprobs are not asked of {self.engine} by this client; leave them out"
-            )
-        if request.sampling_params.min_p and request.sampling_params.temperature:
-            raise self.error(
-                f"request {request.id}: min_p={request.sampling_params.min_p:g} is not supported by {self.engine}, "
-                "which does not apply it when it verifies drafts; leave it out"
-            )
+            reason = f"speculative=false is not supported by {self.engine}; leave it out"
+        elif params.logprobs is not None:
+            reason = f"logprobs are not asked of {self.engine} by this client; leave them out"
+        elif params.min_p and params.temperature:
+            where = f"{self.engine}, which does not apply it when it verifies drafts"
+            reason = f"min_p={params.min_p:g} is not supported by {where}; leave it out"
+        if reason:
+            raise self.error(f"request {request.id}: {reason}")
 
     def post(self, path: str, body: dict[str, Any], timeout: float) -> Any:
         """Post to any of the server's endpoints and return the decoded JSON.

@@ -147,10 +147,8 @@ class Session:
 
     def note_fault(self, **fault: Any) -> None:
         """Add a fault of the drafter to the status, with its number."""
-        self.faults = [
-            *self.faults[-_TOLD_FAULTS:],
-            {"number": 1 + (self.faults or [{"number": 0}])[-1]["number"], **fault},
-        ]
+        number = self.faults[-1]["number"] + 1 if self.faults else 1
+        self.faults = [*self.faults[-_TOLD_FAULTS:], {"number": number, **fault}]
 
     def fail(self, reason: str) -> None:
         """Switch recording off; serving goes on."""
@@ -186,15 +184,10 @@ class Session:
 
 @dataclass(slots=True)
 class Follower:
-    """Stands in for a session on all ranks of a server but the first, which reports their faults.
-
-    Attributes:
-        version: Version of the weights that drafts.
-        flush_due: Whether the prefix cache has texts of older drafters; the first rank decides when it is emptied.
-    """
+    """Stands in for a session on all ranks of a server but the first, which reports their faults."""
 
     version: int
-    flush_due: bool = False
+    flush_due: bool = False  # the first rank decides when the prefix cache is emptied
 
     def roll_back(self, version: int, before: int, reason: str) -> None:
         """Note that an earlier version serves again."""

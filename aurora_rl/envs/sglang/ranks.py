@@ -31,12 +31,7 @@ class EngineRanksLostError(ConnectionError):
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The first rank's order to all ranks. SGLang pickles it for its own other processes.
-
-    Attributes:
-        kind: What to do.
-        fields: Numbers that it needs.
-    """
+    """The first rank's order to all ranks, with numbers that it needs. SGLang pickles it for its other processes."""
 
     kind: str
     fields: dict[str, int] = field(default_factory=dict)

@@ -67,10 +67,6 @@ class _Head:
 class Swaps:
     """The drafter of one rank: its weights are received, loaded, watched and rolled back with those of all ranks.
 
-    Args:
-        scheduler: SGLang's scheduler.
-        ranks: Ranks of the server.
-
     Attributes:
         reports: What each of several ranks said of the weights that it loaded last: rank, version and checksum.
     """
@@ -184,9 +180,9 @@ class Swaps:
 
         ``logits`` are the drafter's of the last round, ``[n, Vd]`` each; empty if CUDA graphs hide them.
         """
-        actions: dict[str, Callable[..., None]] = {
-            **{"begin": self._begin, "end": self._end, "check": self._check},
-            **{"part": self._take_part, "load": self._load, "flush": self._flush, "head": self._give_head},
+        actions: dict[str, Callable[..., Any]] = {
+            **{"begin": self._begin, "end": self._end, "check": self._check, "flush": self._scheduler.flush_cache},
+            **{"part": self._take_part, "load": self._load, "head": self._give_head},
         }
         self._logits = logits
         try:
@@ -217,9 +213,6 @@ class Swaps:
     def _check(self, rounds: int) -> None:
         if self._watchdog is not None:  # all ranks have one, or none
             self._watchdog.check(rounds, self._logits)
-
-    def _flush(self) -> None:
-        self._scheduler.flush_cache()
 
     def _watch_alike(self, watchdog: DrafterWatchdog) -> None:
         """Watch on all ranks or on none: what one mends, all must."""

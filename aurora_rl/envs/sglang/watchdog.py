@@ -59,14 +59,19 @@ class DrafterWatchdog:
         try:
             self._worker, self._target = scheduler.draft_worker.draft_worker, scheduler.tp_worker.model_runner.model
             self._constants = self._sampled()
-            self._copy()
         except Exception:
             self.give_up()
+        self.loaded()
 
     def loaded(self) -> None:
         """Copy what the drafter holds, as the version that the session serves now."""
+        if not self._checks:
+            return
         try:
-            self._copy()
+            older = {number: copy for number, copy in self._copies.items() if number < self.session.version}
+            self._copies = dict(sorted(older.items())[-1:])  # before there is another: memory is of two
+            self._copies[self.session.version] = {name: tensor.clone() for name, tensor in self._tensors()[0].items()}
+            self._rows.clear()
         except Exception:
             self.give_up()
 
@@ -74,14 +79,6 @@ class DrafterWatchdog:
         """Watch nothing, as where there is no memory for copies: recording and swaps go on."""
         logger.warning("the drafter is not watched", exc_info=True)
         self._copies, self._checks = {}, []
-
-    def _copy(self) -> None:
-        if not self._checks:
-            return
-        older = {number: copy for number, copy in self._copies.items() if number < self.session.version}
-        self._copies = dict(sorted(older.items())[-1:])  # before there is another: memory is of two
-        self._copies[self.session.version] = {name: tensor.clone() for name, tensor in self._tensors()[0].items()}
-        self._rows.clear()
 
     @property
     def watches(self) -> bool:
@@ -226,9 +223,7 @@ class DrafterWatchdog:
     @torch.no_grad()
     def _restore(self, copies: dict[str, Tensor]) -> None:
         """Put copies into the tensors in place, where CUDA graphs read them, once nothing runs that reads them."""
-        device = self._worker.draft_runner.device
-        if str(device) != "cpu":
-            torch.get_device_module(device).synchronize()
+        torch.get_device_module(self._worker.draft_runner.device).synchronize()
         for name, tensor in self._tensors()[0].items():
             tensor.copy_(copies[name])
         self._rows.clear()

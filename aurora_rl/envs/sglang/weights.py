@@ -13,12 +13,7 @@ from aurora_rl.envs.remote.session import SwapError
 
 
 class Shard(NamedTuple):
-    """A rank's part of a published tensor.
-
-    Attributes:
-        held: View of the rank's parameter.
-        published: The same part of the published tensor, of the same shape.
-    """
+    """A view of a rank's parameter, and the same part of the published tensor, of the same shape."""
 
     held: Tensor
     published: Tensor
@@ -49,8 +44,7 @@ def swap_weights(
     try:
         if getattr(updater, "_session", None) is not None:
             raise SwapError("somebody else's weight update is under way in SGLang; end it")
-        if str(runner.device) != "cpu":
-            torch.get_device_module(runner.device).synchronize()  # the batch before may still be reading
+        torch.get_device_module(runner.device).synchronize()  # the batch before may still be reading
         shards_of(runner.model, weights)  # SGLang skips names that it does not know
         # Not by SGLang's session, whose barriers a rank with a fault would not reach. It only marks what is open from
         # one request to the next, and this begins and ends between two of them.

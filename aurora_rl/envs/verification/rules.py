@@ -301,8 +301,7 @@ class SampleAndMatch(VerificationRule):
             choice = argmax(rows)
             drawn = (sampling.temperature[slots] > 0).nonzero()[:, 0]
             if len(drawn):
-                these = slots[drawn]
-                how = sampling[these]
+                how = sampling[slots[drawn]]
                 scores = warp(rows[drawn], how.temperature, how.top_k, how.top_p, how.min_p)
                 choice[drawn] = gumbel_argmax(scores, how.seed, at[drawn])
             return choice

@@ -156,8 +156,7 @@ class VLLMClient(EngineClient):
     def attach(self, **settings: Any) -> dict[str, Any]:
         super().attach(**settings)
         # The prefix cache has texts that nobody saw. It is emptied after a batch of the session, when nothing runs.
-        status = self.status()
-        self.probe(status)
+        self.probe(self.status())
         return self.status()
 
 

@@ -165,9 +165,9 @@ class Plugin(RecorderPlugin):
         began = time.perf_counter()
         assert self._loader is not None, "a session begins with the check of the engine"
         try:
-            self._synchronize()
+            torch.get_device_module(self._runner.device).synchronize()  # the batch before may still read
             self._loader.load(weights)
-            self._synchronize()
+            torch.get_device_module(self._runner.device).synchronize()  # the next may run on another stream
         except SwapError as error:
             session.receiver.reject(number, str(error))
             logger.warning("version %d is not served: %s", number, error)
@@ -176,11 +176,6 @@ class Plugin(RecorderPlugin):
         session.version, session.flush_due = number, True
         session.swap_ms.append(milliseconds)
         session.background.submit(session.acknowledge, number, weights, milliseconds)
-
-    def _synchronize(self) -> None:
-        device = self._runner.device
-        if device.type != "cpu":  # the batch before may still read, and the next may run on another stream
-            torch.get_device_module(device).synchronize()
 
     # ---- recording --------------------------------------------------------------------------------------------------
 

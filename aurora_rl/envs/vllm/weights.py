@@ -27,10 +27,7 @@ def draft_vocab(model: Any) -> Tensor:
 def loadable(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return published weights as vLLM's loader takes them, checked by the names and shapes that it wants.
 
-    Args:
-        weights: Tensors by checkpoint names, each of the shape that the drafter publishes, ``d2t`` ``[Vd]`` int64 among
-            them.
-        config: Entries of the draft model's configuration.
+    They are by checkpoint names, ``d2t`` ``[Vd]`` int64 among them; ``config`` is that of the draft model.
 
     Raises:
         SwapError: Names the first tensor that is missing, unknown or misshapen.
@@ -56,11 +53,9 @@ class DraftLoader:
         self._serving: dict[str, Tensor] | None = None  # None are those of the folder that the server was started on
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace the drafter's weights.
+        """Replace the drafter's weights by tensors by checkpoint names, of the shapes that the drafter publishes.
 
-        Args:
-            weights: Tensors by checkpoint names, of the shapes and any floating dtype that the drafter publishes; the
-                draft map ``d2t``, ``[Vd]`` int64, must not change.
+        They have any floating dtype. The draft map ``d2t``, ``[Vd]`` int64, must not change.
 
         Raises:
             SwapError: They do not fit, or vLLM did not load them. The weights before serve on then.

@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute, Route
 from typing_extensions import override
 
 import aurora_rl
+from aurora_rl.serving.async_engine import UnavailableError
 from aurora_rl.serving.http import errors
 from aurora_rl.serving.http.keys import BearerKeys
 from aurora_rl.serving.http.live_page import FILES, page_routes
@@ -126,6 +127,7 @@ class Application(ABC):
             exception_handlers={
                 errors.ApiError: errors.answer_request_error,
                 FieldError: errors.answer_request_error,
+                UnavailableError: errors.answer_request_error,
                 errors.ClientGoneError: errors.answer_nobody,
                 ClientDisconnect: errors.answer_nobody,
                 HTTPException: errors.answer_http_exception,

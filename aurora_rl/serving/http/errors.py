@@ -93,7 +93,7 @@ def of_engine(error: Exception) -> ApiError:
 
 
 async def answer_request_error(request: Request, error: Exception) -> Response:
-    """Starlette's handler of :class:`ApiError` and of fields that are refused."""
+    """Starlette's handler of :class:`ApiError`, of fields that are refused, and of an engine that takes no requests."""
     return of_engine(error).response()
 
 

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from aurora_rl.envs import Completion, SamplingParams
 from aurora_rl.models.detokenizer import token_bytes
-from aurora_rl.serving.async_engine import AsyncEngine, Job, QueueFullError, UnavailableError
+from aurora_rl.serving.async_engine import AsyncEngine, Job, QueueFullError
 from aurora_rl.serving.http.app import Application, while_connected
 from aurora_rl.serving.http.bodies import Bodies, ChatBodies, TextBodies
 from aurora_rl.serving.http.errors import ApiError, ClientGoneError, of_engine
@@ -148,10 +148,7 @@ class Front(Application):
 
     async def health(self, request: Request) -> Response:
         """Tell whether the engine runs."""
-        try:
-            self._engine.check_alive()
-        except UnavailableError as error:
-            raise of_engine(error) from error
+        self._engine.check_alive()
         return Response()
 
     async def health_generate(self, request: Request) -> Response:
@@ -191,8 +188,6 @@ class Front(Application):
         except TimeoutError:
             message = "the tenant's requests in flight took longer than http.timeout; they go on, and deletion follows"
             raise ApiError(504, message) from None
-        except UnavailableError as error:
-            raise of_engine(error) from error
         return JSONResponse({"tenant": tenant, **asdict(deleted)})
 
     async def _answer(

@@ -151,14 +151,7 @@ class HttpServer:
     """Serve an application from a thread of this process.
 
     The port is taken when the object is made, so that a port in use is an error before a model is loaded. Clients
-    may connect from then on, and are answered after :meth:`start`.
-
-    Args:
-        host: Address to listen at.
-        port: Port to listen at; 0 takes a free one.
-
-    Attributes:
-        url: Where it listens.
+    may connect from then on, and are answered after :meth:`start`. Port 0 takes a free one, which ``url`` tells.
 
     Raises:
         ValueError: The address cannot be used.
