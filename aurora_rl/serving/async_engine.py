@@ -92,7 +92,7 @@ class _Stream:
 
 @dataclass(slots=True, eq=False)
 class _Deletion:
-    """A tenant whose data is to be deleted once these requests have ended; cancelled if its client has left."""
+    """A tenant whose data is to be deleted once these requests have ended, and the answer to who asked for it."""
 
     tenant: str
     requests: set[int]

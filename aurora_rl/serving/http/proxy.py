@@ -123,7 +123,7 @@ class Proxy(Application):
             raise self._failed(error) from error
 
     async def pass_on(self, request: Request) -> Response:
-        """Pass on a request from whose answer nothing is learned."""
+        """Pass on a request that is not for a completion."""
         deadline = self._deadline()
         return await self._forward(request, deadline, await self._body(request) if request.method == "POST" else None)
 
