@@ -15,8 +15,8 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linu
 def return_freed_memory(*, collect: bool = False) -> None:
     """Give the pages of freed memory back to the system, in some milliseconds for each 100 MB; needs glibc.
 
-    glibc keeps freed tensors of up to 32 MB for later ones, which seldom fit: a learner held 400 MB. ``collect``
-    finds objects first that only refer to each other, as a model's modules do.
+    glibc keeps freed tensors of up to 32 MB for later ones, which seldom fit. ``collect`` finds objects first that only
+    refer to each other, as a model's modules do.
     """
     if collect:
         gc.collect()

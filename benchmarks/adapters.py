@@ -2,22 +2,26 @@
 
     python benchmarks/adapters.py
     python benchmarks/adapters.py --domains code,chat --requests 96 --max-new-tokens 64
+    python benchmarks/adapters.py --cost
 
 Both learn from the same stream, in order of arrival, by the same number of steps. Without domains the tenants are
 contrary: of the same prompts each has a text of its own, by its own rule of which token follows which, and features
 tell nothing of the tenant. This takes a minute. With domains each tenant asks SmolLM2 the built-in generator's requests
-of one of them. Where rules are contrary, acceptance is given for each seed.
+of one of them. Where rules are contrary, acceptance is given for each seed. --cost measures another thing: CPU time of
+a draft on SmolLM2 without adapters, with one for each request, and with adapters that no request has.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import arguments, parse, write_result
+from common import MAX_LENGTH, arguments, parse, write_result
 from tensordict import TensorDict
 
 from aurora_rl.collectors.dataset import TrajectoryDataset
@@ -27,6 +31,7 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import ImitationLoss
 from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, TreeShape, choose_draft_vocab, token_prior
 from aurora_rl.policies.adapters import add_adapters
+from aurora_rl.policies.decoder import SpeculativeDecoder
 from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.testing import tiny_target
 from aurora_rl.training.gate import replay
@@ -129,6 +134,41 @@ def recorded(options: Any) -> tuple[TargetParts, torch.Tensor, list[TensorDict],
     return parts, vocab, stream, dtype
 
 
+def draft_milliseconds(options: Any, slots: int, tenants: Sequence[str], asking: Sequence[str | None]) -> float:
+    """Median CPU time of a draft with this many slots; `tenants` have adapters, and those that ask take turns."""
+    model, _ = load_target("smollm2", dtype=default_dtype(options.device), device=options.device)
+    drafter = Eagle3Drafter.from_target(TargetParts.of(model), draft_vocab=torch.arange(options.vocab_size))
+    if tenants:
+        add_adapters(drafter, tenants, options.rank)
+    sampling, prompt = SamplingParams(max_tokens=options.max_new_tokens), torch.arange(100, 164)
+    requests = [Request(i, prompt, sampling, tenant=asking[i % len(asking)]) for i in range(slots)]
+    decoder = SpeculativeDecoder(model, drafter, requests, shape=TreeShape(4), max_length=MAX_LENGTH, num_slots=slots)
+    policy, spent = decoder.policy, []
+    assert policy is not None
+    draft = policy.draft
+
+    def timed(*arguments: Any) -> TensorDict:
+        began = time.process_time()
+        out = draft(*arguments)
+        spent.append(time.process_time() - began)
+        return out
+
+    policy.draft = timed
+    for _ in decoder.rounds():
+        pass
+    return round(1e3 * statistics.median(spent[1:-1]), 2)
+
+
+def costs(options: Any) -> list[dict[str, float]]:
+    """CPU time of drafts at two and at eight slots, the least of three turns: other work only adds to it."""
+    ways = {"without": ((), (None,)), "with": (TENANTS, TENANTS), "with, of other tenants": (TENANTS, (None,))}
+    turns = [
+        {(slots, way): draft_milliseconds(options, slots, *of) for slots in (2, 8) for way, of in ways.items()}
+        for _ in range(3)
+    ]
+    return [{"slots": slots, **{way: min(turn[slots, way] for turn in turns) for way in ways}} for slots in (2, 8)]
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--domains", help="two of the generator's domains, one for each tenant; none: contrary tenants")
@@ -137,8 +177,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--cost", action="store_true", help="measure CPU time of drafts in place of acceptance")
     options = parse(parser)
     torch.set_num_threads(options.threads)
+    if options.cost:
+        write_result(__file__, options, {"threads": options.threads, "rank": options.rank, "draft_ms": costs(options)})
+        return
     if options.domains:
         parts, vocab, stream, dtype = recorded(options)
     else:

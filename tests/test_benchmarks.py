@@ -25,10 +25,8 @@ from starlette.routing import Route
 from aurora_rl import SamplingParams
 from aurora_rl.envs import Completion
 from aurora_rl.models.loading import load_target
-from aurora_rl.policies import TargetParts
 from aurora_rl.serving.http.server import HttpServer
 from aurora_rl.serving.requests import RequestQueue
-from aurora_rl.testing import tiny_target
 from aurora_rl.workload.traffic import Prompt, generate_traffic
 
 
@@ -413,17 +411,3 @@ def test_the_arithmetic_of_scale_is_that_of_the_layout_and_of_the_steps(monkeypa
     assert scaling.bytes_of(large, "hidden")["per_completion_token"] > features + 2 * large.hidden
     assert scaling.bytes_of(large, "topk")["per_completion_token"] < features + 3000
     assert flops["counted_over_formula"] == pytest.approx(1, abs=0.1)
-
-
-# ---- benchmarks/adapters.py ------------------------------------------------------------------------------------------
-
-
-def test_contrary_tenants_with_an_adapter_each_accept_more_of_what_is_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapters, parts = imported("adapters", monkeypatch), TargetParts.of(tiny_target(dtype=torch.float32))
-    stream, options = adapters.contrary(96), argparse.Namespace(rank=8, every=32)
-    first, second = stream[:2]
-    assert torch.equal(first["sequence", "tokens"][:4], second["sequence", "tokens"][:4])
-    assert not torch.equal(first["sequence", "tokens"][4:], second["sequence", "tokens"][4:])
-    curves = adapters.compared(parts, torch.arange(32), stream, options, 0, torch.float32)
-    (_, shared, of_shared), (_, own, of_own) = curves["shared"][-1], curves["adapters"][-1]
-    assert own > shared + 0.05 and all(b > a for a, b in zip(of_shared, of_own, strict=True))

@@ -325,6 +325,39 @@ def test_the_index_of_the_results_names_every_section() -> None:
     assert {slug(title) for title in sections[::2]} == set(linked)
 
 
+RESULTS = (DOCS / "results.md", DOCS / "results_earlier.md")
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=page_name)
+def test_no_result_is_of_a_command_that_was_not_kept(page: Path) -> None:
+    text = " ".join(page.read_text().split())
+    lost = r"[^.|]*(?:not kept|no script|neither command|no file|files? (?:does|do) not have)[^.|]*"
+    assert re.findall(lost, text, re.I) == []
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=page_name)
+def test_every_table_of_the_results_has_a_command(page: Path) -> None:
+    """It is in a block of the section, or in a results file that the section names. What was tried has no figures."""
+    _, *sections = re.split(r"^##+ (.+)$", page.read_text(), flags=re.M)
+    without = [
+        title
+        for title, text in zip(sections[::2], sections[1::2], strict=True)
+        if "\n|---" in text and not re.search(r"^```(?:bash|python)$", text, re.M) and not commands_of_files(text)
+    ]
+    assert set(without) <= {"What was tried and did not help"}
+
+
+def commands_of_files(text: str) -> list[str]:
+    files = [ROOT / "benchmarks" / "results" / name for name in re.findall(r"`([\w/]+\.json)`", text)]
+    found = [json.loads(file.read_text()).get("command") for file in files if file.exists()]
+    return [command for command in found if command]
+
+
+def test_no_results_file_is_of_a_command_that_was_not_kept() -> None:
+    files = (ROOT / "benchmarks" / "results").rglob("*.json")
+    assert [file.name for file in files if "not kept" in json.loads(file.read_text()).get("command", "")] == []
+
+
 # Each line of families.md takes a model: tests/testing/test_families.py.
 @pytest.mark.parametrize("page", sorted(GENERATED.keys() - {"families.md"}))
 def test_generated_pages_are_current(page: str) -> None:

@@ -29,6 +29,7 @@ EXCEPTIONS = {
     "faults/test_serve_and_learn.py": "processes that are killed and restarted, of all rooms",
     "faults/test_soak.py": "benchmarks/soak.py on a tiny model",
     "test_benchmarks.py": "the scripts of benchmarks/",
+    "test_benchmarks_drafters.py": "benchmarks/adapters.py, drafters.py and likeliest.py",
     "test_deploy.py": "deploy/",
     "test_docs.py": "the pages",
     "test_docs_commands.py": "the commands of the pages that run in a second",

@@ -190,7 +190,7 @@ def _limit_caches() -> None:
     """Limit oneDNN's caches. Must run before torch is loaded in a process that learns.
 
     No two batches have the same number of rows. oneDNN keeps a kernel with its scratch memory for each of the last
-    1,024 shapes, twice over: 20 MB a request, 11 GB after 460.
+    1,024 shapes, twice over, so that memory would grow with every request.
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "64")

@@ -25,14 +25,14 @@ from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.tenants import is_salt_of
 from aurora_rl.tree_index import TreeIndex
 
-# Measured on 300 answers of the built-in traffic (docs/results.md): tokens of the longest context; how many occurrences
-# in earlier answers one in the request's own text is worth; how many the estimate by the next shorter context is; and
-# the most occurrences that count, the latest ones.
+# Chosen on answers of the built-in traffic: tokens of the longest context; how many occurrences in earlier answers one
+# in the request's own text is worth; how many the estimate by the next shorter context is; and the most occurrences
+# that count, the latest ones.
 _LONGEST, _OWN, _PRIOR, _COUNTED = 8, 16.0, 8.0, 512
 # Chance of being accepted below which no row of a round pays, on any machine that was measured.
 _LEAST = 0.05
 # What a chance is worth that lookup or a drafter states of a node whose parent is accepted: both are too sure, the more
-# so the deeper. With this factor the likeliest nodes delivered most (docs/results.md).
+# so the deeper. With this factor the likeliest nodes delivered most; others were tried (docs/results.md).
 _WORTH = 0.75
 _END = -1  # stands after every earlier answer
 _NOTHING = np.empty(0, dtype=np.int32)
