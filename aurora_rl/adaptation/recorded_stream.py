@@ -33,7 +33,6 @@ class RecordedPhase(Dataset[TensorDict]):
         self._places = [list(recorded).index(layer) for layer in wanted]
 
     def __len__(self) -> int:
-        """Return the number of requests."""
         return len(self._order)
 
     def __getitem__(self, index: int) -> TensorDict:

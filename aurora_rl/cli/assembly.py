@@ -149,11 +149,7 @@ def drafter_from_parts(
 ) -> Drafter:
     """Return the drafter that a run starts with, as :func:`start_drafter` does, without running the target.
 
-    Args:
-        spec: Names a checkpoint, or the architecture of an untrained drafter.
-        parts: Parts of the target.
-        prior: Expected counts of the target's tokens, ``[V]``, for the draft vocabulary; None without prompts.
-        seed: Seed of an untrained drafter's weights; None takes the configuration's.
+    ``prior`` has the expected counts of the target's tokens, ``[V]``, for the draft vocabulary; None without prompts.
     """
     drafter = _new_or_loaded(spec, parts, prior, spec.config.seed if seed is None else seed)
     settings = spec.config.drafter

@@ -197,7 +197,6 @@ class _Bench:
             )
 
     def _target_of(self, phase: Phase | None) -> LoadedTarget:
-        """Load the target of a phase."""
         spec = self._base
         if phase is not None and phase.target_dtype is not None:
             spec = replace(spec, dtype=getattr(torch, phase.target_dtype))
@@ -398,7 +397,6 @@ def _origin(spec: RunSpec) -> list[Any]:
 
 
 def _shape(spec: RunSpec, arm: Arm) -> TreeShape:
-    """Return the trees that an arm drafts."""
     return spec.tree.without_drafter(spec.tree.lookup) if arm.lookup_only else spec.tree
 
 

@@ -43,15 +43,8 @@ def embedded_server(
 ) -> InferenceServer:
     """Build a server on an engine in this process, which puts the target's model into inference form.
 
-    Args:
-        spec: The configuration, resolved.
-        target: The target.
-        requests: Requests to serve.
-        usual: Token ids of a usual prompt, with which rounds are timed.
-        drafter: The drafter, in float32.
-        log: Log of the server's events.
-        second_drafter: Spec and drafter to compare with the first; the specs differ by the drafter alone, and nobody
-            learns. None compares nothing.
+    Rounds are timed with ``usual``, the token ids of a usual prompt. A second drafter, whose spec differs by the
+    drafter alone, is compared with the first; then nobody learns. Drafters come in float32.
     """
     config, tree = spec.config, spec.tree
     drafters = [(spec, drafter)] if second_drafter is None else [(spec, drafter), second_drafter]

@@ -86,39 +86,22 @@ def _refuse_lacking(cluster: Cluster, members: list[Member]) -> None:
 
 @dataclass(slots=True)
 class _Post:
-    """A member as it fares: its seat on the cluster, and when it is to be started.
-
-    Attributes:
-        member: The member.
-        events: What its process logs.
-        seat: Its place; None before Ray was asked for one, and after its node has gone.
-        runs: Whether its process was started and has not ended.
-        ready: Whether that process has begun to work.
-        recalled: Whether it was asked to end, to be started with other addresses.
-        restarts: Times that it was started again after it had died.
-        failures: Those in a row that lived for less than a minute.
-        due: When it is to be started.
-        since: When it was started, or when it began to wait.
-        told: Whether the user was told that it waits for a place.
-        node: Address of the node that it was started on last; None before its first start.
-        port: Port at which an engine listens there; None if it has none, 0 for any.
-        status: Last "status" that an engine logged.
-    """
+    """A member as it fares: its seat on the cluster, and when it is to be started."""
 
     member: Member
     events: MetricsReader
-    seat: Seat | None = None
-    runs: bool = False
-    ready: bool = False
-    recalled: bool = False
-    restarts: int = 0
-    failures: int = 0
-    due: float = 0.0
-    since: float = field(default_factory=time.monotonic)
-    told: bool = False
-    node: str | None = None
-    port: int | None = None
-    status: dict[str, Any] = field(default_factory=dict)
+    seat: Seat | None = None  # None before Ray was asked for one, and after its node has gone
+    runs: bool = False  # its process was started and has not ended
+    ready: bool = False  # that process has begun to work
+    recalled: bool = False  # it was asked to end, to be started with other addresses
+    restarts: int = 0  # after it had died
+    failures: int = 0  # restarts in a row that lived for less than a minute
+    due: float = 0.0  # when it is to be started
+    since: float = field(default_factory=time.monotonic)  # when it was started, or when it began to wait
+    told: bool = False  # the user knows that it waits for a place
+    node: str | None = None  # address of the node that it was started on last
+    port: int | None = None  # at which an engine listens there; None if it has none, 0 for any
+    status: dict[str, Any] = field(default_factory=dict)  # the last that an engine logged
 
     @property
     def url(self) -> str | None:
@@ -201,7 +184,6 @@ class _Fleet:
                 engine.seat.stop()
 
     def _start(self, post: _Post) -> None:
-        """Start the process of a member."""
         assert post.seat is not None and post.seat.host is not None and self._wire is not None
         member = post.member
         if post is not self._learner and post.seat.host != post.node:

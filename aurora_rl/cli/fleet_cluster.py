@@ -210,7 +210,6 @@ class _Process:
         return child.returncode
 
     def stop(self) -> None:
-        """Have the process end."""
         self._to_end = True
 
 

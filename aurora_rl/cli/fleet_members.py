@@ -105,12 +105,7 @@ class Member:
         return lines[-1].removeprefix("aurora-rl: ") if lines else "it said nothing"
 
     def words(self, wire: Wire, port: int | None = None) -> list[str]:
-        """Write its configuration, and return its command line after ``aurora-rl``. It goes on with an earlier run.
-
-        Args:
-            wire: Where the learner listens.
-            port: Port of an engine's HTTP server.
-        """
+        """Write its configuration, and return its command line after ``aurora-rl``. It goes on with an earlier run."""
         keys = wire.keys_of(self.name)
         config = replace(
             self.config,
@@ -132,11 +127,7 @@ class Member:
 def members_of(config: Config, path: str | None, overrides: Sequence[str], folder: Path) -> list[Member]:
     """Return the members of a fleet, the learner first.
 
-    Args:
-        config: Configuration of the fleet.
-        path: YAML file that it was read from.
-        overrides: Pairs that it was read with. Those of a member come after them.
-        folder: Folder of the fleet.
+    Its configuration was read from ``path`` with ``overrides``; a member's own pairs come after these.
 
     Raises:
         ConfigError: There is no engine, or a member's own configuration cannot be used.

@@ -304,7 +304,6 @@ class _Session:
         return 1 if outputs.failures else 130 if interrupted else 0
 
     def _report(self) -> None:
-        """Write and print what the run came to."""
         server, requests, outputs, run_dir = self._server, self._requests, self._outputs, self._run_dir
         stats = Stats() if server is None else server.stats
         drops = self._history.drops if server is None else server.drops + self._history.drops

@@ -31,20 +31,13 @@ _TURN_S, _END_S = 1.0, 30.0
 
 
 def check_installed(name: str | None) -> None:
-    """Raise ValueError, with the command that installs it, where the package of a logger is missing.
-
-    Args:
-        name: One of :data:`LOGGERS`; None for no logger.
-    """
+    """Raise ValueError, with the command that installs it, where the package of one of :data:`LOGGERS` is missing."""
     if name not in (None, "csv") and importlib.util.find_spec(name) is None:
         raise ValueError(f"telemetry.logger={name} needs the package {name}: pip install {name}")
 
 
 def figures(event: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
     """Return the step of an event that is logged, and its numbers by name.
-
-    Args:
-        event: A line of ``metrics.jsonl``.
 
     Example:
         >>> figures({"event": "swap", "time": 3.5, "source": "server", "requests": 8, "version": 2, "ms": 1.5})

@@ -79,11 +79,7 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
     """Draw a run over its requests: acceptance length, speedup, what was drafted, and figures by domain.
 
     Swaps are vertical lines, and dashed lines say where something new begins. A speedup that was measured too shortly
-    is a gap. Tokens per second stand in its place where nothing decoded plainly.
-
-    Args:
-        path: PNG file to write.
-        history: What the run came to.
+    is a gap. Tokens per second stand in its place where nothing decoded plainly. The file is a PNG.
     """
     import matplotlib
 

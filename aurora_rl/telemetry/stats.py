@@ -53,7 +53,6 @@ class Finished:
         return self._count
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Iterate over the sums."""
         return iter(self._sums)
 
 

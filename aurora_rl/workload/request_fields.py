@@ -92,14 +92,7 @@ def check_fields(
     """Return the known fields of an object, and refuse by name what is not supported.
 
     A null field says nothing, whatever its name: clients send one for each field that they know and do not use.
-
-    Args:
-        fields: The object.
-        known: Names of the fields that are honoured.
-        where: Place of the object in the request, with a dot after it.
-        harmless: Names of fields that are dropped whatever they hold.
-        neutral: Values of fields that are not supported which say that they are not wanted; null always does.
-        by: Who does not support them.
+    ``harmless`` fields are dropped whatever they hold; for ``neutral``, ``where`` and ``by`` see :func:`refusal`.
 
     Raises:
         FieldError: A field is unknown or asks for something that is not supported.
