@@ -31,8 +31,6 @@ class LocalWire:
 
     Attributes:
         waiting: Trajectories that the learner has not taken.
-        rejections: Messages dropped, of which there are none.
-        engines: Counts by engine.
         newest: The newest weights and their version; None once they are taken.
     """
 

@@ -19,13 +19,7 @@ LEARNER = "learner"
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """Where the learner of a fleet listens, and by which keys.
-
-    Attributes:
-        trajectories: Address of trajectories.
-        weights: Address of weights.
-        keys: Folder with the keys of the learner and of all engines; None without keys.
-    """
+    """Addresses at which the learner of a fleet listens, and the folder with its keys and those of all engines."""
 
     trajectories: str
     weights: str

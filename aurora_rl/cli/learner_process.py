@@ -31,8 +31,6 @@ class LearnerProcess:
     In the folder of the run its configuration goes to ``learner.yaml``, its output to ``learner.log``.
 
     Attributes:
-        child: The process.
-        restarts: How often it was started again.
         resumed: Whether it goes on from a training state.
     """
 

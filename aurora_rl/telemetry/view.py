@@ -56,12 +56,7 @@ class Server(Protocol):
 
 
 class Traffic(Protocol):
-    """Requests that a run brings itself.
-
-    Attributes:
-        total: Requests to serve.
-        answered: Those that have completed.
-    """
+    """Requests that a run brings itself: how many there are, and how many have completed."""
 
     total: int
     answered: int

@@ -173,9 +173,7 @@ def _schema() -> DictConfig:
 def to_yaml(config: Config, *, run_dir: bool = True) -> str:
     """Return the configuration as YAML that :func:`load_config` reads back.
 
-    Args:
-        config: The configuration.
-        run_dir: False leaves ``run_dir`` out, so that a run's saved configuration starts another run elsewhere.
+    Without its ``run_dir``, a run's saved configuration starts another run elsewhere.
     """
     tree = plain(config)
     if not run_dir:
