@@ -170,19 +170,29 @@ def drafter_from_parts(
 
 
 def _new_or_loaded(spec: RunSpec, parts: TargetParts, prior: Tensor | None, seed: int) -> Drafter:
-    settings, kind, options = spec.config.drafter, spec.drafter_class, plain(spec.config.drafter.options)
+    settings = spec.config.drafter
     if settings.path is not None:
-        return load_drafter(settings.path, parts, kind, options=options, trained_for=settings.trained_for)
+        return load_checkpoint(spec, parts)
     torch.manual_seed(seed)
     with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
         return start_untrained(
-            kind,
+            spec.drafter_class,
             parts,
             prior,
             vocab_size=settings.vocab_size,
             feature_layers=settings.feature_layers or None,
-            options=options,
+            options=plain(settings.options),
         )
+
+
+def load_checkpoint(spec: RunSpec, parts: TargetParts, format: str | None = None) -> Drafter:
+    """Load the drafter of ``drafter.path``; a format of None is that of run folders."""
+    settings = spec.config.drafter
+    assert settings.path is not None
+    options, trained_for = plain(settings.options), settings.trained_for
+    return load_drafter(
+        settings.path, parts, spec.drafter_class, format=format, options=options, trained_for=trained_for
+    )
 
 
 def first_drafter(

@@ -11,20 +11,26 @@ from typing import Any
 from torch import Tensor
 
 from aurora_rl.cli.arguments import add_config_arguments, pair_of
-from aurora_rl.cli.assembly import VOCAB_PROMPTS, encoded_prompts, load, load_alone, start_drafter, traffic
+from aurora_rl.cli.assembly import (
+    VOCAB_PROMPTS,
+    encoded_prompts,
+    load,
+    load_alone,
+    load_checkpoint,
+    start_drafter,
+    traffic,
+)
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
-from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, get_drafter
+from aurora_rl.policies import Drafter, Eagle3Drafter, get_drafter
 from aurora_rl.policies.adapters import merge_adapter
 from aurora_rl.policies.formats.files import (
     TRAINED_FOR,
     check_format,
     drafter_class,
     holds_drafter,
-    load_drafter,
     local_folder,
 )
 from aurora_rl.policies.formats.llama_cpp import holds_gguf, save_gguf
@@ -122,7 +128,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--to {arguments.to}: {kind.__name__} has no format {arguments.to!r}; it has {formats}")
     # Sizes and positions are checked against the target, and written as the target has them.
     spec = _resolve(config, arguments.drafter)
-    drafter = _load(spec, kind, load_alone(spec), arguments.format)
+    drafter = load_checkpoint(spec, load_alone(spec), arguments.format)
     if (name := arguments.adapter) is not None:
         folder = local_folder(arguments.drafter)
         ranks = adapter_ranks(folder)
@@ -162,12 +168,17 @@ def _inspect(config: Config, source: str, check: bool) -> int:
         **({"adapters": ", ".join(f"{name} (rank {rank})" for name, rank in ranks.items())} if ranks else {}),
         **{f"engine {name}": command for name, command in commands.items()},
     }
-    reason = _misfit(config, kind, source) if check else None
+    fits = True
     if check:
-        lines["target"] = f"{config.model}: " + ("fits" if reason is None else f"does not fit: {reason}")
+        spec = _resolve(config, source)
+        parts, lines["target"] = load_alone(spec), f"{config.model}: fits"
+        try:
+            load_checkpoint(spec, parts)
+        except CheckpointError as error:
+            fits, lines["target"] = False, f"{config.model}: does not fit: {error}"
     for name, value in lines.items():
         print(f"{name:<18}{value}")
-    return 0 if reason is None else 1
+    return 0 if fits else 1
 
 
 def _kind(config: Config, source: str) -> type[Drafter]:
@@ -188,30 +199,6 @@ def _kind(config: Config, source: str) -> type[Drafter]:
 def _resolve(config: Config, source: str) -> RunSpec:
     """Resolve the configuration for the drafter in a folder, whose class has the options."""
     return resolve(replace(config, drafter=replace(config.drafter, path=source)))
-
-
-def _load(spec: RunSpec, kind: type[Drafter], parts: TargetParts, format: str | None = None) -> Drafter:
-    settings = spec.config.drafter
-    assert settings.path is not None
-    return load_drafter(
-        settings.path,
-        parts,
-        kind,
-        format=format,
-        options=plain(settings.options),
-        trained_for=settings.trained_for,
-    )
-
-
-def _misfit(config: Config, kind: type[Drafter], source: str) -> str | None:
-    """Return why a drafter does not fit the target; None if it fits."""
-    spec = _resolve(config, source)
-    parts = load_alone(spec)
-    try:
-        _load(spec, kind, parts)
-    except CheckpointError as error:
-        return str(error)
-    return None
 
 
 def _format(kind: type[Drafter], entries: Mapping[str, Any], commands: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.fleet_cluster import Cluster, LostError, Seat
 from aurora_rl.cli.fleet_members import Member, Wire, members_of
 from aurora_rl.cli.output import plain_console
-from aurora_rl.cli.restarts import LONGEST_WAIT_S, restart_wait
+from aurora_rl.cli.restarts import LONGEST_WAIT_S, last_line, restart_wait
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.storage import write_file
@@ -226,7 +226,7 @@ class _Fleet:
             return
         self._log.write("member_ended", member=member.name, reason=reason)
         if status == 2 and not post.restarts:
-            raise ConfigError(f"{member.name} did not start: {member.last_line}")
+            raise ConfigError(f"{member.name} did not start: {last_line(member.log)}")
         most = self._config.fleet.max_restarts
         if most is not None and post.restarts >= most:
             raise GivenUpError(f"{member.name} {reason}; it was started again fleet.max_restarts={most} times")
@@ -289,4 +289,4 @@ def _how_it_ended(member: Member, status: int | None) -> str:
         return f"did not end within {_END_S:.0f} s"
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}"
-    return f"ended with status {status}: {member.last_line}"
+    return f"ended with status {status}: {last_line(member.log)}"

@@ -92,12 +92,6 @@ class Member:
         """File of its output."""
         return self.folder / f"{self.name}.log"
 
-    @property
-    def last_line(self) -> str:
-        """Last line of its output."""
-        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
-        return lines[-1].removeprefix("aurora-rl: ") if lines else "it said nothing"
-
     def words(self, wire: Wire, port: int | None = None) -> list[str]:
         """Write its configuration, and return its command line after ``aurora-rl``. It goes on with an earlier run."""
         keys = wire.keys_of(self.name)

@@ -91,11 +91,8 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
         match event["event"]:
             case "gate" if event["publish"]:
                 low, high = event["interval"]
-                of(
-                    event["version"]
-                ).published = (
-                    f"gate: {event['difference']:+.3f} ({low:+.3f} to {high:+.3f}) over {event['requests']} requests"
-                )
+                figures = f"{event['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+                of(event["version"]).published = f"gate: {figures} over {event['requests']} requests"
             case "resumed" if event.get("version") is not None:  # an earlier release does not say it
                 of(event["version"]).published = "resumed: what was served before"
             case "renumbered":

@@ -195,7 +195,7 @@ class RunHistory:
                 case "begin":
                     self._traffic = event["traffic"]
                     if event["unseen"] is not None:
-                        self.mark(event["unseen"], "unseen templates")
+                        self.marks.append((event["unseen"], "unseen templates"))
                 case "request" | "requests":
                     self._count(event)
                 case "status":
@@ -282,10 +282,6 @@ class RunHistory:
     def unsaved(self, sent: int) -> int:
         """Return how many of the trajectories sent so far are in no training state, and not among :attr:`drops`."""
         return max(sent - self.saved - self.drops.total(), 0)
-
-    def mark(self, requests: int, text: str) -> None:
-        """Say that something new begins once so many requests have completed."""
-        self.marks.append((requests, text))
 
     def as_json(self) -> dict[str, Any]:
         """Return what the live page shows, as JSON values. Series are columns, which take less room than rows."""

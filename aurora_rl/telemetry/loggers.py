@@ -127,14 +127,9 @@ class EventLogger:
             self._failed = True
 
 
-@contextlib.contextmanager
-def logged(name: str | None, run_dir: Path) -> Iterator[None]:
+def logged(name: str | None, run_dir: Path) -> contextlib.AbstractContextManager[object]:
     """Log the events of a run while the block runs; see :class:`EventLogger`. Without a name nothing is logged."""
-    if name is None:
-        yield
-        return
-    with contextlib.closing(EventLogger(name, run_dir)):
-        yield
+    return contextlib.nullcontext() if name is None else contextlib.closing(EventLogger(name, run_dir))
 
 
 def _open(name: str, run_dir: Path) -> Logger:
