@@ -109,6 +109,7 @@ class _Bench:
                     raise ConfigError("it is lookup_only, and nothing is looked up; set drafter.lookup=8")
         with naming("--scenario"):
             self._prompts, self._training = phase_prompts(scenario, self._base.config.seed)
+        self._ends = list(itertools.accumulate(map(len, self._prompts)))  # requests up to the end of each phase
         self._settle()
 
     def _spec(self, *pairs: str) -> RunSpec:
@@ -241,8 +242,8 @@ class _Bench:
         if arm.trained:
             drafter = self._trained(spec, drafter, target)
         stream, began = self._stream("phases", drafter), time.monotonic()
-        ends = _ends(self._prompts)
-        sampled = {end - self._scenario.live.requests for end in ends} if self._scenario.live.requests else set()
+        last = self._scenario.live.requests
+        sampled = {end - last for end in self._ends} if last else set()
         learner, wire, flops = None, LocalWire(), 0
         serving = drafter.serving_copy(spec.dtype)
         if arm.learns:
@@ -322,7 +323,7 @@ class _Bench:
 
     def _live(self, drafters: dict[str, Drafter]) -> None:
         """Measure the last requests of each phase with the weights that each arm had when they came."""
-        live, ends = self._scenario.live, _ends(self._prompts)
+        live, ends = self._scenario.live, self._ends
         names = live.arms or list(self._scenario.arms)
         arms = [name for name in names if (self._out / "arms" / f"{name}-0" / "result.json").exists()]
         missing = []
@@ -382,7 +383,7 @@ class _Bench:
             def company(name: str) -> AbstractContextManager[object]:
                 return learners[name].running() if name in learners else nullcontext()
 
-            return [sample.as_dict() for sample in measure_in_turns(servers, requests, live.repeats, company)]
+            return list(measure_in_turns(servers, requests, live.repeats, company))
 
 
 def _configuration(spec: RunSpec) -> dict[str, Any]:
@@ -432,11 +433,5 @@ def step_flops(loss: SumLoss, stream: Trajectories, batch_size: int) -> int:
     with FlopCounterMode(display=False) as counter:
         out = loss(batch)
         torch.stack([value for key, value in out.items() if key.startswith("loss_")]).sum().backward()
-    for parameter in loss.parameters():
-        parameter.grad = None
+    loss.zero_grad()
     return int(counter.get_total_flops())
-
-
-def _ends(phases: Sequence[Sequence[Prompt]]) -> list[int]:
-    """Return the number of requests up to the end of each phase."""
-    return [sum(map(len, phases[: place + 1])) for place in range(len(phases))]
