@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from aurora_rl.cli.arguments import SAVED_LAST, add_config_arguments, add_end_argument, add_resume_argument
 from aurora_rl.cli.config import Config
-from aurora_rl.cli.ranks import Place, own_device, place_of
+from aurora_rl.cli.ranks import own_device, place_of
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop, end_with
 from aurora_rl.memory import importing
@@ -48,7 +48,13 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     with contextlib.ExitStack() as opened:
         ranks, device = None, config.device
         if place is not None:
-            ranks, device = _joined(config, place)
+            with importing():
+                import torch
+
+                from aurora_rl.training.parallel import join
+
+            device = own_device(config, place)
+            ranks = join(torch.device(device))
             if ranks.rank:
                 return _follow(replace(config, device=device), ranks, stop)
         folder = opened.enter_context(
@@ -56,17 +62,6 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
         )
         arguments.run_dir = folder.path
         return _learn(replace(folder.config, device=device), stop, logger, folder.undone_if_refused(), ranks)
-
-
-def _joined(config: Config, place: Place) -> tuple[Ranks, str]:
-    """Join the other processes of a learner. Return them, and the device of this one."""
-    with importing():
-        import torch
-
-        from aurora_rl.training.parallel import join
-
-    device = own_device(config, place)
-    return join(torch.device(device)), device
 
 
 def _follow(config: Config, ranks: Ranks, stop: Stop) -> int:
