@@ -151,8 +151,20 @@ def drafter_from_parts(
 
     ``prior`` has the expected counts of the target's tokens, ``[V]``, for the draft vocabulary; None without prompts.
     """
-    drafter = _new_or_loaded(spec, parts, prior, spec.config.seed if seed is None else seed)
     settings = spec.config.drafter
+    if settings.path is not None:
+        drafter = load_checkpoint(spec, parts)
+    else:
+        torch.manual_seed(spec.config.seed if seed is None else seed)
+        with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
+            drafter = start_untrained(
+                spec.drafter_class,
+                parts,
+                prior,
+                vocab_size=settings.vocab_size,
+                feature_layers=settings.feature_layers or None,
+                options=plain(settings.options),
+            )
     if settings.adapters:
         with naming(f"drafter.adapter_rank={settings.adapter_rank}"):
             check_size(drafter, settings.adapter_rank, spec.dtype)
@@ -167,22 +179,6 @@ def drafter_from_parts(
         with naming(f"drafter.name={spec.drafter_name} cannot be saved"):  # now, not after hours of learning
             written(drafter, spec.config.engine.name if spec.config.engine.remote else None)
     return drafter
-
-
-def _new_or_loaded(spec: RunSpec, parts: TargetParts, prior: Tensor | None, seed: int) -> Drafter:
-    settings = spec.config.drafter
-    if settings.path is not None:
-        return load_checkpoint(spec, parts)
-    torch.manual_seed(seed)
-    with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
-        return start_untrained(
-            spec.drafter_class,
-            parts,
-            prior,
-            vocab_size=settings.vocab_size,
-            feature_layers=settings.feature_layers or None,
-            options=plain(settings.options),
-        )
 
 
 def load_checkpoint(spec: RunSpec, parts: TargetParts, format: str | None = None) -> Drafter:

@@ -78,10 +78,12 @@ def _add_out(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Run one of the three. Returns the exit status."""
-    if arguments.what != "inspect" and is_working_directory(arguments.out):
+    if arguments.what == "inspect":
+        named = arguments.config is not None or any(pair.startswith("model=") for pair in arguments.overrides)
+        return _inspect(config, arguments.drafter, named)
+    if is_working_directory(arguments.out):
         raise ConfigError(f"--out {arguments.out} is the working directory; name a folder in it")
-    taken = arguments.what != "inspect" and (holds_drafter(arguments.out) or holds_gguf(arguments.out))
-    if taken and not arguments.overwrite:
+    if (holds_drafter(arguments.out) or holds_gguf(arguments.out)) and not arguments.overwrite:
         raise ConfigError(f"--out {arguments.out} holds a drafter already; name another folder, or add --overwrite")
     if arguments.what == "init":
         if config.drafter.path is not None and (pair := pair_of("drafter.path", arguments.overrides)):
@@ -90,10 +92,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
                 f"aurora-rl drafter export --drafter {config.drafter.path}"
             )
         return _init(config, arguments.out, arguments.to)
-    if arguments.what == "export":
-        return _export(config, arguments)
-    named = arguments.config is not None or any(pair.startswith("model=") for pair in arguments.overrides)
-    return _inspect(config, arguments.drafter, named)
+    return _export(config, arguments)
 
 
 def _init(config: Config, out: Path, format: str | None) -> int:

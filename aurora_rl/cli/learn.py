@@ -34,33 +34,27 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Learn until a signal comes. Returns the exit status."""
-    parent: int | None = arguments.parent
     place = place_of(config)
-    logger = config.telemetry.logger if parent is None else None  # a server logs those of its learner
+    logger = config.telemetry.logger if arguments.parent is None else None  # a server logs those of its learner
     check_installed(logger)
     os.nice(config.learner.nice)  # before the model is loaded: the server times its rounds meanwhile
-    if parent is not None:
-        end_with(parent)
-    # A server's own learner shares its folder, where its configuration is already.
-    resume = arguments.resume is not None
-    if parent is not None:
+    if arguments.parent is not None:  # a server's own learner shares its folder, where its configuration is already
+        end_with(arguments.parent)
         return _learn(config, stop, logger, contextlib.nullcontext())
-    with contextlib.ExitStack() as opened:
-        ranks, device = None, config.device
-        if place is not None:
-            with importing():
-                import torch
+    ranks, device = None, config.device
+    if place is not None:
+        with importing():
+            import torch
 
-                from aurora_rl.training.parallel import join
+            from aurora_rl.training.parallel import join
 
-            device = own_device(config, place)
-            ranks = join(torch.device(device))
-            if ranks.rank:
-                return _follow(replace(config, device=device), ranks, stop)
-        folder = opened.enter_context(
-            contextlib.closing(RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume))
-        )
-        arguments.run_dir = folder.path
+        device = own_device(config, place)
+        ranks = join(torch.device(device))
+        if ranks.rank:
+            return _follow(replace(config, device=device), ranks, stop)
+    folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=arguments.resume is not None)
+    arguments.run_dir = folder.path
+    with contextlib.closing(folder):
         return _learn(replace(folder.config, device=device), stop, logger, folder.undone_if_refused(), ranks)
 
 
