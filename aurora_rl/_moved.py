@@ -63,6 +63,7 @@ MOVED = {
     "workload.traffic.Message": "workload.request_values.ChatMessage",
     "collectors.weight_scheme": "collectors.weights", "serving.recording": "serving.recorded_requests",
     "serving.sglang": "serving.attached",
+    "cli.config.paths": "cli.config.loading",
     "cli.recording": "cli.training_data", "adaptation.recording": "adaptation.recorded_stream",
     "envs.recording": "envs.remote", "envs.sglang.control": "envs.remote.plugin_server",
     "envs.sglang.SGLangEngine": "envs.sglang.client.SGLangClient",

@@ -169,6 +169,7 @@ MOVED_NAMES = {
     "throughput": "ControlWindows Rates Round Rounds rates",
     "traffic": "Message Prompt TrafficError generate read_jsonl",
     "traffic_templates": "POOLS Pool TEMPLATES",
+    "cli.config.paths": "PATHS expand_home",
     "cli.config_canary": "CanaryConfig check_trials compared without_trials",
     "cli.config_checks": "check_config without_extras",
     "cli.config_drafter": "DrafterConfig check_drafter_config",

@@ -181,11 +181,7 @@ def _inspect(config: Config, source: str, check: bool) -> int:
 
 
 def _kind(config: Config, source: str) -> type[Drafter]:
-    """Return the class of a drafter's folder. One that is imported is named by the user; a file may not do that.
-
-    Raises:
-        ConfigError: The drafter is not of the class that is named.
-    """
+    """Return the class of a drafter's folder. One that is imported is named by the user; a file may not do that."""
     name = config.drafter.name
     with naming("drafter.name"):
         asked = None if name is None else get_drafter(name)

@@ -59,12 +59,10 @@ def embedded_server(
     usual = usual[: max_length // 2]
     budget = min(spec.sampling_params.token_budget, max_length - len(usual))
     tried = Request(0, torch.tensor(usual), replace(spec.sampling_params, max_tokens=budget))
-    processors = None
-    if config.generation_config == "auto":
-        with naming(f"model={config.model}"):
-            processors = generation_processors(target.model, stop_tokens)
-            if processors is not None:
-                processors(tried)
+    with naming(f"model={config.model}"):
+        processors = generation_processors(target.model, stop_tokens) if config.generation_config == "auto" else None
+        if processors is not None:
+            processors(tried)
     engine = engine_maker(spec)(
         target.model, num_slots=config.engine.slots, max_length=max_length, feature_layers=layers
     )

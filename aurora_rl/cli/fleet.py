@@ -126,12 +126,7 @@ class _Fleet:
         self._wire: Wire | None = None
 
     def serve(self, stop: Stop) -> None:
-        """Start the members, and those that die again, until the user asks for an end.
-
-        Raises:
-            ConfigError: A member cannot be placed in time, or refuses its configuration.
-            GivenUpError: A member has died more often than ``fleet.max_restarts``.
-        """
+        """Start the members, and those that die again, until the user asks for an end."""
         self._say(f"a learner and {len(self._engines)} engine(s) · run folder {self._folder}")
         tell = every(15.0, lambda: self._say(self._line()))
         while not stop.requested:

@@ -22,17 +22,11 @@ from aurora_rl.telemetry.log import MetricsReader
 
 @dataclass(slots=True)
 class Version:
-    """History of a version.
+    """History of a version."""
 
-    Attributes:
-        published: Why it was published.
-        outcome: How its trial ended, or why it was not loaded.
-        served: Requests that were complete when it began to draft every round; empty if it never did.
-    """
-
-    published: str = ""
-    outcome: str = ""
-    served: str = ""
+    published: str = ""  # why it was published
+    outcome: str = ""  # how its trial ended, or why it was not loaded
+    served: str = ""  # requests that were complete when it began to draft every round; empty if it never did
 
 
 def register(parser: argparse.ArgumentParser) -> None:

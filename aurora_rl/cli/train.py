@@ -188,16 +188,15 @@ def _start(
                 raise
     del target
     return_freed_memory(collect=True)
-    parts = [training_data.num_to_learn(len(recording), arguments.held_out) for recording in recordings]
     names = training_data.recording_names(folders) if len(folders) > 1 else [""] * len(folders)
     groups: dict[str, list[int]] = defaultdict(list)
     train: list[int] = []
     start = 0
-    for number, (recording, kept) in enumerate(zip(recordings, parts, strict=True)):
+    for number, recording in enumerate(recordings):
+        kept = training_data.num_to_learn(len(recording), arguments.held_out)
         train += range(start, start + kept)
         for index in range(kept, len(recording)):
-            request = int(recording[index]["request"])
-            name = names[number] if names else prompts[request].domain
+            name = names[number] if names else prompts[int(recording[index]["request"])].domain
             groups[name].append(start + index)
         start += len(recording)
     every_one: ConcatDataset[TensorDict] = ConcatDataset(recordings)

@@ -68,11 +68,7 @@ class EventLogger:
     """Follow a run's ``metrics.jsonl``, where both of its processes write, and log the figures of its events.
 
     All of it happens in a thread, so that serving waits for no logger. What cannot be logged is lost: the first failure
-    is warned of.
-
-    Args:
-        name: One of :data:`LOGGERS`.
-        run_dir: Folder of the run. Its folder ``logs`` gets the logs.
+    is warned of. Logs go to ``logs`` in the folder of the run.
 
     Raises:
         ValueError: The logger does not start.

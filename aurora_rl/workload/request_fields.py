@@ -56,12 +56,8 @@ def refusal(
 ) -> str | None:
     """Return why a field is refused; None if it may be ignored, because it is unknown or its value says nothing.
 
-    Args:
-        name: Name of the field.
-        value: Its value.
-        neutral: Fields that are not supported, each with the values that say that it is not wanted; null always does.
-        where: Place of the field in the request, with a dot after it.
-        by: Who does not support the field.
+    ``neutral`` has the fields that are not supported ``by`` whom, each with the values that say that it is not wanted;
+    null always does. ``where`` is the place of the field in the request, with a dot after it.
 
     Example:
         >>> refusal("presence_penalty", 0.5)
