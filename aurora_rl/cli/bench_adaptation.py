@@ -127,10 +127,8 @@ class _Bench:
         tree = asdict(self._scenario)
         stream = {key: tree[key] for key in ("phases", "mixed", "training", "set", "window", "live")}
         prompts = [*self._training, *(prompt for part in self._prompts for prompt in part)]
-        settings = {
-            "stream": stream | {"prompts": fingerprint((), prompts)},
-            "configuration": _configuration(self._base),
-        }
+        stream["prompts"] = fingerprint((), prompts)
+        settings = {"stream": stream, "configuration": _configuration(self._base)}
         path = self._out / "settings.json"
         if path.exists():
             for part, values in json.loads(path.read_text()).items():
@@ -404,15 +402,10 @@ def _shape(spec: RunSpec, arm: Arm) -> TreeShape:
 def _alone(spec: RunSpec, slots: int, wire: Path) -> RunSpec:
     """Return a spec that serves so many slots, without plain windows, at a wire of its own."""
     config = spec.config
-    return resolve(
-        replace(
-            config,
-            # Turns repeat their prompts, which are to be read each time.
-            engine=replace(config.engine, slots=slots, prefix_cache_tokens=0),
-            baseline=replace(config.baseline, share=0.0),
-            wire=replace(config.wire, trajectories=f"ipc://{wire}-t", weights=f"ipc://{wire}-w", queue=1),
-        )
-    )
+    # Turns repeat their prompts, which are to be read each time.
+    engine = replace(config.engine, slots=slots, prefix_cache_tokens=0)
+    ends = replace(config.wire, trajectories=f"ipc://{wire}-t", weights=f"ipc://{wire}-w", queue=1)
+    return resolve(replace(config, engine=engine, baseline=replace(config.baseline, share=0.0), wire=ends))
 
 
 def busy_learner(path: str | None, pairs: Sequence[str], folder: Path, layers: Sequence[int]) -> Callable[[], object]:

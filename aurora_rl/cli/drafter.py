@@ -26,13 +26,7 @@ from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.policies import Drafter, Eagle3Drafter, get_drafter
 from aurora_rl.policies.adapters import merge_adapter
-from aurora_rl.policies.formats.files import (
-    TRAINED_FOR,
-    check_format,
-    drafter_class,
-    holds_drafter,
-    local_folder,
-)
+from aurora_rl.policies.formats.files import TRAINED_FOR, check_format, drafter_class, holds_drafter, local_folder
 from aurora_rl.policies.formats.llama_cpp import holds_gguf, save_gguf
 from aurora_rl.policies.formats.peft import adapter_ranks, read_adapters
 from aurora_rl.policies.formats.vllm import LAYER_IDS

@@ -94,17 +94,9 @@ class Member:
 
     def words(self, wire: Wire, port: int | None = None) -> list[str]:
         """Write its configuration, and return its command line after ``aurora-rl``. It goes on with an earlier run."""
-        keys = wire.keys_of(self.name)
-        config = replace(
-            self.config,
-            http=replace(self.config.http, port=port),
-            wire=replace(
-                self.config.wire,
-                trajectories=wire.trajectories,
-                weights=wire.weights,
-                keys=None if keys is None else str(keys),
-            ),
-        )
+        keys = None if (own := wire.keys_of(self.name)) is None else str(own)
+        ends = replace(self.config.wire, trajectories=wire.trajectories, weights=wire.weights, keys=keys)
+        config = replace(self.config, http=replace(self.config.http, port=port), wire=ends)
         path = self.folder / f"{self.name}.yaml"
         path.write_text(to_yaml(config, run_dir=False), encoding="utf-8")
         command, document = ("learn", "learner.yaml") if self.name == LEARNER else ("serve", "config.yaml")

@@ -87,10 +87,8 @@ class LearnerProcess:
         try:
             config, broken = plan.result()
             if broken:
-                logger.warning(
-                    "the learner starts anew from %s, as no training state can be used: %s",
-                    *(config.drafter.path, "; ".join(broken)),
-                )
+                path, faults = config.drafter.path, "; ".join(broken)
+                logger.warning("the learner starts anew from %s, as no training state can be used: %s", path, faults)
             self.child = self._start(config)
         except (OSError, ValueError) as error:
             if not self._obstacle:

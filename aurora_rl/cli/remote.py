@@ -58,13 +58,7 @@ def _vllm_cpu_fault(sampling: SamplingParams) -> str:
 
 
 _ENGINES = {
-    "sglang": _Engine(
-        SGLangClient,
-        dict,
-        reserved_context,
-        "--sampling-defaults openai",
-        _sglang_cpu_fault,
-    ),
+    "sglang": _Engine(SGLangClient, dict, reserved_context, "--sampling-defaults openai", _sglang_cpu_fault),
     "vllm": _Engine(
         VLLMClient,
         lambda depth, **_: {"depth": depth},

@@ -16,16 +16,7 @@ from aurora_rl.cli.config.canary import without_trials
 from aurora_rl.cli.config.checks import check_config, without_extras
 from aurora_rl.cli.config.privacy import keep_nothing
 from aurora_rl.cli.config.schema import Config
-from aurora_rl.cli.config.tree import (
-    MAX_SHOWN,
-    keys_of,
-    nested,
-    node_at,
-    similar,
-    unfolded,
-    unknown_key,
-    wrong_type,
-)
+from aurora_rl.cli.config.tree import MAX_SHOWN, keys_of, nested, node_at, similar, unfolded, unknown_key, wrong_type
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
 

@@ -12,11 +12,8 @@ from aurora_rl.cli.config.schema import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.tenants import check_tenant
 
-_KEPT = (
-    "engine.prefix_cache_tokens",
-    "drafter.history",
-    "learner.replay",
-)  # each keeps texts after their gradient step
+# Each keeps texts after their gradient step.
+_KEPT = ("engine.prefix_cache_tokens", "drafter.history", "learner.replay")
 
 
 def keep_nothing(merged: DictConfig, named: Collection[str]) -> None:
