@@ -9,8 +9,7 @@ import torch
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import Objective
 from aurora_rl.testing import enumerable_worlds as worlds
-from aurora_rl.testing.asserts import require
-from aurora_rl.testing.losses import refuses, total_loss
+from aurora_rl.testing.asserts import refuses, require, total_loss
 from aurora_rl.trajectories import pack
 
 # Rule, draft mode and temperature. One that is neither 0 nor 1 tells who takes p as it was served.

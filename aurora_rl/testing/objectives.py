@@ -17,10 +17,9 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import OBJECTIVES, Objective
 from aurora_rl.objectives.function_objective import objective_from_function
 from aurora_rl.policies import TargetParts
-from aurora_rl.testing.asserts import require
+from aurora_rl.testing.asserts import refuses, require, total_loss, total_of
 from aurora_rl.testing.estimators import check_expected_gradient
 from aurora_rl.testing.fixtures import EchoDrafter, GappyDrafter, gappy_drafter, served_for_checks
-from aurora_rl.testing.losses import refuses, total_loss, total_of
 from aurora_rl.testing.tiny import tiny_target
 from aurora_rl.testing.variants import siblings_reversed, topk_form
 from aurora_rl.trajectories import pack
