@@ -10,16 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from aurora_rl.cli import assembly
 from aurora_rl.cli.arguments import add_config_arguments, pair_of
-from aurora_rl.cli.assembly import (
-    VOCAB_PROMPTS,
-    encoded_prompts,
-    load,
-    load_alone,
-    load_checkpoint,
-    start_drafter,
-    traffic,
-)
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.signals import Stop
@@ -99,9 +91,9 @@ def _init(config: Config, out: Path, format: str | None) -> int:
     if format is not None:
         with naming(f"--to {format}"):  # now, not after the target was loaded
             check_format(spec.drafter_class, format)
-    prompts = traffic(config)
-    target = load(spec)
-    drafter = start_drafter(spec, target, encoded_prompts(target, prompts[:VOCAB_PROMPTS]))
+    prompts = assembly.traffic(config)[: assembly.VOCAB_PROMPTS]
+    target = assembly.load(spec)
+    drafter = assembly.start_drafter(spec, target, assembly.encoded_prompts(target, prompts))
     format = format or ("vllm" if "vllm" in drafter.formats else next(iter(drafter.formats), None))
     drafter.to(spec.dtype).save_pretrained(out.resolve(), format=format)
     print(f"{type(drafter).__name__} for {config.model}, untrained, written to {out} ({format})")
@@ -121,7 +113,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--to {arguments.to}: {kind.__name__} has no format {arguments.to!r}; it has {formats}")
     # Sizes and positions are checked against the target, and written as the target has them.
     spec = _resolve(config, arguments.drafter)
-    drafter = load_checkpoint(spec, load_alone(spec), arguments.format)
+    drafter = assembly.load_checkpoint(spec, assembly.load_alone(spec), arguments.format)
     if (name := arguments.adapter) is not None:
         folder = local_folder(arguments.drafter)
         ranks = adapter_ranks(folder)
@@ -164,9 +156,9 @@ def _inspect(config: Config, source: str, check: bool) -> int:
     fits = True
     if check:
         spec = _resolve(config, source)
-        parts, lines["target"] = load_alone(spec), f"{config.model}: fits"
+        parts, lines["target"] = assembly.load_alone(spec), f"{config.model}: fits"
         try:
-            load_checkpoint(spec, parts)
+            assembly.load_checkpoint(spec, parts)
         except CheckpointError as error:
             fits, lines["target"] = False, f"{config.model}: does not fit: {error}"
     for name, value in lines.items():

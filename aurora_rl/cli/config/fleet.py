@@ -43,7 +43,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class EngineGroup(Placement):
-    """So many engines that are alike."""
+    """``replicas`` engines that are alike."""
 
     replicas: int = 1
 
