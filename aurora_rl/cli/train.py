@@ -124,7 +124,7 @@ def _run(
         with contextlib.ExitStack() as loggers:
             with saved_unless_refused(run_dir / TRAINING, arguments, data):
                 loggers.enter_context(logged(config.telemetry.logger, run_dir))
-                training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused, began)
+                training = _start(spec, arguments, prompts, folder, console, began)
             stop.working = True
             finished = training.run(arguments.epochs, stop)
     except KeyboardInterrupt:
@@ -148,14 +148,13 @@ def _start(
     spec: RunSpec,
     arguments: argparse.Namespace,
     prompts: Sequence[Prompt],
-    run_dir: Path,
+    folder: RunDir,
     console: Console,
-    refused: Callable[[], contextlib.AbstractContextManager[None]],
     began: float,
 ) -> _Training:
     """Load everything, and record the answers to the prompts that are not recorded yet."""
-    folders = [Path(folder) for folder in arguments.recording or []]
-    with refused():
+    folders, run_dir = [Path(each) for each in arguments.recording or []], folder.path
+    with folder.undone_if_refused():
         console.print(f"loading {spec.config.model} · run folder {run_dir}", soft_wrap=True)
         target, day0 = load(spec), run_dir / _DAY0
         requests = None if folders else request_queue(spec, target, prompts)
@@ -165,7 +164,7 @@ def _start(
             first = requests.first_prompts(VOCAB_PROMPTS)
         drafter = start_drafter(spec, target, first)
         loss, optimizers = learning(spec, drafter, target.parts.head)
-        recordings = [training_data.open_recording(folder, target, drafter) for folder in folders]
+        recordings = [training_data.open_recording(each, target, drafter) for each in folders]
         counts = [len(r) for r in recordings] if requests is None else [requests.total - len(requests.failed)]
         count = sum(training_data.num_to_learn(n, arguments.held_out) for n in counts)
         batch_size = spec.config.learner.batch_size
@@ -184,7 +183,7 @@ def _start(
         except (ValueError, OSError):
             if answers.is_dir() and len(TrajectoryDataset(answers)):  # a resumed run can go on with them
                 raise
-            with refused():
+            with folder.undone_if_refused():
                 raise
     del target
     return_freed_memory(collect=True)
