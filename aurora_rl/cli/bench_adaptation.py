@@ -262,9 +262,8 @@ class _Bench:
                 shown.tell(done, f"acceptance {recent.acceptance_length():.2f}")
 
             def keep(request: int, tensors: dict[str, torch.Tensor]) -> None:
-                save_file(
-                    {key: value.contiguous() for key, value in tensors.items()}, folder / f"at-{request}.safetensors"
-                )
+                weights = {key: value.contiguous() for key, value in tensors.items()}
+                save_file(weights, folder / f"at-{request}.safetensors")
 
             def save(so_far: dict[str, Any]) -> None:
                 write_file(begun, lambda path: torch.save({"settings": settings, **so_far}, path))

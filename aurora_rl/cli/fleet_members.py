@@ -19,7 +19,7 @@ LEARNER = "learner"
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """Addresses at which the learner of a fleet listens, and the folder with its keys and those of all engines."""
+    """Addresses at which the learner of a fleet listens, and the folder of its keys and the engines', or None."""
 
     trajectories: str
     weights: str

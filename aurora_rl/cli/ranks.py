@@ -16,7 +16,7 @@ _START = "torchrun --nproc-per-node 2 -m aurora_rl.cli.main learn learner.parall
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The number of this process among the ``size`` of a learner, of which 0 has the wire, and among its host's."""
+    """The place of this process among ``size`` of a learner: rank 0 has the wire, ``local_rank`` counts on its host."""
 
     rank: int
     size: int
