@@ -54,7 +54,7 @@ MOVED = {
     "testing.stand_ins": "testing.fixtures", "testing.tabular": "testing.enumerable_worlds",
     "sglang": "envs.sglang", "envs.sglang.recorder": "envs.remote.assembler",
     **{f"cli.config_{name}": f"cli.config.{name}" for name in (
-        "canary", "checks", "drafter", "fleet", "privacy", "tree")},
+        "canary", "checks", "fleet", "privacy", "tree")},
     "cli.flywheel": "cli.serve", "cli.export": "cli.drafter",
     "objectives.tree_index": "tree_index", "serving.answers": "serving.requests",
     "objectives.settings": "settings", "policies.length": "policies.tree_controller",
@@ -63,6 +63,8 @@ MOVED = {
     "workload.traffic.Message": "workload.request_values.ChatMessage",
     "collectors.weight_scheme": "collectors.weights", "serving.recording": "serving.recorded_requests",
     "serving.sglang": "serving.attached",
+    "cli.config.paths": "cli.config.loading", "testing.losses": "testing.asserts",
+    **dict.fromkeys(("cli.config_drafter", "cli.config.drafter"), "cli.config.checks"),
     "cli.recording": "cli.training_data", "adaptation.recording": "adaptation.recorded_stream",
     "envs.recording": "envs.remote", "envs.sglang.control": "envs.remote.plugin_server",
     "envs.sglang.SGLangEngine": "envs.sglang.client.SGLangClient",

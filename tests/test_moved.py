@@ -160,6 +160,7 @@ MOVED_NAMES = {
         KVShape RecurrentStateError ShapeRecorder SlotCache cache_mask column_positions sliding_window uniform_shapes
     """,
     "target_head": "TargetHead context_length decoder_layers decoder_of",
+    "testing.losses": "refuses total_loss total_of",
     "testing.forms": "siblings_reversed topk_form",
     "testing.stand_ins": "EchoDrafter GappyDrafter Served gappy_drafter served_for_checks",
     "testing.tabular": """
@@ -169,6 +170,8 @@ MOVED_NAMES = {
     "throughput": "ControlWindows Rates Round Rounds rates",
     "traffic": "Message Prompt TrafficError generate read_jsonl",
     "traffic_templates": "POOLS Pool TEMPLATES",
+    "cli.config.drafter": "check_drafter_config",
+    "cli.config.paths": "PATHS expand_home",
     "cli.config_canary": "CanaryConfig check_trials compared without_trials",
     "cli.config_checks": "check_config without_extras",
     "cli.config_drafter": "DrafterConfig check_drafter_config",

@@ -9,7 +9,6 @@ import pickle
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Self
 
 from aurora_rl.memory import importing
@@ -44,10 +43,7 @@ class BusyProcess:
         self._signal(signal.SIGSTOP)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End the child."""
+    def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.join()
 

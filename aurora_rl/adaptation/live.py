@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,30 +45,6 @@ class TimedRequests:
         raise ValueError(reason)
 
 
-@dataclass(slots=True)
-class LiveSample:
-    """Speed of one arm on one sample of requests.
-
-    Attributes:
-        arm: Name of the arm.
-        turn: Number of the turn.
-        tokens: Tokens of all requests.
-        seconds: From the first request to the last token.
-        per_second: Output tokens per second of each request, from when it was taken: OTPS.
-    """
-
-    arm: str
-    turn: int
-    tokens: int
-    seconds: float
-    per_second: list[float] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields by their names, rounded."""
-        values = asdict(self)
-        return values | {"seconds": round(self.seconds, 4), "per_second": [round(each, 3) for each in self.per_second]}
-
-
 def serve_sample(server: InferenceServer, source: TimedRequests, requests: Sequence[Request]) -> tuple[float, int]:
     """Serve requests to the last, and return the seconds that it took and the tokens delivered."""
     source.ended.clear()
@@ -85,11 +60,15 @@ def measure_in_turns(
     requests: Mapping[str, Sequence[Request]],
     turns: int,
     company: Callable[[str], AbstractContextManager[object]],
-) -> Iterator[LiveSample]:
+) -> Iterator[dict[str, Any]]:
     """Measure arms in turns on the same requests, so that a machine whose speed drifts treats them alike.
 
     The first turn of each is not measured: it takes up what the arm has to learn of the machine's pace. ``company`` is
     called with the name of an arm; what shares the machine with it runs in the block.
+
+    Yields:
+        Name of the arm, number of the turn, tokens of all requests, seconds from the first request to the last token,
+        and output tokens per second of each request from when it was taken (OTPS), as JSON values.
     """
     names = list(servers)
     for turn in range(-1, turns):
@@ -99,7 +78,8 @@ def measure_in_turns(
             with company(arm):
                 seconds, tokens = serve_sample(server, source, requests[arm])
             if turn >= 0:
-                yield LiveSample(arm, turn, tokens, seconds, [count / spent for count, spent in source.ended])
+                paces = [round(count / spent, 3) for count, spent in source.ended]
+                yield {"arm": arm, "turn": turn, "tokens": tokens, "seconds": round(seconds, 4), "per_second": paces}
 
 
 def per_second_summary(values: Sequence[float]) -> dict[str, float]:

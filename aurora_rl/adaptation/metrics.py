@@ -47,7 +47,6 @@ class StreamCounts:
                 )
 
     def __len__(self) -> int:
-        """Return the number of requests."""
         return len(self.tokens)
 
     def part(self, first: int, end: int) -> StreamCounts:

@@ -14,10 +14,7 @@ if TYPE_CHECKING:
 
 def draw(results: Mapping[str, Any], folder: Path) -> None:
     """Draw acceptance over the requests; with shifts, the way back after each; and speedup, where it was measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     shifts = len(results["phases"]) - 1
     for name, plot, size in (
@@ -26,10 +23,9 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
         ("speedup", _draw_speedup, (9.0, 3.5)),
     ):
         if (name != "recovery" or shifts) and (name != "speedup" or results["live"]):
-            figure = plt.figure(figsize=size, layout="constrained")
+            figure = Figure(figsize=size, layout="constrained")
             plot(figure, results)
             figure.savefig(folder / f"{name}.png", dpi=120)
-            plt.close(figure)
 
 
 def _draw_acceptance(figure: Figure, results: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tensordict import TensorDict
 from torch.utils.data import Dataset
@@ -33,7 +34,6 @@ class RecordedPhase(Dataset[TensorDict]):
         self._places = [list(recorded).index(layer) for layer in wanted]
 
     def __len__(self) -> int:
-        """Return the number of requests."""
         return len(self._order)
 
     def __getitem__(self, index: int) -> TensorDict:
@@ -51,11 +51,9 @@ def record_plain_decoding(
     requests: Sequence[Request],
     recording: TrajectoryDataset,
     layers: Sequence[int],
-    *,
-    num_slots: int,
-    **settings: object,
+    **settings: Any,
 ) -> None:
     """Record the target's answers by plain decoding, with the features of some layers; see :func:`record_requests`."""
     nobody = NgramDrafter(model.config.get_text_config().vocab_size)
     nobody.feature_layers = tuple(layers)  # nothing is drafted: it says alone what is recorded
-    record_requests(model, nobody, requests, recording, shape=TreeShape(0), num_slots=num_slots, **settings)
+    record_requests(model, nobody, requests, recording, shape=TreeShape(0), **settings)

@@ -6,7 +6,7 @@ import json
 import platform
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import accumulate, pairwise, product
 from pathlib import Path
@@ -64,8 +64,8 @@ def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
         "phases": [{"name": name, "first": a, "end": b} for name, (a, b) in zip(names, bounds, strict=True)],
         "arms": list(scenario.arms),
         "runs": figures,
-        "against_fixed": _against_fixed(runs, counts, bounds),
-        "live": _live(out, names, {run["arm"]: run for run in runs if run["seed"] == 0}),
+        "against_fixed": list(_against_fixed(runs, counts, bounds)),
+        "live": list(_live(out, names, {run["arm"]: run for run in runs if run["seed"] == 0})),
         "versions": {name: version(name) for name in ("torch", "transformers", "torchrl", "tensordict")},
         "machine": platform.processor() or platform.machine(),
     }
@@ -99,28 +99,23 @@ def _figures(
 
 def _against_fixed(
     runs: Sequence[Mapping[str, Any]], counts: Mapping[tuple[str, int], StreamCounts], bounds: Sequence[tuple[int, int]]
-) -> list[dict[str, Any]]:
-    """Return the ratio of acceptance lengths of each arm that learns to each that does not, phase by phase."""
+) -> Iterator[dict[str, Any]]:
+    """Yield the ratio of acceptance lengths of each arm that learns to each that does not, phase by phase."""
     learning, fixed = ([run for run in runs if run["learns"] == learns] for learns in (True, False))
-    rows = []
     for run, reference, (phase, bound) in product(learning, fixed, enumerate(bounds)):
         pair = [counts[each["arm"], each["seed"]].part(*bound) for each in (run, reference)]
-        rows.append(
-            {
-                "arm": run["arm"],
-                "seed": run["seed"],
-                "fixed": reference["arm"],
-                "phase": phase,
-                "ratio": pair[0].acceptance_length() / pair[1].acceptance_length(),
-                "interval_95": block_bootstrap(*pair),
-            }
-        )
-    return rows
+        yield {
+            "arm": run["arm"],
+            "seed": run["seed"],
+            "fixed": reference["arm"],
+            "phase": phase,
+            "ratio": pair[0].acceptance_length() / pair[1].acceptance_length(),
+            "interval_95": block_bootstrap(*pair),
+        }
 
 
-def _live(out: Path, names: Sequence[str], runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return tokens per second by phase, number of slots and arm, whose first runs are given."""
-    rows = []
+def _live(out: Path, names: Sequence[str], runs: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield tokens per second by phase, number of slots and arm, whose first runs are given."""
     for path in sorted((out / "live").glob("*.json")):
         phase, slots = (int(part) for part in path.stem.split("-")[1::2])
         by_arm: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -131,19 +126,16 @@ def _live(out: Path, names: Sequence[str], runs: Mapping[str, Mapping[str, Any]]
             ratios = sorted(plain[s["turn"]] * s["tokens"] / s["seconds"] for s in samples)
             charge = runs[arm]["learner_seconds"] / sum(runs[arm]["tokens"]) if arm in runs else 0.0
             charged = [plain[s["turn"]] / (s["seconds"] / s["tokens"] + charge) for s in samples]
-            rows.append(
-                {
-                    "phase": phase,
-                    "name": names[phase],
-                    "slots": slots,
-                    "arm": arm,
-                    "speedup": statistics.median(ratios),
-                    "speedups": ratios,
-                    "speedup_charged": statistics.median(charged),
-                    "tokens_per_second": per_second_summary([each for s in samples for each in s["per_second"]]),
-                }
-            )
-    return rows
+            yield {
+                "phase": phase,
+                "name": names[phase],
+                "slots": slots,
+                "arm": arm,
+                "speedup": statistics.median(ratios),
+                "speedups": ratios,
+                "speedup_charged": statistics.median(charged),
+                "tokens_per_second": per_second_summary([each for s in samples for each in s["per_second"]]),
+            }
 
 
 def write(out: Path, results: Mapping[str, Any]) -> None:

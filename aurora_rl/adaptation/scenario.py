@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.workload.traffic import DOMAINS, Prompt, generate_traffic, read_jsonl
@@ -108,17 +108,12 @@ def read_scenario(name: str | os.PathLike[str]) -> Scenario:
         >>> [phase.name for phase in read_scenario("smoke").phases]
         ['code', 'sql', 'code']
     """
-    if name in BUILT_IN:
-        text = files(__package__).joinpath("scenarios", f"{name}.yaml").read_text()
-    else:
-        path = Path(name)
-        if not path.is_file():
-            raise ValueError(f"there is no scenario {str(name)!r}; take {', '.join(BUILT_IN)}, or a YAML file")
-        text = path.read_text()
+    path = files(__package__).joinpath("scenarios", f"{name}.yaml") if name in BUILT_IN else Path(name)
+    if not path.is_file():
+        raise ValueError(f"there is no scenario {str(name)!r}; take {', '.join(BUILT_IN)}, or a YAML file")
+    text = path.read_text()
     try:
-        values = OmegaConf.create(text)
-        merged = OmegaConf.merge(OmegaConf.structured(Scenario), values)
-        scenario = OmegaConf.to_object(merged)
+        scenario = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Scenario), OmegaConf.create(text)))
     except (OmegaConfBaseException, TypeError) as error:
         raise ValueError(f"scenario {name}: {str(error).splitlines()[0]}") from error
     except Exception as error:  # the YAML parser has its own hierarchy of errors
@@ -229,6 +224,4 @@ def _pool(name: str, is_file: bool, count: int, seed: int) -> Sequence[Prompt]:
 
 def to_yaml(scenario: Scenario) -> str:
     """Return the scenario as YAML that :func:`read_scenario` reads back."""
-    tree = OmegaConf.structured(scenario)
-    assert isinstance(tree, DictConfig)
-    return OmegaConf.to_yaml(tree)
+    return OmegaConf.to_yaml(OmegaConf.structured(scenario))

@@ -31,8 +31,6 @@ class LocalWire:
 
     Attributes:
         waiting: Trajectories that the learner has not taken.
-        rejections: Messages dropped, of which there are none.
-        engines: Counts by engine.
         newest: The newest weights and their version; None once they are taken.
     """
 
@@ -180,15 +178,7 @@ def simulate(
             keep(done, serving.published())
         if done - saved >= _SAVED_EVERY and not pending:  # a flush of its own would change what lookup finds
             saved, learned = done, None if learner is None else learner.state_dict()
-            save(
-                {
-                    "run": asdict(run),
-                    "version": version,
-                    "owed": owed,
-                    "random": torch.get_rng_state(),
-                    "learner": learned,
-                }
-            )
+            save(dict(run=asdict(run), version=version, owed=owed, random=torch.get_rng_state(), learner=learned))
     flush()
     tell(len(stream), run)
     return run

@@ -16,12 +16,7 @@ SAVED_LAST = (
 
 
 def add_resume_argument(parser: argparse.ArgumentParser, effect: str) -> None:
-    """Add ``--resume``, for commands that make the folder of a run.
-
-    Args:
-        parser: Parser of the command.
-        effect: What the command goes on with, and what becomes of the files of the run.
-    """
+    """Add ``--resume``; ``effect`` says what the command goes on with, and what becomes of the files of the run."""
     parser.add_argument(
         "--resume",
         metavar="RUN_DIR",
@@ -35,12 +30,7 @@ def add_end_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, example: str = "engine.slots=1") -> None:
-    """Add ``--config``, ``--print-config`` and the ``key=value`` pairs, as the last arguments of a command.
-
-    Args:
-        parser: Parser of the command.
-        example: A pair that this command reads.
-    """
+    """Add ``--config``, ``--print-config`` and the ``key=value`` pairs, such as ``example``, as the last arguments."""
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the keys")
     parser.add_argument("--print-config", action="store_true", help="print the resulting configuration and end")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"for example {example}")

@@ -149,14 +149,22 @@ def drafter_from_parts(
 ) -> Drafter:
     """Return the drafter that a run starts with, as :func:`start_drafter` does, without running the target.
 
-    Args:
-        spec: Names a checkpoint, or the architecture of an untrained drafter.
-        parts: Parts of the target.
-        prior: Expected counts of the target's tokens, ``[V]``, for the draft vocabulary; None without prompts.
-        seed: Seed of an untrained drafter's weights; None takes the configuration's.
+    ``prior`` has the expected counts of the target's tokens, ``[V]``, for the draft vocabulary; None without prompts.
     """
-    drafter = _new_or_loaded(spec, parts, prior, spec.config.seed if seed is None else seed)
     settings = spec.config.drafter
+    if settings.path is not None:
+        drafter = load_checkpoint(spec, parts)
+    else:
+        torch.manual_seed(spec.config.seed if seed is None else seed)
+        with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
+            drafter = start_untrained(
+                spec.drafter_class,
+                parts,
+                prior,
+                vocab_size=settings.vocab_size,
+                feature_layers=settings.feature_layers or None,
+                options=plain(settings.options),
+            )
     if settings.adapters:
         with naming(f"drafter.adapter_rank={settings.adapter_rank}"):
             check_size(drafter, settings.adapter_rank, spec.dtype)
@@ -173,20 +181,14 @@ def drafter_from_parts(
     return drafter
 
 
-def _new_or_loaded(spec: RunSpec, parts: TargetParts, prior: Tensor | None, seed: int) -> Drafter:
-    settings, kind, options = spec.config.drafter, spec.drafter_class, plain(spec.config.drafter.options)
-    if settings.path is not None:
-        return load_drafter(settings.path, parts, kind, options=options, trained_for=settings.trained_for)
-    torch.manual_seed(seed)
-    with naming(f"drafter.name={spec.drafter_name}", (TypeError, ValueError)):
-        return start_untrained(
-            kind,
-            parts,
-            prior,
-            vocab_size=settings.vocab_size,
-            feature_layers=settings.feature_layers or None,
-            options=options,
-        )
+def load_checkpoint(spec: RunSpec, parts: TargetParts, format: str | None = None) -> Drafter:
+    """Load the drafter of ``drafter.path``; a format of None is that of run folders."""
+    settings = spec.config.drafter
+    assert settings.path is not None
+    options, trained_for = plain(settings.options), settings.trained_for
+    return load_drafter(
+        settings.path, parts, spec.drafter_class, format=format, options=options, trained_for=trained_for
+    )
 
 
 def first_drafter(

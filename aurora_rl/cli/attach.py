@@ -53,7 +53,6 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
 
 
 def _ask(address: str, kind: str, config: Config, engine: str) -> int:
-    """Ask the plugin, and print its status."""
     from aurora_rl.cli.assembly import wire_keys
     from aurora_rl.collectors.keys import plugin_client_keys
     from aurora_rl.envs.remote.plugin_server import PluginError

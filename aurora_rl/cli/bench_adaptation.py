@@ -109,6 +109,7 @@ class _Bench:
                     raise ConfigError("it is lookup_only, and nothing is looked up; set drafter.lookup=8")
         with naming("--scenario"):
             self._prompts, self._training = phase_prompts(scenario, self._base.config.seed)
+        self._ends = list(itertools.accumulate(map(len, self._prompts)))  # requests up to the end of each phase
         self._settle()
 
     def _spec(self, *pairs: str) -> RunSpec:
@@ -126,10 +127,8 @@ class _Bench:
         tree = asdict(self._scenario)
         stream = {key: tree[key] for key in ("phases", "mixed", "training", "set", "window", "live")}
         prompts = [*self._training, *(prompt for part in self._prompts for prompt in part)]
-        settings = {
-            "stream": stream | {"prompts": fingerprint((), prompts)},
-            "configuration": _configuration(self._base),
-        }
+        stream["prompts"] = fingerprint((), prompts)
+        settings = {"stream": stream, "configuration": _configuration(self._base)}
         path = self._out / "settings.json"
         if path.exists():
             for part, values in json.loads(path.read_text()).items():
@@ -197,7 +196,6 @@ class _Bench:
             )
 
     def _target_of(self, phase: Phase | None) -> LoadedTarget:
-        """Load the target of a phase."""
         spec = self._base
         if phase is not None and phase.target_dtype is not None:
             spec = replace(spec, dtype=getattr(torch, phase.target_dtype))
@@ -242,8 +240,8 @@ class _Bench:
         if arm.trained:
             drafter = self._trained(spec, drafter, target)
         stream, began = self._stream("phases", drafter), time.monotonic()
-        ends = _ends(self._prompts)
-        sampled = {end - self._scenario.live.requests for end in ends} if self._scenario.live.requests else set()
+        last = self._scenario.live.requests
+        sampled = {end - last for end in self._ends} if last else set()
         learner, wire, flops = None, LocalWire(), 0
         serving = drafter.serving_copy(spec.dtype)
         if arm.learns:
@@ -264,9 +262,8 @@ class _Bench:
                 shown.tell(done, f"acceptance {recent.acceptance_length():.2f}")
 
             def keep(request: int, tensors: dict[str, torch.Tensor]) -> None:
-                save_file(
-                    {key: value.contiguous() for key, value in tensors.items()}, folder / f"at-{request}.safetensors"
-                )
+                weights = {key: value.contiguous() for key, value in tensors.items()}
+                save_file(weights, folder / f"at-{request}.safetensors")
 
             def save(so_far: dict[str, Any]) -> None:
                 write_file(begun, lambda path: torch.save({"settings": settings, **so_far}, path))
@@ -323,7 +320,7 @@ class _Bench:
 
     def _live(self, drafters: dict[str, Drafter]) -> None:
         """Measure the last requests of each phase with the weights that each arm had when they came."""
-        live, ends = self._scenario.live, _ends(self._prompts)
+        live, ends = self._scenario.live, self._ends
         names = live.arms or list(self._scenario.arms)
         arms = [name for name in names if (self._out / "arms" / f"{name}-0" / "result.json").exists()]
         missing = []
@@ -383,7 +380,7 @@ class _Bench:
             def company(name: str) -> AbstractContextManager[object]:
                 return learners[name].running() if name in learners else nullcontext()
 
-            return [sample.as_dict() for sample in measure_in_turns(servers, requests, live.repeats, company)]
+            return list(measure_in_turns(servers, requests, live.repeats, company))
 
 
 def _configuration(spec: RunSpec) -> dict[str, Any]:
@@ -398,22 +395,16 @@ def _origin(spec: RunSpec) -> list[Any]:
 
 
 def _shape(spec: RunSpec, arm: Arm) -> TreeShape:
-    """Return the trees that an arm drafts."""
     return spec.tree.without_drafter(spec.tree.lookup) if arm.lookup_only else spec.tree
 
 
 def _alone(spec: RunSpec, slots: int, wire: Path) -> RunSpec:
     """Return a spec that serves so many slots, without plain windows, at a wire of its own."""
     config = spec.config
-    return resolve(
-        replace(
-            config,
-            # Turns repeat their prompts, which are to be read each time.
-            engine=replace(config.engine, slots=slots, prefix_cache_tokens=0),
-            baseline=replace(config.baseline, share=0.0),
-            wire=replace(config.wire, trajectories=f"ipc://{wire}-t", weights=f"ipc://{wire}-w", queue=1),
-        )
-    )
+    # Turns repeat their prompts, which are to be read each time.
+    engine = replace(config.engine, slots=slots, prefix_cache_tokens=0)
+    ends = replace(config.wire, trajectories=f"ipc://{wire}-t", weights=f"ipc://{wire}-w", queue=1)
+    return resolve(replace(config, engine=engine, baseline=replace(config.baseline, share=0.0), wire=ends))
 
 
 def busy_learner(path: str | None, pairs: Sequence[str], folder: Path, layers: Sequence[int]) -> Callable[[], object]:
@@ -434,11 +425,5 @@ def step_flops(loss: SumLoss, stream: Trajectories, batch_size: int) -> int:
     with FlopCounterMode(display=False) as counter:
         out = loss(batch)
         torch.stack([value for key, value in out.items() if key.startswith("loss_")]).sum().backward()
-    for parameter in loss.parameters():
-        parameter.grad = None
+    loss.zero_grad()
     return int(counter.get_total_flops())
-
-
-def _ends(phases: Sequence[Sequence[Prompt]]) -> list[int]:
-    """Return the number of requests up to the end of each phase."""
-    return [sum(map(len, phases[: place + 1])) for place in range(len(phases))]

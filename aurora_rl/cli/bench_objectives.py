@@ -250,18 +250,14 @@ def _markdown(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     curves = mean_curves(results)
     panels = sorted({(recording, mode) for recording, mode, _ in curves})
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4 * columns, 3.5 * rows), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4 * columns, 3.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     # A variant has one colour in all panels, and stands in the legend also where the first panel lacks it.
     colours = {variant: f"C{number}" for number, variant in enumerate(sorted({variant for _, _, variant in curves}))}
     lines = {}
@@ -278,4 +274,3 @@ def _plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel("acceptance length on the next requests")
     figure.legend(lines.values(), lines.keys(), fontsize=8, loc="outside lower center", ncols=len(lines))
     figure.savefig(path, dpi=120)
-    plt.close(figure)

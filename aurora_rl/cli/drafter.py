@@ -10,23 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from aurora_rl.cli import assembly
 from aurora_rl.cli.arguments import add_config_arguments, pair_of
-from aurora_rl.cli.assembly import VOCAB_PROMPTS, encoded_prompts, load, load_alone, start_drafter, traffic
 from aurora_rl.cli.config import Config
 from aurora_rl.cli.errors import ConfigError, naming
-from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
-from aurora_rl.policies import Drafter, Eagle3Drafter, TargetParts, get_drafter
+from aurora_rl.policies import Drafter, Eagle3Drafter, get_drafter
 from aurora_rl.policies.adapters import merge_adapter
-from aurora_rl.policies.formats.files import (
-    TRAINED_FOR,
-    check_format,
-    drafter_class,
-    holds_drafter,
-    load_drafter,
-    local_folder,
-)
+from aurora_rl.policies.formats.files import TRAINED_FOR, check_format, drafter_class, holds_drafter, local_folder
 from aurora_rl.policies.formats.llama_cpp import holds_gguf, save_gguf
 from aurora_rl.policies.formats.peft import adapter_ranks, read_adapters
 from aurora_rl.policies.formats.vllm import LAYER_IDS
@@ -72,10 +64,12 @@ def _add_out(parser: argparse.ArgumentParser, more: str = "") -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Run one of the three. Returns the exit status."""
-    if arguments.what != "inspect" and is_working_directory(arguments.out):
+    if arguments.what == "inspect":
+        named = arguments.config is not None or any(pair.startswith("model=") for pair in arguments.overrides)
+        return _inspect(config, arguments.drafter, named)
+    if is_working_directory(arguments.out):
         raise ConfigError(f"--out {arguments.out} is the working directory; name a folder in it")
-    taken = arguments.what != "inspect" and (holds_drafter(arguments.out) or holds_gguf(arguments.out))
-    if taken and not arguments.overwrite:
+    if (holds_drafter(arguments.out) or holds_gguf(arguments.out)) and not arguments.overwrite:
         raise ConfigError(f"--out {arguments.out} holds a drafter already; name another folder, or add --overwrite")
     if arguments.what == "init":
         if config.drafter.path is not None and (pair := pair_of("drafter.path", arguments.overrides)):
@@ -84,10 +78,7 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
                 f"aurora-rl drafter export --drafter {config.drafter.path}"
             )
         return _init(config, arguments.out, arguments.to)
-    if arguments.what == "export":
-        return _export(config, arguments)
-    named = arguments.config is not None or any(pair.startswith("model=") for pair in arguments.overrides)
-    return _inspect(config, arguments.drafter, named)
+    return _export(config, arguments)
 
 
 def _init(config: Config, out: Path, format: str | None) -> int:
@@ -100,9 +91,9 @@ def _init(config: Config, out: Path, format: str | None) -> int:
     if format is not None:
         with naming(f"--to {format}"):  # now, not after the target was loaded
             check_format(spec.drafter_class, format)
-    prompts = traffic(config)
-    target = load(spec)
-    drafter = start_drafter(spec, target, encoded_prompts(target, prompts[:VOCAB_PROMPTS]))
+    prompts = assembly.traffic(config)[: assembly.VOCAB_PROMPTS]
+    target = assembly.load(spec)
+    drafter = assembly.start_drafter(spec, target, assembly.encoded_prompts(target, prompts))
     format = format or ("vllm" if "vllm" in drafter.formats else next(iter(drafter.formats), None))
     drafter.to(spec.dtype).save_pretrained(out.resolve(), format=format)
     print(f"{type(drafter).__name__} for {config.model}, untrained, written to {out} ({format})")
@@ -122,7 +113,7 @@ def _export(config: Config, arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--to {arguments.to}: {kind.__name__} has no format {arguments.to!r}; it has {formats}")
     # Sizes and positions are checked against the target, and written as the target has them.
     spec = _resolve(config, arguments.drafter)
-    drafter = _load(spec, kind, load_alone(spec), arguments.format)
+    drafter = assembly.load_checkpoint(spec, assembly.load_alone(spec), arguments.format)
     if (name := arguments.adapter) is not None:
         folder = local_folder(arguments.drafter)
         ranks = adapter_ranks(folder)
@@ -162,20 +153,21 @@ def _inspect(config: Config, source: str, check: bool) -> int:
         **({"adapters": ", ".join(f"{name} (rank {rank})" for name, rank in ranks.items())} if ranks else {}),
         **{f"engine {name}": command for name, command in commands.items()},
     }
-    reason = _misfit(config, kind, source) if check else None
+    fits = True
     if check:
-        lines["target"] = f"{config.model}: " + ("fits" if reason is None else f"does not fit: {reason}")
+        spec = _resolve(config, source)
+        parts, lines["target"] = assembly.load_alone(spec), f"{config.model}: fits"
+        try:
+            assembly.load_checkpoint(spec, parts)
+        except CheckpointError as error:
+            fits, lines["target"] = False, f"{config.model}: does not fit: {error}"
     for name, value in lines.items():
         print(f"{name:<18}{value}")
-    return 0 if reason is None else 1
+    return 0 if fits else 1
 
 
 def _kind(config: Config, source: str) -> type[Drafter]:
-    """Return the class of a drafter's folder. One that is imported is named by the user; a file may not do that.
-
-    Raises:
-        ConfigError: The drafter is not of the class that is named.
-    """
+    """Return the class of a drafter's folder. One that is imported is named by the user; a file may not do that."""
     name = config.drafter.name
     with naming("drafter.name"):
         asked = None if name is None else get_drafter(name)
@@ -188,30 +180,6 @@ def _kind(config: Config, source: str) -> type[Drafter]:
 def _resolve(config: Config, source: str) -> RunSpec:
     """Resolve the configuration for the drafter in a folder, whose class has the options."""
     return resolve(replace(config, drafter=replace(config.drafter, path=source)))
-
-
-def _load(spec: RunSpec, kind: type[Drafter], parts: TargetParts, format: str | None = None) -> Drafter:
-    settings = spec.config.drafter
-    assert settings.path is not None
-    return load_drafter(
-        settings.path,
-        parts,
-        kind,
-        format=format,
-        options=plain(settings.options),
-        trained_for=settings.trained_for,
-    )
-
-
-def _misfit(config: Config, kind: type[Drafter], source: str) -> str | None:
-    """Return why a drafter does not fit the target; None if it fits."""
-    spec = _resolve(config, source)
-    parts = load_alone(spec)
-    try:
-        _load(spec, kind, parts)
-    except CheckpointError as error:
-        return str(error)
-    return None
 
 
 def _format(kind: type[Drafter], entries: Mapping[str, Any], commands: Mapping[str, str]) -> str:

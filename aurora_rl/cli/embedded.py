@@ -42,15 +42,8 @@ def embedded_server(
 ) -> InferenceServer:
     """Build a server on an engine in this process, which puts the target's model into inference form.
 
-    Args:
-        spec: The configuration, resolved.
-        target: The target.
-        requests: Requests to serve.
-        usual: Token ids of a usual prompt, with which rounds are timed.
-        drafter: The drafter, in float32.
-        log: Log of the server's events.
-        second_drafter: Spec and drafter to compare with the first; the specs differ by the drafter alone, and nobody
-            learns. None compares nothing.
+    Rounds are timed with ``usual``, the token ids of a usual prompt. A second drafter, whose spec differs by the
+    drafter alone, is compared with the first; then nobody learns. Drafters come in float32.
     """
     config, tree = spec.config, spec.tree
     drafters = [(spec, drafter)] if second_drafter is None else [(spec, drafter), second_drafter]
@@ -65,12 +58,10 @@ def embedded_server(
     usual = usual[: max_length // 2]
     budget = min(spec.sampling_params.token_budget, max_length - len(usual))
     tried = Request(0, torch.tensor(usual), replace(spec.sampling_params, max_tokens=budget))
-    processors = None
-    if config.generation_config == "auto":
-        with naming(f"model={config.model}"):
-            processors = generation_processors(target.model, stop_tokens)
-            if processors is not None:
-                processors(tried)
+    with naming(f"model={config.model}"):
+        processors = generation_processors(target.model, stop_tokens) if config.generation_config == "auto" else None
+        if processors is not None:
+            processors(tried)
     engine = engine_maker(spec)(
         target.model, num_slots=config.engine.slots, max_length=max_length, feature_layers=layers
     )

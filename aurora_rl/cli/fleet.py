@@ -19,7 +19,7 @@ from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.fleet_cluster import Cluster, LostError, Seat
 from aurora_rl.cli.fleet_members import Member, Wire, members_of
 from aurora_rl.cli.output import plain_console
-from aurora_rl.cli.restarts import LONGEST_WAIT_S, restart_wait
+from aurora_rl.cli.restarts import LONGEST_WAIT_S, last_line, restart_wait
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop
 from aurora_rl.storage import write_file
@@ -86,39 +86,22 @@ def _refuse_lacking(cluster: Cluster, members: list[Member]) -> None:
 
 @dataclass(slots=True)
 class _Post:
-    """A member as it fares: its seat on the cluster, and when it is to be started.
-
-    Attributes:
-        member: The member.
-        events: What its process logs.
-        seat: Its place; None before Ray was asked for one, and after its node has gone.
-        runs: Whether its process was started and has not ended.
-        ready: Whether that process has begun to work.
-        recalled: Whether it was asked to end, to be started with other addresses.
-        restarts: Times that it was started again after it had died.
-        failures: Those in a row that lived for less than a minute.
-        due: When it is to be started.
-        since: When it was started, or when it began to wait.
-        told: Whether the user was told that it waits for a place.
-        node: Address of the node that it was started on last; None before its first start.
-        port: Port at which an engine listens there; None if it has none, 0 for any.
-        status: Last "status" that an engine logged.
-    """
+    """A member as it fares: its seat on the cluster, and when it is to be started."""
 
     member: Member
     events: MetricsReader
-    seat: Seat | None = None
-    runs: bool = False
-    ready: bool = False
-    recalled: bool = False
-    restarts: int = 0
-    failures: int = 0
-    due: float = 0.0
-    since: float = field(default_factory=time.monotonic)
-    told: bool = False
-    node: str | None = None
-    port: int | None = None
-    status: dict[str, Any] = field(default_factory=dict)
+    seat: Seat | None = None  # None before Ray was asked for one, and after its node has gone
+    runs: bool = False  # its process was started and has not ended
+    ready: bool = False  # that process has begun to work
+    recalled: bool = False  # it was asked to end, to be started with other addresses
+    restarts: int = 0  # after it had died
+    failures: int = 0  # restarts in a row that lived for less than a minute
+    due: float = 0.0  # when it is to be started
+    since: float = field(default_factory=time.monotonic)  # when it was started, or when it began to wait
+    told: bool = False  # the user knows that it waits for a place
+    node: str | None = None  # address of the node that it was started on last
+    port: int | None = None  # at which an engine listens there; None if it has none, 0 for any
+    status: dict[str, Any] = field(default_factory=dict)  # the last that an engine logged
 
     @property
     def url(self) -> str | None:
@@ -143,12 +126,7 @@ class _Fleet:
         self._wire: Wire | None = None
 
     def serve(self, stop: Stop) -> None:
-        """Start the members, and those that die again, until the user asks for an end.
-
-        Raises:
-            ConfigError: A member cannot be placed in time, or refuses its configuration.
-            GivenUpError: A member has died more often than ``fleet.max_restarts``.
-        """
+        """Start the members, and those that die again, until the user asks for an end."""
         self._say(f"a learner and {len(self._engines)} engine(s) · run folder {self._folder}")
         tell = every(15.0, lambda: self._say(self._line()))
         while not stop.requested:
@@ -201,7 +179,6 @@ class _Fleet:
                 engine.seat.stop()
 
     def _start(self, post: _Post) -> None:
-        """Start the process of a member."""
         assert post.seat is not None and post.seat.host is not None and self._wire is not None
         member = post.member
         if post is not self._learner and post.seat.host != post.node:
@@ -244,7 +221,7 @@ class _Fleet:
             return
         self._log.write("member_ended", member=member.name, reason=reason)
         if status == 2 and not post.restarts:
-            raise ConfigError(f"{member.name} did not start: {member.last_line}")
+            raise ConfigError(f"{member.name} did not start: {last_line(member.log)}")
         most = self._config.fleet.max_restarts
         if most is not None and post.restarts >= most:
             raise GivenUpError(f"{member.name} {reason}; it was started again fleet.max_restarts={most} times")
@@ -307,4 +284,4 @@ def _how_it_ended(member: Member, status: int | None) -> str:
         return f"did not end within {_END_S:.0f} s"
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}"
-    return f"ended with status {status}: {member.last_line}"
+    return f"ended with status {status}: {last_line(member.log)}"

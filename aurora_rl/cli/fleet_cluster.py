@@ -134,8 +134,7 @@ class Seat:
             return None
         life, self._life = self._life, None
         with self._lost():
-            status: int = self._ray.get(life)
-            return status
+            return int(self._ray.get(life))
 
     @contextlib.contextmanager
     def _lost(self) -> Iterator[None]:
@@ -167,11 +166,9 @@ class _Process:
         self._to_end = False
 
     def node(self) -> str:
-        """Return the id of the node."""
         import ray
 
-        node: str = ray.get_runtime_context().get_node_id()
-        return node
+        return str(ray.get_runtime_context().get_node_id())
 
     def run(self, words: list[str], log: str, directory: str) -> int:
         """Run ``aurora-rl`` to its end, and return its exit status."""
@@ -210,7 +207,6 @@ class _Process:
         return child.returncode
 
     def stop(self) -> None:
-        """Have the process end."""
         self._to_end = True
 
 

@@ -19,13 +19,7 @@ LEARNER = "learner"
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """Where the learner of a fleet listens, and by which keys.
-
-    Attributes:
-        trajectories: Address of trajectories.
-        weights: Address of weights.
-        keys: Folder with the keys of the learner and of all engines; None without keys.
-    """
+    """Addresses at which the learner of a fleet listens, and the folder of its keys and the engines', or None."""
 
     trajectories: str
     weights: str
@@ -98,30 +92,11 @@ class Member:
         """File of its output."""
         return self.folder / f"{self.name}.log"
 
-    @property
-    def last_line(self) -> str:
-        """Last line of its output."""
-        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
-        return lines[-1].removeprefix("aurora-rl: ") if lines else "it said nothing"
-
     def words(self, wire: Wire, port: int | None = None) -> list[str]:
-        """Write its configuration, and return its command line after ``aurora-rl``. It goes on with an earlier run.
-
-        Args:
-            wire: Where the learner listens.
-            port: Port of an engine's HTTP server.
-        """
-        keys = wire.keys_of(self.name)
-        config = replace(
-            self.config,
-            http=replace(self.config.http, port=port),
-            wire=replace(
-                self.config.wire,
-                trajectories=wire.trajectories,
-                weights=wire.weights,
-                keys=None if keys is None else str(keys),
-            ),
-        )
+        """Write its configuration, and return its command line after ``aurora-rl``. It goes on with an earlier run."""
+        keys = None if (own := wire.keys_of(self.name)) is None else str(own)
+        ends = replace(self.config.wire, trajectories=wire.trajectories, weights=wire.weights, keys=keys)
+        config = replace(self.config, http=replace(self.config.http, port=port), wire=ends)
         path = self.folder / f"{self.name}.yaml"
         path.write_text(to_yaml(config, run_dir=False), encoding="utf-8")
         command, document = ("learn", "learner.yaml") if self.name == LEARNER else ("serve", "config.yaml")
@@ -132,11 +107,7 @@ class Member:
 def members_of(config: Config, path: str | None, overrides: Sequence[str], folder: Path) -> list[Member]:
     """Return the members of a fleet, the learner first.
 
-    Args:
-        config: Configuration of the fleet.
-        path: YAML file that it was read from.
-        overrides: Pairs that it was read with. Those of a member come after them.
-        folder: Folder of the fleet.
+    Its configuration was read from ``path`` with ``overrides``; a member's own pairs come after these.
 
     Raises:
         ConfigError: There is no engine, or a member's own configuration cannot be used.

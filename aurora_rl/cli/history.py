@@ -22,17 +22,11 @@ from aurora_rl.telemetry.log import MetricsReader
 
 @dataclass(slots=True)
 class Version:
-    """History of a version.
+    """History of a version."""
 
-    Attributes:
-        published: Why it was published.
-        outcome: How its trial ended, or why it was not loaded.
-        served: Requests that were complete when it began to draft every round; empty if it never did.
-    """
-
-    published: str = ""
-    outcome: str = ""
-    served: str = ""
+    published: str = ""  # why it was published
+    outcome: str = ""  # how its trial ended, or why it was not loaded
+    served: str = ""  # requests that were complete when it began to draft every round; empty if it never did
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -91,11 +85,8 @@ def versions(events: Iterable[dict[str, Any]]) -> dict[int, Version]:
         match event["event"]:
             case "gate" if event["publish"]:
                 low, high = event["interval"]
-                of(
-                    event["version"]
-                ).published = (
-                    f"gate: {event['difference']:+.3f} ({low:+.3f} to {high:+.3f}) over {event['requests']} requests"
-                )
+                figures = f"{event['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+                of(event["version"]).published = f"gate: {figures} over {event['requests']} requests"
             case "resumed" if event.get("version") is not None:  # an earlier release does not say it
                 of(event["version"]).published = "resumed: what was served before"
             case "renumbered":

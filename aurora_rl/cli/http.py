@@ -30,9 +30,6 @@ _RESOLVER_FAILED = (socket.EAI_AGAIN, socket.EAI_MEMORY, socket.EAI_SYSTEM)
 class HttpFront:
     """OpenAI's API in front of a server. What is wrong with its settings is found before a model is loaded.
 
-    Args:
-        config: Configuration of the run, with ``http.port``.
-
     Attributes:
         url: Address of the server.
         metrics: What is exported for Prometheus; to follow the events of the run.
@@ -77,11 +74,7 @@ class HttpFront:
 
     @classmethod
     def of(cls, config: Config, *, replays: bool = False) -> HttpFront | None:
-        """Return the front of a run; None if ``http.port`` is null.
-
-        Args:
-            config: Configuration of the run.
-            replays: Whether traffic drives the server, so that it needs no clients.
+        """Return the front of a run, which needs no clients if it ``replays`` traffic; None if ``http.port`` is null.
 
         Raises:
             ConfigError: The configuration leaves clients no port, or a budget to those of a remote engine; or see the

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from aurora_rl.cli.arguments import SAVED_LAST, add_config_arguments, add_end_argument, add_resume_argument
 from aurora_rl.cli.config import Config
-from aurora_rl.cli.ranks import Place, own_device, place_of
+from aurora_rl.cli.ranks import own_device, place_of
 from aurora_rl.cli.run_dir import RunDir
 from aurora_rl.cli.signals import Stop, end_with
 from aurora_rl.memory import importing
@@ -34,39 +34,28 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     """Learn until a signal comes. Returns the exit status."""
-    parent: int | None = arguments.parent
     place = place_of(config)
-    logger = config.telemetry.logger if parent is None else None  # a server logs those of its learner
+    logger = config.telemetry.logger if arguments.parent is None else None  # a server logs those of its learner
     check_installed(logger)
     os.nice(config.learner.nice)  # before the model is loaded: the server times its rounds meanwhile
-    if parent is not None:
-        end_with(parent)
-    # A server's own learner shares its folder, where its configuration is already.
-    resume = arguments.resume is not None
-    if parent is not None:
+    if arguments.parent is not None:  # a server's own learner shares its folder, where its configuration is already
+        end_with(arguments.parent)
         return _learn(config, stop, logger, contextlib.nullcontext())
-    with contextlib.ExitStack() as opened:
-        ranks, device = None, config.device
-        if place is not None:
-            ranks, device = _joined(config, place)
-            if ranks.rank:
-                return _follow(replace(config, device=device), ranks, stop)
-        folder = opened.enter_context(
-            contextlib.closing(RunDir(config, ["learner.yaml"], suffix="-learner", resume=resume))
-        )
-        arguments.run_dir = folder.path
+    ranks, device = None, config.device
+    if place is not None:
+        with importing():
+            import torch
+
+            from aurora_rl.training.parallel import join
+
+        device = own_device(config, place)
+        ranks = join(torch.device(device))
+        if ranks.rank:
+            return _follow(replace(config, device=device), ranks, stop)
+    folder = RunDir(config, ["learner.yaml"], suffix="-learner", resume=arguments.resume is not None)
+    arguments.run_dir = folder.path
+    with contextlib.closing(folder):
         return _learn(replace(folder.config, device=device), stop, logger, folder.undone_if_refused(), ranks)
-
-
-def _joined(config: Config, place: Place) -> tuple[Ranks, str]:
-    """Join the other processes of a learner. Return them, and the device of this one."""
-    with importing():
-        import torch
-
-        from aurora_rl.training.parallel import join
-
-    device = own_device(config, place)
-    return join(torch.device(device)), device
 
 
 def _follow(config: Config, ranks: Ranks, stop: Stop) -> int:

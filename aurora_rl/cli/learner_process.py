@@ -13,7 +13,7 @@ from pathlib import Path
 
 from aurora_rl.cli.config import Config, to_yaml
 from aurora_rl.cli.errors import TEMPORARY, ConfigError
-from aurora_rl.cli.restarts import LONGEST_WAIT_S, restart_wait
+from aurora_rl.cli.restarts import LONGEST_WAIT_S, last_line, restart_wait
 from aurora_rl.cli.run_dir import go_on
 from aurora_rl.telemetry.log import MetricsReader
 from aurora_rl.telemetry.outputs import one_line
@@ -31,8 +31,6 @@ class LearnerProcess:
     In the folder of the run its configuration goes to ``learner.yaml``, its output to ``learner.log``.
 
     Attributes:
-        child: The process.
-        restarts: How often it was started again.
         resumed: Whether it goes on from a training state.
     """
 
@@ -89,10 +87,8 @@ class LearnerProcess:
         try:
             config, broken = plan.result()
             if broken:
-                logger.warning(
-                    "the learner starts anew from %s, as no training state can be used: %s",
-                    *(config.drafter.path, "; ".join(broken)),
-                )
+                path, faults = config.drafter.path, "; ".join(broken)
+                logger.warning("the learner starts anew from %s, as no training state can be used: %s", path, faults)
             self.child = self._start(config)
         except (OSError, ValueError) as error:
             if not self._obstacle:
@@ -113,7 +109,7 @@ class LearnerProcess:
             if self.child.poll() is not None or time.monotonic() > deadline:
                 self._refused, passes = True, self.child.poll() in (None, TEMPORARY)
                 reason = TimeoutError("the learner may start another time") if passes else None
-                raise ConfigError(f"the learner did not start: {self._last_line()}") from reason
+                raise ConfigError(f"the learner did not start: {last_line(self._log)}") from reason
             time.sleep(0.05)
 
     @property
@@ -139,7 +135,7 @@ class LearnerProcess:
         # All but the first had not begun to learn; the last was loading a library that ends by KeyboardInterrupt.
         if self.child.returncode in (0, 130, -signal.SIGTERM, -signal.SIGINT):
             return None
-        return f"the learner ended with status {self.child.returncode}: {self._last_line()}; see {self._log}"
+        return f"the learner ended with status {self.child.returncode}: {last_line(self._log)}; see {self._log}"
 
     def withdraw(self) -> None:
         """End the learner of a run that is refused. Its log stays if it had ended by itself, which may say why."""
@@ -147,7 +143,3 @@ class LearnerProcess:
         self.end()
         if not ended_itself:
             os.truncate(self._log, self._logged_before)
-
-    def _last_line(self) -> str:
-        lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
-        return lines[-1].removeprefix("aurora-rl: ") if lines else "it said nothing"

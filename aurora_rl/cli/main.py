@@ -150,11 +150,7 @@ def _main(words: list[str]) -> int:
 
 
 def _parse(words: list[str], name: str, module: Any) -> argparse.Namespace:
-    """Parse the words after ``aurora-rl``: those of the command ``name``, whose module is None if there is no such one.
-
-    Raises:
-        SystemExit: The line asks for help or the version, or it is wrong, which is told.
-    """
+    """Parse the words after ``aurora-rl``, of the command ``name``, whose module is None if there is no such one."""
     parser = argparse.ArgumentParser(prog="aurora-rl", description="Speculative decoding that learns while it serves.")
     parser.add_argument("--version", action="version", version=f"aurora-rl {version('aurora-rl')}")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -19,9 +19,6 @@ class SafeStream:
     Characters that its encoding lacks are replaced by plain ones. If the stream can no longer be written, as when the
     reader of a pipe has ended, the rest is lost. Showing a run is no reason to end it.
 
-    Args:
-        stream: Stream to write to.
-
     Example:
         >>> import io
         >>> raw = io.BytesIO()

@@ -16,13 +16,7 @@ _START = "torchrun --nproc-per-node 2 -m aurora_rl.cli.main learn learner.parall
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of this process among those of a learner.
-
-    Attributes:
-        rank: Number of the process; 0 has the wire.
-        size: Number of processes.
-        local_rank: Number of the process on its host.
-    """
+    """The place of this process among ``size`` of a learner: rank 0 has the wire, ``local_rank`` counts on its host."""
 
     rank: int
     size: int

@@ -36,21 +36,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Engine:
-    """Differences of one engine from the others.
-
-    Attributes:
-        client: Its client.
-        shape: Arguments of ``launch`` for the drafts of a round, from ``depth``, ``width`` and ``num_nodes``.
-        reserved: Places of a request's context that it keeps for drafts, from the same.
-        raw_logits: Its arguments that leave the model's generation config out.
-        cpu_fault: Returns why it cannot sample by some parameters on a CPU, with the fix; empty if it can.
-    """
+    """Differences of one engine from the others."""
 
     client: type[Any]
-    shape: Callable[..., dict[str, int]]
-    reserved: Callable[..., int]
-    raw_logits: str
-    cpu_fault: Callable[[SamplingParams], str]
+    shape: Callable[..., dict[str, int]]  # arguments of `launch` for a round, from depth, width and num_nodes
+    reserved: Callable[..., int]  # places of a request's context that it keeps for drafts, from the same
+    raw_logits: str  # its arguments that leave the model's generation config out
+    cpu_fault: Callable[[SamplingParams], str]  # why it cannot sample so on a CPU, with the fix; empty if it can
 
 
 def _sglang_cpu_fault(sampling: SamplingParams) -> str:
@@ -66,13 +58,7 @@ def _vllm_cpu_fault(sampling: SamplingParams) -> str:
 
 
 _ENGINES = {
-    "sglang": _Engine(
-        SGLangClient,
-        dict,
-        reserved_context,
-        "--sampling-defaults openai",
-        _sglang_cpu_fault,
-    ),
+    "sglang": _Engine(SGLangClient, dict, reserved_context, "--sampling-defaults openai", _sglang_cpu_fault),
     "vllm": _Engine(
         VLLMClient,
         lambda depth, **_: {"depth": depth},
@@ -93,13 +79,8 @@ def remote_server(
 ) -> AttachedServer:
     """Build a server on an engine of another process, which is launched here or attached to.
 
-    Args:
-        spec: The configuration, resolved.
-        target: The target, whose model moves to the CPU.
-        requests: Requests to send; None if clients of the engine send theirs.
-        drafter: The drafter, in float32.
-        log: Log of the server's events.
-        run_dir: Folder of the run, which has the learner's states, and gets the engine's log and the drafter to serve.
+    The target's model moves to the CPU. ``requests`` is None if clients of the engine send theirs. The run's folder has
+    the learner's states, and gets the engine's log and the drafter to serve.
 
     Raises:
         ConfigError: The engine does not start or answer, or cannot serve what is asked of it.

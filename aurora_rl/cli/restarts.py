@@ -1,6 +1,8 @@
-"""When a process that died is started again."""
+"""When a process that died is started again, and what it said last."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 LONGEST_WAIT_S = 60.0
 """Longest wait before a start, and how long a process must have lived for its end to count as the first."""
@@ -18,3 +20,9 @@ def restart_wait(failures: int) -> float:
         [1.0, 2.0, 32.0, 60.0, 60.0]
     """
     return min(2.0 ** min(failures, _DOUBLINGS), LONGEST_WAIT_S)
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of the output of a command."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1].removeprefix("aurora-rl: ") if lines else "it said nothing"

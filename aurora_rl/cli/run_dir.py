@@ -148,11 +148,7 @@ def make_absolute(config: Config) -> Config:
 
 
 def _locked(folder: Path) -> int:
-    """Return the descriptor of a run's folder, which this process has locked until it closes that or ends.
-
-    Raises:
-        ConfigError: Another process has.
-    """
+    """Return the descriptor of a run's folder, which this process has locked until it closes that or ends."""
     file = os.open(folder, os.O_RDONLY)  # not its log, which whoever writes a line locks
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

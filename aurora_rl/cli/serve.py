@@ -108,18 +108,7 @@ class _Session:
         with importing():
             import torch
 
-            from aurora_rl.cli.assembly import (
-                USUAL_LENGTH,
-                VOCAB_PROMPTS,
-                encoded_prompts,
-                first_drafter,
-                load,
-                request_queue,
-                slot_length,
-                start_drafter,
-                traffic,
-                wire_keys,
-            )  # fmt: skip
+            from aurora_rl.cli import assembly
             from aurora_rl.cli.config.canary import compared
             from aurora_rl.cli.embedded import embedded_server
             from aurora_rl.cli.http import HttpFront
@@ -133,28 +122,29 @@ class _Session:
         torch.set_num_threads(config.engine.threads)
         with self._folder.undone_if_refused():
             attached = config.engine.attaches and not self._replays  # the clients are there, too
-            (spec, *second_spec), prompts = map(resolve, compared(config)), [] if attached else traffic(config)
-            wire_keys(config, engine_keys)  # raises before a model is loaded
+            (spec, *second_spec), prompts = map(resolve, compared(config)), [] if attached else assembly.traffic(config)
+            assembly.wire_keys(config, engine_keys)  # raises before a model is loaded
             http = self._http = HttpFront.of(config, replays=self._replays)
             self._loggers.enter_context(logged(config.telemetry.logger, run_dir))
             say(f"loading {config.model} · run folder {run_dir}")
             if config.traffic.path and not self._replays:
                 say("traffic.path shapes the draft vocabulary alone; aurora-rl flywheel learner.spawn=false serves it")
             step("model")
-            target = load(replace(spec, device=torch.device("cpu")) if config.engine.attaches else spec)
-            if (length := slot_length(config, target)) < USUAL_LENGTH and config.engine.max_length is None:
-                say(f"engine.max_length={length}, the context of {config.model}; the default is {USUAL_LENGTH}")
+            target = assembly.load(replace(spec, device=torch.device("cpu")) if config.engine.attaches else spec)
+            length, default = assembly.slot_length(config, target), assembly.USUAL_LENGTH
+            if length < default and config.engine.max_length is None:
+                say(f"engine.max_length={length}, the context of {config.model}; the default is {default}")
             first_id, built_in = 0, self._replays and config.traffic.path is None
             if self._replays:
-                queue = self._requests = request_queue(spec, target, prompts)
+                queue = self._requests = assembly.request_queue(spec, target, prompts)
                 first_id = queue.total  # clients' requests are numbered from here on
-                firsts = queue.first_prompts(VOCAB_PROMPTS)
+                firsts = queue.first_prompts(assembly.VOCAB_PROMPTS)
             else:
-                firsts = encoded_prompts(target, prompts[:VOCAB_PROMPTS])
+                firsts = assembly.encoded_prompts(target, prompts[: assembly.VOCAB_PROMPTS])
             step("drafter")
             day0 = run_dir / "drafter-day0" if config.learner.spawn else None
-            drafter, learner_config = first_drafter(spec, target, firsts, day0)
-            second_drafter = [(each, start_drafter(each, target, firsts)) for each in second_spec]  # of one at most
+            drafter, learner_config = assembly.first_drafter(spec, target, firsts, day0)
+            second_drafter = [(each, assembly.start_drafter(each, target, firsts)) for each in second_spec]
             # Not earlier: a run that is refused while it loads leaves no event. Not later: the learner writes its own.
             self._log.write("begin", traffic=first_id, unseen=unseen_from(len(prompts)) if built_in else None)
             if second_drafter:
@@ -304,7 +294,6 @@ class _Session:
         return 1 if outputs.failures else 130 if interrupted else 0
 
     def _report(self) -> None:
-        """Write and print what the run came to."""
         server, requests, outputs, run_dir = self._server, self._requests, self._outputs, self._run_dir
         stats = Stats() if server is None else server.stats
         drops = self._history.drops if server is None else server.drops + self._history.drops

@@ -78,24 +78,10 @@ def resolve(config: Config) -> RunSpec:
     with naming("objectives"):
         for settings in plain(config.objectives):
             check_settings(settings).check_served(settings, tree)
-    return RunSpec(
-        config,
-        device,
-        default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype),
-        engine_class,
-        rule,
-        tree,
-        name,
-        kind,
-        SamplingParams(
-            config.temperature,
-            config.top_k,
-            config.top_p,
-            config.seed,
-            config.max_new_tokens or _MAX_NEW_TOKENS,
-            min_p=config.min_p,
-        ),
-    )
+    dtype = default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    budget = config.max_new_tokens or _MAX_NEW_TOKENS
+    sampling = SamplingParams(config.temperature, config.top_k, config.top_p, config.seed, budget, min_p=config.min_p)
+    return RunSpec(config, device, dtype, engine_class, rule, tree, name, kind, sampling)
 
 
 def _engine_class(config: Config) -> type[Engine] | None:

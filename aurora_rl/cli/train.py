@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rich.console import Console
 from tensordict import TensorDict
 from torch.utils.data import ConcatDataset, Subset
 
+from aurora_rl.cli import training_data
 from aurora_rl.cli.arguments import add_config_arguments, add_resume_argument, pair_of
 from aurora_rl.cli.assembly import VOCAB_PROMPTS, check_embedded, load, request_queue, start_drafter, traffic
 from aurora_rl.cli.config import Config
@@ -31,16 +32,6 @@ from aurora_rl.cli.run_dir import TRAINING, RunDir, go_on
 from aurora_rl.cli.signals import Stop
 from aurora_rl.cli.spec import RunSpec, resolve
 from aurora_rl.cli.train_resume import check_epochs, check_resumed, saved_unless_refused, settle_options
-from aurora_rl.cli.training_data import (
-    fingerprint,
-    num_to_learn,
-    open_recording,
-    questions,
-    record_answers,
-    recorded_prompts,
-    recording_names,
-    sources,
-)
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.policies import Drafter
@@ -97,15 +88,15 @@ def run(config: Config, arguments: argparse.Namespace, stop: Stop) -> int:
     spec, began = resolve(config), time.monotonic()
     if not arguments.recording:
         check_records(config)
-    prompts = [] if arguments.recording else questions(traffic(config))
-    data = fingerprint(arguments.recording or [], prompts)
+    prompts = [] if arguments.recording else training_data.questions(traffic(config))
+    data = training_data.fingerprint(arguments.recording or [], prompts)
     if arguments.resume is None:
         folder = RunDir(config, ["config.yaml"], suffix="-train")
     else:
         check_resumed(config, Path(arguments.resume))
         check_epochs(Path(arguments.resume), arguments.epochs, config.learner.batch_size)
         if arguments.data != data:
-            named = sources(arguments.recording or [], config.traffic.path)
+            named = training_data.sources(arguments.recording or [], config.traffic.path)
             raise ConfigError(
                 f"--resume {arguments.resume}: what it learns from ({named}) was changed or reordered since it was "
                 "started; restore that, or start in another folder"
@@ -133,7 +124,7 @@ def _run(
         with contextlib.ExitStack() as loggers:
             with saved_unless_refused(run_dir / TRAINING, arguments, data):
                 loggers.enter_context(logged(config.telemetry.logger, run_dir))
-                training = _start(spec, arguments, prompts, run_dir, console, folder.undone_if_refused, began)
+                training = _start(spec, arguments, prompts, folder, console, began)
             stop.working = True
             finished = training.run(arguments.epochs, stop)
     except KeyboardInterrupt:
@@ -157,25 +148,26 @@ def _start(
     spec: RunSpec,
     arguments: argparse.Namespace,
     prompts: Sequence[Prompt],
-    run_dir: Path,
+    folder: RunDir,
     console: Console,
-    refused: Callable[[], contextlib.AbstractContextManager[None]],
     began: float,
 ) -> _Training:
     """Load everything, and record the answers to the prompts that are not recorded yet."""
-    folders = [Path(folder) for folder in arguments.recording or []]
-    with refused():
+    folders, run_dir = [Path(each) for each in arguments.recording or []], folder.path
+    with folder.undone_if_refused():
         console.print(f"loading {spec.config.model} · run folder {run_dir}", soft_wrap=True)
         target, day0 = load(spec), run_dir / _DAY0
         requests = None if folders else request_queue(spec, target, prompts)
-        first = (
-            requests.first_prompts(VOCAB_PROMPTS) if requests is not None else recorded_prompts(folders, VOCAB_PROMPTS)
-        )
+        if requests is None:
+            first = training_data.recorded_prompts(folders, VOCAB_PROMPTS)
+        else:
+            first = requests.first_prompts(VOCAB_PROMPTS)
         drafter = start_drafter(spec, target, first)
         loss, optimizers = learning(spec, drafter, target.parts.head)
-        recordings = [open_recording(folder, target, drafter) for folder in folders]
+        recordings = [training_data.open_recording(each, target, drafter) for each in folders]
         counts = [len(r) for r in recordings] if requests is None else [requests.total - len(requests.failed)]
-        count, batch_size = sum(num_to_learn(n, arguments.held_out) for n in counts), spec.config.learner.batch_size
+        count = sum(training_data.num_to_learn(n, arguments.held_out) for n in counts)
+        batch_size = spec.config.learner.batch_size
         if count < batch_size:
             fix = f"set learner.batch_size={count}, or give more requests" if count else "give more requests"
             raise ConfigError(
@@ -185,20 +177,25 @@ def _start(
         if not day0.is_dir():
             drafter.save_pretrained(day0)
     if requests is not None:
-        with _unless_recorded(run_dir / "recording", refused):
-            recordings = [record_answers(spec, target, requests, drafter, run_dir / "recording", console)]
+        answers = run_dir / "recording"
+        try:
+            recordings = [training_data.record_answers(spec, target, requests, drafter, answers, console)]
+        except (ValueError, OSError):
+            if answers.is_dir() and len(TrajectoryDataset(answers)):  # a resumed run can go on with them
+                raise
+            with folder.undone_if_refused():
+                raise
     del target
     return_freed_memory(collect=True)
-    parts = [num_to_learn(len(recording), arguments.held_out) for recording in recordings]
-    names = recording_names(folders) if len(folders) > 1 else [""] * len(folders)
+    names = training_data.recording_names(folders) if len(folders) > 1 else [""] * len(folders)
     groups: dict[str, list[int]] = defaultdict(list)
     train: list[int] = []
     start = 0
-    for number, (recording, kept) in enumerate(zip(recordings, parts, strict=True)):
+    for number, recording in enumerate(recordings):
+        kept = training_data.num_to_learn(len(recording), arguments.held_out)
         train += range(start, start + kept)
         for index in range(kept, len(recording)):
-            request = int(recording[index]["request"])
-            name = names[number] if names else prompts[request].domain
+            name = names[number] if names else prompts[int(recording[index]["request"])].domain
             groups[name].append(start + index)
         start += len(recording)
     every_one: ConcatDataset[TensorDict] = ConcatDataset(recordings)
@@ -227,18 +224,6 @@ def _start(
 
 
 # ---- the steps ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _unless_recorded(recording: Path, refused: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
-    """Take an error for a refusal of the run, as long as nothing is recorded that a resumed one could go on with."""
-    try:
-        yield
-    except (ValueError, OSError):
-        if recording.is_dir() and len(TrajectoryDataset(recording)):
-            raise
-        with refused():
-            raise
 
 
 @dataclass(kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 from aurora_rl.telemetry.rates import MIN_BASELINE_ROUNDS, Rates
 
@@ -60,8 +60,7 @@ class Point:
 # Of events: the fields are those of `aurora_rl.telemetry.events`, with the completed requests at that time.
 
 
-@dataclass(frozen=True, slots=True)
-class Swap:
+class Swap(NamedTuple):
     """New weights draft: the event "swap"."""
 
     time: float
@@ -70,8 +69,7 @@ class Swap:
     ms: float
 
 
-@dataclass(frozen=True, slots=True)
-class GateDecision:
+class GateDecision(NamedTuple):
     """A decision of the gate: the event "gate"."""
 
     time: float
@@ -84,8 +82,7 @@ class GateDecision:
     version: int
 
 
-@dataclass(frozen=True, slots=True)
-class TrialVerdict:
+class TrialVerdict(NamedTuple):
     """How the trial of new weights ended, by rounds or by engine. Figures are of the old and of the new weights."""
 
     time: float
@@ -97,8 +94,7 @@ class TrialVerdict:
     tokens_per_second: tuple[float | None, float | None]
 
 
-@dataclass(frozen=True, slots=True)
-class WatchdogFault:
+class WatchdogFault(NamedTuple):
     """A fault of the serving drafter: the event "watchdog"."""
 
     time: float
@@ -195,7 +191,7 @@ class RunHistory:
                 case "begin":
                     self._traffic = event["traffic"]
                     if event["unseen"] is not None:
-                        self.mark(event["unseen"], "unseen templates")
+                        self.marks.append((event["unseen"], "unseen templates"))
                 case "request" | "requests":
                     self._count(event)
                 case "status":
@@ -248,8 +244,8 @@ class RunHistory:
         figures = {name: (event[name]["old"], event[name]["new"]) if event[name] else (None, None) for name in names}
         self._keep(self.verdicts, TrialVerdict, {**event, **figures, "requests": requests})
 
-    def _keep(self, items: list[Any], kind: type, event: Mapping[str, Any]) -> None:
-        items.append(kind(*(event[field.name] for field in fields(kind))))
+    def _keep(self, items: list[Any], kind: type[Any], event: Mapping[str, Any]) -> None:
+        items.append(kind(*(event[name] for name in kind._fields)))
         _thin(items, self._most)
 
     def _count(self, event: dict[str, Any]) -> None:
@@ -282,10 +278,6 @@ class RunHistory:
     def unsaved(self, sent: int) -> int:
         """Return how many of the trajectories sent so far are in no training state, and not among :attr:`drops`."""
         return max(sent - self.saved - self.drops.total(), 0)
-
-    def mark(self, requests: int, text: str) -> None:
-        """Say that something new begins once so many requests have completed."""
-        self.marks.append((requests, text))
 
     def as_json(self) -> dict[str, Any]:
         """Return what the live page shows, as JSON values. Series are columns, which take less room than rows."""
@@ -324,5 +316,5 @@ def _rounded(values: Iterable[float | None]) -> list[float | None]:
     return [None if value is None else round(value, 4) for value in values]
 
 
-def _columns(items: list[Any], kind: type) -> dict[str, list[Any]]:
-    return {field.name: [getattr(item, field.name) for item in items] for field in fields(kind)}
+def _columns(items: list[Any], kind: type[Any]) -> dict[str, list[Any]]:
+    return {name: [getattr(item, name) for item in items] for name in kind._fields}

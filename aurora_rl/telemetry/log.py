@@ -122,7 +122,6 @@ class MetricsReader:
                 os.close(held)
 
     def __del__(self) -> None:
-        """Let go of the file."""
         if self._held is not None:
             os.close(self._held)
 

@@ -31,20 +31,13 @@ _TURN_S, _END_S = 1.0, 30.0
 
 
 def check_installed(name: str | None) -> None:
-    """Raise ValueError, with the command that installs it, where the package of a logger is missing.
-
-    Args:
-        name: One of :data:`LOGGERS`; None for no logger.
-    """
+    """Raise ValueError, with the command that installs it, where the package of one of :data:`LOGGERS` is missing."""
     if name not in (None, "csv") and importlib.util.find_spec(name) is None:
         raise ValueError(f"telemetry.logger={name} needs the package {name}: pip install {name}")
 
 
 def figures(event: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
     """Return the step of an event that is logged, and its numbers by name.
-
-    Args:
-        event: A line of ``metrics.jsonl``.
 
     Example:
         >>> figures({"event": "swap", "time": 3.5, "source": "server", "requests": 8, "version": 2, "ms": 1.5})
@@ -75,11 +68,7 @@ class EventLogger:
     """Follow a run's ``metrics.jsonl``, where both of its processes write, and log the figures of its events.
 
     All of it happens in a thread, so that serving waits for no logger. What cannot be logged is lost: the first failure
-    is warned of.
-
-    Args:
-        name: One of :data:`LOGGERS`.
-        run_dir: Folder of the run. Its folder ``logs`` gets the logs.
+    is warned of. Logs go to ``logs`` in the folder of the run.
 
     Raises:
         ValueError: The logger does not start.
@@ -134,14 +123,9 @@ class EventLogger:
             self._failed = True
 
 
-@contextlib.contextmanager
-def logged(name: str | None, run_dir: Path) -> Iterator[None]:
+def logged(name: str | None, run_dir: Path) -> contextlib.AbstractContextManager[object]:
     """Log the events of a run while the block runs; see :class:`EventLogger`. Without a name nothing is logged."""
-    if name is None:
-        yield
-        return
-    with contextlib.closing(EventLogger(name, run_dir)):
-        yield
+    return contextlib.nullcontext() if name is None else contextlib.closing(EventLogger(name, run_dir))
 
 
 def _open(name: str, run_dir: Path) -> Logger:

@@ -79,16 +79,9 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
     """Draw a run over its requests: acceptance length, speedup, what was drafted, and figures by domain.
 
     Swaps are vertical lines, and dashed lines say where something new begins. A speedup that was measured too shortly
-    is a gap. Tokens per second stand in its place where nothing decoded plainly.
-
-    Args:
-        path: PNG file to write.
-        history: What the run came to.
+    is a gap. Tokens per second stand in its place where nothing decoded plainly. The file is a PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     points, domains = history.points, _largest_domains(history)
     heights = {"acceptance": 3.0}
@@ -98,12 +91,8 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
         heights["drafted"] = 1.3
     if domains:
         heights["domains"] = 0.4 + 0.22 * len(domains)
-    figure, axes = plt.subplot_mosaic(
-        [[name] for name in heights],
-        height_ratios=list(heights.values()),
-        figsize=(9, 1.0 + sum(heights.values())),
-        layout="constrained",
-    )
+    figure = Figure(figsize=(9, 1.0 + sum(heights.values())), layout="constrained")
+    axes = figure.subplot_mosaic([[name] for name in heights], height_ratios=list(heights.values()))
     over_requests = [axis for name, axis in axes.items() if name != "domains"]
     for axis in over_requests:
         axis.set_xlim(0, 1.01 * max(history.requests, 1))
@@ -129,8 +118,6 @@ def draw_report(path: str | os.PathLike[str], history: RunHistory) -> None:
     except OSError:
         Path(path).unlink(missing_ok=True)  # half a picture
         raise
-    finally:
-        plt.close(figure)
 
 
 def _course(axis: Axes, points: list[Point], values: Sequence[float | None], **style: Any) -> None:

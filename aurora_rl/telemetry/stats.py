@@ -53,7 +53,6 @@ class Finished:
         return self._count
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Iterate over the sums."""
         return iter(self._sums)
 
 
@@ -134,12 +133,7 @@ class Stats:
         )
 
     def summary(
-        self,
-        *,
-        client_requests: int = 0,
-        failed: int = 0,
-        drops: Counter[str] | None = None,
-        duration_s: float = 0.0,
+        self, *, client_requests: int = 0, failed: int = 0, drops: Counter[str] | None = None, duration_s: float = 0.0
     ) -> dict[str, Any]:
         """Return what ``summary.json`` holds; null stands for what was not measured.
 
@@ -165,10 +159,7 @@ class Stats:
                 "p50": statistics.median(self.swap_ms) if self.swap_ms else None,
                 "max": max(self.swap_ms, default=None),
             },
-            "acceptance_length": {
-                "first": self.acceptance(0, self._tenth),
-                "last": self.last_acceptance,
-            },
+            "acceptance_length": {"first": self.acceptance(0, self._tenth), "last": self.last_acceptance},
             "domains": domains if any(domains) else {},  # the only name may be the empty one
             "tokens_per_second": {"baseline": last.baseline, "speculative": last.speculative},
             "speedup": last.speedup,

@@ -8,11 +8,7 @@ from collections import Counter
 
 
 class Throttle:
-    r"""Logs at most one warning of a kind in a minute, and says how many it left out.
-
-    Args:
-        logger: Logger of the module that warns.
-        seconds: Seconds between two warnings of a kind.
+    r"""Logs at most one warning of a kind in so many seconds, and says how many it left out.
 
     Example:
         >>> import io

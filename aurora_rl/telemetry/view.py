@@ -56,12 +56,7 @@ class Server(Protocol):
 
 
 class Traffic(Protocol):
-    """Requests that a run brings itself.
-
-    Attributes:
-        total: Requests to serve.
-        answered: Those that have completed.
-    """
+    """Requests that a run brings itself: how many there are, and how many have completed."""
 
     total: int
     answered: int
@@ -189,11 +184,11 @@ class LiveView:
         """Return how many requests are done and for how long the run goes; of traffic also how long it still takes."""
         traffic, done, elapsed = self._traffic, len(self._server.stats.finished), time.monotonic() - self._began
         if traffic is None:
-            return [("requests", str(done)), ("elapsed", show_time(elapsed))]
+            return [("requests", str(done)), ("elapsed", _time(elapsed))]
         answered, of_clients = traffic.answered, done - traffic.answered
         requests = f"{answered}/{traffic.total}" + (f" · {of_clients} of clients" if of_clients else "")
-        left = f" · {show_time(elapsed / answered * (traffic.total - answered))}" if answered else ""
-        return [("requests", requests), ("elapsed · left", show_time(elapsed) + left)]
+        left = f" · {_time(elapsed / answered * (traffic.total - answered))}" if answered else ""
+        return [("requests", requests), ("elapsed · left", _time(elapsed) + left)]
 
     def _rows(self) -> list[tuple[str, str]]:
         server, stats, history = self._server, self._server.stats, self._history
@@ -257,13 +252,8 @@ def _trial(history: RunHistory) -> str:
     return f"version {last.version} {'promoted' if last.promote else 'rolled back'}: {last.reason}"
 
 
-def show_time(seconds: float) -> str:
-    """Return a duration as hours, minutes and seconds.
-
-    Example:
-        >>> show_time(3725.4)
-        '1:02:05'
-    """
+def _time(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds, such as 1:02:05."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 

@@ -31,9 +31,8 @@ def check_draws(drafter: Drafter, trajectories: list[TensorDict], shape: TreeSha
     row = (first.tokens[:, :, None] == drafter.draft_vocab).int().argmax(-1, keepdim=True)
     total, of_token = first.q.sum(-1), first.q.gather(-1, row)[:, :, 0]
     require(close(total, torch.ones_like(total), 1e-4), f"{what}: a row of q does not sum to 1")
-    require(
-        close(of_token, first.log_probs.exp().to(of_token), 1e-4), f"{what}: q of a drawn token is not exp(log_probs)"
-    )
+    same = close(of_token, first.log_probs.exp().to(of_token), 1e-4)
+    require(same, f"{what}: q of a drawn token is not exp(log_probs)")
 
 
 def check_proposals(drafter: Drafter, trajectories: list[TensorDict], shape: TreeShape, vocab_size: int) -> None:
@@ -52,10 +51,8 @@ def _check_nodes(drafter: Drafter, proposal: Proposal, rows: int, shape: TreeSha
     tokens, parents, log_probs, _, mask = proposal
     require(tokens.shape == parents.shape == log_probs.shape, f"{what}: tokens, parents and log_probs differ in shape")
     least = 1 if mask is None else 0
-    require(
-        tokens.shape[0] == rows and least <= tokens.shape[1] <= shape.num_nodes,
-        f"{what}: expected [{rows}, {least}..{shape.num_nodes}] nodes, got {tuple(tokens.shape)}",
-    )
+    fits = tokens.shape[0] == rows and least <= tokens.shape[1] <= shape.num_nodes
+    require(fits, f"{what}: expected [{rows}, {least}..{shape.num_nodes}] nodes, got {tuple(tokens.shape)}")
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     require(mask.shape == tokens.shape and mask.dtype == torch.bool, f"{what}: mask is not bool {tuple(tokens.shape)}")
     require(tokens.dtype == parents.dtype == torch.int64, f"{what}: tokens and parents are not int64")

@@ -32,10 +32,8 @@ def check_recorded(drafter: Drafter, trajectories: list[TensorDict], shape: Tree
     foreign = _outside(drafter.draft_vocab)
     if foreign is not None:
         batch["nodes", "tokens"] = torch.full_like(batch["nodes", "tokens"], foreign)
-        require(
-            bool((drafter.score(batch) == -torch.inf).all()),
-            "score of a token outside the draft vocabulary is not -inf",
-        )
+        impossible = bool((drafter.score(batch) == -torch.inf).all())
+        require(impossible, "score of a token outside the draft vocabulary is not -inf")
 
 
 def check_unroll(drafter: Drafter, trajectories: list[TensorDict]) -> None:
@@ -46,11 +44,8 @@ def check_unroll(drafter: Drafter, trajectories: list[TensorDict]) -> None:
         logits, valid, _ = drafter.unroll(batch, steps)
     require(1 <= len(logits) <= steps, f"unroll of {steps} steps gave {len(logits)}")
     rows = batch["sequence", "hidden"].shape[0]
-    expected_shape = (rows, len(drafter.draft_vocab))
-    require(
-        all(step.shape == expected_shape for step in logits),
-        f"unroll gave logits {[tuple(step.shape) for step in logits]}, expected {expected_shape} at every step",
-    )
+    expected, found = (rows, len(drafter.draft_vocab)), [tuple(step.shape) for step in logits]
+    require(set(found) == {expected}, f"unroll gave logits {found}, expected {expected} at every step")
     require(valid.shape == (len(logits), rows), f"unroll gave valid {tuple(valid.shape)}")
     scored = drafter.score(pack([_with_true_chains(t, len(logits)) for t in trajectories])).detach()
     node, row = 0, 0
@@ -75,10 +70,8 @@ def check_unroll(drafter: Drafter, trajectories: list[TensorDict]) -> None:
                 node += 1
         completion = len(tokens) - prompt
         for step in range(min(len(logits), completion)):
-            early = valid[step, row : row + step]
-            require(
-                not bool(early.any()), f"unroll: step {step} of the first {step} tokens has no anchor, yet is valid"
-            )
+            early = bool(valid[step, row : row + step].any())
+            require(not early, f"unroll: step {step} of the first {step} tokens has no anchor, yet is valid")
         row += completion
 
 
@@ -89,16 +82,12 @@ def check_packing(drafter: Drafter, trajectories: list[TensorDict]) -> None:
     require(close(together, torch.cat(alone), atol), "score depends on the other trajectories of the batch")
     all_logits, valid, _ = drafter.unroll(pack(trajectories), 3)
     singles = [drafter.unroll(pack([t]), 3) for t in trajectories]
-    require(
-        torch.equal(valid, torch.cat([single.valid for single in singles], dim=1)),
-        "unroll's valid depends on the other trajectories of the batch",
-    )
+    same = torch.equal(valid, torch.cat([single.valid for single in singles], dim=1))
+    require(same, "unroll's valid depends on the other trajectories of the batch")
     for step, logits in enumerate(all_logits):
         one_by_one = torch.cat([single.logits[step] for single in singles])
-        require(
-            close(logits[valid[step]], one_by_one[valid[step]], atol),
-            f"unroll at step {step} depends on the other trajectories of the batch",
-        )
+        same = close(logits[valid[step]], one_by_one[valid[step]], atol)
+        require(same, f"unroll at step {step} depends on the other trajectories of the batch")
 
 
 def check_paths(drafter: Drafter, trajectories: list[TensorDict]) -> None:
@@ -142,10 +131,8 @@ def check_gradients(drafter: Drafter, trajectories: list[TensorDict], without: C
             continue
         require(tensor.data_ptr() in gradients, f"the published tensor {name!r} is not one of the parameters")
         gradient = gradients[tensor.data_ptr()]
-        require(
-            gradient is not None and bool((gradient != 0).any()) and bool(torch.isfinite(gradient).all()),
-            f"unroll gives the published tensor {name!r} no gradient, or one that is not finite",
-        )
+        learns = gradient is not None and bool((gradient != 0).any()) and bool(torch.isfinite(gradient).all())
+        require(learns, f"unroll gives the published tensor {name!r} no gradient, or one that is not finite")
 
 
 def _with_true_chains(trajectory: TensorDictBase, steps: int) -> TensorDictBase:

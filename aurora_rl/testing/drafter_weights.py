@@ -98,10 +98,8 @@ def check_swap(
 
     batch = pack(serve(drafter, target, prompts, shape=shape, max_new_tokens=8, num_slots=3, before_round=swap))
     plain = serve(drafter, target, prompts, shape=TreeShape(0), max_new_tokens=8, num_slots=3)
-    require(
-        torch.equal(batch["sequence", "tokens"], pack(plain)["sequence", "tokens"]),
-        "a swap of weights changes the text",
-    )
+    same = torch.equal(batch["sequence", "tokens"], pack(plain)["sequence", "tokens"])
+    require(same, "a swap of weights changes the text")
     version = torch.repeat_interleave(batch["rounds", "policy_version"], batch["rounds", "offset"].diff())
     recorded = batch["nodes", "log_probs"]
     for number, weights in enumerate((old, new)):
@@ -142,10 +140,8 @@ def _check_format(drafter: Drafter, parts: TargetParts, trajectories: list[Tenso
     require(dict(read.options) == dict(drafter.options), f"options change to {dict(read.options)} {way}")
     require(read.feature_layers == drafter.feature_layers, f"feature_layers change {way}")
     for name, tensor in read.published().items():
-        require(
-            name in drafter.published() and torch.equal(tensor, drafter.published()[name].to(tensor)),
-            f"the published tensor {name!r} changes {way}",
-        )
+        same = name in drafter.published() and torch.equal(tensor, drafter.published()[name].to(tensor))
+        require(same, f"the published tensor {name!r} changes {way}")
     with torch.no_grad():
         again, scored = read.to(dtype_of(drafter)).score(batch), drafter.score(batch)
     require(close(again, scored, 5e-3), f"score changes {way}")

@@ -89,14 +89,10 @@ def check_drafter(
 def _check_declared(drafter: Drafter) -> None:
     """Check that the attributes that callers read of a drafter exist, with the right types."""
     layers, vocab = getattr(drafter, "feature_layers", None), getattr(drafter, "draft_vocab", None)
-    require(
-        isinstance(layers, tuple) and all(type(layer) is int for layer in layers),
-        f"feature_layers is no tuple of integers, but {layers!r}",
-    )
-    require(
-        isinstance(vocab, torch.Tensor) and vocab.dtype == torch.int64 and vocab.dim() == 1,
-        "draft_vocab is no int64 tensor [Vd]",
-    )
+    integers = isinstance(layers, tuple) and all(type(layer) is int for layer in layers)
+    require(integers, f"feature_layers is no tuple of integers, but {layers!r}")
+    ids = isinstance(vocab, torch.Tensor) and vocab.dtype == torch.int64 and vocab.dim() == 1
+    require(ids, "draft_vocab is no int64 tensor [Vd]")
     require(bool((drafter.draft_vocab.diff() > 0).all()), "draft_vocab does not rise")
     size = getattr(drafter, "vocab_size", None)
     require(type(size) is int, f"vocab_size is no integer, but {size!r}")

@@ -8,20 +8,8 @@ import torch
 
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import Objective
-from aurora_rl.testing.asserts import require
-from aurora_rl.testing.enumerable_worlds import (
-    EnumerableDrafter,
-    EnumerableTarget,
-    chance_of,
-    drawn_trees,
-    exact_gradient,
-    log_probs_of,
-    outcomes_of,
-    reach_of,
-    table_gradient,
-    tree_trajectory,
-)
-from aurora_rl.testing.losses import refuses, total_loss
+from aurora_rl.testing import enumerable_worlds as worlds
+from aurora_rl.testing.asserts import refuses, require, total_loss
 from aurora_rl.trajectories import pack
 
 # Rule, draft mode and temperature. One that is neither 0 nor 1 tells who takes p as it was served.
@@ -52,14 +40,14 @@ def check_expected_gradient(make: Callable[..., Objective], *, unbiased: bool, s
     judged = 0
     for rule, mode, temperature in _SERVED:
         for parents in _PARENTS:
-            drafter, target = EnumerableDrafter(seed), EnumerableTarget(seed, temperature)
+            drafter, target = worlds.EnumerableDrafter(seed), worlds.EnumerableTarget(seed, temperature)
             distinct, batches = mode == "sampled_without_replacement", []
-            for tree in drawn_trees(parents, distinct):
-                drawn = chance_of(drafter, tree, distinct).detach()
-                log_probs = log_probs_of(drafter, tree)
-                for accepted, follows in outcomes_of(tree, reach_of(drafter, target, tree, rule)):
+            for tree in worlds.drawn_trees(parents, distinct):
+                drawn = worlds.chance_of(drafter, tree, distinct).detach()
+                log_probs = worlds.log_probs_of(drafter, tree)
+                for accepted, follows in worlds.outcomes_of(tree, worlds.reach_of(drafter, target, tree, rule)):
                     if follows > 0:
-                        trajectory = tree_trajectory(
+                        trajectory = worlds.tree_trajectory(
                             tree, target, rule=rule, mode=mode, accepted=accepted, log_probs=log_probs
                         )
                         batches.append((pack([trajectory]), drawn * follows))
@@ -69,8 +57,8 @@ def check_expected_gradient(make: Callable[..., Objective], *, unbiased: bool, s
                 continue
             judged += 1
             expected = torch.stack([chance * total_loss(objective, batch) for batch, chance in batches]).sum()
-            _, truth = exact_gradient(drafter, target, parents, rule=rule, distinct=distinct)
-            found = -table_gradient(drafter, expected)
+            _, truth = worlds.exact_gradient(drafter, target, parents, rule=rule, distinct=distinct)
+            found = -worlds.table_gradient(drafter, expected)
             cosine = float(torch.cosine_similarity(found.flatten(), truth.flatten(), 0))
             require(
                 cosine > (_SAME if unbiased else _LEADS),

@@ -17,10 +17,9 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives import OBJECTIVES, Objective
 from aurora_rl.objectives.function_objective import objective_from_function
 from aurora_rl.policies import TargetParts
-from aurora_rl.testing.asserts import require
+from aurora_rl.testing.asserts import refuses, require, total_loss, total_of
 from aurora_rl.testing.estimators import check_expected_gradient
 from aurora_rl.testing.fixtures import EchoDrafter, GappyDrafter, gappy_drafter, served_for_checks
-from aurora_rl.testing.losses import refuses, total_loss, total_of
 from aurora_rl.testing.tiny import tiny_target
 from aurora_rl.testing.variants import siblings_reversed, topk_form
 from aurora_rl.trajectories import pack
@@ -130,14 +129,11 @@ def _check_forward(objective: Objective, batch: TensorDict) -> None:
     before = batch.clone()
     out = objective(batch)
     keys = list(before.keys(True, True))
-    require(
-        set(batch.keys(True, True)) == set(keys) and all(torch.equal(batch[k], before[k]) for k in keys),
-        "forward changes its input",
-    )
+    same = set(batch.keys(True, True)) == set(keys) and all(torch.equal(batch[k], before[k]) for k in keys)
+    require(same, "forward changes its input")
     require(f"loss_{objective.name}" in out.keys(), f"forward returns no 'loss_{objective.name}'")
-    require(
-        set(out.keys()) == set(objective.out_keys), f"out_keys are {objective.out_keys}, forward gave {[*out.keys()]}"
-    )
+    declared = set(out.keys()) == set(objective.out_keys)
+    require(declared, f"out_keys are {objective.out_keys}, forward gave {[*out.keys()]}")
     for key, value in out.items():
         require(bool(torch.isfinite(value).all()), f"{key} is not finite")
         require(value.requires_grad == key.startswith("loss_"), f"{key}: losses carry gradients and metrics do not")
@@ -166,13 +162,10 @@ def _check_gaps(objective: Objective, drafter: GappyDrafter, batch: TensorDict) 
     drafter.filler = 0.0
     for key, value in found[0].items():
         what = "the loss" if key.startswith("loss_") else f"the metric {key!r}"
-        require(
-            torch.allclose(value, found[1][key]), f"{what} depends on what stands where the drafter has no prediction"
-        )
-    require(
-        all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True)),
-        "the gradient depends on what stands where the drafter has no prediction",
-    )
+        same = torch.allclose(value, found[1][key])
+        require(same, f"{what} depends on what stands where the drafter has no prediction")
+    same = all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
+    require(same, "the gradient depends on what stands where the drafter has no prediction")
 
 
 def _parameters(objective: Objective) -> list[Tensor]:
@@ -202,10 +195,8 @@ def _check_gradient(objective: Objective, batch: TensorDict, *, differences: boo
                 for p, d in zip(parameters, direction, strict=True):
                     p.sub_(d, alpha=sign * _STEP)
         measured = (ends[0] - ends[1]) / (2 * _STEP)
-        require(
-            abs(measured - slope) <= _RELATIVE * max(abs(slope), 1.0),
-            f"the gradient along a direction is {slope:.6g}, finite differences give {measured:.6g}",
-        )
+        near = abs(measured - slope) <= _RELATIVE * max(abs(slope), 1.0)
+        require(near, f"the gradient along a direction is {slope:.6g}, finite differences give {measured:.6g}")
     return any(bool(g.any()) for g in found)
 
 
@@ -215,10 +206,9 @@ def _check_reductions(objective: Callable[[str], Objective], trajectories: list[
     apart = objective("none")
     out, counted = apart(every), apart.values(every).valid.sum(1).clamp(min=1)
     require(torch.allclose(total_of(out), total), "the values of 'none' do not add up to 'sum'")
-    require(
-        torch.allclose(total_loss(objective("mean"), every), (out[f"loss_{apart.name}"].sum(1) / counted).sum()),
-        "'mean' is not the mean of each group over its valid positions, summed over the groups",
-    )
+    mean = (out[f"loss_{apart.name}"].sum(1) / counted).sum()
+    same = torch.allclose(total_loss(objective("mean"), every), mean)
+    require(same, "'mean' is not the mean of each group over its valid positions, summed over the groups")
     alone = torch.stack([total_loss(objective("sum"), pack([t])) for t in trajectories]).sum()
     require(torch.allclose(alone, total), "a trajectory counts differently alone and next to others: padding is read")
     turned = total_loss(objective("sum"), pack(trajectories[::-1]))
@@ -231,19 +221,15 @@ def _check_forms(objective: Objective, trajectories: list[TensorDict]) -> None:
     if refuses(objective, likeliest, "a batch with the target's likeliest tokens", naming="hidden"):
         return
     total = total_loss(objective, likeliest)
-    require(
-        torch.allclose(total, total_loss(objective, pack(trajectories))),
-        "the target's likeliest tokens and its hidden states give different losses",
-    )
+    same = torch.allclose(total, total_loss(objective, pack(trajectories)))
+    require(same, "the target's likeliest tokens and its hidden states give different losses")
     _check_keys(objective, likeliest, objective.keys_of(likeliest), total, "keys_of a batch with the likeliest tokens")
 
 
 def _check_siblings(objective: Objective, trajectories: list[TensorDict]) -> None:
     turned = [siblings_reversed(t) for t in trajectories]
-    require(
-        torch.allclose(total_loss(objective, pack(turned)), total_loss(objective, pack(trajectories))),
-        "the order of siblings matters, under a rule to which it does not",
-    )
+    same = torch.allclose(total_loss(objective, pack(turned)), total_loss(objective, pack(trajectories)))
+    require(same, "the order of siblings matters, under a rule to which it does not")
 
 
 def _check_sampling(objective: Objective, batch: TensorDict) -> None:

@@ -56,12 +56,8 @@ def refusal(
 ) -> str | None:
     """Return why a field is refused; None if it may be ignored, because it is unknown or its value says nothing.
 
-    Args:
-        name: Name of the field.
-        value: Its value.
-        neutral: Fields that are not supported, each with the values that say that it is not wanted; null always does.
-        where: Place of the field in the request, with a dot after it.
-        by: Who does not support the field.
+    ``neutral`` has the fields that are not supported ``by`` whom, each with the values that say that it is not wanted;
+    null always does. ``where`` is the place of the field in the request, with a dot after it.
 
     Example:
         >>> refusal("presence_penalty", 0.5)
@@ -92,14 +88,7 @@ def check_fields(
     """Return the known fields of an object, and refuse by name what is not supported.
 
     A null field says nothing, whatever its name: clients send one for each field that they know and do not use.
-
-    Args:
-        fields: The object.
-        known: Names of the fields that are honoured.
-        where: Place of the object in the request, with a dot after it.
-        harmless: Names of fields that are dropped whatever they hold.
-        neutral: Values of fields that are not supported which say that they are not wanted; null always does.
-        by: Who does not support them.
+    ``harmless`` fields are dropped whatever they hold; for ``neutral``, ``where`` and ``by`` see :func:`refusal`.
 
     Raises:
         FieldError: A field is unknown or asks for something that is not supported.

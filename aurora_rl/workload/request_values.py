@@ -97,12 +97,7 @@ as_json = _Json().repr
 
 
 def wrong(place: str, value: Any, fix: str) -> FieldError:
-    """Return the error of a value.
-
-    Args:
-        place: Place of the field in the request.
-        value: Its value.
-        fix: What to give in its place.
+    """Return the error of a value at a place of the request; ``fix`` says what to give instead.
 
     Example:
         >>> str(wrong("n", {"a": [True, None, "x"]}, "give an integer"))
@@ -163,8 +158,7 @@ def budget_field(fields: Mapping[str, Any]) -> int | None:
 def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a request says of its :class:`~aurora_rl.sampling_params.SamplingParams`, by their names.
 
-    Args:
-        fields: Fields of the request, of which :data:`BUDGETS` and :data:`SAMPLING` are read.
+    It says it in the fields :data:`BUDGETS` and :data:`SAMPLING`.
 
     Raises:
         FieldError: A value is out of range, or the two budgets differ.
@@ -200,12 +194,7 @@ def sampling_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 def chat_messages(value: Any, place: str = "messages", *, by: str = "this server") -> tuple[ChatMessage, ...]:
     """Return the messages of a chat as templates take them: texts by role.
 
-    Whether a message may be empty is the template's to say.
-
-    Args:
-        value: The field that has them.
-        place: Its name.
-        by: Who does not support what messages may not have.
+    Whether a message may be empty is the template's to say. ``by`` does not support what messages may not have.
 
     Raises:
         FieldError: The first message that cannot be given to a template, by its place.

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from aurora_rl.workload.pools import POOLS
 from aurora_rl.workload.request_fields import HARMLESS, NEUTRAL, FieldError, check_fields
@@ -271,7 +271,7 @@ def generate_traffic(
         raise TrafficError(
             f"asked for {num_requests} requests; the generator has {most} distinct ones; ask for {most} or fewer"
         )
-    return [filled.prompt for filled in _generate(num_requests, seed, tuple(domains), unseen)]
+    return [prompt for prompt, _, _ in _generate(num_requests, seed, tuple(domains), unseen)]
 
 
 def unseen_from(num_requests: int) -> int:
@@ -283,14 +283,6 @@ def unseen_from(num_requests: int) -> int:
     return num_requests - num_requests // 4
 
 
-class _Filled(NamedTuple):
-    """A generated request, and what it was generated from."""
-
-    prompt: Prompt
-    template: str
-    values: dict[str, Any]
-
-
 class _Template:
     """A text with fields. A field `{pool}` or `{pool2}` takes a value of that pool, `{pool.part}` a part of one.
 
@@ -298,7 +290,7 @@ class _Template:
     """
 
     def __init__(self, name: str, text: str, pools: Mapping[str, Sequence[Any]]) -> None:
-        self.name, self._text = name, text
+        self.name, self.text = name, text
         # Pool by pool: its values and the fields that draw from it.
         fields: dict[str, dict[str, None]] = defaultdict(dict)
         for _, place, _, _ in string.Formatter().parse(text):
@@ -318,11 +310,11 @@ class _Template:
                 chosen[entry] = left.pop(digit)
         return chosen
 
-    def fill(self, values: Mapping[str, Any]) -> str:
-        return self._text.format_map(values)
 
-
-def _generate(num_requests: int, seed: int, domains: Sequence[str] = DOMAINS, unseen: bool = True) -> Iterator[_Filled]:
+def _generate(
+    num_requests: int, seed: int, domains: Sequence[str], unseen: bool
+) -> Iterator[tuple[Prompt, str, dict[str, Any]]]:
+    """Yield requests, each with the name of its template and the values in it."""
     rng = random.Random(seed)
     late = num_requests - unseen_from(num_requests) if unseen else 0
     position = 0
@@ -338,9 +330,9 @@ def _generate(num_requests: int, seed: int, domains: Sequence[str] = DOMAINS, un
         rng.shuffle(part)
         for domain, template, index in part:
             values = template.values(index)
-            message = {"role": "user", "content": template.fill(values)}
+            message = {"role": "user", "content": template.text.format_map(values)}
             name = f"{domain}-{template.name}"
-            yield _Filled(Prompt(f"{name}-{position:05d}", domain, (message,)), name, values)
+            yield Prompt(f"{name}-{position:05d}", domain, (message,)), name, values
             position += 1
 
 

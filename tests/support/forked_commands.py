@@ -25,7 +25,7 @@ MODULES = (
         f"aurora_rl.cli.{name}"
         for name in ("attach", "embedded", "http", "learn", "learner", "main", "remote", "serve")
     ),
-    *("matplotlib.pyplot", "transformers.models.llama.modeling_llama"),
+    *("matplotlib.backends.backend_agg", "matplotlib.figure", "transformers.models.llama.modeling_llama"),
 )
 
 

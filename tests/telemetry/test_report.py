@@ -105,8 +105,7 @@ def whole_run() -> RunHistory:
         events += [*requests[n : n + 5], status(n + 5, drafted={"tree": n, "chain": 10}, **short)]
         events += [gate(serving=2.5), swap(n + 5)] if n in (10, 30) else []
     history = history_of(*events)
-    history.mark(30, "unseen templates")
-    history.mark(40, "never reached")
+    history.marks += [(30, "unseen templates"), (40, "never reached")]
     return history
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -274,17 +274,25 @@ def pieces(value: Any) -> Iterator[str]:
         yield from value
 
 
+class Filled(NamedTuple):
+    """A generated request, and what it was generated from."""
+
+    prompt: Prompt
+    template: str
+    values: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def stream() -> list[traffic._Filled]:
-    return list(traffic._generate(2000, seed=0))
+def stream() -> list[Filled]:
+    return [Filled(*each) for each in traffic._generate(2000, 0, traffic.DOMAINS, True)]
 
 
-def test_no_prompt_repeats(stream: list[traffic._Filled]) -> None:
+def test_no_prompt_repeats(stream: list[Filled]) -> None:
     for texts in ([text(f.prompt) for f in stream], [f.prompt.id for f in stream]):
         assert len(set(texts)) == len(stream)
 
 
-def test_the_last_quarter_uses_templates_and_values_not_seen_before(stream: list[traffic._Filled]) -> None:
+def test_the_last_quarter_uses_templates_and_values_not_seen_before(stream: list[Filled]) -> None:
     begin = traffic.unseen_from(2000)
     first, last = stream[:begin], stream[begin:]
     assert len(last) == 500
@@ -302,7 +310,7 @@ def test_the_last_quarter_uses_templates_and_values_not_seen_before(stream: list
     assert [word for word in words if re.search(rf"\b{re.escape(word)}\b", everything)] == []
 
 
-def test_domains_have_equal_shares_and_interleave(stream: list[traffic._Filled]) -> None:
+def test_domains_have_equal_shares_and_interleave(stream: list[Filled]) -> None:
     domains = [f.prompt.domain for f in stream]
     assert Counter(domains[:1500]) == dict.fromkeys(["code", "sql", "math", "finance", "chat"], 300)
     assert set(Counter(domains[1500:]).values()) == {100}

@@ -26,16 +26,13 @@ def without_trials(merged: DictConfig, named: Collection[str]) -> None:
 def check_trials(config: Config) -> None:
     """Raise ConfigError if values of ``canary`` and ``compare`` do not go together, or not with the engine."""
     canary, compare = config.canary, f"compare={list(config.compare)}"
-    if canary.max_rounds is not None and canary.max_rounds < canary.window:
-        raise ConfigError(
-            f"canary.max_rounds={canary.max_rounds} is less than a window of canary.window={canary.window} rounds; "
-            f"set it to {canary.window} or more, or to null"
-        )
-    if canary.max_requests is not None and canary.max_requests < canary.requests:
-        raise ConfigError(
-            f"canary.max_requests={canary.max_requests} is less than a window of canary.requests={canary.requests} "
-            f"requests; set it to {canary.requests} or more, or to null"
-        )
+    for unit, size_key, size in (("rounds", "window", canary.window), ("requests", "requests", canary.requests)):
+        most = getattr(canary, f"max_{unit}")
+        if most is not None and most < size:
+            raise ConfigError(
+                f"canary.max_{unit}={most} is less than a window of canary.{size_key}={size} {unit}; set it to {size} "
+                "or more, or to null"
+            )
     if config.engine.remote and (canary.share or config.compare):
         trial, engine = compare if config.compare else f"canary.share={canary.share:g}", config.engine.name
         raise ConfigError(

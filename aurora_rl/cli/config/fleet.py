@@ -43,11 +43,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class EngineGroup(Placement):
-    """Engines that are alike.
-
-    Attributes:
-        replicas: Number of engines.
-    """
+    """``replicas`` engines that are alike."""
 
     replicas: int = 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +14,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from aurora_rl.cli.config.canary import without_trials
 from aurora_rl.cli.config.checks import check_config, without_extras
-from aurora_rl.cli.config.paths import expand_home
 from aurora_rl.cli.config.privacy import keep_nothing
 from aurora_rl.cli.config.schema import Config
-from aurora_rl.cli.config.tree import (
-    MAX_SHOWN,
-    keys_of,
-    nested,
-    node_at,
-    similar,
-    unfolded,
-    unknown_key,
-    wrong_type,
-)
+from aurora_rl.cli.config.tree import MAX_SHOWN, keys_of, nested, node_at, similar, unfolded, unknown_key, wrong_type
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.cli.frozen import plain
 
+PATHS = (
+    "model", "traffic.path", "drafter.path", "http.api_keys", "wire.keys", "learner.resume", "learner.recording",
+    "compare", "run_dir",
+)  # fmt: skip
+"""Keys whose value is a path, or a list of paths. Some take other names too, none of which begins with a tilde."""
 _MOVED = {
     "canary.most_requests": "canary.max_requests",
     "canary.most_rounds": "canary.max_rounds",
@@ -90,14 +86,25 @@ def load_config(
             raise ConfigError(told if source in overrides else f"{source}: {told}")
     try:
         named = {key for _, values in sources[len(usual) :] for key in keys_of(values)}  # by the user
-        for settle in (keep_nothing, without_trials, without_extras, expand_home):
+        for settle in (keep_nothing, without_trials, without_extras):
             settle(merged, named)
+        expand_home(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(str(error).replace("\n", " ")) from error
     assert isinstance(config, Config)
     check_config(config)
     return config
+
+
+def expand_home(merged: DictConfig) -> None:
+    """Replace a leading ``~`` of every path: a shell leaves it as it is after ``key=``, and in a YAML file."""
+    for key in PATHS:
+        value = OmegaConf.select(merged, key)
+        if isinstance(value, str):
+            OmegaConf.update(merged, key, os.path.expanduser(value))
+        elif value is not None:
+            OmegaConf.update(merged, key, [os.path.expanduser(each) for each in value])
 
 
 def _moved(key: str) -> str | None:
@@ -173,9 +180,7 @@ def _schema() -> DictConfig:
 def to_yaml(config: Config, *, run_dir: bool = True) -> str:
     """Return the configuration as YAML that :func:`load_config` reads back.
 
-    Args:
-        config: The configuration.
-        run_dir: False leaves ``run_dir`` out, so that a run's saved configuration starts another run elsewhere.
+    Without its ``run_dir``, a run's saved configuration starts another run elsewhere.
     """
     tree = plain(config)
     if not run_dir:

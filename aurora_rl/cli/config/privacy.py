@@ -12,11 +12,8 @@ from aurora_rl.cli.config.schema import Config
 from aurora_rl.cli.errors import ConfigError, naming
 from aurora_rl.tenants import check_tenant
 
-_KEPT = (
-    "engine.prefix_cache_tokens",
-    "drafter.history",
-    "learner.replay",
-)  # each keeps texts after their gradient step
+# Each keeps texts after their gradient step.
+_KEPT = ("engine.prefix_cache_tokens", "drafter.history", "learner.replay")
 
 
 def keep_nothing(merged: DictConfig, named: Collection[str]) -> None:
@@ -52,15 +49,9 @@ def check_privacy(config: Config) -> None:
     for key in _KEPT:
         if value := attrgetter(key)(config):
             raise ConfigError(f"privacy.zero_retention=true keeps nothing, got {as_pair(key, value)}; set {key}=0")
-    if config.learner.recording is not None:
-        raise ConfigError(
-            "privacy.zero_retention=true writes no text to disk, got learner.recording="
-            f"{config.learner.recording}; leave it out"
-        )
-    if config.checkpoint.buffer:
-        raise ConfigError(
-            "privacy.zero_retention=true writes no text to disk, got checkpoint.buffer=true; set it to false"
-        )
+    for key, fix in (("learner.recording", "leave it out"), ("checkpoint.buffer", "set it to false")):
+        if (value := attrgetter(key)(config)) not in (None, False):
+            raise ConfigError(f"privacy.zero_retention=true writes no text to disk, got {as_pair(key, value)}; {fix}")
     if config.engine.remote:
         raise ConfigError(
             "privacy.zero_retention=true needs an engine in this process, got engine.name="

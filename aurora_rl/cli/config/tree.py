@@ -98,14 +98,9 @@ def similar(name: str, known: Sequence[str]) -> list[str]:
 
 
 def unknown_key(key: str, values: DictConfig, merged: DictConfig, source: str, equals: str) -> str:
-    """Return what is wrong with a key that there is not, and what to write.
+    """Return what is wrong with an unknown key of ``source``, a file or a pair, and what to write.
 
-    Args:
-        key: The key.
-        values: Values of its source.
-        merged: Tree of all keys.
-        source: File or pair that has it.
-        equals: What stands between key and value in the source, ``=`` or ``: ``.
+    ``merged`` has all keys. ``equals`` stands between key and value in the source: ``=`` or ``: ``.
     """
     node = node_at(values, key)
     value = node._value() if isinstance(node, StringNode | AnyNode) else None
@@ -125,13 +120,7 @@ def unknown_key(key: str, values: DictConfig, merged: DictConfig, source: str, e
 
 
 def wrong_type(values: DictConfig, merged: DictConfig, equals: str) -> str:
-    """Return which key has a value of another type, the value, and what to write; empty if none has.
-
-    Args:
-        values: Values of one source.
-        merged: Tree of all keys.
-        equals: What stands between key and value in the source, ``=`` or ``: ``.
-    """
+    """Return which key has a value of another type, the value, and what to write; empty if none has."""
     for key in keys_of(values):
         wanted, node = node_at(merged, key), node_at(values, key)
         value = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node._value()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aurora_rl.cli.config import Config, load_config
-from aurora_rl.cli.config.paths import PATHS
+from aurora_rl.cli.config.loading import PATHS
 from aurora_rl.cli.frozen import plain
 from aurora_rl.cli.run_dir import make_absolute
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from aurora_rl.testing.losses import refuses, total_loss
+from aurora_rl.testing.asserts import refuses, total_loss
 
 
 class Answers:
