@@ -115,8 +115,7 @@ def pass_mask(
     dense = mask.dense(depth.shape[1], end)[:, None]
     if implementation == "sdpa":
         return dense
-    zero = torch.zeros((), dtype=dtype, device=dense.device)
-    return torch.where(dense, zero, torch.finfo(dtype).min)
+    return torch.where(dense, torch.zeros((), dtype=dtype, device=dense.device), torch.finfo(dtype).min)
 
 
 def grouped_attention(

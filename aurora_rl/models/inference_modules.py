@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
@@ -133,9 +134,8 @@ def _join(layers: Sequence[nn.Linear]) -> nn.Linear:
     """Return a linear layer whose outputs are those of ``layers``, end to end. They become views of it."""
     with torch.device("meta"):
         joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), bias=False)
-    sizes = [layer.out_features for layer in layers]
     joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-    for layer, rows in zip(layers, joined.weight.split(sizes), strict=True):
+    for layer, rows in zip(layers, joined.weight.split([layer.out_features for layer in layers]), strict=True):
         layer.weight.data = rows
     if layers[0].bias is not None:
         joined.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
@@ -249,8 +249,7 @@ def layer_kind(layer: nn.Module) -> tuple[Any, ...]:
         for key, value in sorted(vars(module).items())
         if isinstance(value, bool | int | float | str | type(None)) and key not in ("layer_idx", "training")
     )
-    shapes = tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
-    return type(layer), settings, shapes
+    return type(layer), settings, tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
 
 
 @torch.no_grad()
@@ -282,12 +281,10 @@ def _outputs(layer: nn.Module, projections: Sequence[nn.Module], x: Tensor, argu
         return out if isinstance(out, Tensor) else out[0]
 
     usual = run()
-    hooks = [projection.register_forward_hook(lambda module, args, out: out * 64) for projection in projections]
-    try:
+    with ExitStack() as hooks:
+        for projection in projections:
+            hooks.enter_context(projection.register_forward_hook(lambda module, args, out: out * 64))
         return torch.cat([usual, run()])
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> None:

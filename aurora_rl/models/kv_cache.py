@@ -248,8 +248,7 @@ def column_positions(depth: Tensor, past: Tensor, end: int) -> Tensor:
         tensor([[0, 1, 2, 3, 3, 4]])
     """
     column = torch.arange(end, device=past.device) - past
-    index = column.clamp(0, depth.shape[1] - 1)
-    return past + torch.where(column < 0, column, depth.gather(1, index))
+    return past + torch.where(column < 0, column, depth.gather(1, column.clamp(0, depth.shape[1] - 1)))
 
 
 def path_order(seen: Tensor | None, depth: Tensor, past: Tensor, end: int) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,17 +133,11 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
 
     # NanoChat's norms of heads have no weight that tells their width, so their inputs are noted too.
     head_norms = [module for name, module in layer.named_modules() if name in _HEAD_NORMS]
-    hooks = [
-        child.register_forward_hook(note_output, with_kwargs=True)
-        for child in (*decoder.children(), *layer.children(), *head_norms)
-        if not isinstance(child, nn.ModuleList)
-    ]
-    try:
-        with torch.no_grad():
-            last = decoder(torch.arange(4, device=model.device)[None], use_cache=False).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), ExitStack() as hooks:
+        for child in (*decoder.children(), *layer.children(), *head_norms):
+            if not isinstance(child, nn.ModuleList):
+                hooks.enter_context(child.register_forward_hook(note_output, with_kwargs=True))
+        last = decoder(torch.arange(4, device=model.device)[None], use_cache=False).last_hidden_state
 
     def weight(module: nn.Module) -> Tensor | None:
         return norm_weight(module, last.shape[-1], model.dtype) if module in seen else None
