@@ -81,11 +81,10 @@ _ROWS: ContextVar[_Rows | None] = ContextVar("rows", default=None)
 
 
 @contextmanager
-def _adapted(places: Tensor, device: torch.device) -> Iterator[None]:
-    """Let adapted layers use these adapters, ``[b]`` int64, for the rows of their inputs; −1 uses none."""
-    rows = (places >= 0).nonzero().flatten()
+def _adapted(places: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Let adapted layers use these adapters, ``[b]`` int64, for the rows of their inputs; −1, or None, uses none."""
     found = None
-    if len(rows):
+    if places is not None and len(rows := (places >= 0).nonzero().flatten()):
         found = _Rows(None if len(rows) == len(places) else rows.to(device), places[rows].to(device))
     token = _ROWS.set(found)
     try:
@@ -102,9 +101,8 @@ def by_slot(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def adapted(drafter: Drafter, slots: Tensor, *args: Any, **keywords: Any) -> Any:
-        if drafter.adapters is None:
-            return method(drafter, slots, *args, **keywords)
-        with _adapted(drafter.slot_adapters[slots.cpu()], drafter.draft_vocab.device):
+        places = None if drafter.adapters is None else drafter.slot_adapters[slots.cpu()]
+        with _adapted(places, drafter.draft_vocab.device):
             return method(drafter, slots, *args, **keywords)
 
     return cast(_Method, adapted)
@@ -115,10 +113,9 @@ def by_request(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def adapted(drafter: Drafter, batch: Any, *args: Any, **keywords: Any) -> Any:
-        codes = batch.get(("sequence", "adapter"), None)
-        if drafter.adapters is None or codes is None:
-            return method(drafter, batch, *args, **keywords)
-        with _adapted(drafter.adapters.places(codes), drafter.draft_vocab.device):
+        adapters, codes = drafter.adapters, batch.get(("sequence", "adapter"), None)
+        places = None if adapters is None or codes is None else adapters.places(codes)
+        with _adapted(places, drafter.draft_vocab.device):
             return method(drafter, batch, *args, **keywords)
 
     return cast(_Method, adapted)
