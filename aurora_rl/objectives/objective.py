@@ -131,8 +131,7 @@ class Objective(LossModule):
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """Return the settings that a configuration may give, each with its type."""
-        not_settings = ("drafter", "head", "reduction")
-        return {name: kind for name, kind in settings_of(cls).items() if name not in not_settings}
+        return {name: kind for name, kind in settings_of(cls).items() if name not in ("drafter", "head", "reduction")}
 
     @classmethod
     def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:

@@ -141,8 +141,7 @@ class TreeLaw:
 
     def joint(self, ratio: Tensor) -> Tensor:
         """Return the product of a ratio over the path to each node and all earlier siblings along it, ``[M]``."""
-        siblings = before(self.context, ratio.log()).exp()
-        return self.trees.path_products(ratio * siblings)
+        return self.trees.path_products(ratio * before(self.context, ratio.log()).exp())
 
 
 def _acceptance(rule: Tensor, p: Tensor, q: Tensor, row: Tensor, context: Tensor) -> Tensor:
