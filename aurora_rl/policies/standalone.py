@@ -272,8 +272,7 @@ class StandaloneDrafter(Drafter):
         trees = TreeIndex.of(chains)
         states = self._states(chains, trees, trees.depth == 0)
         logits = HeadLogits(states, self.lm_head.weight)
-        same_width = states.shape[1] == self._target_width
-        return Unroll([logits] * steps, valid, [states] * steps if same_width else None)
+        return Unroll([logits] * steps, valid, [states] * steps if states.shape[1] == self._target_width else None)
 
     @override
     def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:

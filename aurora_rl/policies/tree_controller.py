@@ -213,7 +213,6 @@ class TreeController:
             return
         if nodes is not None and whole:
             self._kept += (nodes / whole - self._kept) / min(self._timed[_DRAFTER] + 1, _RECENT)
-        plain = self._seconds(self.plain, occupied, 0)
         accepted = below + sum(outcome in ("likeliest", "sibling") for path in outcomes for outcome in path)
         tokens = 1 + accepted / occupied
         self._below += (below / max(len(outcomes), 1) - self._below) / _RECENT
@@ -222,7 +221,7 @@ class TreeController:
         # Time that the best shape without the drafter would have taken for as many tokens. A profit is not saved up,
         # and a long loss is not held for ever against weights to come.
         instead = tokens / self._rate(self._rest(occupied), occupied)
-        self._lost, limit = max(self._lost + spent - instead, 0.0), _LOSS * plain
+        self._lost, limit = max(self._lost + spent - instead, 0.0), _LOSS * self._seconds(self.plain, occupied, 0)
         if self._lost > limit:
             self._lost = limit
             if not self._doubted:  # again only once drafting has paid: what is measured from here on is to count
@@ -266,8 +265,7 @@ class TreeController:
                 each / self._seconds(shape, occupied, count * occupied)
                 for each, count in zip(tokens, nodes, strict=True)
             )
-        nodes_each = self._kept * shape.num_nodes
-        return self._tokens(shape) / self._seconds(shape, occupied, nodes_each * occupied)
+        return self._tokens(shape) / self._seconds(shape, occupied, self._kept * shape.num_nodes * occupied)
 
     def _tokens(self, shape: TreeShape) -> float:
         reach = tokens = 1.0

@@ -228,18 +228,17 @@ def naming_drafters(
     Raises:
         ModelError: That of the block, or in its place one that says what to do with the drafter.
     """
-    kind = None
     try:
         yield
+        return
     except ModelError:
-        kind = _drafter_in(Path(model).expanduser())
-        if kind is None:
+        if (kind := _drafter_in(Path(model).expanduser())) is None:
             raise
-    if kind is not None:  # not within the block, where the loaders' own texts would be its context
-        raise ModelError(
-            f"cannot load model {os.fspath(model)!r}: the folder holds a drafter ({kind.__name__}); give it as "
-            f"{drafter_key}, and as {target_key} the language model that it drafts for"
-        )
+    # Not within the block, where the loaders' own texts would be its context.
+    raise ModelError(
+        f"cannot load model {os.fspath(model)!r}: the folder holds a drafter ({kind.__name__}); give it as "
+        f"{drafter_key}, and as {target_key} the language model that it drafts for"
+    )
 
 
 def _drafter_in(folder: Path) -> type[Drafter] | None:
