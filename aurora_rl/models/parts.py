@@ -104,10 +104,7 @@ class TargetParts:
 
 
 def _few_rows(weight: Tensor) -> Tensor:
-    """Return 64 to 127 rows of a weight, spread evenly, as bfloat16 and float16 both represent them, on the CPU.
-
-    A weight of fewer rows gives all of them.
-    """
+    """Return 64 to 127 rows of a weight, or all of fewer, as bfloat16 and float16 both represent them, on the CPU."""
     rows = weight.reshape(-1, *weight.shape[-1:])  # a scalar is a row too
     # float16 has fewer digits of small weights than bfloat16.
     return rows[:: max(len(rows) // 64, 1)].to("cpu", torch.bfloat16).half().bfloat16()

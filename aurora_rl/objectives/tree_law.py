@@ -85,7 +85,6 @@ class TreeLaw:
         alone: Chance that each node would be accepted as the first of its siblings, ``[M]``; None if not asked for.
         below: Whether the drafter's probability of each node's token is below the served one, ``[M]`` bool.
         needs_q: Whether the rule of each node looks at the drafter's distribution, ``[M]`` bool.
-        without: See above.
     """
 
     def __init__(

@@ -177,11 +177,8 @@ class DFlashDrafter(Drafter):
     def _fill(self, tokens: Tensor, positions: Tensor, context: list[KeysValues], mask: Tensor) -> Tensor:
         """Return what the head reads at each depth, ``[r, A, W - 1, H]``, by one pass over blocks.
 
-        Args:
-            tokens: Tokens of the roots, ``[r, A]`` int64.
-            positions: Positions of the roots, ``[r, A]`` int64.
-            context: Keys and values of each layer, ``[r, S, g, d]``.
-            mask: Context positions that each anchor sees, ``[r, A, S]`` bool.
+        Tokens and positions ``[r, A]`` int64 are the roots'. Of the context there are keys and values ``[r, S, g, d]``
+        for each layer, and a mask ``[r, A, S]`` bool of what an anchor sees.
         """
         block = F.pad(tokens[..., None], (0, self.block_size - 1), value=self.mask_token_id)
         hidden = F.embedding(block, self.embedding).to(self.fc.weight.dtype)

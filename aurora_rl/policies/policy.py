@@ -323,11 +323,7 @@ class DrafterPolicy(TensorDictModuleBase):
             draft[name][rows] = getattr(both, name)
 
     def _write(self, draft: dict[str, Tensor], slots: Tensor, proposal: Proposal) -> None:
-        """Check the trees and write them to the rows of ``draft``.
-
-        Raises:
-            ValueError: Verification, or the record of it, would stumble over a tree; none is written then.
-        """
+        """Write the trees to the rows of ``draft``; none, but ValueError, if verification would stumble over one."""
         tokens, parents, log_probs, q, mask = proposal
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         shapes = [tuple(part.shape) for part in (tokens, parents, log_probs, mask)]

@@ -322,14 +322,9 @@ def _text(last: Tensor, size: int, rows: slice) -> Tensor:
 
 
 def _text_and_path(last: Tensor, size: int, itself: Tensor, end: Tensor, rows: slice) -> Tensor:
-    """Return the mask ``[b, t, S + N]`` of some nodes, which see the text up to ``last`` and their path.
+    """Return the mask ``[b, t, S + N]`` of some nodes, which see the text up to ``last`` ``[b, T]`` and their path.
 
-    Args:
-        last: Last token of the text that a node sees, ``[b, T]``.
-        size: Tokens of the text, ``S``.
-        itself: Number of a node among those of its text, ``[b, T]``.
-        end: One past the last node of the subtree of each node, ``[b, N]``.
-        rows: Nodes of the mask.
+    ``itself`` ``[b, T]`` is a node's number among those of its text, ``end`` ``[b, N]`` one past its subtree's last.
     """
     text, node = (torch.arange(count, device=end.device) for count in (size, end.shape[1]))
     itself, end = itself[:, rows, None], end[:, None]

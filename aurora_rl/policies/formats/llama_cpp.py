@@ -215,11 +215,7 @@ def _frequency_factors(config: Any) -> Tensor:
 def _vocabulary(
     target_gguf: Path, drafter: Eagle3Drafter
 ) -> Iterator[tuple[str, Any, GGUFValueType, GGUFValueType | None]]:
-    """Yield the fields of the target's file that are about its vocabulary.
-
-    Raises:
-        ValueError: The file is of another target, or no GGUF. Broken files raise others of the reader's.
-    """
+    """Yield the fields of the target's file that are about its vocabulary; errors are those of ``_BROKEN``."""
     fields = GGUFReader(target_gguf).fields
     architecture = fields["general.architecture"].contents()
     found = {
