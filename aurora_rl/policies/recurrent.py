@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from typing_extensions import override
 
 from aurora_kernels.rows import log_softmax
+from aurora_rl.models.kv_cache import rows_of
 from aurora_rl.policies.adapters import by_request, by_slot
 from aurora_rl.policies.attention import KeysValues, TreeAttention
 from aurora_rl.policies.by_rows import by_rows
@@ -149,11 +150,8 @@ class RecurrentDrafter(Drafter):
         return [cache[slot] for cache in self._cache]
 
     def _sequence(self, slots: Tensor, end: int) -> KeysValues:
-        # All slots in order, the usual case, are read through a view.
-        everyone = slots.tolist() == list(range(self._cache[0].shape[0]))
-        rows = slots.to(self._cache[0].device)
-        keys, values = (cache[:, :end] if everyone else cache[rows, :end] for cache in self._cache)
-        return keys, values
+        rows = rows_of(slots, self._cache[0].device)
+        return self._cache[0][rows, :end], self._cache[1][rows, :end]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.embedding).to(self.fc.weight.dtype)
