@@ -158,9 +158,8 @@ def grouped_attention(
         mask = attention_mask.seen
     else:
         before = key.shape[2] - query.shape[2] if attention_mask is None else 0
-        prefix = torch.full((len(query),), before, device=query.device)
         seen = None if attention_mask is None else attention_mask[:, 0].expand(len(query), -1, -1)
-        mask = TreeMask(prefix, seen)
+        mask = TreeMask(torch.full((len(query),), before, device=query.device), seen)
     if isinstance(mask, TextAndTrees):
         out = tree_training_attention(query, key, value, *mask, scale=scaling)
     else:

@@ -99,15 +99,11 @@ class TargetParts:
         for name, weight in [*weights, *((name, self.parameters[name]) for name in sorted(self.parameters))]:
             if name in ("scale", "softcap"):  # numbers that only their names tell apart
                 found.update(name.encode())
-            found.update(_few_rows(weight).contiguous().view(torch.int16).numpy().tobytes())
+            rows = weight.reshape(-1, *weight.shape[-1:])  # a scalar is a row too
+            # 64 to 127 of them, as both 16-bit dtypes have them: float16 has fewer digits of small weights.
+            few = rows[:: max(len(rows) // 64, 1)].to("cpu", torch.bfloat16).half().bfloat16()
+            found.update(few.contiguous().view(torch.int16).numpy().tobytes())
         return found.hexdigest()
-
-
-def _few_rows(weight: Tensor) -> Tensor:
-    """Return 64 to 127 rows of a weight, or all of fewer, as bfloat16 and float16 both represent them, on the CPU."""
-    rows = weight.reshape(-1, *weight.shape[-1:])  # a scalar is a row too
-    # float16 has fewer digits of small weights than bfloat16.
-    return rows[:: max(len(rows) // 64, 1)].to("cpu", torch.bfloat16).half().bfloat16()
 
 
 def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dict[str, Tensor], bool]:
@@ -207,8 +203,7 @@ def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> set[str]:
             own[name][:, weight.shape[1] :] = weight
             copied.add(name)
     for output in _OUTPUTS:
-        part = output.partition(".")[0]
-        if not copied.issuperset(name for name in _PROJECTIONS if name.startswith(part)):
+        if not copied.issuperset(name for name in _PROJECTIONS if name.startswith(output.partition(".")[0])):
             own[output].zero_()
     return copied
 

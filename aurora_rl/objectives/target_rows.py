@@ -96,11 +96,10 @@ def context_rows(
     """
     prompt = batch["sequence", "prompt_length"]
     count = batch["sequence", "offset"].diff() - prompt
-    first = count.cumsum(0) - count
     rounds, nodes = slice(trees.num_rounds), slice(trees.num_rounds, None)
     request = trees.request[rounds]
     # The first row of a request belongs to its last prompt token; a root's pair is the token before it.
-    row = first[request] + trees.root[rounds] + 1 - (prompt[request] - 1)
+    row = (count.cumsum(0) - count)[request] + trees.root[rounds] + 1 - (prompt[request] - 1)
     return torch.cat(
         [target_rows(batch, hidden)[row[wanted[rounds]]], target_rows(batch, node_hidden)[wanted[nodes]]], dim=0
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,14 +70,8 @@ class Adapters:
         return self.codes(self.names)
 
 
-class _Rows(NamedTuple):
-    """Rows of a pass that have an adapter, ``[n]`` int64, None if all have one; and which, ``[n]`` int64."""
-
-    rows: Tensor | None
-    adapter: Tensor
-
-
-_ROWS: ContextVar[_Rows | None] = ContextVar("rows", default=None)
+# Rows of a pass that have an adapter, ``[n]`` int64, None if all have one; and which each has, ``[n]`` int64.
+_ROWS: ContextVar[tuple[Tensor | None, Tensor] | None] = ContextVar("rows", default=None)
 
 
 @contextmanager
@@ -85,7 +79,7 @@ def _adapted(places: Tensor | None, device: torch.device) -> Iterator[None]:
     """Let adapted layers use these adapters, ``[b]`` int64, for the rows of their inputs; −1, or None, uses none."""
     found = None
     if places is not None and len(rows := (places >= 0).nonzero().flatten()):
-        found = _Rows(None if len(rows) == len(places) else rows.to(device), places[rows].to(device))
+        found = None if len(rows) == len(places) else rows.to(device), places[rows].to(device)
     token = _ROWS.set(found)
     try:
         yield

@@ -391,9 +391,8 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> No
 
 def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 'd2t'") -> None:
     """Raise ValueError about ``name`` unless tokens of draft rows, ``[Vd]`` int64, rise and lie in the vocabulary."""
-    outside = (draft_vocab < 0) | (draft_vocab >= vocab_size)
-    if bool(outside.any()):
-        row = int(outside.nonzero()[0])
+    if len(outside := ((draft_vocab < 0) | (draft_vocab >= vocab_size)).nonzero()):
+        row = int(outside[0])
         raise ValueError(
             f"{name} points outside the target's vocabulary of {vocab_size}: row {row} is token "
             f"{int(draft_vocab[row])}; was it written for another target, or does it hold ids in place of offsets?"
@@ -402,8 +401,7 @@ def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 
     if bool((count > 1).any()):
         token = int(known[count > 1][0])
         raise ValueError(f"{name} gives token {token} more than one row; every row needs a token of its own")
-    falls = (draft_vocab.diff() < 0).nonzero().flatten()
-    if len(falls):
+    if len(falls := (draft_vocab.diff() < 0).nonzero()):
         row = int(falls[0])
         raise ValueError(
             f"{name} is not rising: row {row} is token {int(draft_vocab[row])}, row {row + 1} token "

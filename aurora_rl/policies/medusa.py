@@ -147,8 +147,7 @@ class MedusaDrafter(Drafter):
     @torch.inference_mode()
     @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        rows = torch.arange(len(slots), device=features.device)
-        last = features[rows, (num_new - 1).to(features.device)]
+        last = features[torch.arange(len(slots), device=features.device), (num_new - 1).to(features.device)]
         self._state[slots.to(self._state.device)] = last.to(self._state.dtype)
         self.cached[slots] += num_new
 

@@ -364,8 +364,7 @@ class Learner:
         """Keep the drafter that was published last, and the newest before it."""
         if self._keep:
             self._save_drafter(self._versions / str(self.version))
-            folders = sorted(self._versions.glob("[0-9]*"), key=lambda folder: int(folder.name))
-            for folder in folders[: -self._keep]:
+            for folder in sorted(self._versions.glob("[0-9]*"), key=lambda each: int(each.name))[: -self._keep]:
                 shutil.rmtree(folder, ignore_errors=True)
         self.outputs.failures.pop("the version", None)
 

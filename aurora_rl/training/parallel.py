@@ -343,8 +343,7 @@ def _in_groups(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     found: dict[str, Any] = {"optimizers": [type(optimizer).__name__ for optimizer in optimizers]}
     for number, optimizer in enumerate(optimizers):
         for index, group in enumerate(optimizer.param_groups):
-            numbers = sum(parameter.numel() for parameter in group["params"])
-            for name, value in {**group, "params": numbers}.items():
+            for name, value in {**group, "params": sum(p.numel() for p in group["params"])}.items():
                 found[f"optimizers[{number}].param_groups[{index}].{name}"] = value
     return found
 

@@ -249,8 +249,7 @@ def _drafter_in(folder: Path) -> type[Drafter] | None:
         kind = recognized(config)
     except (OSError, ValueError):
         return None
-    takes_any = kind.recognizes({"architectures": ["ForCausalLM"]})
-    return None if takes_any and OWN_NAME not in config else kind
+    return None if kind.recognizes({"architectures": ["ForCausalLM"]}) and OWN_NAME not in config else kind
 
 
 def _class_of(config: Mapping[str, Any], kind: type[Drafter] | None) -> type[Drafter]:

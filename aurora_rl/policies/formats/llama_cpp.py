@@ -183,9 +183,8 @@ def _add_settings(writer: GGUFWriter, drafter: Eagle3Drafter) -> None:
 def _add_tensors(writer: GGUFWriter, drafter: Eagle3Drafter) -> None:
     kind = _TYPES[drafter.fc.weight.dtype][1]
     for name, tensor in _renamed(drafter):
-        data = tensor.float().cpu().numpy()
         stored = kind if tensor.dim() > 1 else GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(data, stored), raw_dtype=stored)
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().cpu().numpy(), stored), raw_dtype=stored)
     writer.add_tensor("d2t", drafter.draft_vocab.cpu().numpy())  # ids here, and no offsets as elsewhere
 
 

@@ -78,12 +78,6 @@ def write_eagle3(drafter: Eagle3Drafter, format: str) -> Checkpoint:
     return Checkpoint(tensors, entries)
 
 
-def is_eagle3(entries: Mapping[str, Any]) -> bool:
-    """Return whether a ``config.json`` is an EAGLE-3's; the authors' own files name Llama and a draft vocabulary."""
-    name = (entries.get("architectures") or [""])[0]
-    return "Eagle3" in name or (name == "LlamaForCausalLM" and "draft_vocab_size" in entries)
-
-
 def read_eagle3(
     checkpoint: Checkpoint, parts: TargetParts, format: str, attention: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
