@@ -44,8 +44,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """``[out, in]``, unpacked at every call unless it was kept: some attention reads weights by itself."""
-        kept = self._parameters.get("weight")
-        if kept is not None:
+        if (kept := self._parameters.get("weight")) is not None:
             return kept
         assert self.packed is not None
         return self.packed.to_dense()
@@ -57,8 +56,7 @@ class PackedLinear(nn.Module):
 
     def repack(self) -> None:
         """Pack the plain weight anew, if it was kept; one of another dtype or device is left plain."""
-        kept = self._parameters.get("weight")
-        if kept is not None:
+        if (kept := self._parameters.get("weight")) is not None:
             # A packed weight that was made in inference mode could not be copied outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 self.packed = self.pack(kept.detach()) if _is_packable(kept) else None
@@ -88,8 +86,7 @@ class PackedLinear(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
-        kept = self._parameters.get("weight")
-        if kept is not None:
+        if (kept := self._parameters.get("weight")) is not None:
             if kept.requires_grad and torch.is_grad_enabled():
                 return nn.functional.linear(x, kept, self.bias)
             if self._packed_from is None or self._packed_from[0] is not kept or self._packed_from[1] != writes_to(kept):
@@ -295,8 +292,7 @@ def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> No
     """
     pack = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for name, child in list(model.named_children()):
-        norm = _fused_norm(child)
-        if norm is not None:
+        if (norm := _fused_norm(child)) is not None:
             setattr(model, name, norm)
         # Not subclasses, which may return more than a product, as routers do.
         elif pack and type(child) is nn.Linear and _is_packable(child.weight):

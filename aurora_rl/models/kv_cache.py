@@ -174,14 +174,10 @@ class SlotCache(_KeysAndValuesOnly):
             ]
         firsts = [part.slots[:, None].to(part.columns.device) * self.columns for part in parts]
         self._flat = self.pack(*(first + part.columns for first, part in zip(firsts, parts, strict=True))).flatten()
-        self._views = [
-            (
-                rows_of(part.slots, part.columns.device),
-                part.end,
-                None if part.order is None else part.order + first[:, None],
-            )
-            for first, part in zip(firsts, parts, strict=True)
-        ]
+        self._views = []
+        for first, part in zip(firsts, parts, strict=True):
+            order = None if part.order is None else part.order + first[:, None]
+            self._views.append((rows_of(part.slots, part.columns.device), part.end, order))
 
     @override
     def update(

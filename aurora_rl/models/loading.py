@@ -143,8 +143,7 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the ids that end an answer, ascending, of generation config and tokenizer: either may lack some."""
-    config = model.generation_config
-    declared = config.eos_token_id if config is not None else None
+    declared = getattr(model.generation_config, "eos_token_id", None)
     ids = {declared} if isinstance(declared, int) else set(declared or ())
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)

@@ -58,8 +58,7 @@ def target_rows(batch: TensorDictBase, hidden: NestedKey = ("sequence", "hidden"
         >>> target_rows(batch, ("nodes", "hidden"))[torch.tensor([0, 2])]["hidden"].shape
         torch.Size([2, 16])
     """
-    keys = target_keys(batch, hidden)
-    if not keys:
+    if not (keys := target_keys(batch, hidden)):
         raise KeyError(
             f"the batch has neither {hidden} nor {', '.join(TOPK_ENTRIES)} next to it; record with an engine that "
             "gives the target's hidden states, or its likeliest tokens"

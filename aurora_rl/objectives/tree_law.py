@@ -78,7 +78,6 @@ class TreeLaw:
         alone: Whether to compute :attr:`alone`.
 
     Attributes:
-        trees: Index of the contexts.
         context: Context that each node was drawn from, among those that nodes were drawn from, ``[M]`` int64.
         log_q: Log-probability of each draw given its earlier siblings, ``[M]``, with gradients.
         acceptance: Chance that each node is accepted given the drawn tree, if its parent is, ``[M]``, with gradients.

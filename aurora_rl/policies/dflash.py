@@ -150,8 +150,7 @@ class DFlashDrafter(Drafter):
         self.fc.weight[:, -size:] += torch.eye(size)
         if parts.norm is not None:
             self.norm.weight.copy_(parts.norm)
-        read_by = last.get("input_layernorm.weight")
-        if read_by is not None:
+        if (read_by := last.get("input_layernorm.weight")) is not None:
             self.hidden_norm.weight.copy_(read_by)
         for layer in self.layers:
             copied, own = copy_layer(layer, last), dict(layer.named_parameters())

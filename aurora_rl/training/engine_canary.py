@@ -247,8 +247,7 @@ class EngineCanary:
             trial.draw(here)
             self._publish_window(trial)
         elif verdict is None and not waits and self._arrived > _PATIENCE * self._rules.requests * len(here):
-            verdict = trial.miss(here)
-            if verdict is None:
+            if (verdict := trial.miss(here)) is None:
                 self._publish_window(trial)
         if verdict is not None:
             self._end(trial, verdict, publish)

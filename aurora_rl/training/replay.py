@@ -132,10 +132,8 @@ class NewestTrajectories(ListStorage):
     def parted(self, trajectories: Sequence[TensorDictBase]) -> tuple[list[TensorDictBase], list[TensorDictBase]]:
         """Return those of these very objects that are here, and those that are not."""
         here = {id(each) for each in self._storage}
-        parts: tuple[list[TensorDictBase], list[TensorDictBase]] = ([], [])
-        for each in trajectories:
-            parts[id(each) not in here].append(each)
-        return parts
+        held = [each for each in trajectories if id(each) in here]
+        return held, [each for each in trajectories if id(each) not in here]
 
     def newest(self, most: int) -> list[int]:
         """Return the places of the newest trajectories, as many of each engine as there are.

@@ -128,18 +128,8 @@ def load_drafter(
 ) -> Drafter:
     """Read a drafter for a target, in float32. From then on it is this target's, see ``Drafter.trained_for``.
 
-    Its adapters stay in the folder, for ``peft.read_adapters``.
-
-    Args:
-        source: Folder, or id of a repository on the Hugging Face hub.
-        parts: Frozen pieces of the target.
-        kind: Class of the drafter; None takes the one that recognizes ``config.json``.
-        format: One of the class's ``formats``; None takes the first.
-        options: ``drafter.options``, see ``Drafter.read``.
-        trained_for: "target" refuses a folder that names other weights than the target's. "any" takes it, for example
-            for a later state of the target.
-        revision: Branch, tag or commit of a repository; None takes its main branch.
-        token: Token of the hub; None takes the one that ``hf auth login`` stored, False sends none.
+    Its adapters stay in the folder, for ``peft.read_adapters``. ``kind`` is the drafter's class; None takes that which
+    recognizes ``config.json``. Other arguments are those of ``Drafter.from_pretrained``.
 
     Raises:
         CheckpointError: Files are missing or broken, or the drafter was made for another target. The message names the
