@@ -30,8 +30,17 @@ register_drafter = DRAFTERS.register
 """Decorator that makes a drafter's class available by a name, as in ``drafter.name``: :meth:`Registry.register`."""
 
 
-get_drafter = DRAFTERS.get
-"""Return a drafter's class by its name, an entry point, or ``package.module:Class``: :meth:`Registry.get`."""
+def get_drafter(name: str) -> type[Drafter]:
+    """Return the class of a drafter by its name, an entry point, or ``package.module:Class``.
+
+    Raises:
+        ValueError: No drafter has the name, or it names no drafter; the message names the nearest.
+
+    Example:
+        >>> get_drafter("medusa").__name__
+        'MedusaDrafter'
+    """
+    return DRAFTERS.get(name)
 
 
 def names_drafter(text: str) -> bool:
