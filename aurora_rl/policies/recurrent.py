@@ -206,7 +206,6 @@ class RecurrentDrafter(Drafter):
         embedding = self._embed(tokens[every, inside])
         keep = column < count[:, None]
 
-        logits: list[Tensor] = []
         states, valid, branch = [], [], None
         x, residual = x[every, inside], residual[every, inside]
         carried = residual
@@ -220,9 +219,8 @@ class RecurrentDrafter(Drafter):
             seen = partial(_text, inside - step, pairs)
             carried = self._carried(self._learn(x, residual, inside, sequence, seen, branch))
             states.append(self._read_by_head(carried[keep]))
-            logits.append(HeadLogits(states[-1], self._head_weight))
             valid.append(((column >= step) & (pair >= step))[keep])
-        return Unroll(logits, torch.stack(valid), states)
+        return Unroll([HeadLogits(each, self._head_weight) for each in states], torch.stack(valid), states)
 
     def _learn(
         self,
