@@ -9,6 +9,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # The window of tokens that is decoded again with each new one begins anew when it is this long, with the last few.
 _WINDOW, _CONTEXT = 16, 8
+# Byte of each character in which byte-level vocabularies write their tokens.
 _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
@@ -33,7 +34,6 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> tuple[str, li
     piece = str(tokenizer.convert_ids_to_tokens(token))
     if len(piece) == 6 and piece.startswith("<0x"):
         return text, [int(piece[3:5], 16)]
-    # Byte-level vocabularies write a byte as a character of its own.
     if all(character in _BYTE_OF for character in piece):
         return text, [_BYTE_OF[character] for character in piece]
     return text, None

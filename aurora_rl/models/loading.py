@@ -50,7 +50,7 @@ class ModelError(ValueError):
 
 
 def embedded_model_path() -> Path:
-    """Return the folder of the embedded target, converting it at the first call; stderr tells the steps.
+    """Return the folder of the embedded target. The first call converts it, and prints the steps on stderr.
 
     It has config, bf16 safetensors (270 MB), tokenizer and chat template. It lies in ``$AURORA_RL_CACHE``, by default
     ``aurora_rl`` under ``$XDG_CACHE_HOME`` or ``~/.cache``. Processes may call this at the same time.

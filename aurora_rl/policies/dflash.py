@@ -177,8 +177,8 @@ class DFlashDrafter(Drafter):
     def _fill(self, tokens: Tensor, positions: Tensor, context: list[KeysValues], mask: Tensor) -> Tensor:
         """Return what the head reads at each depth, ``[r, A, W - 1, H]``, by one pass over blocks.
 
-        Tokens and positions ``[r, A]`` int64 are the roots'. Of the context there are keys and values ``[r, S, g, d]``
-        for each layer, and a mask ``[r, A, S]`` bool of what an anchor sees.
+        Tokens and positions ``[r, A]`` int64 are those of the roots. ``context`` has each layer's keys and values,
+        ``[r, S, g, d]``, and ``mask`` ``[r, A, S]`` bool says which of them an anchor sees.
         """
         block = F.pad(tokens[..., None], (0, self.block_size - 1), value=self.mask_token_id)
         hidden = F.embedding(block, self.embedding).to(self.fc.weight.dtype)

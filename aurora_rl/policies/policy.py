@@ -322,7 +322,7 @@ class DrafterPolicy(TensorDictModuleBase):
             draft[name][rows] = getattr(both, name)
 
     def _write(self, draft: dict[str, Tensor], slots: Tensor, proposal: Proposal) -> None:
-        """Write the trees to the rows of ``draft``; none, but ValueError, if verification would stumble over one."""
+        """Write the trees to the rows of ``draft``; ValueError, and none is written, if one cannot be verified."""
         tokens, parents, log_probs, q, mask = proposal
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         shapes = [tuple(part.shape) for part in (tokens, parents, log_probs, mask)]

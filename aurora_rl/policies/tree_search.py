@@ -86,8 +86,8 @@ class TopKSearch:
 
     def proposal(self) -> Proposal:
         """Return the trees."""
-        columns = (torch.cat(each, dim=1) for each in zip(*self._depths, strict=True))
-        return best_first(*columns, num_nodes=self._shape.num_nodes)
+        tokens, parents, log_probs, joint = (torch.cat(each, dim=1) for each in zip(*self._depths, strict=True))
+        return best_first(tokens, parents, log_probs, joint, self._shape.num_nodes)
 
 
 class SampledSearch:
