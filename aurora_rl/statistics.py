@@ -75,7 +75,7 @@ class PairedTest:
             wealth + math.log1p(math.tanh(effect * x))
             for wealth, effect in zip(self._log_wealth, _EFFECTS, strict=True)
         ]
-        self.rejected = self.rejected or self.evidence >= self._threshold
+        self.rejected = self.evidence >= self._threshold
 
     @property
     def evidence(self) -> float:

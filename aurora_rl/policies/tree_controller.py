@@ -213,8 +213,7 @@ class TreeController:
             return
         if nodes is not None and whole:
             self._kept += (nodes / whole - self._kept) / min(self._timed[_DRAFTER] + 1, _RECENT)
-        accepted = below + sum(outcome in ("likeliest", "sibling") for path in outcomes for outcome in path)
-        tokens = 1 + accepted / occupied
+        tokens = 1 + (below + sum(map(_accepted, outcomes))) / occupied
         self._below += (below / max(len(outcomes), 1) - self._below) / _RECENT
         # Each kind at its pace: that the machine holds rounds up is no loss. A catch-up of the drafter's cache is.
         spent = seconds if self._run == 1 else self._seconds(shape, occupied, whole if nodes is None else nodes)
@@ -335,7 +334,7 @@ def observe_round(
         found = [verifier["accepted"][slot][mask[slot]].tolist() for slot in judged_slots.nonzero().flatten()]
     judged = [path[: shape.depth] for path in outcomes]
     # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
-    below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
+    below = sum(map(_accepted, outcomes)) - sum(map(_accepted, judged))
     controller.observe(shape, occupied, seconds, judged, below, found, int(done["draft", "mask"].sum()))
 
 

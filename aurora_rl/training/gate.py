@@ -79,11 +79,10 @@ def replay(
         require_replayable(rule_of_code(int(trajectory["sampling", "rule"])))
         if (hidden := trajectory.get(("sequence", "hidden"), None)) is not None:
             check_features(trajectory, drafter.feature_layers, hidden.shape[-1])
-    longest = max(len(t["sequence", "tokens"]) for t in trajectories)
+    ends = torch.tensor([len(t["sequence", "tokens"]) for t in trajectories])
     features = trajectories[0]["sequence", "features"]
     device = drafter.draft_vocab.device
-    store = ContextStore(n, longest + 1, features.shape[-1], 0, features.dtype, device)
-    ends = torch.tensor([len(t["sequence", "tokens"]) for t in trajectories])
+    store = ContextStore(n, int(ends.max()) + 1, features.shape[-1], 0, features.dtype, device)
     for slot, trajectory in enumerate(trajectories):
         store.start(slot, trajectory["sequence", "tokens"].to(device))
         store.features[slot, : ends[slot] - 1] = trajectory["sequence", "features"].to(device)
