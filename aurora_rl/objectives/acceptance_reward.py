@@ -295,8 +295,13 @@ def _leave_one_out(context: Tensor, below: Tensor, needs_q: Tensor) -> Tensor:
 
 def _standardised(trees: TreeIndex, below: Tensor) -> Tensor:
     """Standardise each node's branch value by mean and standard deviation over the branches of its root."""
-    first = trees.depth[trees.num_rounds :] == 1
-    root, value = trees.parent[first], below[first]
+    depth, parent = trees.depth[trees.num_rounds :], trees.parent
+    branch = torch.arange(len(depth), device=depth.device)
+    for level in range(2, int(depth.max()) + 1):
+        here = (depth == level).nonzero().flatten()
+        branch[here] = branch[parent[here] - trees.num_rounds]
+    top = (depth == 1).nonzero().flatten()
+    root, value = parent[top], below[top]
 
     def mean(of: Tensor) -> Tensor:
         """Average over the branches of each root, at each branch."""
@@ -305,5 +310,6 @@ def _standardised(trees: TreeIndex, below: Tensor) -> Tensor:
 
     # The mean is taken off before squaring: the difference of two mean squares is noise where branches are alike.
     apart = value - mean(value)
-    # Trees lie depth-first: the nodes of a branch follow its first.
-    return (apart / (mean(apart**2).sqrt() + 1e-6))[first.cumsum(0) - 1]
+    score = torch.zeros_like(below)
+    score[top] = apart / (mean(apart**2).sqrt() + 1e-6)
+    return score[branch]
