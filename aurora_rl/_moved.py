@@ -107,6 +107,12 @@ MOVED = {
         "register_rule", "settle")},
     **{f"{home}.{old}": f"{home}.{new}" for home, names in _RENAMED.items() for old, new in names.items()},
 }  # fmt: skip
+_OF_TREE_INDEX = {
+    "completion_requests": "aurora_rl.tree_index.completion_columns",
+    "completion_tokens": "aurora_rl.objectives.windows",
+    "path_products, subtree_sums": "aurora_rl.tree_index.TreeIndex",
+    "windows": "aurora_rl.objectives.windows.by_window",
+}
 # Of modules that moved, the public names that their new module lacks, and what has them or is in their place.
 ELSEWHERE = {
     "answers": {"Answers": "aurora_rl.serving.requests.RequestQueue"},
@@ -126,10 +132,8 @@ ELSEWHERE = {
     "collectors.guard": {"Guard": "aurora_rl.collectors.relay.Relay"},
     "collectors.hello": {"Hello": "aurora_rl.collectors.handshake.Handshake"},
     "collectors.weight_scheme": {"ZMQWeightSyncScheme": "aurora_rl.collectors.weights.WeightPublisher"},
-    "cli.config_canary": {"CanaryConfig": "aurora_rl.cli.config.CanaryConfig"},
-    "cli.config_drafter": {"DrafterConfig": "aurora_rl.cli.config.DrafterConfig"},
-    "cli.config_fleet": {"FleetConfig": "aurora_rl.cli.config.FleetConfig"},
-    "cli.config_privacy": {"PrivacyConfig": "aurora_rl.cli.config.PrivacyConfig"},
+    **{f"cli.config_{name.lower()}": {f"{name}Config": f"aurora_rl.cli.config.{name}Config"} for name in (
+        "Canary", "Drafter", "Fleet", "Privacy")},
     "config": {
         "ControlConfig": "aurora_rl.cli.config.BaselineConfig", "ConfigError": "aurora_rl.cli.errors",
     },
@@ -149,20 +153,12 @@ ELSEWHERE = {
     },
     "objectives.contexts": {
         "SAMPLING_KEYS": "aurora_rl.objectives.objective", "SPINE_KEYS": "aurora_rl.tree_index.SEQUENCE_KEYS",
-        "completion_requests": "aurora_rl.tree_index.completion_columns",
-        "completion_tokens": "aurora_rl.objectives.windows",
-        "path_products, subtree_sums": "aurora_rl.tree_index.TreeIndex",
-        "windows": "aurora_rl.objectives.windows.by_window",
+        **_OF_TREE_INDEX,
     },
     "objectives.settings": {"check": "aurora_rl.settings.check_values"},
     "objectives.draws": {"Draws": "aurora_rl.objectives.tree_law.TreeLaw"},
     "objectives.target": {"beside": "aurora_rl.objectives.target_rows.sibling_key"},
-    "objectives.tree_index": {
-        "completion_requests": "aurora_rl.tree_index.completion_columns",
-        "completion_tokens": "aurora_rl.objectives.windows",
-        "path_products, subtree_sums": "aurora_rl.tree_index.TreeIndex",
-        "windows": "aurora_rl.objectives.windows.by_window",
-    },
+    "objectives.tree_index": _OF_TREE_INDEX,
     "policies.growth": {
         "Growth": "aurora_rl.policies.tree_search.grow", "TopKGrowth": "aurora_rl.policies.tree_search.TopKSearch",
         "SampledGrowth": "aurora_rl.policies.tree_search.SampledSearch",

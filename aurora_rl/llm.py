@@ -229,13 +229,12 @@ class LLM:
 
         Closing the iterator drops what is not complete.
         """
-        return self._chunks(self._requests(prompts, sampling_params))
-
-    def _chunks(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        requests = self._requests(prompts, sampling_params)
         texts = [Detokenizer(self.tokenizer, request.sampling_params.stop) for request in requests]
-        for index, new, done in self._serve(requests):
-            text = texts[index].feed(new)
-            yield Chunk(index, text if done is None else text + texts[index].finish(), new, done)
+        return (
+            Chunk(index, texts[index].feed(new) + ("" if done is None else texts[index].finish()), new, done)
+            for index, new, done in self._serve(requests)
+        )
 
     @torch.inference_mode(False)
     @torch.enable_grad()
@@ -271,8 +270,7 @@ class LLM:
         done = list(completions) if isinstance(completions, Iterable) else [completions]
         if strangers := [each for each in done if not isinstance(each, Completion)]:
             raise ValueError(f"completions has a {_kind(strangers[0])}; give what llm.generate(...) returned")
-        stream = [each.trajectory for each in done if each.trajectory is not None]
-        if not stream:
+        if not (stream := [each.trajectory for each in done if each.trajectory is not None]):
             raise ValueError("no completion has a trajectory to learn from; make the LLM with record=True")
         if all(len(each["sequence", "tokens"]) < 3 for each in stream):  # the first has no feature before it
             raise ValueError(

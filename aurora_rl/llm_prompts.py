@@ -85,8 +85,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptType) -> Ten
         if any(key in each and "role" not in each for each in objects):
             raise ValueError(f"an object with {key!r} is no prompt; give {fix}")
     if objects and parts is prompt:
-        turns = [dict(part) if isinstance(part, Mapping) else part for part in prompt]
-        messages = chat_messages(turns, by="LLM")
+        messages = chat_messages([dict(part) if isinstance(part, Mapping) else part for part in prompt], by="LLM")
         check_texts(messages)
         return torch.tensor(encode_chat(tokenizer, messages), dtype=torch.int64)
     with contextlib.suppress(TypeError, ValueError, RuntimeError):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aurora_rl.tenants import is_salt_of
+from aurora_rl.tenants import tenant_of_salt
 
 
 class _Kept(NamedTuple):
@@ -90,7 +90,7 @@ class PrefixCache:
 
     def delete(self, tenant: str) -> int:
         """Drop the rows that a tenant's requests left, and return of how many texts they were."""
-        kept = [each for each in self._kept if not is_salt_of(tenant, each.salt)]
+        kept = [each for each in self._kept if tenant_of_salt(each.salt) != tenant]
         deleted, self._kept = len(self._kept) - len(kept), kept
         self.num_tokens = sum(len(each.text) for each in kept)
         return deleted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from statistics import fmean, pstdev
 from typing import Any, NamedTuple
 
@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 # pair that the machine held up must not cost all evidence.
 _EFFECTS = (0.1, 0.3, 0.9, 2.7)
 _LARGEST = 3.0
+
+FIGURES = ("acceptance_length", "tokens_per_second")
+"""Figures by which new weights are compared with old ones. Of each, more is better."""
 
 
 def mean_interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -72,7 +75,7 @@ class PairedTest:
             wealth + math.log1p(math.tanh(effect * x))
             for wealth, effect in zip(self._log_wealth, _EFFECTS, strict=True)
         ]
-        self.rejected = self.rejected or self.evidence >= self._threshold
+        self.rejected = self.evidence >= self._threshold
 
     @property
     def evidence(self) -> float:
@@ -80,11 +83,49 @@ class PairedTest:
         return fmean(map(math.exp, self._log_wealth))
 
 
+@dataclass(slots=True)
+class TrialSums:
+    """Sums over what was served with some weights.
+
+    Attributes:
+        tokens: Tokens delivered.
+        rounds: Rounds that delivered them, each counted for every slot that took part.
+        seconds: Seconds that they took; None if somebody did not say it.
+        requests: Requests, if they are counted.
+    """
+
+    tokens: int = 0
+    rounds: int = 0
+    seconds: float | None = 0.0
+    requests: int = 0
+
+    def add(self, more: TrialSums) -> None:
+        """Add what was served with the same weights since."""
+        self.tokens, self.rounds = self.tokens + more.tokens, self.rounds + more.rounds
+        self.seconds = None if self.seconds is None or more.seconds is None else self.seconds + more.seconds
+        self.requests += more.requests
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Tokens per round and per second, those that are known, by the names of :data:`FIGURES`."""
+        return {name: self.tokens / n for name, n in zip(FIGURES, (self.rounds, self.seconds), strict=True) if n}
+
+
 class FigurePair(NamedTuple):
     """A figure of the old weights and of the new ones."""
 
     old: float
     new: float
+
+
+def figure_pairs(old: TrialSums, new: TrialSums) -> dict[str, FigurePair]:
+    """Return the figures that are known of both.
+
+    Example:
+        >>> figure_pairs(TrialSums(tokens=6, rounds=3, seconds=2.0), TrialSums(tokens=4, rounds=1, seconds=None))
+        {'acceptance_length': FigurePair(old=2.0, new=4.0)}
+    """
+    return {name: FigurePair(before, new.figures[name]) for name, before in old.figures.items() if name in new.figures}
 
 
 class LossTest:

@@ -68,13 +68,3 @@ def tenant_of_salt(salt: str | None) -> str | None:
         ('a', None, None, None)
     """
     return None if salt is None or _JOINT not in salt else salt.partition(_JOINT)[0] or None
-
-
-def is_salt_of(tenant: str, salt: str | None) -> bool:
-    """Return whether a salt of :func:`joint_salt` is a tenant's.
-
-    Example:
-        >>> is_salt_of("a", joint_salt("a", "x")), is_salt_of("a", joint_salt(None, "a@x"))
-        (True, False)
-    """
-    return salt is not None and salt.startswith(tenant + _JOINT)

@@ -263,9 +263,7 @@ def validate(trajectory: TensorDictBase, *, vocab_size: int, feature_size: int, 
 def _are_depth_first(parents: Tensor, above: Tensor) -> bool:
     """Return whether each node's parent is the last node before it that is one level higher, and no level is skipped.
 
-    Args:
-        parents: Parents within the trees, ``[M]`` int64, −1 at the first level.
-        above: Their places among all nodes, ``[M]`` int64.
+    Parents ``[M]`` int64 are −1 at the first level of a tree; ``above`` are their places among all nodes.
     """
     depth, place = depths(torch.where(parents < 0, -1, above)[None])[0], torch.arange(len(parents))
     by_depth = (depth * len(parents) + place).sort().values

@@ -171,16 +171,14 @@ def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, 
         can be drafted: nothing can be drafted from the first token of a text, which has no feature before it.
     """
     offset, prompt = batch["sequence", "offset"], batch["sequence", "prompt_length"]
-    count = offset.diff() - prompt
-    device, total = offset.device, int(count.sum())
-    request = torch.repeat_interleave(torch.arange(len(count), device=device), count)
-    first, place = (count.cumsum(0) - count)[request], torch.arange(total, device=device)
+    count, (request, column) = offset.diff() - prompt, completion_columns(batch)
+    device, place = offset.device, torch.arange(len(request), device=offset.device)
     # Completion token c is predicted, at step 0, from the anchor one position before it.
-    anchor = prompt[request] - 1 + place - first
-    length = (first + count[request] - place).clamp(max=steps)
+    anchor = prompt[request] - 1 + column
+    length = (count[request] - column).clamp(max=steps)
     start = torch.cat([length.new_zeros(1), length.cumsum(0)])
     step = torch.arange(int(start[-1]), device=device) - torch.repeat_interleave(start[:-1], length)
-    token = offset[request] + prompt[request] + place - first  # place of each completion token in the packed sequence
+    token = offset[request] + prompt[request] + column  # place of each completion token in the packed sequence
     tokens = batch["sequence", "tokens"][token[torch.repeat_interleave(place, length) + step]]
     request_offset = torch.cat([count.new_zeros(1), count.cumsum(0)])
     chains = TensorDict(
@@ -193,6 +191,6 @@ def true_chains(batch: TensorDictBase, steps: int) -> tuple[TensorDict, Tensor, 
     )
     depth = torch.arange(steps, device=device)[:, None]
     from_anchor = place - depth
-    there = from_anchor >= first
+    there = column >= depth
     node = torch.where(there, start[from_anchor.clamp(min=0)] + depth, -1)
     return chains, node, there & (anchor[from_anchor.clamp(min=0)] >= 1)

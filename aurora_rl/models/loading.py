@@ -49,22 +49,18 @@ class ModelError(ValueError):
     """A target that is missing or cannot be loaded; the message names it, what was tried and the cure."""
 
 
-def embedded_model_path(progress: bool = True) -> Path:
-    """Return the folder of the embedded target, converting it at the first call.
+def embedded_model_path() -> Path:
+    """Return the folder of the embedded target. The first call converts it, and prints the steps on stderr.
 
     It has config, bf16 safetensors (270 MB), tokenizer and chat template. It lies in ``$AURORA_RL_CACHE``, by default
     ``aurora_rl`` under ``$XDG_CACHE_HOME`` or ``~/.cache``. Processes may call this at the same time.
-
-    Args:
-        progress: Whether to print the steps of a conversion on stderr.
 
     Raises:
         ModelError: The package that carries the model is not installed, or holds no single GGUF file.
     """
     gguf = _embedded_gguf()
-    version = importlib.metadata.version(_PACKAGE)
-    folder = _cache_folder() / f"smollm2-135m-instruct-{version}-r{_RECIPE}"
-    return _build_once(folder, lambda scratch: _convert(gguf, scratch, progress))
+    folder = _cache_folder() / f"smollm2-135m-instruct-{importlib.metadata.version(_PACKAGE)}-r{_RECIPE}"
+    return _build_once(folder, lambda scratch: _convert(gguf, scratch))
 
 
 def load_target(
@@ -147,8 +143,7 @@ def default_dtype(device: str | torch.device) -> torch.dtype:
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the ids that end an answer, ascending, of generation config and tokenizer: either may lack some."""
-    config = model.generation_config
-    declared = config.eos_token_id if config is not None else None
+    declared = getattr(model.generation_config, "eos_token_id", None)
     ids = {declared} if isinstance(declared, int) else set(declared or ())
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
@@ -218,10 +213,9 @@ def _check_bare(model: str, cure: str) -> None:
     half a minute.
     """
     try:
-        cached = isinstance(try_to_load_from_cache(model, "config.json"), str)
+        if isinstance(try_to_load_from_cache(model, "config.json"), str):
+            return
     except HFValidationError:  # the loaders say what is wrong with it
-        return
-    if cached:
         return
     if near := nearest(model, [DEFAULT_TARGET]):
         raise ModelError(f"cannot load model {model!r}: no such folder or embedded model; did you mean {near!r}?")
@@ -278,13 +272,12 @@ def _build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _convert(gguf: Path, folder: Path, progress: bool) -> None:
+def _convert(gguf: Path, folder: Path) -> None:
     """Write the model in a GGUF file as a Hugging Face folder."""
     start, stream = time.perf_counter(), sys.stderr  # bound now: the name is redirected while transformers works
 
     def say(line: str) -> None:
-        if progress:
-            print(f"aurora-rl: {line}", file=stream, flush=True)
+        print(f"aurora-rl: {line}", file=stream, flush=True)
 
     say(f"preparing {gguf.name} (once; kept in {folder.parent.parent})")
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # de-quantising has a bar of its own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,18 +99,11 @@ class TargetParts:
         for name, weight in [*weights, *((name, self.parameters[name]) for name in sorted(self.parameters))]:
             if name in ("scale", "softcap"):  # numbers that only their names tell apart
                 found.update(name.encode())
-            found.update(_few_rows(weight).contiguous().view(torch.int16).numpy().tobytes())
+            rows = weight.reshape(-1, *weight.shape[-1:])  # a scalar is a row too
+            # 64 to 127 of them, as both 16-bit dtypes have them: float16 has fewer digits of small weights.
+            few = rows[:: max(len(rows) // 64, 1)].to("cpu", torch.bfloat16).half().bfloat16()
+            found.update(few.contiguous().view(torch.int16).numpy().tobytes())
         return found.hexdigest()
-
-
-def _few_rows(weight: Tensor) -> Tensor:
-    """Return 64 to 127 rows of a weight, spread evenly, as bfloat16 and float16 both represent them, on the CPU.
-
-    A weight of fewer rows gives all of them.
-    """
-    rows = weight.reshape(-1, *weight.shape[-1:])  # a scalar is a row too
-    # float16 has fewer digits of small weights than bfloat16.
-    return rows[:: max(len(rows) // 64, 1)].to("cpu", torch.bfloat16).half().bfloat16()
 
 
 def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dict[str, Tensor], bool]:
@@ -132,17 +126,11 @@ def _norms(model: PreTrainedModel, layer: nn.Module) -> tuple[Tensor | None, dic
 
     # NanoChat's norms of heads have no weight that tells their width, so their inputs are noted too.
     head_norms = [module for name, module in layer.named_modules() if name in _HEAD_NORMS]
-    hooks = [
-        child.register_forward_hook(note_output, with_kwargs=True)
-        for child in (*decoder.children(), *layer.children(), *head_norms)
-        if not isinstance(child, nn.ModuleList)
-    ]
-    try:
-        with torch.no_grad():
-            last = decoder(torch.arange(4, device=model.device)[None], use_cache=False).last_hidden_state
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), ExitStack() as hooks:
+        for child in (*decoder.children(), *layer.children(), *head_norms):
+            if not isinstance(child, nn.ModuleList):
+                hooks.enter_context(child.register_forward_hook(note_output, with_kwargs=True))
+        last = decoder(torch.arange(4, device=model.device)[None], use_cache=False).last_hidden_state
 
     def weight(module: nn.Module) -> Tensor | None:
         return norm_weight(module, last.shape[-1], model.dtype) if module in seen else None
@@ -215,8 +203,7 @@ def copy_layer(layer: nn.Module, last: Mapping[str, Tensor]) -> set[str]:
             own[name][:, weight.shape[1] :] = weight
             copied.add(name)
     for output in _OUTPUTS:
-        part = output.partition(".")[0]
-        if not copied.issuperset(name for name in _PROJECTIONS if name.startswith(part)):
+        if not copied.issuperset(name for name in _PROJECTIONS if name.startswith(output.partition(".")[0])):
             own[output].zero_()
     return copied
 

@@ -133,11 +133,8 @@ def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     # Not the first ids alone: a padding token may have an embedding of zeros, and logits of zeros tell nothing.
     tokens = torch.arange(1, 5, device=model.device)[None] * max((vocab - 1) // 4, 1) % vocab
     read: list[Any] = []
-    handle = decoder_of(model).register_forward_hook(lambda module, args, out: read.append(out))
-    try:
+    with decoder_of(model).register_forward_hook(lambda module, args, out: read.append(out)):
         logits = model(tokens, use_cache=False).logits
-    finally:
-        handle.remove()
     if not hasattr(read[-1] if read else None, "last_hidden_state"):  # the decoder is called in another way
         read.append(decoder_of(model)(tokens, use_cache=False))
     return read[-1].last_hidden_state, logits

@@ -153,11 +153,10 @@ class AcceptanceRewardLoss(Objective):
         drafted = batch["rounds", "offset"].diff() > 0
         fresh = self._fresh(batch["rounds", "policy_version"], drafted)
         valid = drafted & fresh
-        tree = torch.repeat_interleave(batch["rounds", "offset"].diff())
         metrics = {
             "expected_accepted": self.mean(trees.subtree_sums(reach.detach())[rounds], valid),
             "accepted": self.mean(trees.subtree_sums(accepted)[rounds], valid),
-            "ratio": self.mean(ratio, fresh[tree]),
+            "ratio": self.mean(ratio, fresh[torch.repeat_interleave(batch["rounds", "offset"].diff())]),
             "stale": self.mean((~fresh).to(reach.dtype), drafted),
         }
         return Values(-trees.subtree_sums(gain)[rounds][None], gain.new_ones(()), valid[None], metrics)

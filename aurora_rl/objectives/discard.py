@@ -135,13 +135,11 @@ class DiscardSamplingLoss(DistillationObjective):
     @torch.no_grad()
     def _weights(self, batch: TensorDictBase, trees: TreeIndex) -> Tensor:
         """Return the weight of each node, ``[M]``."""
-        depth = trees.depth[trees.num_rounds :]
         if self.weighting != "reach":
-            precise = torch.promote_types(self.head.weight.dtype, torch.float32)
-            return (self.decay if self.weighting == "decay" else 1.0) ** depth.to(precise)
+            depth = trees.depth[trees.num_rounds :].to(torch.promote_types(self.head.weight.dtype, torch.float32))
+            return (self.decay if self.weighting == "decay" else 1.0) ** depth
         rows = context_rows(batch, trees, trees.drawn_from, self.tensor_keys.hidden, self.tensor_keys.node_hidden)
-        log_p = token_log_probs(rows, self.head, trees.context, batch["nodes", "tokens"])
-        return trees.path_products(log_p.exp())
+        return trees.path_products(token_log_probs(rows, self.head, trees.context, batch["nodes", "tokens"]).exp())
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,12 @@ from aurora_rl.tree_index import SEQUENCE_KEYS
 class DistillationObjective(Objective):
     """An objective that compares the drafter's distribution with the target's, by default along the committed text.
 
+    Arguments that are not named here are those of :class:`Objective`.
+
     Args:
-        drafter: Drafter whose parameters learn.
-        head: The target's output head, frozen; a weight ``[V, H]`` stands for a plain one.
         renormalize: Whether the target's distribution is renormalised over the draft vocabulary.
         target: "model" for the target's distribution at temperature 1. "served" for that of each request, after its
             temperature, min-p, top-k and top-p; it is a point mass if the request was decoded greedily.
-        weight: Factor on the loss.
-        reduction: Reduction over the positions: "mean", "sum" or "none".
 
     Raises:
         ValueError: An unknown target.

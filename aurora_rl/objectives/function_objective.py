@@ -121,7 +121,7 @@ class FunctionObjective(DistillationObjective):
                 log_p = read(slice(start, part.stop + steps - 1)).to(log_q.dtype)
                 log_p = by_window([log_p] * steps)[:, : part.stop - start]
                 agrees = log_q.gather(-1, argmax(log_p)[..., None])[..., 0] >= log_q.amax(-1)
-            return *self._call(log_p, log_q, _some(windows, part)), agrees
+            return *self._call(log_p, log_q, Windows(*(each[..., part] for each in windows))), agrees
 
         # The layout of `by_window`, step by step: rows of two steps need not have one width.
         shifted = [torch.cat([each[j:], torch.zeros_like(each[:j])]).split(size) for j, each in enumerate(states)]
@@ -141,11 +141,6 @@ class FunctionObjective(DistillationObjective):
                 f"{list(value.shape)} and {mask.dtype} {list(mask.shape)}"
             )
         return value, mask
-
-
-def _some(windows: Windows, part: slice) -> Windows:
-    """Return some of the windows."""
-    return Windows(windows.rows[:, part], windows.request[part], windows.valid[:, part])
 
 
 @cache

@@ -16,11 +16,7 @@ from aurora_kernels import Target
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.objectives.comparison import row_log_probs
 from aurora_rl.objectives.distillation import DistillationObjective
-from aurora_rl.objectives.divergences import (
-    Divergence,
-    get_divergence,
-    wants_renormalized,
-)
+from aurora_rl.objectives.divergences import Divergence, get_divergence, wants_renormalized
 from aurora_rl.objectives.objective import Values
 from aurora_rl.objectives.registry import register_objective
 from aurora_rl.objectives.target_rows import target_rows
@@ -157,14 +153,10 @@ class ImitationLoss(DistillationObjective):
         target's distribution, of which :meth:`log_probs` returns all.
         """
         if self.weighting == "expected_length":
-            return expected_length_weights(self._log_q_of_text(batch, unroll), unroll.valid)
+            row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
+            log_q = torch.stack([row_log_probs(logits, row) for logits in unroll.logits])
+            return expected_length_weights(log_q, unroll.valid)
         return self.decay ** torch.arange(len(unroll.logits), dtype=torch.float32, device=unroll.valid.device)[:, None]
-
-    @torch.no_grad()
-    def _log_q_of_text(self, batch: TensorDictBase, unroll: Unroll) -> Tensor:
-        """Return the log-probability of every completion token at every step, ``[J, C]``; −inf if it has no row."""
-        row = draft_rows(self.drafter.draft_vocab, completion_tokens(batch))
-        return torch.stack([row_log_probs(logits, row) for logits in unroll.logits])
 
 
 def _distance(unroll: Unroll, rows: TensorDictBase) -> Tensor:

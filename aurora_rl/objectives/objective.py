@@ -131,8 +131,7 @@ class Objective(LossModule):
     @classmethod
     def settings(cls) -> dict[str, Any]:
         """Return the settings that a configuration may give, each with its type."""
-        not_settings = ("drafter", "head", "reduction")
-        return {name: kind for name, kind in settings_of(cls).items() if name not in not_settings}
+        return {name: kind for name, kind in settings_of(cls).items() if name not in ("drafter", "head", "reduction")}
 
     @classmethod
     def check_served(cls, settings: Mapping[str, Any], shape: TreeShape) -> None:
@@ -331,8 +330,8 @@ class Objective(LossModule):
             fill: Whether rows without any mass in the draft vocabulary are uniform, see :class:`ServedTarget`.
         """
         if greedy:
-            temperature, top_k = torch.zeros(len(request), device=request.device), torch.zeros_like(request)
-            top_p, min_p = torch.ones_like(temperature), torch.zeros_like(temperature)
+            none = torch.zeros(len(request), device=request.device)
+            sampling = [none, torch.zeros_like(request), torch.ones_like(none), none]
         else:
-            temperature, top_k, top_p, min_p = (batch[key][request] for key in SAMPLING_KEYS)
-        return ServedTarget(rows, self.head, self.drafter.draft_vocab, temperature, top_k, top_p, min_p, fill=fill)
+            sampling = [batch[key][request] for key in SAMPLING_KEYS]
+        return ServedTarget(rows, self.head, self.drafter.draft_vocab, *sampling, fill=fill)

@@ -133,10 +133,9 @@ class ServedTarget:
         for few in rows.split(chunk_rows(rows.device, len(self.head), len(rows))):
             logits = target_logits(self.outputs[few], self.head)
             for part in blocks(logits):
-                temperature, top_k, top_p, min_p = (
-                    each[few[part]] for each in (self.temperature, self.top_k, self.top_p, self.min_p)
-                )
-                parts.append(served_log_probs(logits[part], temperature, top_k, top_p, min_p, self.tokens))
+                here = few[part]
+                served = self.temperature[here], self.top_k[here], self.top_p[here], self.min_p[here]
+                parts.append(served_log_probs(logits[part], *served, self.tokens))
         log_p = torch.cat(parts)
         best = log_p.max(-1)
         self._values[rows, 0], self._columns[rows, 0], self._known[rows] = best.values, best.indices, True

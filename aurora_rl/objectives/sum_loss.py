@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 from tensordict import TensorDict, TensorDictBase
@@ -41,11 +40,9 @@ class SumLoss(LossModule):
         super().__init__()
         # In a ModuleList a drafter that all of them share is one module: its parameters are listed once.
         self.objectives = nn.ModuleList(objectives)
-        seen: Counter[str] = Counter()
-        self._suffixes: list[str] = []
-        for objective in objectives:
-            seen[objective.name] += 1
-            self._suffixes.append("" if seen[objective.name] == 1 else f"_{seen[objective.name]}")
+        names = [objective.name for objective in objectives]
+        numbers = (names[: place + 1].count(name) for place, name in enumerate(names))
+        self._suffixes = ["" if number == 1 else f"_{number}" for number in numbers]
 
     def _parts(self) -> list[tuple[Objective, str]]:
         return [(o, s) for o, s in zip(self.objectives, self._suffixes, strict=True) if isinstance(o, Objective)]

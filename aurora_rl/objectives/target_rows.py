@@ -58,8 +58,7 @@ def target_rows(batch: TensorDictBase, hidden: NestedKey = ("sequence", "hidden"
         >>> target_rows(batch, ("nodes", "hidden"))[torch.tensor([0, 2])]["hidden"].shape
         torch.Size([2, 16])
     """
-    keys = target_keys(batch, hidden)
-    if not keys:
+    if not (keys := target_keys(batch, hidden)):
         raise KeyError(
             f"the batch has neither {hidden} nor {', '.join(TOPK_ENTRIES)} next to it; record with an engine that "
             "gives the target's hidden states, or its likeliest tokens"
@@ -96,11 +95,10 @@ def context_rows(
     """
     prompt = batch["sequence", "prompt_length"]
     count = batch["sequence", "offset"].diff() - prompt
-    first = count.cumsum(0) - count
     rounds, nodes = slice(trees.num_rounds), slice(trees.num_rounds, None)
     request = trees.request[rounds]
     # The first row of a request belongs to its last prompt token; a root's pair is the token before it.
-    row = first[request] + trees.root[rounds] + 1 - (prompt[request] - 1)
+    row = (count.cumsum(0) - count)[request] + trees.root[rounds] + 1 - (prompt[request] - 1)
     return torch.cat(
         [target_rows(batch, hidden)[row[wanted[rounds]]], target_rows(batch, node_hidden)[wanted[nodes]]], dim=0
     )

@@ -78,14 +78,12 @@ class TreeLaw:
         alone: Whether to compute :attr:`alone`.
 
     Attributes:
-        trees: Index of the contexts.
         context: Context that each node was drawn from, among those that nodes were drawn from, ``[M]`` int64.
         log_q: Log-probability of each draw given its earlier siblings, ``[M]``, with gradients.
         acceptance: Chance that each node is accepted given the drawn tree, if its parent is, ``[M]``, with gradients.
         alone: Chance that each node would be accepted as the first of its siblings, ``[M]``; None if not asked for.
         below: Whether the drafter's probability of each node's token is below the served one, ``[M]`` bool.
         needs_q: Whether the rule of each node looks at the drafter's distribution, ``[M]`` bool.
-        without: See above.
     """
 
     def __init__(
@@ -141,8 +139,7 @@ class TreeLaw:
 
     def joint(self, ratio: Tensor) -> Tensor:
         """Return the product of a ratio over the path to each node and all earlier siblings along it, ``[M]``."""
-        siblings = before(self.context, ratio.log()).exp()
-        return self.trees.path_products(ratio * siblings)
+        return self.trees.path_products(ratio * before(self.context, ratio.log()).exp())
 
 
 def _acceptance(rule: Tensor, p: Tensor, q: Tensor, row: Tensor, context: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,23 +70,16 @@ class Adapters:
         return self.codes(self.names)
 
 
-class _Rows(NamedTuple):
-    """Rows of a pass that have an adapter, ``[n]`` int64, None if all have one; and which, ``[n]`` int64."""
-
-    rows: Tensor | None
-    adapter: Tensor
-
-
-_ROWS: ContextVar[_Rows | None] = ContextVar("rows", default=None)
+# Rows of a pass that have an adapter, ``[n]`` int64, None if all have one; and which each has, ``[n]`` int64.
+_ROWS: ContextVar[tuple[Tensor | None, Tensor] | None] = ContextVar("rows", default=None)
 
 
 @contextmanager
-def _adapted(places: Tensor, device: torch.device) -> Iterator[None]:
-    """Let adapted layers use these adapters, ``[b]`` int64, for the rows of their inputs; −1 uses none."""
-    rows = (places >= 0).nonzero().flatten()
+def _adapted(places: Tensor | None, device: torch.device) -> Iterator[None]:
+    """Let adapted layers use these adapters, ``[b]`` int64, for the rows of their inputs; −1, or None, uses none."""
     found = None
-    if len(rows):
-        found = _Rows(None if len(rows) == len(places) else rows.to(device), places[rows].to(device))
+    if places is not None and len(rows := (places >= 0).nonzero().flatten()):
+        found = None if len(rows) == len(places) else rows.to(device), places[rows].to(device)
     token = _ROWS.set(found)
     try:
         yield
@@ -102,9 +95,8 @@ def by_slot(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def adapted(drafter: Drafter, slots: Tensor, *args: Any, **keywords: Any) -> Any:
-        if drafter.adapters is None:
-            return method(drafter, slots, *args, **keywords)
-        with _adapted(drafter.slot_adapters[slots.cpu()], drafter.draft_vocab.device):
+        places = None if drafter.adapters is None else drafter.slot_adapters[slots.cpu()]
+        with _adapted(places, drafter.draft_vocab.device):
             return method(drafter, slots, *args, **keywords)
 
     return cast(_Method, adapted)
@@ -115,10 +107,9 @@ def by_request(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def adapted(drafter: Drafter, batch: Any, *args: Any, **keywords: Any) -> Any:
-        codes = batch.get(("sequence", "adapter"), None)
-        if drafter.adapters is None or codes is None:
-            return method(drafter, batch, *args, **keywords)
-        with _adapted(drafter.adapters.places(codes), drafter.draft_vocab.device):
+        adapters, codes = drafter.adapters, batch.get(("sequence", "adapter"), None)
+        places = None if adapters is None or codes is None else adapters.places(codes)
+        with _adapted(places, drafter.draft_vocab.device):
             return method(drafter, batch, *args, **keywords)
 
     return cast(_Method, adapted)

@@ -93,11 +93,9 @@ class TreeAttention(nn.Module):
         group = self.num_heads // self.num_key_heads
         q = self._rotate(self.q_proj(x).view(b, length, self.num_heads, self.head_dim), positions)
         q = q.view(b, length, self.num_key_heads, group, self.head_dim) * self.head_dim**-0.5
-        own = 0 if branch is None else length * branch[0].shape[2]
-        if own <= _FOLD:
+        if branch is None or length * branch[0].shape[2] <= _FOLD:
             out = self._fused(q, sequence, mask, branch)
         else:
-            assert branch is not None
             scores = torch.einsum("btgrd,bsgd->btgrs", q, sequence[0])
             scores = scores.masked_fill(~mask[:, :, None, None], torch.finfo(scores.dtype).min)
             to_own = torch.einsum("btgrd,btjgd->btgrj", q, branch[0])

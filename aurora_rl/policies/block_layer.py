@@ -36,8 +36,7 @@ class BlockAttention(nn.Module):
 
     def keys_values(self, x: Tensor, rotation: Rotation) -> KeysValues:
         """Return rotated keys and values, each ``[..., g, d]``, of inputs ``[..., H]``."""
-        keys = self.k_proj(x).unflatten(-1, (self.num_key_heads, self.head_dim))
-        values = self.v_proj(x).unflatten(-1, (self.num_key_heads, self.head_dim))
+        keys, values = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.k_proj, self.v_proj))
         return rotated(self.k_norm(keys), *rotation), values
 
     def forward(self, x: Tensor, rotation: Rotation, context: KeysValues, mask: Tensor) -> Tensor:

@@ -51,9 +51,37 @@ def measure_rounds(
     def give_up(slot: int, fault: str) -> None:
         raise DrafterError(fault)
 
+    def time_rounds(count: int) -> dict[TreeShape, float]:
+        """Return the seconds of a round of each shape, with so many slots occupied."""
+        waiting = [request] * count
+        env = SpecDecodeEnv(
+            engine,
+            lambda: waiting.pop() if waiting else None,
+            num_nodes=policy.num_nodes,
+            draft_mode=policy.shape.mode,
+            processors=processors,
+            on_completion=lambda completion: waiting.append(completion.request),
+        )
+        td = env.reset()
+        turns = torch.zeros(repeats, len(shapes), dtype=torch.float64)
+        for turn in turns:
+            for i, shape in enumerate(shapes):
+                policy.shape, prefill = shape, engine.prefill_seconds
+                began = time.perf_counter()
+                action = policy(td)
+                if shape.lookup_only:
+                    _fill(action["draft"], shape.num_nodes)
+                _, td = env.step_and_maybe_reset(action)
+                turn[i] = time.perf_counter() - began - (engine.prefill_seconds - prefill)
+        whole = turns.sum(1, keepdim=True)
+        seconds = (turns / whole).median(0).values * whole.median()
+        for slot in engine.store.occupied.tolist():
+            engine.release(slot)
+        return dict(zip(shapes, seconds.tolist(), strict=True))
+
     policy.on_fault = give_up  # until a server takes over
     try:
-        seconds = {n: _time_rounds(engine, policy, [request] * n, shapes, repeats, processors) for n in counts}
+        seconds = {count: time_rounds(count) for count in counts}
     finally:
         for slot in engine.store.occupied.tolist():
             engine.release(slot)
@@ -101,38 +129,3 @@ def _fill(draft: TensorDict, num_nodes: int) -> None:
     """Put as many nodes into every slot's tree as may be looked up: how many are found depends on the text."""
     nodes = torch.arange(num_nodes, device=draft["tokens"].device)
     draft["tokens"][:, :num_nodes], draft["parents"][:, :num_nodes], draft["mask"][:, :num_nodes] = nodes, -1, True
-
-
-def _time_rounds(
-    engine: Engine,
-    policy: DrafterPolicy,
-    waiting: list[Request],
-    shapes: Sequence[TreeShape],
-    repeats: int,
-    processors: Callable[[Request], LogitsProcessorList] | None,
-) -> dict[TreeShape, float]:
-    """Return the seconds of a round of each shape, with as many slots occupied as there are requests."""
-    env = SpecDecodeEnv(
-        engine,
-        lambda: waiting.pop() if waiting else None,
-        num_nodes=policy.num_nodes,
-        draft_mode=policy.shape.mode,
-        processors=processors,
-        on_completion=lambda completion: waiting.append(completion.request),
-    )
-    td = env.reset()
-    turns = torch.zeros(repeats, len(shapes), dtype=torch.float64)
-    for turn in turns:
-        for i, shape in enumerate(shapes):
-            policy.shape, prefill = shape, engine.prefill_seconds
-            began = time.perf_counter()
-            action = policy(td)
-            if shape.lookup_only:
-                _fill(action["draft"], shape.num_nodes)
-            _, td = env.step_and_maybe_reset(action)
-            turn[i] = time.perf_counter() - began - (engine.prefill_seconds - prefill)
-    whole = turns.sum(1, keepdim=True)
-    seconds = (turns / whole).median(0).values * whole.median()
-    for slot in engine.store.occupied.tolist():
-        engine.release(slot)
-    return dict(zip(shapes, seconds.tolist(), strict=True))

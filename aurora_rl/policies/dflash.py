@@ -21,6 +21,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from typing_extensions import override
 
 from aurora_kernels.rows import log_softmax
+from aurora_rl.models.kv_cache import rows_of
 from aurora_rl.models.parts import TargetParts, copy_layer, layer_config, target_entries
 from aurora_rl.policies.attention import KeysValues
 from aurora_rl.policies.block_layer import BlockLayer, Rotation
@@ -99,12 +100,12 @@ class DFlashDrafter(Drafter):
         self.config, self.feature_layers, self.vocab_size = config, tuple(feature_layers), config.vocab_size
         self.num_target_layers, self.block_size, self.mask_token_id = num_target_layers, block_size, mask_token_id
         self.max_depth = block_size - 1
-        own = {"num_layers": config.num_hidden_layers, "block_size": block_size, "mask_token_id": mask_token_id}
-        self.options = own
+        layers = config.num_hidden_layers
+        self.options = {"num_layers": layers, "block_size": block_size, "mask_token_id": mask_token_id}
         self.fc = nn.Linear(len(feature_layers) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # A list to type checkers, which cannot know what a ModuleList holds.
-        self.layers = cast(list[BlockLayer], nn.ModuleList(BlockLayer(config) for _ in range(config.num_hidden_layers)))
+        self.layers = cast(list[BlockLayer], nn.ModuleList(BlockLayer(config) for _ in range(layers)))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rotary = [Qwen3RotaryEmbedding(config)]  # in a list: no submodule, so no buffers in checkpoints
         self.register_buffer("embedding", embedding, persistent=False)
@@ -149,8 +150,7 @@ class DFlashDrafter(Drafter):
         self.fc.weight[:, -size:] += torch.eye(size)
         if parts.norm is not None:
             self.norm.weight.copy_(parts.norm)
-        read_by = last.get("input_layernorm.weight")
-        if read_by is not None:
+        if (read_by := last.get("input_layernorm.weight")) is not None:
             self.hidden_norm.weight.copy_(read_by)
         for layer in self.layers:
             copied, own = copy_layer(layer, last), dict(layer.named_parameters())
@@ -177,11 +177,8 @@ class DFlashDrafter(Drafter):
     def _fill(self, tokens: Tensor, positions: Tensor, context: list[KeysValues], mask: Tensor) -> Tensor:
         """Return what the head reads at each depth, ``[r, A, W - 1, H]``, by one pass over blocks.
 
-        Args:
-            tokens: Tokens of the roots, ``[r, A]`` int64.
-            positions: Positions of the roots, ``[r, A]`` int64.
-            context: Keys and values of each layer, ``[r, S, g, d]``.
-            mask: Context positions that each anchor sees, ``[r, A, S]`` bool.
+        Tokens and positions ``[r, A]`` int64 are those of the roots. ``context`` has each layer's keys and values,
+        ``[r, S, g, d]``, and ``mask`` ``[r, A, S]`` bool says which of them an anchor sees.
         """
         block = F.pad(tokens[..., None], (0, self.block_size - 1), value=self.mask_token_id)
         hidden = F.embedding(block, self.embedding).to(self.fc.weight.dtype)
@@ -224,9 +221,7 @@ class DFlashDrafter(Drafter):
         held = self.cached[slots]
         end = int(held.max())
         rows, held = slots.to(self._root.device), held.to(self._root.device)
-        # All slots in order, the usual case, are read through a view.
-        everyone = slots.tolist() == list(range(len(self._root)))
-        at = (slice(None) if everyone else rows, slice(end))
+        at = rows_of(slots, rows.device), slice(end)
         context = [(keys[at], values[at]) for keys, values in self._cache]
         mask = torch.arange(end, device=rows.device) < held[:, None, None]
         states = self._fill(self._root[rows, None], held[:, None], context, mask)
@@ -319,10 +314,9 @@ class DFlashDrafter(Drafter):
 def _targets(parts: TargetParts) -> dict[str, Any]:
     """Return the arguments that a drafter shares with its target."""
     head = parts.head.rows()
-    tied = head.data_ptr() == parts.embedding.data_ptr()
     return {
         "embedding": parts.embedding.float(),
-        "head": None if tied else head.float(),
+        "head": None if head.data_ptr() == parts.embedding.data_ptr() else head.float(),
         "num_target_layers": parts.config.num_hidden_layers,
     }
 

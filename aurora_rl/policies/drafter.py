@@ -271,9 +271,8 @@ class Drafter(HubMixin, nn.Module, ABC):
         wanted[contexts[valid]] = True
         predicted = self.context_logits(chains, trees, wanted)
         rows = (wanted.cumsum(0) - 1).clamp(min=0)[contexts]
-        if isinstance(predicted, HeadLogits):
-            return Unroll([predicted.some(row) for row in rows], valid)
-        return Unroll([predicted[row] for row in rows], valid)
+        some = predicted.some if isinstance(predicted, HeadLogits) else predicted.__getitem__
+        return Unroll([some(row) for row in rows], valid)
 
     def score(self, batch: TensorDictBase) -> Tensor:
         """Return the log-probability of every recorded node given its path, ``[M]`` float, with gradients.
@@ -285,8 +284,7 @@ class Drafter(HubMixin, nn.Module, ABC):
         log_q = log_softmax(self.context_logits(batch, trees, trees.drawn_from))
         row, nodes = draft_rows(self.draft_vocab, batch["nodes", "tokens"]), slice(trees.num_rounds, None)
         possible = (row >= 0) & (trees.root[nodes] >= 0) & (trees.depth[nodes] <= self.max_depth)
-        picked = log_q[trees.context, row.clamp(min=0)]
-        return torch.where(possible, picked, -torch.inf)
+        return torch.where(possible, log_q[trees.context, row.clamp(min=0)], -torch.inf)
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -387,16 +385,14 @@ def check_weights(expected: dict[str, Tensor], weights: dict[str, Tensor]) -> No
         if weights[name].is_floating_point() != tensor.is_floating_point():
             wanted = "floating-point numbers" if tensor.is_floating_point() else "integers"
             raise ValueError(f"tensor {name!r} is {weights[name].dtype}, this drafter needs {wanted}")
-    unknown = next((name for name in weights if name not in expected), None)
-    if unknown is not None:
-        raise ValueError(f"tensor {unknown!r} is unknown to this drafter; it has {sorted(expected)}")
+    if unknown := [name for name in weights if name not in expected]:
+        raise ValueError(f"tensor {unknown[0]!r} is unknown to this drafter; it has {sorted(expected)}")
 
 
 def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 'd2t'") -> None:
     """Raise ValueError about ``name`` unless tokens of draft rows, ``[Vd]`` int64, rise and lie in the vocabulary."""
-    outside = (draft_vocab < 0) | (draft_vocab >= vocab_size)
-    if bool(outside.any()):
-        row = int(outside.nonzero()[0])
+    if len(outside := ((draft_vocab < 0) | (draft_vocab >= vocab_size)).nonzero()):
+        row = int(outside[0])
         raise ValueError(
             f"{name} points outside the target's vocabulary of {vocab_size}: row {row} is token "
             f"{int(draft_vocab[row])}; was it written for another target, or does it hold ids in place of offsets?"
@@ -405,8 +401,7 @@ def check_draft_vocab(draft_vocab: Tensor, vocab_size: int, name: str = "tensor 
     if bool((count > 1).any()):
         token = int(known[count > 1][0])
         raise ValueError(f"{name} gives token {token} more than one row; every row needs a token of its own")
-    falls = (draft_vocab.diff() < 0).nonzero().flatten()
-    if len(falls):
+    if len(falls := (draft_vocab.diff() < 0).nonzero()):
         row = int(falls[0])
         raise ValueError(
             f"{name} is not rising: row {row} is token {int(draft_vocab[row])}, row {row + 1} token "
@@ -422,6 +417,5 @@ def draft_rows(draft_vocab: Tensor, tokens: Tensor) -> Tensor:
         tensor([ 2, -1,  0])
     """
     order = draft_vocab.argsort()
-    place = torch.searchsorted(draft_vocab[order], tokens).clamp(max=len(draft_vocab) - 1)
-    row = order[place]
+    row = order[torch.searchsorted(draft_vocab[order], tokens).clamp(max=len(draft_vocab) - 1)]
     return torch.where(draft_vocab[row] == tokens, row, -1)

@@ -8,7 +8,7 @@ Parameter names are those of the checkpoints that SGLang loads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,8 @@ class EagleDrafter(RecurrentDrafter):
         super().__init__()
         self.config, self.feature_layers, self.vocab_size = config, tuple(feature_layers), config.vocab_size
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size)
-        self.layers = nn.ModuleList([DraftLayer(config, input_size=config.hidden_size)])
+        # A list to type checkers, which cannot know what a ModuleList holds.
+        self.layers = cast(list[DraftLayer], nn.ModuleList([DraftLayer(config, input_size=config.hidden_size)]))
         self.register_buffer("embedding", embedding, persistent=False)
         self.register_buffer("head", head, persistent=False)
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
@@ -143,9 +144,7 @@ class EagleDrafter(RecurrentDrafter):
     @property
     @override
     def _layer(self) -> DraftLayer:
-        layer = self.layers[0]
-        assert isinstance(layer, DraftLayer)
-        return layer
+        return self.layers[0]
 
     @override
     def _fuse(self, features: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing_extensions import override
 from aurora_rl.models.parts import TargetParts, copy_layer, default_feature_layers, layer_config
 from aurora_rl.policies.drafter import Checkpoint
 from aurora_rl.policies.formats.checks import refuse_own_attention
-from aurora_rl.policies.formats.llama_eagle import is_eagle3, read_eagle3, write_eagle3
+from aurora_rl.policies.formats.llama_eagle import read_eagle3, write_eagle3
 from aurora_rl.policies.recurrent import DraftLayer, RecurrentDrafter
 from aurora_rl.policies.registry import register_drafter
 
@@ -163,7 +163,9 @@ class Eagle3Drafter(RecurrentDrafter):
     @classmethod
     @override
     def recognizes(cls, config: Mapping[str, Any]) -> bool:
-        return is_eagle3(config)
+        # The authors' own files name Llama and a draft vocabulary.
+        name = (config.get("architectures") or [""])[0]
+        return "Eagle3" in name or (name == "LlamaForCausalLM" and "draft_vocab_size" in config)
 
     @classmethod
     @override

@@ -95,11 +95,8 @@ def same(held: Tensor, before: Tensor) -> bool:
     """
     if torch.equal(held, before):
         return True
-    return held.shape == before.shape and torch.equal(_bits(held), _bits(before))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().flatten().contiguous().view(torch.uint8)
+    bits = (each.detach().flatten().contiguous().view(torch.uint8) for each in (held, before))
+    return held.shape == before.shape and torch.equal(*bits)
 
 
 def difference(held: Tensor, published: Tensor) -> str:

@@ -7,6 +7,7 @@ Decoding", 2023), in earlier answers how this target says things (Oliaro et al.,
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from aurora_rl.models.parts import TargetParts
 from aurora_rl.policies.drafter import Drafter, Proposal
 from aurora_rl.policies.registry import register_drafter
 from aurora_rl.policies.tree_shape import TreeShape
-from aurora_rl.tenants import is_salt_of
+from aurora_rl.tenants import tenant_of_salt
 from aurora_rl.tree_index import TreeIndex
 
 # Chosen on answers of the built-in traffic: tokens of the longest context; how many occurrences in earlier answers one
@@ -82,9 +83,9 @@ class EarlierAnswers:
 
     def delete(self, tenant: str) -> int:
         """Forget the answers to a tenant's requests, and return how many they were."""
-        kept = deque(each for each in self._lengths if not is_salt_of(tenant, each[0]))
+        kept = deque(each for each in self._lengths if tenant_of_salt(each[0]) != tenant)
         deleted, self._lengths = len(self._lengths) - len(kept), kept
-        self._texts = {salt: text for salt, text in self._texts.items() if not is_salt_of(tenant, salt)}
+        self._texts = {salt: text for salt, text in self._texts.items() if tenant_of_salt(salt) != tenant}
         self._held = sum(length for _, length in kept)
         return deleted
 
@@ -180,14 +181,12 @@ def ngram_tree(
     tree = Tree([], [], [])
     # (negative chance of the path, order of arrival, parent, token, stated chance of the token, text before it)
     open_nodes: list[tuple[float, int, int, int, float, np.ndarray]] = []
-    arrived, tokens = 0, np.asarray(text, dtype=np.int64)
+    arrivals, tokens = itertools.count(), np.asarray(text, dtype=np.int64)
 
     def grow(parent: int, path: float, before: np.ndarray) -> None:
-        nonlocal arrived
         for token, stated in list(continuations(before, earlier).items())[: shape.width]:
             if (chance := path * stated * _WORTH) >= max(least, _LEAST):
-                heapq.heappush(open_nodes, (-chance, arrived, parent, token, stated, before))
-                arrived += 1
+                heapq.heappush(open_nodes, (-chance, next(arrivals), parent, token, stated, before))
 
     if shape.depth:
         grow(-1, 1.0, tokens)

@@ -147,8 +147,7 @@ class MedusaDrafter(Drafter):
     @torch.inference_mode()
     @override
     def extend(self, slots: Tensor, tokens: Tensor, features: Tensor, num_new: Tensor) -> None:
-        rows = torch.arange(len(slots), device=features.device)
-        last = features[rows, (num_new - 1).to(features.device)]
+        last = features[torch.arange(len(slots), device=features.device), (num_new - 1).to(features.device)]
         self._state[slots.to(self._state.device)] = last.to(self._state.dtype)
         self.cached[slots] += num_new
 
@@ -181,13 +180,11 @@ class MedusaDrafter(Drafter):
         request, column = completion_columns(batch)
         pair = batch["sequence", "prompt_length"][request] - 2 + column  # the pair that predicts the token at step 0
         first, features = _first_pair(batch)[request], batch["sequence", "features"]
-        logits: list[Tensor] = []
-        states, valid = [], []
-        for step in range(min(steps, self.num_heads)):
-            states.append(self._states(step, features[first + (pair - step).clamp(min=0)]))
-            logits.append(HeadLogits(states[-1], self.lm_heads[step].get_parameter("weight")))
-            valid.append((column >= step) & (pair >= step))
-        return Unroll(logits, torch.stack(valid), states)
+        depths = range(min(steps, self.num_heads))
+        states = [self._states(step, features[first + (pair - step).clamp(min=0)]) for step in depths]
+        valid = torch.stack([(column >= step) & (pair >= step) for step in depths])
+        heads = (head.get_parameter("weight") for head in self.lm_heads)
+        return Unroll([HeadLogits(state, head) for state, head in zip(states, heads, strict=False)], valid, states)
 
     @override
     def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:

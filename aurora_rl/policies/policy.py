@@ -20,7 +20,7 @@ from aurora_rl.policies.lookup import EarlierAnswers, Tree, merge_trees, ngram_t
 from aurora_rl.policies.row_budget import RowBudget
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.prefix_cache import PrefixCache
-from aurora_rl.tenants import is_salt_of, tenant_of_salt
+from aurora_rl.tenants import tenant_of_salt
 from aurora_rl.trajectories import DRAFT_MODES
 
 # More pending pairs than this are appended slot by slot: padding every slot to a prompt's length would waste the pass.
@@ -271,7 +271,7 @@ class DrafterPolicy(TensorDictModuleBase):
         """Drop the rows that a tenant's requests left, and those of such requests that ended since the last round."""
         if self.prefix_cache is not None:
             self.prefix_cache.delete(tenant)
-        self._unsaved &= torch.tensor([not is_salt_of(tenant, salt) for salt in self._salts])
+        self._unsaved &= torch.tensor([tenant_of_salt(salt) != tenant for salt in self._salts])
 
     def _fill(self, draft: dict[str, Tensor], slots: Tensor, rows: int | None = None) -> None:
         """Draft for the slots, and read about so many ``rows`` of long texts for it; None reads all.
@@ -279,8 +279,7 @@ class DrafterPolicy(TensorDictModuleBase):
         Rows of the draft stay empty for slots that the drafter fails or has not read to the end.
         """
         try:
-            level = self._catch_up(slots, rows)
-            if len(level):
+            if len(level := self._catch_up(slots, rows)):
                 self._write(draft, level, self.drafter.propose(level, self.shape, self._generator))
         except Exception as error:  # whatever a drafter does, the requests are served
             if len(slots) == 1 or self.on_fault is None:
@@ -323,11 +322,7 @@ class DrafterPolicy(TensorDictModuleBase):
             draft[name][rows] = getattr(both, name)
 
     def _write(self, draft: dict[str, Tensor], slots: Tensor, proposal: Proposal) -> None:
-        """Check the trees and write them to the rows of ``draft``.
-
-        Raises:
-            ValueError: Verification, or the record of it, would stumble over a tree; none is written then.
-        """
+        """Write the trees to the rows of ``draft``; ValueError, and none is written, if one cannot be verified."""
         tokens, parents, log_probs, q, mask = proposal
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         shapes = [tuple(part.shape) for part in (tokens, parents, log_probs, mask)]
@@ -395,8 +390,7 @@ class DrafterPolicy(TensorDictModuleBase):
         if self.prefix_cache is not None:
             self._load_rows(self.prefix_cache, slots[drafter.cached[slots] == 0])
         missing = store.lengths[slots] - 1 - drafter.cached[slots]
-        short = slots[(missing > 0) & (missing <= _SHORT)]
-        if len(short):
+        if len(short := slots[(missing > 0) & (missing <= _SHORT)]):
             self._extend(short, store.lengths[short] - 1 - drafter.cached[short])
         began, budget = time.perf_counter(), self._budget.rows
         left = total = int(missing[missing > _SHORT].sum()) if rows is None else rows

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from typing_extensions import override
 
 from aurora_kernels.rows import log_softmax
+from aurora_rl.models.kv_cache import rows_of
 from aurora_rl.policies.adapters import by_request, by_slot
 from aurora_rl.policies.attention import KeysValues, TreeAttention
 from aurora_rl.policies.by_rows import by_rows
@@ -149,11 +150,8 @@ class RecurrentDrafter(Drafter):
         return [cache[slot] for cache in self._cache]
 
     def _sequence(self, slots: Tensor, end: int) -> KeysValues:
-        # All slots in order, the usual case, are read through a view.
-        everyone = slots.tolist() == list(range(self._cache[0].shape[0]))
-        rows = slots.to(self._cache[0].device)
-        keys, values = (cache[:, :end] if everyone else cache[rows, :end] for cache in self._cache)
-        return keys, values
+        rows = rows_of(slots, self._cache[0].device)
+        return self._cache[0][rows, :end], self._cache[1][rows, :end]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.embedding).to(self.fc.weight.dtype)
@@ -208,7 +206,6 @@ class RecurrentDrafter(Drafter):
         embedding = self._embed(tokens[every, inside])
         keep = column < count[:, None]
 
-        logits: list[Tensor] = []
         states, valid, branch = [], [], None
         x, residual = x[every, inside], residual[every, inside]
         carried = residual
@@ -222,9 +219,8 @@ class RecurrentDrafter(Drafter):
             seen = partial(_text, inside - step, pairs)
             carried = self._carried(self._learn(x, residual, inside, sequence, seen, branch))
             states.append(self._read_by_head(carried[keep]))
-            logits.append(HeadLogits(states[-1], self._head_weight))
             valid.append(((column >= step) & (pair >= step))[keep])
-        return Unroll(logits, torch.stack(valid), states)
+        return Unroll([HeadLogits(each, self._head_weight) for each in states], torch.stack(valid), states)
 
     def _learn(
         self,
@@ -322,14 +318,9 @@ def _text(last: Tensor, size: int, rows: slice) -> Tensor:
 
 
 def _text_and_path(last: Tensor, size: int, itself: Tensor, end: Tensor, rows: slice) -> Tensor:
-    """Return the mask ``[b, t, S + N]`` of some nodes, which see the text up to ``last`` and their path.
+    """Return the mask ``[b, t, S + N]`` of some nodes, which see the text up to ``last`` ``[b, T]`` and their path.
 
-    Args:
-        last: Last token of the text that a node sees, ``[b, T]``.
-        size: Tokens of the text, ``S``.
-        itself: Number of a node among those of its text, ``[b, T]``.
-        end: One past the last node of the subtree of each node, ``[b, N]``.
-        rows: Nodes of the mask.
+    ``itself`` ``[b, T]`` is a node's number among those of its text, ``end`` ``[b, N]`` one past its subtree's last.
     """
     text, node = (torch.arange(count, device=end.device) for count in (size, end.shape[1]))
     itself, end = itself[:, rows, None], end[:, None]

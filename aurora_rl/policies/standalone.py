@@ -74,9 +74,7 @@ class Branches(NamedTuple):
         last = offset.diff()[trees.request] - 1
         spelled = batch["sequence", "tokens"][offset[trees.request] + torch.minimum(position, last)]
         same = (position <= last)[len(rounds) :] & (spelled[len(rounds) :] == batch["nodes", "tokens"])
-        on_text = torch.cat([torch.ones_like(rounds, dtype=torch.bool), same])
-        for _ in levels:
-            on_text = on_text & on_text[above]
+        on_text = torch.cat([torch.ones_like(rounds, dtype=torch.bool), trees.path_products(same.float()) > 0])
         leaves, needed = torch.where(on_text, position, 0), wanted & ~on_text
         for _ in levels:
             leaves = torch.where(on_text, position, leaves[above])
@@ -272,8 +270,7 @@ class StandaloneDrafter(Drafter):
         trees = TreeIndex.of(chains)
         states = self._states(chains, trees, trees.depth == 0)
         logits = HeadLogits(states, self.lm_head.weight)
-        same_width = states.shape[1] == self._target_width
-        return Unroll([logits] * steps, valid, [states] * steps if same_width else None)
+        return Unroll([logits] * steps, valid, [states] * steps if states.shape[1] == self._target_width else None)
 
     @override
     def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:

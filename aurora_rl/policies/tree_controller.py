@@ -213,16 +213,14 @@ class TreeController:
             return
         if nodes is not None and whole:
             self._kept += (nodes / whole - self._kept) / min(self._timed[_DRAFTER] + 1, _RECENT)
-        plain = self._seconds(self.plain, occupied, 0)
-        accepted = below + sum(outcome in ("likeliest", "sibling") for path in outcomes for outcome in path)
-        tokens = 1 + accepted / occupied
+        tokens = 1 + (below + sum(map(_accepted, outcomes))) / occupied
         self._below += (below / max(len(outcomes), 1) - self._below) / _RECENT
         # Each kind at its pace: that the machine holds rounds up is no loss. A catch-up of the drafter's cache is.
         spent = seconds if self._run == 1 else self._seconds(shape, occupied, whole if nodes is None else nodes)
         # Time that the best shape without the drafter would have taken for as many tokens. A profit is not saved up,
         # and a long loss is not held for ever against weights to come.
         instead = tokens / self._rate(self._rest(occupied), occupied)
-        self._lost, limit = max(self._lost + spent - instead, 0.0), _LOSS * plain
+        self._lost, limit = max(self._lost + spent - instead, 0.0), _LOSS * self._seconds(self.plain, occupied, 0)
         if self._lost > limit:
             self._lost = limit
             if not self._doubted:  # again only once drafting has paid: what is measured from here on is to count
@@ -266,8 +264,7 @@ class TreeController:
                 each / self._seconds(shape, occupied, count * occupied)
                 for each, count in zip(tokens, nodes, strict=True)
             )
-        nodes_each = self._kept * shape.num_nodes
-        return self._tokens(shape) / self._seconds(shape, occupied, nodes_each * occupied)
+        return self._tokens(shape) / self._seconds(shape, occupied, self._kept * shape.num_nodes * occupied)
 
     def _tokens(self, shape: TreeShape) -> float:
         reach = tokens = 1.0
@@ -337,7 +334,7 @@ def observe_round(
         found = [verifier["accepted"][slot][mask[slot]].tolist() for slot in judged_slots.nonzero().flatten()]
     judged = [path[: shape.depth] for path in outcomes]
     # What n-grams had accepted below the drafter's tree says nothing about a deeper tree of the drafter.
-    below = sum(_accepted(path) for path in outcomes) - sum(_accepted(path) for path in judged)
+    below = sum(map(_accepted, outcomes)) - sum(map(_accepted, judged))
     controller.observe(shape, occupied, seconds, judged, below, found, int(done["draft", "mask"].sum()))
 
 

@@ -56,10 +56,8 @@ class TopKSearch:
 
     def __init__(self, draft_vocab: Tensor, shape: TreeShape) -> None:
         self._draft_vocab, self._shape, self._children = draft_vocab, shape, min(shape.width, len(draft_vocab))
-        self._tokens: list[Tensor] = []
-        self._parents: list[Tensor] = []
-        self._log_probs: list[Tensor] = []
-        self._joint: list[Tensor] = []
+        # Of each depth: tokens, parents, log-probabilities given the path, and those of the path.
+        self._depths: list[tuple[Tensor, ...]] = []
         # Candidates that the last frontier consists of, and their joint log-probabilities.
         self._expanded: tuple[Tensor, Tensor] | None = None
         self._before = 0  # candidates of all depths but the last
@@ -69,17 +67,14 @@ class TopKSearch:
         best, choice = log_probs.topk(self._children)
         parents, joint = torch.full_like(choice, -1), best
         if self._expanded is not None:
-            self._before += self._tokens[-1].shape[1]
+            self._before += self._depths[-1][0].shape[1]
             index, path = self._expanded
             parents, joint = index[:, :, None].expand_as(choice), path[:, :, None] + best
-        self._tokens.append(self._draft_vocab[choice].flatten(1))
-        self._parents.append(parents.flatten(1))
-        self._log_probs.append(best.flatten(1))
-        self._joint.append(joint.flatten(1))
+        self._depths.append(tuple(each.flatten(1) for each in (self._draft_vocab[choice], parents, best, joint)))
 
     def frontier(self) -> tuple[Tensor, Tensor]:
         """Return the nodes to expand next: their tokens, and their parents' places in the last frontier, ``[b, w]``."""
-        tokens, joint = self._tokens[-1], self._joint[-1]
+        tokens, _, _, joint = self._depths[-1]
         # A chain has one candidate, and the children of the root are all expanded: nothing to choose.
         if tokens.shape[1] <= self._shape.width:
             kept = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -91,8 +86,7 @@ class TopKSearch:
 
     def proposal(self) -> Proposal:
         """Return the trees."""
-        columns = (torch.cat(c, dim=1) for c in (self._tokens, self._parents, self._log_probs, self._joint))
-        tokens, parents, log_probs, joint = columns
+        tokens, parents, log_probs, joint = (torch.cat(each, dim=1) for each in zip(*self._depths, strict=True))
         return best_first(tokens, parents, log_probs, joint, self._shape.num_nodes)
 
 
@@ -113,13 +107,11 @@ class SampledSearch:
     def __init__(self, draft_vocab: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> None:
         self._draft_vocab, self._generator = draft_vocab, generator
         self._num_chains, self._replacement = shape.num_chains, shape.mode == "sampled"
-        self._tokens: list[Tensor] = []
-        self._log_probs: list[Tensor] = []
-        self._q: list[Tensor] = []
+        self._depths: list[tuple[Tensor, ...]] = []  # of each: tokens, log-probabilities, what they were drawn from
 
     def add(self, log_probs: Tensor) -> None:
         """Draw a node from each node of the frontier, at first from the root as many as there are chains."""
-        q, draws = log_probs.exp(), 1 if self._tokens else self._num_chains
+        q, draws = log_probs.exp(), 1 if self._depths else self._num_chains
         if not self._replacement and draws > int((q > 0).sum(-1).min()):
             raise ValueError(
                 f"{draws} first tokens cannot all differ: the drafter has fewer with a probability above 0; take a "
@@ -127,18 +119,17 @@ class SampledSearch:
             )
         choice = q.flatten(0, 1).multinomial(draws, self._replacement, generator=self._generator)
         choice = choice.view(*q.shape[:2], draws)
-        self._tokens.append(self._draft_vocab[choice].flatten(1))
-        self._log_probs.append(log_probs.gather(-1, choice).flatten(1))
-        self._q.append(q.repeat_interleave(draws, dim=1))
+        drawn = (self._draft_vocab[choice].flatten(1), log_probs.gather(-1, choice).flatten(1))
+        self._depths.append((*drawn, q.repeat_interleave(draws, dim=1)))
 
     def frontier(self) -> tuple[Tensor, Tensor]:
         """Return the last node of each chain, as :meth:`TopKSearch.frontier` does."""
-        tokens = self._tokens[-1]
+        tokens = self._depths[-1][0]
         place = torch.arange(self._num_chains, device=tokens.device).expand_as(tokens)
-        return tokens, torch.zeros_like(place) if len(self._tokens) == 1 else place
+        return tokens, torch.zeros_like(place) if len(self._depths) == 1 else place
 
     def proposal(self) -> Proposal:
         """Return the trees, with the distribution that each node was drawn from."""
-        tokens, log_probs = torch.cat(self._tokens, 1), torch.cat(self._log_probs, 1)
+        tokens, log_probs, q = (torch.cat(each, dim=1) for each in zip(*self._depths, strict=True))
         above = torch.arange(tokens.shape[1], device=tokens.device) - self._num_chains
-        return Proposal(tokens, above.clamp(min=-1).expand_as(tokens), log_probs.float(), torch.cat(self._q, 1))
+        return Proposal(tokens, above.clamp(min=-1).expand_as(tokens), log_probs.float(), q)

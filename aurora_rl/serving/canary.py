@@ -6,11 +6,10 @@ A trial knows rounds alone, by which weights they were drafted, and what they de
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 
-from aurora_rl.statistics import FigurePair, LossTest
+from aurora_rl.statistics import FIGURES, FigurePair, LossTest, TrialSums, figure_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +36,6 @@ class RoundTrialVerdict:
     acceptance_length: FigurePair  # tokens per round and slot in these windows
     tokens_per_second: FigurePair
     evidence: dict[str, float]  # of a loss, by figure, see LossTest.evidence
-
-
-@dataclass(slots=True)
-class _Sums:
-    """What rounds of one drafter came to."""
-
-    tokens: int = 0
-    occupied: int = 0
-    seconds: float = 0.0
-
-    def add(self, tokens: int, occupied: int, seconds: float) -> None:
-        self.tokens += tokens
-        self.occupied += occupied
-        self.seconds += seconds
-
-    @property
-    def figures(self) -> dict[str, float]:
-        return {
-            "acceptance_length": self.tokens / self.occupied if self.occupied else math.nan,
-            "tokens_per_second": self.tokens / self.seconds if self.seconds else math.nan,
-        }
 
 
 class RoundTrial:
@@ -89,14 +67,14 @@ class RoundTrial:
     def __init__(self, rules: RoundTrialRules, seed: int = 0) -> None:
         self._rules, self._random = rules, random.Random(rules.seed + seed)
         self.rounds = 0
-        self._test = LossTest(list(_Sums().figures), rules.false_alarm_rate, rules.margin)
-        self._old, self._new = _Sums(), _Sums()
+        self._test = LossTest(FIGURES, rules.false_alarm_rate, rules.margin)
+        self._totals = TrialSums(), TrialSums()  # old weights, new weights
         self._cycle = max(round(rules.window / rules.share), 2 * rules.window)
         self._begin_cycle()
 
     def _begin_cycle(self) -> None:
         self._at, self._new_first = 0, self._random.random() < 0.5
-        self._window = _Sums(), _Sums()  # old weights, new weights
+        self._window = TrialSums(), TrialSums()
 
     @property
     def new(self) -> bool:
@@ -111,7 +89,7 @@ class RoundTrial:
         """
         window, place = divmod(self._at, self._rules.window)
         if window < 2 and place:
-            self._window[self.new].add(tokens, occupied, seconds)
+            self._window[self.new].add(TrialSums(tokens, occupied, seconds))
         self.rounds += 1
         self._at += 1
         verdict = self._compare() if self._at == 2 * self._rules.window else None
@@ -121,11 +99,9 @@ class RoundTrial:
 
     def _compare(self) -> RoundTrialVerdict | None:
         """Take in a pair of windows."""
-        old, new = self._window
-        self._old.add(old.tokens, old.occupied, old.seconds)
-        self._new.add(new.tokens, new.occupied, new.seconds)
-        figures = new.figures
-        self._test.add({name: FigurePair(before, figures[name]) for name, before in old.figures.items()})
+        for total, sums in zip(self._totals, self._window, strict=True):
+            total.add(sums)
+        self._test.add(figure_pairs(*self._window))
         if (decided := self._test.verdict) is not None:
             return self._verdict(*decided)
         drafted, most = self._test.pairs * self._rules.window, self._rules.max_rounds
@@ -134,6 +110,6 @@ class RoundTrial:
         return None
 
     def _verdict(self, promote: bool, reason: str) -> RoundTrialVerdict:
-        old, new, test = self._old.figures, self._new.figures, self._test
-        length, speed = (FigurePair(old[name], new[name]) for name in old)
+        test, both = self._test, figure_pairs(*self._totals)
+        length, speed = (both[name] for name in FIGURES)
         return RoundTrialVerdict(promote, reason, self.rounds, test.pairs, length, speed, test.evidence)

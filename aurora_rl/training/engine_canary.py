@@ -15,11 +15,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from aurora_rl.collectors.weights import WeightPublisher
-from aurora_rl.statistics import FigurePair, LossTest, rounded_verdict
+from aurora_rl.statistics import FIGURES, FigurePair, LossTest, TrialSums, figure_pairs, rounded_verdict
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.trajectories import acceptance_length
 
-_FIGURES = ("acceptance_length", "tokens_per_second")
 # A window is missed if a group lacks requests once more than 8 times those of a window have arrived for each engine
 # connected. The next is drawn from all engines: some may get no traffic.
 _PATIENCE = 8
@@ -74,32 +73,6 @@ class EngineTrialVerdict:
     evidence: dict[str, float]
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Sums over the requests with one version of the weights."""
-
-    requests: int = 0
-    tokens: int = 0
-    rounds: int = 0
-    seconds: float | None = 0.0  # None once an engine did not say it
-
-    def add(self, requests: int, tokens: int, rounds: int, seconds: float | None) -> None:
-        self.requests, self.tokens, self.rounds = self.requests + requests, self.tokens + tokens, self.rounds + rounds
-        self.seconds = None if self.seconds is None or seconds is None else self.seconds + seconds
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """Figures by name, those that are known."""
-        over = dict(zip(_FIGURES, (self.rounds, self.seconds), strict=True))
-        return {name: self.tokens / count for name, count in over.items() if count}
-
-
-def _both(old: _Sums, new: _Sums) -> dict[str, FigurePair]:
-    """Return the figures that are known of both."""
-    known = old.figures.keys() & new.figures.keys()
-    return {name: FigurePair(old.figures[name], new.figures[name]) for name in known}
-
-
 class EngineTrial:
     """Windows in which engines with the new weights are compared with as many that have the former ones.
 
@@ -135,8 +108,8 @@ class EngineTrial:
 
     def __init__(self, rules: EngineTrialRules, engines: Sequence[str], seed: int = 0) -> None:
         self._rules, self._random = rules, random.Random(rules.seed + seed)
-        self._test = LossTest(_FIGURES, rules.false_alarm_rate, rules.margin)
-        self._totals = _Sums(), _Sums()  # old weights, new weights
+        self._test = LossTest(FIGURES, rules.false_alarm_rate, rules.margin)
+        self._totals = TrialSums(), TrialSums()  # old weights, new weights
         self._missed = 0
         self.new: list[str] = []
         self.old: list[str] = []
@@ -151,7 +124,7 @@ class EngineTrial:
         members = [*stay, *others][: 2 * size]
         self._random.shuffle(members)
         self.new, self.old = members[:size], members[size:]
-        self._window = _Sums(), _Sums()
+        self._window = TrialSums(), TrialSums()
         self.complete = False
 
     def observe(self, *, new: bool, tokens: int, rounds: int, seconds: float | None) -> EngineTrialVerdict | None:
@@ -163,13 +136,13 @@ class EngineTrial:
             rounds: Its rounds.
             seconds: Seconds for which it was decoded; None if they are not known.
         """
-        self._window[new].add(1, tokens, rounds, seconds)
+        self._window[new].add(TrialSums(tokens, rounds, seconds, requests=1))
         self.complete = min(sums.requests for sums in self._window) >= self._rules.requests * len(self.new)
         if not self.complete:
             return None
         for total, sums in zip(self._totals, self._window, strict=True):
-            total.add(sums.requests, sums.tokens, sums.rounds, sums.seconds)
-        self._test.add(_both(*self._window))
+            total.add(sums)
+        self._test.add(figure_pairs(*self._window))
         if (decided := self._test.verdict) is not None:
             return self.end(*decided)
         served, most = self._test.pairs * self._rules.requests, self._rules.max_requests
@@ -192,10 +165,10 @@ class EngineTrial:
 
     def end(self, promote: bool, reason: str) -> EngineTrialVerdict:
         """Return the verdict of a trial that ends for this reason."""
-        pairs, requests = self._test.pairs, self._totals[True].requests
-        both = _both(*self._totals)
-        length, speed = (both.get(name) for name in _FIGURES)
-        return EngineTrialVerdict(promote, reason, pairs, requests, length, speed, self._test.evidence)
+        test, both = self._test, figure_pairs(*self._totals)
+        length, speed = (both.get(name) for name in FIGURES)
+        requests = self._totals[True].requests
+        return EngineTrialVerdict(promote, reason, test.pairs, requests, length, speed, test.evidence)
 
 
 class EngineCanary:
@@ -274,8 +247,7 @@ class EngineCanary:
             trial.draw(here)
             self._publish_window(trial)
         elif verdict is None and not waits and self._arrived > _PATIENCE * self._rules.requests * len(here):
-            verdict = trial.miss(here)
-            if verdict is None:
+            if (verdict := trial.miss(here)) is None:
                 self._publish_window(trial)
         if verdict is not None:
             self._end(trial, verdict, publish)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -22,7 +22,7 @@ from aurora_rl.policies.policy import DrafterPolicy, not_finite
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.statistics import mean_interval
 from aurora_rl.training.replay import as_state, of_state
-from aurora_rl.training.shares import RecentEngines, engine_of
+from aurora_rl.training.shares import engine_of
 from aurora_rl.trajectories import check_features
 
 # Both in multiples of the requests of a decision. A decision waits for the engines' shares until so many have arrived.
@@ -79,11 +79,10 @@ def replay(
         require_replayable(rule_of_code(int(trajectory["sampling", "rule"])))
         if (hidden := trajectory.get(("sequence", "hidden"), None)) is not None:
             check_features(trajectory, drafter.feature_layers, hidden.shape[-1])
-    longest = max(len(t["sequence", "tokens"]) for t in trajectories)
+    ends = torch.tensor([len(t["sequence", "tokens"]) for t in trajectories])
     features = trajectories[0]["sequence", "features"]
     device = drafter.draft_vocab.device
-    store = ContextStore(n, longest + 1, features.shape[-1], 0, features.dtype, device)
-    ends = torch.tensor([len(t["sequence", "tokens"]) for t in trajectories])
+    store = ContextStore(n, int(ends.max()) + 1, features.shape[-1], 0, features.dtype, device)
     for slot, trajectory in enumerate(trajectories):
         store.start(slot, trajectory["sequence", "tokens"].to(device))
         store.features[slot, : ends[slot] - 1] = trajectory["sequence", "features"].to(device)
@@ -169,7 +168,7 @@ class Gate:
     def __init__(self, requests: int, margin: float, shape: TreeShape, drafter: Drafter) -> None:
         self._requests, self._margin, self._shape, self._drafter = requests, margin, shape, drafter
         self._held: list[TensorDictBase] = []
-        self._recent = RecentEngines(_PRESENT * requests)
+        self._recent: deque[str] = deque(maxlen=_PRESENT * requests)  # engines of the last arrivals
         self.holding = False
         self._arrived = 0  # since it began to hold
 
@@ -181,7 +180,7 @@ class Gate:
         """Take arrivals; return those that may be learned from now."""
         passed: list[TensorDictBase] = []
         self._recent.extend(map(engine_of, arrivals))
-        share = math.ceil(self._requests / max(len(self._recent), 1))
+        share = math.ceil(self._requests / max(len(set(self._recent)), 1))
         held = Counter(map(engine_of, self._held))
         for each in arrivals:
             engine = engine_of(each)
@@ -244,13 +243,12 @@ class Gate:
     def state_dict(self) -> dict[str, Any]:
         """Return what it holds back, the engines of the last arrivals, and how many came since it began to hold."""
         held = [as_state(each) for each in self._held]
-        return {"holding": self.holding, "held": held, "recent": self._recent.state(), "arrived": self._arrived}
+        return {"holding": self.holding, "held": held, "recent": list(self._recent), "arrived": self._arrived}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Hold back what :meth:`state_dict` returned."""
         self.holding = state["holding"]
         self._held = [of_state(each) for each in state["held"]]
-        self._recent = RecentEngines(_PRESENT * self._requests)
         # A state of an earlier release has neither.
-        self._recent.extend(state.get("recent", []))
+        self._recent = deque(state.get("recent", []), maxlen=self._recent.maxlen)
         self._arrived = state.get("arrived", 0)

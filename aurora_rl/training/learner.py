@@ -118,18 +118,15 @@ class Learner:
         self._notes = WireNotes(collector, publisher, log)
         self._sound: TensorDictBase | None = None  # the last new trajectory on which a step was taken
         self._credit = self._since_candidate = self._decided_steps = 0
-        self._age_limit, self._once, self._serving = AgeLimit(max_age), once, self._frozen()
+        self._age_limit, self._once, self._serving = AgeLimit(max_age), once, self._as_served(drafter.published())
         self._replaced: dict[str, Tensor] | None = None  # weights served before, until the newest is withdrawn
         self._rejecting: set[str] = set()  # engines that rejected the newest, as told
         self._start_check = StartCheck(self._serving, log)
         self._audit = WeightAudit(drafter, self._serving, serving_dtype, log)
         self.seen = self.steps = self.skipped = self.version = 0
 
-    def _frozen(self) -> dict[str, Tensor]:
-        """Return a copy of the weights as they would be served."""
-        return self._as_served(self._drafter.published())
-
     def _as_served(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a copy of weights as they would be served."""
         device = self._drafter.draft_vocab.device
         return {
             name: t.to(device, self._dtype if t.is_floating_point() else t.dtype, copy=True)
@@ -331,7 +328,7 @@ class Learner:
             )
 
     def _decide(self) -> None:
-        began, candidate = time.perf_counter(), self._frozen()
+        began, candidate = time.perf_counter(), self._as_served(self._drafter.published())
         self._decided_steps = self.steps
         decision, released = self._gate.decide(candidate, self._serving)
         canary = self._canary if decision.publish else None
@@ -364,8 +361,7 @@ class Learner:
         """Keep the drafter that was published last, and the newest before it."""
         if self._keep:
             self._save_drafter(self._versions / str(self.version))
-            folders = sorted(self._versions.glob("[0-9]*"), key=lambda folder: int(folder.name))
-            for folder in folders[: -self._keep]:
+            for folder in sorted(self._versions.glob("[0-9]*"), key=lambda each: int(each.name))[: -self._keep]:
                 shutil.rmtree(folder, ignore_errors=True)
         self.outputs.failures.pop("the version", None)
 

@@ -20,8 +20,7 @@ def drafter_optimizers(
     Raises:
         ValueError: The drafter has nothing to learn.
     """
-    named = [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]
-    if not named:
+    if not (named := [(name, p) for name, p in drafter.named_parameters() if p.requires_grad]):
         raise ValueError(f"{type(drafter).__name__} has no weights to learn; serve it alone, or choose another")
     matrices = [p for name, p in named if p.ndim == 2 and not _is_table(name)]
     adapters = [p for name, p in named if "lora_" in name]

@@ -343,8 +343,7 @@ def _in_groups(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     found: dict[str, Any] = {"optimizers": [type(optimizer).__name__ for optimizer in optimizers]}
     for number, optimizer in enumerate(optimizers):
         for index, group in enumerate(optimizer.param_groups):
-            numbers = sum(parameter.numel() for parameter in group["params"])
-            for name, value in {**group, "params": numbers}.items():
+            for name, value in {**group, "params": sum(p.numel() for p in group["params"])}.items():
                 found[f"optimizers[{number}].param_groups[{index}].{name}"] = value
     return found
 
@@ -357,7 +356,6 @@ def _check_alike(ranks: Ranks, settings: Mapping[str, Any]) -> None:
     texts = ranks.gather(torch.cat([own, own.new_zeros(int(sizes.max()) - len(own))]))
     first, *others = (json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes.tolist(), strict=True))
     for rank, found in enumerate(others, start=1):
-        names = [name for name in {**first, **found} if first.get(name) != found.get(name)]
-        if names:
+        if names := [name for name in {**first, **found} if first.get(name) != found.get(name)]:
             unlike = ", ".join(f"{name}={found.get(name)} (rank 0 has {first.get(name)})" for name in names)
             raise ValueError(f"rank {rank} has {unlike}; start all ranks with the same configuration")

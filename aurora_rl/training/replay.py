@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torchrl.data.replay_buffers.samplers import RandomSampler
 from torchrl.data.replay_buffers.storages import Storage
 from typing_extensions import override
 
-from aurora_rl.training.shares import RecentEngines, engine_of, in_turns
+from aurora_rl.training.shares import engine_of, in_turns
 from aurora_rl.trajectories import pack, size_of
 
 _NEWEST = 32  # trajectories
@@ -55,7 +56,7 @@ class NewestTrajectories(ListStorage):
     def __init__(self, capacity: int, max_bytes: int | None = None) -> None:
         super().__init__(capacity)
         self._max_bytes = math.inf if max_bytes is None else max_bytes
-        self._recent = RecentEngines(_PRESENT * capacity)
+        self._recent: deque[str] = deque(maxlen=_PRESENT * capacity)  # engines of the last ones, here or not
         self._engines: list[str] = []  # one for each trajectory
         self._number, self._bytes = Counter[str](), Counter[str]()  # for each engine's trajectories
 
@@ -63,7 +64,7 @@ class NewestTrajectories(ListStorage):
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
         # The writer's places are those of a ring; here the newest is always the last.
         for trajectory in [data] if isinstance(data, TensorDictBase) else data:
-            self._recent.extend([engine_of(trajectory)])
+            self._recent.append(engine_of(trajectory))
             self._append(trajectory)
             while len(self._storage) > 1 and (full := self._full()) is not None:
                 self._take_out(self._first_to_go(full))
@@ -84,9 +85,9 @@ class NewestTrajectories(ListStorage):
 
     def _first_to_go(self, held: Counter[str]) -> int:
         """Return the place of the oldest trajectory of the engine that has most; the newest trajectory stays."""
-        newest = self._engines[-1]
+        newest, recent = self._engines[-1], set(self._recent)
         claims = {
-            engine: held[engine] if engine in self._recent else math.inf
+            engine: held[engine] if engine in recent else math.inf
             for engine, number in self._number.items()
             if number > (engine == newest)
         }
@@ -111,14 +112,13 @@ class NewestTrajectories(ListStorage):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"trajectories": [as_state(each) for each in self._storage], "recent": self._recent.state()}
+        return {"trajectories": [as_state(each) for each in self._storage], "recent": list(self._recent)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._keep(of_state(each) for each in state_dict["trajectories"])
-        self._recent = RecentEngines(_PRESENT * self.max_size)
         # A state of an earlier release does not say who sent what is here no longer.
-        self._recent.extend(state_dict.get("recent", self._engines))
+        self._recent = deque(state_dict.get("recent", self._engines), maxlen=self._recent.maxlen)
 
     def of_requests(self, requests: Collection[int]) -> list[TensorDictBase]:
         """Return the trajectories of these requests."""
@@ -132,17 +132,15 @@ class NewestTrajectories(ListStorage):
     def parted(self, trajectories: Sequence[TensorDictBase]) -> tuple[list[TensorDictBase], list[TensorDictBase]]:
         """Return those of these very objects that are here, and those that are not."""
         here = {id(each) for each in self._storage}
-        parts: tuple[list[TensorDictBase], list[TensorDictBase]] = ([], [])
-        for each in trajectories:
-            parts[id(each) not in here].append(each)
-        return parts
+        held = [each for each in trajectories if id(each) in here]
+        return held, [each for each in trajectories if id(each) not in here]
 
     def newest(self, most: int) -> list[int]:
         """Return the places of the newest trajectories, as many of each engine as there are.
 
         Those of engines that sent one of the last ``8 * most``; where none of these is here, those of all.
         """
-        lately = self._recent.of_last(_LATELY * most)
+        lately = set(islice(reversed(self._recent), _LATELY * most))
         backwards = range(len(self._engines))[::-1]
         places = [place for place in backwards if self._engines[place] in lately] or backwards
         turns = in_turns([self._engines[place] for place in places])

@@ -314,7 +314,7 @@ def test_an_engine_that_comes_after_a_version_was_withdrawn_gets_the_weights_bef
 def test_the_newest_published_drafters_are_kept(make: Make) -> None:
     loop = make(keep=2)
     for _ in range(3):
-        loop.learner._publish(loop.learner._frozen())
+        loop.learner._publish(loop.learner._as_served(loop.learner._drafter.published()))
     kept = loop.states.parent / "versions"
     assert sorted(path.name for path in kept.iterdir()) == ["2", "3"]
     tensors, published = load_file(kept / "3" / "model.safetensors"), loop.learner._serving

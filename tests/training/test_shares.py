@@ -12,7 +12,7 @@ from tensordict import TensorDict
 
 from aurora_rl.collectors.sink import TrajectorySink
 from aurora_rl.training.replay import NewestTrajectories, trajectory_buffer
-from aurora_rl.training.shares import RecentEngines, engine_of, in_turns
+from aurora_rl.training.shares import engine_of, in_turns
 from aurora_rl.trajectories import size_of
 
 
@@ -42,15 +42,6 @@ def test_engines_take_turns_and_each_keeps_its_order() -> None:
         ("a", 0), ("b", 1), ("c", 3), ("a", 2), ("b", 5), ("a", 4),
     ]  # fmt: skip
     assert in_turns([]) == [] and in_turns(["a"] * 3) == [0, 1, 2]
-
-
-def test_an_engine_is_recent_until_so_many_others_have_come() -> None:
-    recent = RecentEngines(3)
-    recent.extend(["a", "b", "b"])
-    assert "a" in recent and len(recent) == 2
-    assert recent.of_last(2) == {"b"} and recent.of_last(9) == {"a", "b"} and recent.of_last(0) == set()
-    recent.extend(["b"])
-    assert "a" not in recent and len(recent) == 1 and recent.state() == ["b", "b", "b"]
 
 
 def test_a_flood_leaves_an_engine_its_share_of_the_buffer(served: list[TensorDict]) -> None:

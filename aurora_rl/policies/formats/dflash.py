@@ -96,8 +96,7 @@ def read_dflash(
     check_fixed_rope(config)
     check_rope(config, parts)
     check_target_depth(_setting(entries, "num_target_layers"), parts)
-    mask_token_id = _setting(entries, "mask_token_id", mask_token_id)
-    if mask_token_id is None:
+    if (mask_token_id := _setting(entries, "mask_token_id", mask_token_id)) is None:
         raise ValueError("config.json: mask_token_id is missing; set the option of the same name")
     layers = _setting(entries, "target_layer_ids")
     check_layers_rise(layers or ())

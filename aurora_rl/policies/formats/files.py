@@ -128,18 +128,8 @@ def load_drafter(
 ) -> Drafter:
     """Read a drafter for a target, in float32. From then on it is this target's, see ``Drafter.trained_for``.
 
-    Its adapters stay in the folder, for ``peft.read_adapters``.
-
-    Args:
-        source: Folder, or id of a repository on the Hugging Face hub.
-        parts: Frozen pieces of the target.
-        kind: Class of the drafter; None takes the one that recognizes ``config.json``.
-        format: One of the class's ``formats``; None takes the first.
-        options: ``drafter.options``, see ``Drafter.read``.
-        trained_for: "target" refuses a folder that names other weights than the target's. "any" takes it, for example
-            for a later state of the target.
-        revision: Branch, tag or commit of a repository; None takes its main branch.
-        token: Token of the hub; None takes the one that ``hf auth login`` stored, False sends none.
+    Its adapters stay in the folder, for ``peft.read_adapters``. ``kind`` is the drafter's class; None takes that which
+    recognizes ``config.json``. Other arguments are those of ``Drafter.from_pretrained``.
 
     Raises:
         CheckpointError: Files are missing or broken, or the drafter was made for another target. The message names the
@@ -228,18 +218,17 @@ def naming_drafters(
     Raises:
         ModelError: That of the block, or in its place one that says what to do with the drafter.
     """
-    kind = None
     try:
         yield
+        return
     except ModelError:
-        kind = _drafter_in(Path(model).expanduser())
-        if kind is None:
+        if (kind := _drafter_in(Path(model).expanduser())) is None:
             raise
-    if kind is not None:  # not within the block, where the loaders' own texts would be its context
-        raise ModelError(
-            f"cannot load model {os.fspath(model)!r}: the folder holds a drafter ({kind.__name__}); give it as "
-            f"{drafter_key}, and as {target_key} the language model that it drafts for"
-        )
+    # Not within the block, where the loaders' own texts would be its context.
+    raise ModelError(
+        f"cannot load model {os.fspath(model)!r}: the folder holds a drafter ({kind.__name__}); give it as "
+        f"{drafter_key}, and as {target_key} the language model that it drafts for"
+    )
 
 
 def _drafter_in(folder: Path) -> type[Drafter] | None:
@@ -250,8 +239,7 @@ def _drafter_in(folder: Path) -> type[Drafter] | None:
         kind = recognized(config)
     except (OSError, ValueError):
         return None
-    takes_any = kind.recognizes({"architectures": ["ForCausalLM"]})
-    return None if takes_any and OWN_NAME not in config else kind
+    return None if kind.recognizes({"architectures": ["ForCausalLM"]}) and OWN_NAME not in config else kind
 
 
 def _class_of(config: Mapping[str, Any], kind: type[Drafter] | None) -> type[Drafter]:

@@ -183,9 +183,8 @@ def _add_settings(writer: GGUFWriter, drafter: Eagle3Drafter) -> None:
 def _add_tensors(writer: GGUFWriter, drafter: Eagle3Drafter) -> None:
     kind = _TYPES[drafter.fc.weight.dtype][1]
     for name, tensor in _renamed(drafter):
-        data = tensor.float().cpu().numpy()
         stored = kind if tensor.dim() > 1 else GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(data, stored), raw_dtype=stored)
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().cpu().numpy(), stored), raw_dtype=stored)
     writer.add_tensor("d2t", drafter.draft_vocab.cpu().numpy())  # ids here, and no offsets as elsewhere
 
 
@@ -215,11 +214,7 @@ def _frequency_factors(config: Any) -> Tensor:
 def _vocabulary(
     target_gguf: Path, drafter: Eagle3Drafter
 ) -> Iterator[tuple[str, Any, GGUFValueType, GGUFValueType | None]]:
-    """Yield the fields of the target's file that are about its vocabulary.
-
-    Raises:
-        ValueError: The file is of another target, or no GGUF. Broken files raise others of the reader's.
-    """
+    """Yield the fields of the target's file that are about its vocabulary; errors are those of ``_BROKEN``."""
     fields = GGUFReader(target_gguf).fields
     architecture = fields["general.architecture"].contents()
     found = {

@@ -78,12 +78,6 @@ def write_eagle3(drafter: Eagle3Drafter, format: str) -> Checkpoint:
     return Checkpoint(tensors, entries)
 
 
-def is_eagle3(entries: Mapping[str, Any]) -> bool:
-    """Return whether a ``config.json`` is an EAGLE-3's; the authors' own files name Llama and a draft vocabulary."""
-    name = (entries.get("architectures") or [""])[0]
-    return "Eagle3" in name or (name == "LlamaForCausalLM" and "draft_vocab_size" in entries)
-
-
 def read_eagle3(
     checkpoint: Checkpoint, parts: TargetParts, format: str, attention: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -98,11 +92,10 @@ def read_eagle3(
     if format == "vllm" or LAYER_IDS in checkpoint.config:  # vLLM alone looks for them at the top level
         checkpoint = Checkpoint(*from_vllm(*checkpoint))
     entries, tensors = checkpoint.config, {_eagle3_name(name): tensor for name, tensor in checkpoint.tensors.items()}
-    nested = entries.get("eagle_config") or {}
     known = tensors.pop("t2d", None)
     _drop_embedding(tensors, parts)
     config = _layer_config(entries, parts, _UNSUPPORTED_BY_EAGLE3, attention)
-    layers = tuple(nested.get(LAYER_IDS) or ())
+    layers = tuple((entries.get("eagle_config") or {}).get(LAYER_IDS) or ())
     check_layers_rise(layers)
     rows = entries.get("draft_vocab_size") or config.vocab_size
     if "d2t" not in tensors and rows == config.vocab_size:

@@ -21,13 +21,16 @@ from aurora_rl.storage import CheckpointError, complete_folder
 ADAPTERS = "adapters"
 """Folder of the adapters in that of a drafter; engines look for no weights in it."""
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_MATRICES = ("lora_A", "lora_B")
 _OTHER_DELTAS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # settings of PEFT by which it is not B A
 
 
-def _name_of(path: str, matrix: str) -> str:
-    """Return PEFT's name of a layer's matrix."""
-    return f"base_model.model.{path}.{matrix}.weight"
+def _matrices(drafter: Drafter, place: int) -> dict[str, Tensor]:
+    """Return the matrices of the adapter at a place among a drafter's, by PEFT's names."""
+    return {
+        f"base_model.model.{path}.{matrix}.weight": getattr(layer, matrix)[place]
+        for path, layer in adapted_layers(drafter).items()
+        for matrix in ("lora_A", "lora_B")
+    }
 
 
 def adapter_files(drafter: Drafter) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -45,7 +48,7 @@ def adapter_files(drafter: Drafter) -> tuple[dict[str, dict[str, Tensor]], dict[
     """
     if drafter.adapters is None:
         return {}, {}
-    layers, rank = adapted_layers(drafter), drafter.adapters.rank
+    names, rank = drafter.adapters.names, drafter.adapters.rank
     config = {
         "peft_type": "LORA",
         "r": rank,
@@ -56,17 +59,10 @@ def adapter_files(drafter: Drafter) -> tuple[dict[str, dict[str, Tensor]], dict[
         "inference_mode": True,
         "base_model_name_or_path": None,
         "task_type": None,
-        "target_modules": list(layers),
+        "target_modules": list(adapted_layers(drafter)),
     }
-    tensors = {
-        f"{ADAPTERS}/{name}/{_WEIGHTS}": {
-            _name_of(path, matrix): getattr(layer, matrix)[place]
-            for path, layer in layers.items()
-            for matrix in _MATRICES
-        }
-        for place, name in enumerate(drafter.adapters.names)
-    }
-    return tensors, {f"{ADAPTERS}/{name}/{_CONFIG}": config for name in drafter.adapters.names}
+    tensors = {f"{ADAPTERS}/{name}/{_WEIGHTS}": _matrices(drafter, place) for place, name in enumerate(names)}
+    return tensors, {f"{ADAPTERS}/{name}/{_CONFIG}": config for name in names}
 
 
 def adapter_ranks(folder: str | os.PathLike[str]) -> dict[str, int]:
@@ -125,11 +121,7 @@ def _read(drafter: Drafter, folder: Path, place: int, rank: int) -> None:
         tensors = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / _WEIGHTS} cannot be read: {error}") from error
-    own = {
-        _name_of(path, matrix): getattr(layer, matrix)[place]
-        for path, layer in adapted_layers(drafter).items()
-        for matrix in _MATRICES
-    }
+    own = _matrices(drafter, place)
     if own.keys() != tensors.keys():
         (name, *_) = sorted(own.keys() ^ tensors.keys())
         state = "missing" if name in own else "unknown to this drafter"

@@ -131,8 +131,7 @@ def _medusa_from_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> 
         **{name: value for name, value in config.items() if name == "feature_layers"},
     }
     heads = {name: head[ids] for name, head in tensors.items() if name.startswith("lm_heads.")}
-    offsets = ids - torch.arange(len(ids), device=ids.device)
-    return {**tensors, **heads, "d2t": offsets}, known
+    return {**tensors, **heads, "d2t": ids - torch.arange(len(ids), device=ids.device)}, known
 
 
 def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
