@@ -268,8 +268,8 @@ class AsyncEngine:
 
     @property
     def num_open(self) -> int:
-        """Clients' requests that are not complete."""
-        return len(self._streams)
+        """Clients' requests that are not complete, and deletions that are not done."""
+        return len(self._streams) + len(self._deletions)
 
     def close(self) -> None:
         """Take no more requests, the workload's included, as the server is shutting down; those in flight go on."""
@@ -337,9 +337,10 @@ class AsyncEngine:
         """Do the deletions whose requests have ended."""
         with self._lock:
             due = [each for each in self._deletions if not each.requests & self._streams.keys()]
-            self._deletions = [each for each in self._deletions if each not in due]
         for deletion in due:
             deleted = server.delete(deletion.tenant)
+            with self._lock:  # not earlier: one that fails ends the rounds, and is answered by that
+                self._deletions.remove(deletion)
             if deletion.answer.set_running_or_notify_cancel():
                 deletion.answer.set_result(deleted)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +252,40 @@ def test_an_engine_that_closes_completes_what_it_has(rig: Rig) -> None:
         return tokens + sum([len(update.tokens) async for _, update in running])
 
     assert rig.run(close_in_the_middle()) == 24 and rig.clients.num_open == 0
+
+
+def test_a_deletion_that_fails_tells_who_asked_for_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(tenant: str) -> Any:
+        raise OSError("the sink is closed")
+
+    monkeypatch.setattr(rig.server, "delete", broken)
+    with pytest.raises(EngineDeadError, match="the sink is closed"):
+        rig.run(asyncio.wait_for(rig.clients.delete("a"), 10))
+    assert not rig.clients.alive
+
+
+def test_a_deletion_is_open_until_its_requests_have_ended_and_it_is_done(rig: Rig) -> None:
+    """So a server that shuts down carries it out, as it completes the requests: here, round by round."""
+    rig.clients.attach(rig.server)
+
+    async def close_with_both() -> Any:
+        prompt, sampling = torch.tensor([3]), SamplingParams(max_tokens=24)
+        answer = asyncio.ensure_future(_all(rig.clients.generate([Job(prompt, sampling, tenant="a")])))
+        await asyncio.sleep(0)
+        deletion = asyncio.ensure_future(rig.clients.delete("a"))
+        await asyncio.sleep(0)
+        rig.clients.close()
+        while rig.clients.num_open:
+            assert not rig.deleted
+            rig.clients.step()
+        return len(await answer), await asyncio.wait_for(deletion, 10)
+
+    updates, deleted = asyncio.run(close_with_both())
+    assert updates > 1 and deleted.learner == "told" and rig.deleted == ["a"] and not rig.learned
+
+
+async def _all(updates: AsyncIterator[tuple[int, Update]]) -> list[Update]:
+    return [update async for _, update in updates]
 
 
 def test_an_engine_that_closes_begins_no_more_of_its_workload() -> None:
