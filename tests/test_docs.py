@@ -378,6 +378,13 @@ def test_the_page_of_the_http_api_names_every_field() -> None:
     assert taken | HARMLESS | NEUTRAL.keys() <= set(named)
 
 
+def test_the_page_of_the_http_api_names_every_status_of_an_error() -> None:
+    sources = [path.read_text() for path in (ROOT / "aurora_rl" / "serving" / "http").glob("*.py")]
+    answered = {status for source in sources for status in re.findall(r"ApiError\(\s*(\d{3}),", source)}
+    page = (DOCS / "reference" / "http.md").read_text().split("## Errors")[1]
+    assert len(answered) > 10 and answered <= set(re.findall(r"\b[45]\d\d\b", page))
+
+
 def test_the_metrics_of_an_answer_on_the_http_page_are_those_of_its_histogram() -> None:
     shown = json.loads(blocks(DOCS / "reference" / "http.md", "text")[0])
     told = shown["speculative_decoding"]
