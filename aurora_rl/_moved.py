@@ -22,7 +22,6 @@ _RENAMED = {
     "policies.formats.checks": {"check_captured": "check_feature_layers"},
     "policies.formats.files": {"check_layout": "check_format"},
     "cli.assembly": {"check_context": "slot_length"},
-    "testing.families": {"Verdict": "FamilyOutcome", "verdict": "try_family"},
     "envs.attention_span": {"Sees": "First"}, "envs.exactness": {"ELSEWHERE": "TRY_SGLANG", "SGLANG": "NOT_LEARNED"},
     "models.detokenizer": {"decode": "detokenize"}, "policies.calibration": {"DrafterFault": "DrafterError"},
     "testing.drafter_weights": {"check_weights": "check_weight_loading"},
@@ -229,7 +228,7 @@ GONE = {
     "envs.sglang.ENVIRONMENT": "remote_engines.address_variable has the name of an engine's variable",
     "envs.sglang.KEYS_ENVIRONMENT": "remote_engines.keys_variable has the name of an engine's variable",
     "envs.sglang.weights.read_back": "envs.sglang.weights.shards_of has what a rank holds of each tensor",
-    "testing.families.page": "docs/generate.py writes the page",
+    "testing.families": "docs/families.md says which families are served",
 }
 # Modules whose names were functions', and what to call.
 _FUNCTIONS = {"cli.main": "aurora_rl.cli.main.main", "objectives.imitation": "aurora_rl.objectives.comparison.compare"}
