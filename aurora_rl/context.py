@@ -57,7 +57,8 @@ class ContextStore:
         self.tokens = torch.zeros(num_slots, max_length, dtype=torch.int64, device=device)
         self.features = torch.zeros(num_slots, max_length, feature_size, dtype=dtype, device=device)
         self.hidden = torch.zeros(num_slots, max_length, hidden_size, dtype=dtype, device=device)
-        self.lengths, self.prompt_lengths, self.cached_lengths, self.adapters = torch.zeros(4, num_slots).long()
+        numbers = (torch.zeros(num_slots, dtype=torch.int64) for _ in range(4))
+        self.lengths, self.prompt_lengths, self.cached_lengths, self.adapters = numbers
         self.cache_salts: list[str | None] = [None] * num_slots
 
     @property
