@@ -12,8 +12,10 @@ from typing_extensions import override
 
 # Names that have a better one in the same module: old to new, by module below aurora_rl.
 _RENAMED = {
-    "statistics": {"Both": "FigurePair"}, "tenants": {"MOST_DELETIONS": "MAX_DELETIONS"},
-    "policies.adapters": {"MOST_BYTES": "MAX_BYTES"},
+    "statistics": {"Both": "FigurePair"}, "policies.adapters": {"MOST_BYTES": "MAX_BYTES"},
+    "tenants": {"MOST_DELETIONS": "MAX_DELETIONS", "is_salt_of": "tenant_of_salt"},
+    "envs.verification.rejection": {"bonus_draw": "ComparingRule", "both_distributions": "ComparingRule"},
+    "serving.http.errors": {"CLIENT_GONE": "answer_nobody"},
     "serving.canary": {"Canary": "RoundTrialRules", "Trial": "RoundTrial", "Verdict": "RoundTrialVerdict"},
     "training.engine_canary": {"EngineRules": "EngineTrialRules", "EngineVerdict": "EngineTrialVerdict"},
     "serving.recorded_requests": {"record": "record_requests"},
@@ -22,7 +24,6 @@ _RENAMED = {
     "policies.formats.checks": {"check_captured": "check_feature_layers"},
     "policies.formats.files": {"check_layout": "check_format"},
     "cli.assembly": {"check_context": "slot_length"},
-    "testing.families": {"Verdict": "FamilyOutcome", "verdict": "try_family"},
     "envs.attention_span": {"Sees": "First"}, "envs.exactness": {"ELSEWHERE": "TRY_SGLANG", "SGLANG": "NOT_LEARNED"},
     "models.detokenizer": {"decode": "detokenize"}, "policies.calibration": {"DrafterFault": "DrafterError"},
     "testing.drafter_weights": {"check_weights": "check_weight_loading"},
@@ -93,6 +94,7 @@ MOVED = {
     "training.offline.train_on": "training.steps.train_on",
     **{f"policies.formats.{name}": f"policies.formats.files.{name}" for name in (
         "load_drafter", "save_drafter", "written")},
+    "policies.formats.llama_eagle.is_eagle3": "policies.eagle3.Eagle3Drafter.recognizes",
     "envs.exactness.quiet": "models.loading.quiet_transformers",
     "policies.eagle3.Eagle3Layer": "policies.recurrent.DraftLayer",
     "cli.spec.handshake": "collectors.handshake.Handshake.of",
@@ -129,7 +131,9 @@ ELSEWHERE = {
         "sglang_server": "aurora_rl.cli.remote.remote_server", "served_config": "aurora_rl.cli.remote.served_config",
     },
     "collectors.gatekeeper": {"Gatekeeper": "aurora_rl.collectors.admission.Admission"},
-    "collectors.guard": {"Guard": "aurora_rl.collectors.relay.Relay"},
+    "collectors.guard": {
+        "Guard": "aurora_rl.collectors.relay.Relay", "TooLong": "aurora_rl.collectors.relay.TooLongError",
+    },
     "collectors.hello": {"Hello": "aurora_rl.collectors.handshake.Handshake"},
     "collectors.weight_scheme": {"ZMQWeightSyncScheme": "aurora_rl.collectors.weights.WeightPublisher"},
     **{f"cli.config_{name.lower()}": {f"{name}Config": f"aurora_rl.cli.config.{name}Config"} for name in (
@@ -140,6 +144,7 @@ ELSEWHERE = {
     "conversations": {"Conversations": "aurora_rl.serving.requests.RequestQueue"},
     "envs.sglang.layout": {"cores_of, ranks_of": "aurora_rl.envs.sglang.client"},
     "serving.http.generation": {"complete": "aurora_rl.serving.http.front"},
+    "serving.http.reading": {"read_body": "aurora_rl.serving.http.app.Application"},
     "envs.sampling": {
         "SamplingBatch, SamplingParams": "aurora_rl.sampling_params",
         "argmax, gumbel, uniform": "aurora_kernels.noise",
@@ -229,7 +234,10 @@ GONE = {
     "envs.sglang.ENVIRONMENT": "remote_engines.address_variable has the name of an engine's variable",
     "envs.sglang.KEYS_ENVIRONMENT": "remote_engines.keys_variable has the name of an engine's variable",
     "envs.sglang.weights.read_back": "envs.sglang.weights.shards_of has what a rank holds of each tensor",
-    "testing.families.page": "docs/generate.py writes the page",
+    "testing.families": "docs/families.md says which families are served",
+    "adaptation.live.LiveSample": "adaptation.live.measure_in_turns yields its fields",
+    "telemetry.view.show_time": "str(datetime.timedelta(seconds=round(seconds))) is the text of a duration",
+    "training.shares.RecentEngines": "a collections.deque has the engines of the last trajectories",
 }
 # Modules whose names were functions', and what to call.
 _FUNCTIONS = {"cli.main": "aurora_rl.cli.main.main", "objectives.imitation": "aurora_rl.objectives.comparison.compare"}
@@ -272,17 +280,21 @@ class MovedModules(MetaPathFinder):
             execute = spec.loader.exec_module
 
             def prepared(module: ModuleType) -> None:
+                # `from module import name` asks for a submodule of that name, if there may be any, and so finds here.
+                vars(module).setdefault("__path__", [])
+                execute(module)
+                lazy = vars(module).get("__getattr__")
+
                 def missing(attribute: str) -> Any:
                     try:
                         _refuse(f"{name}.{attribute}")
                     except ModuleNotFoundError as error:
                         raise AttributeError(str(error)) from None  # so that hasattr answers
+                    if lazy is not None:
+                        return lazy(attribute)
                     raise AttributeError(f"module {fullname!r} has no attribute {attribute!r}")
 
                 vars(module)["__getattr__"] = missing
-                # `from module import name` asks for a submodule of that name, if there may be any, and so finds here.
-                vars(module).setdefault("__path__", [])
-                execute(module)
                 if name in _FUNCTIONS:
                     module.__class__ = _FormerFunction
 

@@ -57,8 +57,11 @@ class ContextStore:
         self.tokens = torch.zeros(num_slots, max_length, dtype=torch.int64, device=device)
         self.features = torch.zeros(num_slots, max_length, feature_size, dtype=dtype, device=device)
         self.hidden = torch.zeros(num_slots, max_length, hidden_size, dtype=dtype, device=device)
-        self.lengths, self.prompt_lengths, self.cached_lengths, self.adapters = torch.zeros(4, num_slots).long()
+        self.lengths = torch.zeros(num_slots, dtype=torch.int64)
+        self.prompt_lengths = torch.zeros(num_slots, dtype=torch.int64)
+        self.cached_lengths = torch.zeros(num_slots, dtype=torch.int64)
         self.cache_salts: list[str | None] = [None] * num_slots
+        self.adapters = torch.zeros(num_slots, dtype=torch.int64)
 
     @property
     def occupied(self) -> Tensor:

@@ -238,14 +238,10 @@ def prompt_lookup(world: World) -> float:
 
 
 def plot(domains: dict[str, Any], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        2, len(domains), figsize=(5 * len(domains), 7), sharex=True, sharey="row", squeeze=False
-    )
+    figure = Figure(figsize=(5 * len(domains), 7), layout="tight")
+    axes = figure.subplots(2, len(domains), sharex=True, sharey="row", squeeze=False)
     for (above, below), (domain, cells) in zip(axes.T, domains.items(), strict=True):
         for number, (name, cell) in enumerate(cells["drafters"].items()):
             above.plot(*zip(*cell["curve"], strict=True), label=name, color=f"C{number}")
@@ -256,7 +252,6 @@ def plot(domains: dict[str, Any], path: Path) -> None:
     axes[0][0].set_ylabel("acceptance length on the next requests")
     axes[1][0].set_ylabel("speedup: expected, and served (dots)")
     axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 

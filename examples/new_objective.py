@@ -11,9 +11,9 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import matplotlib
 import torch
 from common import arguments, open_stream
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from aurora_rl.objectives import Windows, forward_kl, get_objective, make_objectives, overlap, register_objective
@@ -50,15 +50,14 @@ def main() -> None:
             if seen % 16 == 0 or seen == len(stream.train):
                 curve.append((seen, stream.acceptance()))
                 print(f"{loss.name}: {seen} requests, acceptance length {curve[-1][1]:.2f}", flush=True)
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    figure = Figure()
+    axes = figure.subplots()
     for name, curve in curves.items():
-        pyplot.plot(*zip(*curve, strict=True), label=name)
-    pyplot.xlabel("requests learned from")
-    pyplot.ylabel(f"acceptance length on {len(stream.held_out)} unseen requests")
-    pyplot.legend()
-    pyplot.savefig(options.plot)
+        axes.plot(*zip(*curve, strict=True), label=name)
+    axes.set_xlabel("requests learned from")
+    axes.set_ylabel(f"acceptance length on {len(stream.held_out)} unseen requests")
+    axes.legend()
+    figure.savefig(options.plot)
     print(f"written to {options.plot}")
 
 

@@ -33,6 +33,7 @@ EXCEPTIONS = {
     "test_deploy.py": "deploy/",
     "test_docs.py": "the pages",
     "test_docs_commands.py": "the commands of the pages that run in a second",
+    "test_docs_families.py": "docs/families.md, tried on every family of transformers",
     "test_examples.py": "the examples",
     "test_gpu_script.py": "benchmarks/gpu.sh",
     "test_imports.py": "the order of imports",

@@ -156,11 +156,13 @@ def _inspect(config: Config, source: str, check: bool) -> int:
     fits = True
     if check:
         spec = _resolve(config, source)
-        parts, lines["target"] = assembly.load_alone(spec), f"{config.model}: fits"
+        parts = assembly.load_alone(spec)
         try:
             assembly.load_checkpoint(spec, parts)
+            lines["target"] = f"{config.model}: fits"
         except CheckpointError as error:
-            fits, lines["target"] = False, f"{config.model}: does not fit: {error}"
+            fits = False
+            lines["target"] = f"{config.model}: does not fit: {error}"
     for name, value in lines.items():
         print(f"{name:<18}{value}")
     return 0 if fits else 1

@@ -94,8 +94,9 @@ class Member:
 
     def words(self, wire: Wire, port: int | None = None) -> list[str]:
         """Write its configuration, and return its command line after ``aurora-rl``. It goes on with an earlier run."""
-        keys = None if (own := wire.keys_of(self.name)) is None else str(own)
-        ends = replace(self.config.wire, trajectories=wire.trajectories, weights=wire.weights, keys=keys)
+        keys = wire.keys_of(self.name)
+        folder = None if keys is None else str(keys)
+        ends = replace(self.config.wire, trajectories=wire.trajectories, weights=wire.weights, keys=folder)
         config = replace(self.config, http=replace(self.config.http, port=port), wire=ends)
         path = self.folder / f"{self.name}.yaml"
         path.write_text(to_yaml(config, run_dir=False), encoding="utf-8")

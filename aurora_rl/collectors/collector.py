@@ -106,7 +106,8 @@ class ZMQCollector:
         looked_at = 0
         # The second condition keeps a flood of bad messages from holding the learner here.
         while len(trajectories) < self._high_water and (looked_at < self._high_water or time.monotonic() < deadline):
-            if (frames := self._receive(0.0 if trajectories else deadline - time.monotonic())) is None:
+            frames = self._receive(0.0 if trajectories else deadline - time.monotonic())
+            if frames is None:
                 break
             looked_at += 1
             if (trajectory := self._accept(frames)) is not None:

@@ -275,9 +275,7 @@ def _check(address: str, *, binds: bool) -> None:
 
 def _check_deletable(path: str) -> None:
     """Refuse a path whose file is no socket, or one that a process listens at: binding deletes what is there."""
-    with contextlib.closing(plain.socket(plain.AF_UNIX, plain.SOCK_STREAM)) as probe, contextlib.suppress(OSError):
-        probe.settimeout(1.0)  # a listener that does not answer is as good as none
-        probe.connect(path)
+    if _has_listener(path):
         # ZeroMQ would unlink the file and take over, which leaves the first process listening to nobody.
         raise zmq.ZMQError(errno.EADDRINUSE)
     if path.startswith("@"):
@@ -327,6 +325,16 @@ def _dial(address: str, number: int | None = None) -> plain.socket:
         dialed.close()
         raise
     return dialed
+
+
+def _has_listener(path: str) -> bool:
+    with contextlib.closing(plain.socket(plain.AF_UNIX, plain.SOCK_STREAM)) as probe:
+        probe.settimeout(1.0)  # a listener that does not answer is as good as none
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
 
 
 class SocketThread:

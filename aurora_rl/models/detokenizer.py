@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 # The window of tokens that is decoded again with each new one begins anew when it is this long, with the last few.
 _WINDOW, _CONTEXT = 16, 8
-# Byte of each character in which byte-level vocabularies write their tokens.
-_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def detokenize(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
@@ -164,3 +161,13 @@ def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest proper beginning of a stop string that the text ends in."""
     longest = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in longest if text.endswith(stop[:length])), 0)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte of each character in which byte-level vocabularies write their tokens."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_alphabet()

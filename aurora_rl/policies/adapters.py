@@ -79,7 +79,8 @@ def _adapted(places: Tensor | None, device: torch.device) -> Iterator[None]:
     """Let adapted layers use these adapters, ``[b]`` int64, for the rows of their inputs; −1, or None, uses none."""
     found = None
     if places is not None and len(rows := (places >= 0).nonzero().flatten()):
-        found = None if len(rows) == len(places) else rows.to(device), places[rows].to(device)
+        some = None if len(rows) == len(places) else rows.to(device)
+        found = some, places[rows].to(device)
     token = _ROWS.set(found)
     try:
         yield

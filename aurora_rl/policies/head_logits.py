@@ -64,7 +64,10 @@ class HeadLogits(Tensor):
     _learns: bool
 
     def __new__(cls, states: Tensor, weight: Tensor | Sequence[Tensor], head_of: Tensor | None = None) -> HeadLogits:
-        """Make a tensor of the product's shape and without memory; ``weight`` is the head, or a sequence of heads."""
+        """Make a tensor of the product's shape and without memory.
+
+        ``weight`` is the head, or a sequence of heads; ``states`` are ``[X, H]`` where rows have heads of their own.
+        """
         weights = (weight,) if isinstance(weight, Tensor) else tuple(weight)
         shape = (*states.shape[:-1], len(weights[0]))
         logits = Tensor._make_wrapper_subclass(cls, shape, dtype=weights[0].dtype, device=weights[0].device)

@@ -74,7 +74,9 @@ class Branches(NamedTuple):
         last = offset.diff()[trees.request] - 1
         spelled = batch["sequence", "tokens"][offset[trees.request] + torch.minimum(position, last)]
         same = (position <= last)[len(rounds) :] & (spelled[len(rounds) :] == batch["nodes", "tokens"])
-        on_text = torch.cat([torch.ones_like(rounds, dtype=torch.bool), trees.path_products(same.float()) > 0])
+        on_text = torch.cat([torch.ones_like(rounds, dtype=torch.bool), same])
+        for _ in levels:
+            on_text = on_text & on_text[above]
         leaves, needed = torch.where(on_text, position, 0), wanted & ~on_text
         for _ in levels:
             leaves = torch.where(on_text, position, leaves[above])

@@ -66,7 +66,8 @@ class TreeShape:
             raise ValueError(f"lookup={lookup} adds nodes that the drafter did not draw; set it to 0 in mode {mode!r}")
         most = width + (depth - 1) * width**2 if mode == "topk" else depth * width
         nodes = 0 if not depth else most if num_nodes is None else min(num_nodes, most + lookup)
-        for name, value in zip(self.__slots__, (depth, width, nodes, mode, lookup, lookup_only), strict=True):
+        values = {"depth": depth, "width": width, "num_nodes": nodes, "mode": mode, "lookup": lookup}
+        for name, value in {**values, "lookup_only": lookup_only}.items():
             object.__setattr__(self, name, value)
 
     @property

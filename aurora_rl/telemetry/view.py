@@ -253,7 +253,12 @@ def _trial(history: RunHistory) -> str:
 
 
 def _time(seconds: float) -> str:
-    """Return a duration as hours, minutes and seconds, such as 1:02:05."""
+    """Return a duration as hours, minutes and seconds.
+
+    Example:
+        >>> _time(3725.4)
+        '1:02:05'
+    """
     return str(datetime.timedelta(seconds=round(seconds)))
 
 

@@ -85,9 +85,9 @@ class NewestTrajectories(ListStorage):
 
     def _first_to_go(self, held: Counter[str]) -> int:
         """Return the place of the oldest trajectory of the engine that has most; the newest trajectory stays."""
-        newest, recent = self._engines[-1], set(self._recent)
+        newest = self._engines[-1]
         claims = {
-            engine: held[engine] if engine in recent else math.inf
+            engine: held[engine] if engine in self._recent else math.inf
             for engine, number in self._number.items()
             if number > (engine == newest)
         }

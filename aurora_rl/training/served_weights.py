@@ -67,8 +67,8 @@ class WeightAudit:
         ]
         if not labelled:
             return
-        both = (with_weights(self._drafter, each, self._dtype) for each in (self._weights, self._replaced))
-        (drafted, own), (_, old) = (drafts_agreed(each, labelled, self._version) for each in both)
+        drafted, own = drafts_agreed(self._with(self._weights), labelled, self._version)
+        _, old = drafts_agreed(self._with(self._replaced), labelled, self._version)
         self._drafted, self._own, self._old = self._drafted + drafted, self._own + own, self._old + old
         if self._drafted < _CHECKED_DRAFTS:
             return
@@ -80,6 +80,9 @@ class WeightAudit:
                 "the engine probably did not load it",
                 *(self._drafted, self._version, self._old, self._own),
             )
+
+    def _with(self, weights: dict[str, Tensor]) -> Drafter:
+        return with_weights(self._drafter, weights, self._dtype)
 
 
 class StartCheck:

@@ -6,7 +6,7 @@ they are gathered one after the other, and go to the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.utils._pytree import tree_leaves
 from torchrl.objectives import LossModule
 from typing_extensions import override
 
@@ -70,9 +69,8 @@ def shard(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.optim.Opt
         optimizer.state.update(states)
 
     def gather(number: int) -> None:
-        for value in tree_leaves(optimizers[number - 1].state_dict() if number else drafter.state_dict()):
-            if isinstance(value, DTensor):
-                value.full_tensor()
+        for value in _shards(optimizers[number - 1].state_dict() if number else drafter.state_dict()):
+            value.full_tensor()
 
     loss.take_shards(forward, gather)
     if loss.ranks.rank == 0:
@@ -110,6 +108,15 @@ def _return_whole(loss: ParallelLoss, drafter: Drafter, optimizers: list[torch.o
             return {**found, "state": states}
 
         optimizer.register_state_dict_post_hook(of_optimizer)
+
+
+def _shards(state: dict[str, Any]) -> Iterator[DTensor]:
+    """Return the shards in a ``state_dict`` of a module or of an optimizer, in its order."""
+    for value in state.values():
+        if isinstance(value, dict):
+            yield from _shards(value)
+        elif isinstance(value, DTensor):
+            yield value
 
 
 def _gathered(values: Iterable[Any]) -> list[Any]:

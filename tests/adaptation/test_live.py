@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from aurora_rl.adaptation import live
 from aurora_rl.adaptation.live import TimedRequests, measure_in_turns, per_second_summary, serve_sample
 from aurora_rl.envs import Completion, Request, SamplingParams
 
@@ -37,7 +40,7 @@ def test_a_sample_is_served_to_its_end_and_every_request_has_its_pace() -> None:
     assert [count for count, _ in source.ended] == [4, 5, 6]
 
 
-def test_arms_take_turns_and_the_first_turn_is_not_measured() -> None:
+def test_arms_take_turns_and_the_first_turn_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
     @contextlib.contextmanager
@@ -51,12 +54,15 @@ def test_arms_take_turns_and_the_first_turn_is_not_measured() -> None:
         source = TimedRequests()
         servers[arm] = Clerk(source), source
     asked = {arm: requests() for arm in servers}
+    seconds = itertools.count(0.0)  # one between any two looks at the clock
+    monkeypatch.setattr(live, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     samples = list(measure_in_turns(servers, asked, 3, company))  # type: ignore[arg-type]
     assert [(s["arm"], s["turn"]) for s in samples] == [
         (arm, turn) for turn, order in enumerate(("abc", "bca", "cab")) for arm in order
     ]
     assert events[:2] == ["c begins", "c ends"] and len(events) == 2 * 12  # a turn before those that are measured
-    assert all(s["tokens"] == 15 and len(s["per_second"]) == 3 and s["seconds"] >= 0 for s in samples)
+    measured = {"tokens": 15, "seconds": 7.0, "per_second": [4.0, 5.0, 6.0]}
+    assert all({**s, **measured} == s for s in samples)
     assert all(clerk.served == 12 for clerk, _ in servers.values())
 
 

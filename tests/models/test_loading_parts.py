@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from causal_families import tiny_family
 from families import FAMILIES, random_family
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -15,7 +16,6 @@ from aurora_rl.models.loading import ModelError
 from aurora_rl.models.loading_parts import load_parts
 from aurora_rl.models.parts import TargetParts
 from aurora_rl.testing import tiny_folder
-from aurora_rl.testing.families import tiny_family
 
 SHARD = "20KB"  # a layer or two in each file
 WHOLE = "the whole of model"  # begins the line of a target that was loaded whole

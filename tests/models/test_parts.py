@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from causal_families import tiny_family
 from families import FAMILIES, random_family
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
@@ -16,7 +17,6 @@ from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies import DRAFTERS, Eagle3Drafter, TargetParts, get_drafter
 from aurora_rl.policies.formats.checks import check_rope
 from aurora_rl.testing import tiny_target
-from aurora_rl.testing.families import tiny_family
 from aurora_rl.testing.tiny import cast
 
 

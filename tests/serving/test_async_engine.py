@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from aurora_rl.serving.async_engine import (
     ShuttingDownError,
     Update,
 )
+from aurora_rl.serving.server import Deleted
 from aurora_rl.telemetry.prometheus import METRICS
 from aurora_rl.testing import tiny_target
 
@@ -296,6 +298,34 @@ def test_an_engine_that_closes_begins_no_more_of_its_workload() -> None:
     assert first is not None and first.id == 0
     engine.close()
     assert engine() is None and next(waiting).id == 1
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["done", "refused"])
+@pytest.mark.parametrize("leaves", [False, True], ids=["waits", "left"])
+def test_a_deletion_is_done_or_refused_for_whoever_is_there_no_more(
+    ends: bool, leaves: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client left, or its event loop is closed: the thread that drives the rounds goes on without a word."""
+    deleted: list[str] = []
+
+    def delete(tenant: str) -> Deleted:
+        deleted.append(tenant)
+        return Deleted(prefixes=0, answers=0, trajectories=0, learner="told")
+
+    engine, loop = AsyncEngine(max_waiting=1), asyncio.new_event_loop()
+    server: Any = SimpleNamespace(env=SimpleNamespace(), step=lambda: False, delete=delete)
+    engine.attach(server)
+    asked = loop.create_task(engine.delete("a"))
+    loop.run_until_complete(asyncio.sleep(0))
+    if leaves:
+        asked.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        assert asked.cancelled()
+    loop.close()
+    if ends:
+        engine.end()
+    engine.step()
+    assert deleted == ([] if ends else ["a"]) and caplog.records == []
 
 
 def test_waits_are_observed_and_requests_counted(rig: Rig) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import transformers
+from causal_families import causal_families, try_family
 
-from aurora_rl.testing.families import causal_families, try_family
-
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "families.md").read_text()
 HEAD, TABLE = PAGE.split("| family |")
 ROWS = dict(line.strip("|").strip().split(" | ", 1) for line in TABLE.splitlines()[2:])
