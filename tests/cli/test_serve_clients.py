@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,11 @@ from aurora_rl.telemetry.log import MetricsReader
 
 FLYWHEEL = ["flywheel", "learner.spawn=false", "drafter.adaptive=false"]
 TOKENS = 150  # of the client's request, which one of two slots decodes plainly while the other serves all the traffic
+
+
+def of_the_command() -> bool:
+    """Whether the command runs in this thread. Servers of other tests may go on in theirs."""
+    return threading.current_thread() is threading.main_thread()
 
 
 @pytest.fixture
@@ -43,6 +49,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         return httpx.post(f"{run.url}/v1/chat/completions", json=body, timeout=60).json()
 
     def stepped(engine: AsyncEngine) -> bool:
+        if not of_the_command():
+            return step(engine)
         if run.answer is None:
             run.answer = pool.submit(ask)
             wait(lambda: engine.num_waiting or run.answer.done())
@@ -128,7 +136,15 @@ def test_clients_are_served_whatever_becomes_of_prompts_that_nobody_serves(
 
     if "drafter.adaptive=true" in pairs:
         monkeypatch.setattr("aurora_rl.serving.requests.encode_chat", refused)
-    monkeypatch.setattr(AsyncEngine, "wait", lambda engine, seconds: signal.raise_signal(signal.SIGTERM))
+    wait_for_clients = AsyncEngine.wait
+
+    def end(engine: AsyncEngine, seconds: float) -> None:
+        if of_the_command():
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            wait_for_clients(engine, seconds)
+
+    monkeypatch.setattr(AsyncEngine, "wait", end)
     alone = ["serve", "learner.spawn=false", "drafter.adaptive=false", "drafter.depth=1"]
     assert cli.main([*alone, *arguments, "http.port=0", *pairs]) == 0
     assert "listening at" in capsys.readouterr().out
