@@ -32,7 +32,8 @@ def test_two_processes_learn_from_a_server_and_one_goes_on(
     run = tmp_path / "run"
     ranks = start_ranks(forks, tmp_path, ["learn", *arguments, f"run_dir={run}", f"learner.parallel={parallel}"])
     ready(run, ranks)
-    served = [*arguments, "learner.spawn=false", "traffic.requests=12", f"run_dir={tmp_path / 'served'}"]
+    # Enough that some come after the first candidate: the gate decides by those.
+    served = [*arguments, "learner.spawn=false", "traffic.requests=48", f"run_dir={tmp_path / 'served'}"]
     with (tmp_path / "flywheel").open("wb") as output:
         assert forks.start(["flywheel", *served], output, output).wait(60) == 0, (tmp_path / "flywheel").read_text()
     wait(lambda: len(events(run, "train")) > 5 and events(run, "gate"))
