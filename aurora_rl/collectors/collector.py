@@ -147,7 +147,7 @@ class ZMQCollector:
             meta = message.meta.get("handshake")
             source = sender_of(frames, message.meta.get("engine"))
             engine = self._handshake if meta == self._handshake_meta else Handshake.from_meta(meta)
-            tenant, time_s, seconds = _retention(message)
+            tenant, time_s, seconds = _fields_of(message)
         except CodecError as error:
             self._reject("malformed", source, error)
             return None
@@ -177,7 +177,7 @@ class ZMQCollector:
         self._log.warning(kind, "a trajectory of %s is dropped, %s: %s", source or "a peer", kind, reason)
 
 
-def _retention(message: Message) -> tuple[str, float, float | None]:
+def _fields_of(message: Message) -> tuple[str, float, float | None]:
     """Return a message's tenant, empty if it has none, the time of its request's end or of its deletion, and seconds.
 
     The seconds are those for which the request was decoded; None is an engine of an earlier release, or a deletion.

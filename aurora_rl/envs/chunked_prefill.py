@@ -14,8 +14,8 @@ from aurora_rl.envs.request import Request
 
 # Tokens of the first chunk and of the shortest: where an engine reads it in a pass of its own, fewer take as long.
 _FIRST_CHUNK, _MIN_CHUNK = 16, 8
-# A round with a chunk may take about this many times the median of the last so many rounds without one. At 1.75
-# the slowest of a hundred such rounds took more than twice the median.
+# A round with a chunk may take about this many times the median of the last so many rounds without one: less than twice
+# by so much that the slowest of a hundred such rounds stays below twice as well (benchmarks/prefill.py).
 _MAX_DELAY, _ROUNDS = 1.6, 8
 
 
