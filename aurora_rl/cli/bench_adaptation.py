@@ -55,7 +55,7 @@ from aurora_rl.workload.traffic import Prompt
 
 HELP = "record a scenario's stream once, let arms draft for it and learn from it, and compare how fast they learn"
 
-_RECORDING_SLOTS = 8  # answers do not depend on how many are read at once
+_RECORDING_SLOTS = 32  # answers do not depend on how many are read at once
 _NO_FIGURE = {"http", "wire", "checkpoint", "canary", "compare", "privacy", "telemetry", "run_dir"}  # depends on these
 
 
