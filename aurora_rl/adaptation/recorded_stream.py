@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from aurora_rl.envs import Request
 from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.serving.recorded_requests import record_requests
+from aurora_rl.training.offline import Trajectories
 
 
 class RecordedPhase(Dataset[TensorDict]):
@@ -44,6 +46,55 @@ class RecordedPhase(Dataset[TensorDict]):
             by_layer = features.unflatten(-1, (self._recorded, -1)) if self._recorded else features[:, None]
             trajectory["sequence", "features"] = by_layer[:, self._places].flatten(1).contiguous()
         return trajectory
+
+
+class Parts(Dataset[TensorDict]):
+    """A stream's requests in parts of so many new tokens; the prompt of a part is all that comes before it.
+
+    A round that reaches into the next part is cut at its end, which takes one round in a part at most.
+
+    Args:
+        stream: Recorded requests, whose rounds drafted nothing.
+        size: Tokens of a part; the last of a request may have fewer.
+
+    Attributes:
+        positions: Place of each part in its request, from 0.
+    """
+
+    def __init__(self, stream: Trajectories, size: int) -> None:
+        self._stream = stream
+        self._bounds: list[tuple[int, int, int]] = []  # request, first token, end
+        self.positions: list[int] = []
+        for request in range(len(stream)):
+            sequence = stream[request]["sequence"]
+            end = len(sequence["tokens"])
+            for position, first in enumerate(range(int(sequence["prompt_length"]), end, size)):
+                self._bounds.append((request, first, min(first + size, end)))
+                self.positions.append(position)
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def __getitem__(self, index: int) -> TensorDict:
+        """Return a part, as the trajectory of a request of its own."""
+        request, first, end = self._bounds[index]
+        part = self._stream[request].clone()
+        sequence, rounds = part["sequence"], part["rounds"]
+        skipped = first - int(sequence["prompt_length"])
+        for key in set(sequence.keys()) - {"tokens", "prompt_length", "features", "adapter"}:  # the target's outputs
+            sequence[key] = sequence[key][skipped : skipped + end - first]
+        sequence["tokens"], sequence["features"] = sequence["tokens"][:end], sequence["features"][: end - 1]
+        sequence["prompt_length"] = torch.tensor(first)
+        inside = (rounds["anchor"] >= first - 1) & (rounds["anchor"] < end - 1)
+        part["rounds"] = TensorDict({key: rounds[key][inside] for key in set(rounds.keys()) - {"offset"}})
+        part["rounds", "offset"] = torch.zeros(int(inside.sum()) + 1, dtype=torch.int64)
+        return part
+
+    def ended(self, index: int) -> TensorDict | None:
+        """Return the whole request that ends with a part; None where it goes on."""
+        request = self._bounds[index][0]
+        last = index + 1 == len(self) or self._bounds[index + 1][0] != request
+        return self._stream[request] if last else None
 
 
 def record_plain_decoding(

@@ -41,7 +41,7 @@ def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
         names, lengths = ["mixed"], [sum(lengths)]
     bounds = list(pairwise([0, *accumulate(lengths)]))
     runs = [json.loads(path.read_text()) for path in sorted((out / "arms").glob("*/result.json"))]
-    runs = [run for run in runs if run["arm"] in scenario.arms]
+    runs = [_by_request(run) for run in runs if run["arm"] in scenario.arms]
     if not runs:
         raise ValueError(f"no arm of the scenario has a result in {out} yet")
     counts = {(run["arm"], run["seed"]): StreamCounts(run["tokens"], run["rounds"]) for run in runs}
@@ -51,6 +51,7 @@ def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
     figures = [
         {
             **{key: run[key] for key in ("arm", "seed", "learns", "learner_seconds")},
+            **{key: run[key] for key in ("by_position",) if key in run},
             "swaps": len(set(run["version"])) - 1,
             **_figures(counts[run["arm"], run["seed"]], run, names, bounds, scenario.window),
             "regret": regret(counts[run["arm"], run["seed"]], fixed),
@@ -62,6 +63,7 @@ def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
         "scenario": scenario.about,
         "window": scenario.window,
         "phases": [{"name": name, "first": a, "end": b} for name, (a, b) in zip(names, bounds, strict=True)],
+        "part_tokens": scenario.part_tokens,
         "arms": list(scenario.arms),
         "runs": figures,
         "against_fixed": list(_against_fixed(runs, counts, bounds)),
@@ -69,6 +71,20 @@ def collect(out: Path, scenario: Scenario) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers", "torchrl", "tensordict")},
         "machine": platform.processor() or platform.machine(),
     }
+
+
+def _by_request(run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's figures by request, and its acceptance length by position where it was served in parts."""
+    if "positions" not in run:
+        return run
+    at: dict[int, list[int]] = defaultdict(list)
+    for index, position in enumerate(run["positions"]):
+        at[position].append(index)
+    lengths = [sum(run["tokens"][i] for i in at[p]) / sum(run["rounds"][i] for i in at[p]) for p in sorted(at)]
+    bounds = [*at[0], len(run["positions"])]
+    whole = {key: [sum(run[key][a:b]) for a, b in pairwise(bounds)] for key in ("tokens", "rounds")}
+    last = {key: [run[key][end - 1] for end in bounds[1:]] for key in ("version", "steps")}
+    return {**run, **whole, **last, "by_position": lengths}
 
 
 def _figures(
@@ -168,6 +184,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     )
     parts.append(_learning(results))
     parts.append(_shifts(results, phases))
+    parts.append(_positions(results))
     if results["live"]:
         parts.append(_speed(results))
     return "\n".join(part for part in parts if part)
@@ -208,6 +225,16 @@ def _shifts(results: Mapping[str, Any], phases: Sequence[str]) -> str:
                 rows.append([run["arm"], str(run["seed"]), f"{place + 1}: {phase['name']}", regained, lost, against])
     heads = ["arm", "seed", "phase", "95% after", "forgotten", "acceptance over that of (95% interval)"]
     return f"After each shift: requests until 95% of the traffic's level are there.\n\n{_table(heads, rows)}"
+
+
+def _positions(results: Mapping[str, Any]) -> str:
+    runs = [run for run in results["runs"] if "by_position" in run]
+    if not runs:
+        return ""
+    longest, size = max(len(run["by_position"]) for run in runs), results["part_tokens"]
+    heads = ["arm", "seed", *(f"to {size * (place + 1):,}" for place in range(longest))]
+    rows = [[run["arm"], str(run["seed"]), *(f"{length:.2f}" for length in run["by_position"])] for run in runs]
+    return f"Acceptance length by the position in the answer, in tokens.\n\n{_table(heads, rows)}"
 
 
 def _speed(results: Mapping[str, Any]) -> str:

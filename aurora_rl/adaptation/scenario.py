@@ -43,6 +43,8 @@ class Phase:
     """Standard deviation of the noise on the target's matrices, over their own: a target that was trained further."""
     target_dtype: str | None = None
     """Dtype of the target in this phase; null is the run's."""
+    ignore_eos: bool = False
+    """Whether answers go on to the token budget."""
 
 
 @dataclass
@@ -57,6 +59,9 @@ class Arm:
     """Whether it learns from the stream as it is served."""
     trained: bool = False
     """Whether it starts from a drafter that has learned from the scenario's training traffic."""
+    by_part: bool = True
+    """Whether it learns from a part of an answer as soon as that is there, or from requests that have ended. It is for
+    scenarios with ``part_tokens``."""
 
 
 @dataclass
@@ -93,8 +98,11 @@ class Scenario:
     """Runs of each arm that learns."""
     window: int = 20
     """Requests of a point of a curve."""
+    part_tokens: int = 0
+    """Tokens of an answer's parts, by which long answers are measured and learned from; 0 leaves answers whole."""
     pace: float = 3.0
-    """Optimizer steps that a learner takes in the time of a request: those that one next to the server affords."""
+    """Optimizer steps that a learner takes in the time of what it gets at once, a request or a part of one: those that
+    one next to the server affords."""
     live: Live = field(default_factory=Live)
 
 
@@ -157,6 +165,12 @@ def _check(scenario: Scenario) -> None:
     for key in ("seeds", "window"):
         if getattr(scenario, key) < 1:
             raise ValueError(f"{key} must be at least 1, got {getattr(scenario, key)}")
+    if scenario.part_tokens < 0:
+        raise ValueError(f"part_tokens must be at least 0, got {scenario.part_tokens}")
+    if not scenario.part_tokens and (whole := [name for name, arm in scenario.arms.items() if not arm.by_part]):
+        raise ValueError(f"arm {whole[0]} has by_part: false, and the scenario has no part_tokens")
+    if scenario.part_tokens and scenario.live.requests:
+        raise ValueError("live measures whole requests; a scenario with part_tokens needs live.requests of 0")
     if not scenario.pace > 0:
         raise ValueError(f"pace must be above 0, got {scenario.pace}")
     live = scenario.live
@@ -192,6 +206,8 @@ def phase_prompts(scenario: Scenario, seed: int) -> tuple[list[list[Prompt]], li
         prompts = [next(pools[source]) for source, count in _shares(phase).items() for _ in range(count)]
         if len(phase.domains) > 1:
             draw.shuffle(prompts)
+        if phase.ignore_eos:
+            prompts = [replace(prompt, sampling={**prompt.sampling, "ignore_eos": True}) for prompt in prompts]
         taken.append(prompts)
     training = [prompt for part in taken[: len(scenario.training)] for prompt in part]
     phases = taken[len(scenario.training) :]

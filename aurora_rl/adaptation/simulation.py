@@ -14,6 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from aurora_rl.adaptation.metrics import StreamCounts
+from aurora_rl.adaptation.recorded_stream import Parts
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.lookup import EarlierAnswers
 from aurora_rl.policies.tree_shape import TreeShape
@@ -100,13 +101,14 @@ class ArmRun:
 
 
 def simulate(
-    stream: Trajectories,
+    stream: Trajectories | Parts,
     serving: Drafter,
     shape: TreeShape,
     *,
     learner: Learner | None = None,
     wire: LocalWire | None = None,
     earlier: EarlierAnswers | None = None,
+    by_part: bool = True,
     pace: float = math.inf,
     num_slots: int = 1,
     points: Collection[int] = (),
@@ -122,13 +124,14 @@ def simulate(
     and swaps as it would live.
 
     Args:
-        stream: Recorded requests, in order.
+        stream: Recorded requests, in order, or their parts, which then are served and learned from as requests are.
         serving: Drafter as it is served.
         shape: Trees that it drafts.
         learner: Learner on ``wire``; None leaves the drafter as it is.
         wire: Where the learner takes trajectories from and puts weights.
         earlier: Answers in which lookup searches, at first empty.
-        pace: Optimizer steps that the learner takes in the time of a request. What it does not use is lost.
+        by_part: Whether the learner gets each part as it ends, or requests that have ended.
+        pace: Optimizer steps that the learner takes in the time of what it gets. What it does not use is lost.
         num_slots: Requests that are decoded at the same time, hence do not find each other's answers.
         points: Numbers of served requests after which the weights are kept.
         keep: Called with such a number and the weights that serve then.
@@ -144,25 +147,29 @@ def simulate(
             learner.load_state_dict(state["learner"])
             serving.install(state["learner"]["serving"])
         if earlier is not None:
-            add_answers(earlier, stream, len(run.tokens))
+            add_answers(earlier, stream, 0, len(run.tokens))
     saved = len(run.tokens)
     pending: list[TensorDictBase] = []
 
     def flush() -> None:
         if not pending:
             return
+        first = len(run.tokens)
         replayed = replay(serving, pending, shape, earlier)
         run.tokens += replayed.tokens.tolist()
         run.rounds += replayed.rounds.tolist()
         pending.clear()
+        if earlier is not None:
+            add_answers(earlier, stream, first, len(run.tokens))
 
     for done in range(saved + 1, len(stream) + 1):
         trajectory = stream[done - 1]
         pending.append(trajectory)
         run.version.append(version)
-        if learner is not None:
+        lesson = trajectory if by_part else _ended(stream, done - 1)
+        if learner is not None and lesson is not None:
             assert wire is not None, "a learner needs its wire"
-            wire.waiting.append(trajectory)
+            wire.waiting.append(lesson)
             began = time.process_time()
             owed = _learn(learner, owed + pace)
             run.learner_seconds += time.process_time() - began
@@ -194,8 +201,13 @@ def _learn(learner: Learner, owed: float) -> float:
     return owed
 
 
-def add_answers(earlier: EarlierAnswers, stream: Trajectories, count: int) -> None:
-    """Add the answers to the first ``count`` requests of a stream."""
-    for place in range(count):
-        sequence = stream[place]["sequence"]
-        earlier.add(sequence["tokens"][int(sequence["prompt_length"]) :].numpy())
+def _ended(stream: Trajectories | Parts, index: int) -> TensorDictBase | None:
+    return stream.ended(index) if isinstance(stream, Parts) else stream[index]
+
+
+def add_answers(earlier: EarlierAnswers, stream: Trajectories | Parts, first: int, end: int) -> None:
+    """Add the answers to the requests of a stream that end from place ``first`` to before ``end``."""
+    for place in range(first, end):
+        if (request := _ended(stream, place)) is not None:
+            sequence = request["sequence"]
+            earlier.add(sequence["tokens"][int(sequence["prompt_length"]) :].numpy())

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aurora_rl.adaptation import report
 from aurora_rl.adaptation.busy_process import BusyProcess
 from aurora_rl.adaptation.live import TimedRequests, measure_in_turns
-from aurora_rl.adaptation.recorded_stream import RecordedPhase, record_plain_decoding
+from aurora_rl.adaptation.recorded_stream import Parts, RecordedPhase, record_plain_decoding
 from aurora_rl.adaptation.scenario import PLAIN, Arm, Phase, Scenario, phase_prompts, read_scenario, to_yaml
 from aurora_rl.adaptation.simulation import ArmRun, LocalWire, add_answers, simulate
 from aurora_rl.cli.arguments import add_config_arguments
@@ -125,7 +125,7 @@ class _Bench:
         Arms may be added to a folder, if they read what is recorded.
         """
         tree = asdict(self._scenario)
-        stream = {key: tree[key] for key in ("phases", "mixed", "training", "set", "window", "live")}
+        stream = {key: tree[key] for key in ("phases", "mixed", "training", "set", "window", "part_tokens", "live")}
         prompts = [*self._training, *(prompt for part in self._prompts for prompt in part)]
         stream["prompts"] = fingerprint((), prompts)
         settings = {"stream": stream, "configuration": _configuration(self._base)}
@@ -211,13 +211,14 @@ class _Bench:
                         weight.add_(phase.target_noise * weight.std() * noise)
         return target
 
-    def _stream(self, name: str, drafter: Drafter) -> Trajectories:
-        """Return the training traffic, or all phases in order, as a drafter reads them."""
+    def _stream(self, name: str, drafter: Drafter) -> Trajectories | Parts:
+        """Return the training traffic, or all phases in order, as a drafter reads them; the phases perhaps in parts."""
         wanted = drafter.feature_layers
         if name == "training":
             return RecordedPhase(self._out / "stream" / name, self._layers, wanted)
         folders = [self._out / "stream" / f"phase-{number}" for number in range(len(self._prompts))]
-        return ConcatDataset([RecordedPhase(folder, self._layers, wanted) for folder in folders])
+        whole: Trajectories = ConcatDataset([RecordedPhase(folder, self._layers, wanted) for folder in folders])
+        return Parts(whole, self._scenario.part_tokens) if self._scenario.part_tokens else whole
 
     # ---- arms -------------------------------------------------------------------------------------------------------
 
@@ -270,8 +271,8 @@ class _Bench:
 
             result = simulate(
                 stream, serving, _shape(spec, arm), learner=learner, wire=wire, earlier=earlier,
-                pace=self._scenario.pace, num_slots=spec.config.engine.slots, points=sampled, keep=keep, tell=tell,
-                save=save, state=state,
+                by_part=arm.by_part, pace=self._scenario.pace, num_slots=spec.config.engine.slots, points=sampled,
+                keep=keep, tell=tell, save=save, state=state,
             )  # fmt: skip
         figures = {
             "arm": name,
@@ -281,6 +282,7 @@ class _Bench:
             "flops_per_step": flops,
             "batch_size": spec.config.learner.batch_size,
             "seconds": round(time.monotonic() - began, 1),
+            **({"positions": stream.positions} if isinstance(stream, Parts) else {}),
             **asdict(result),
         }
         write_file(done, json.dumps(figures) + "\n")
@@ -373,7 +375,7 @@ class _Bench:
                 if name != PLAIN and self._scenario.arms[name].lookup_only:
                     server.policy.shape = _shape(spec, self._scenario.arms[name])
                 if server.policy.earlier is not None:
-                    add_answers(server.policy.earlier, self._stream("phases", drafter), point)
+                    add_answers(server.policy.earlier, self._stream("phases", drafter), 0, point)
                 stack.callback(server.close)
                 servers[name], requests[name] = (server, source), list(iter(queue, None))
 

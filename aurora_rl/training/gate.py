@@ -68,7 +68,7 @@ def replay(
         drafter: Drafter whose serving cache is used; pass a copy of one that serves.
         trajectories: Recorded requests.
         shape: The tree to draft at every round.
-        earlier: Answers in which lookup searches; those of the requests are added, in order, when all have ended.
+        earlier: Answers in which lookup searches.
 
     Raises:
         ValueError: The features were recorded for another drafter, or a request was served under a rule whose text
@@ -118,9 +118,6 @@ def replay(
         lengths = store.lengths[slots] + accepted + 1
         store.lengths[slots] = torch.where(lengths >= ends[slots], 0, lengths)
     prompts = torch.tensor([int(t["sequence", "prompt_length"]) for t in trajectories])
-    if earlier is not None:
-        for trajectory, prompt_length in zip(trajectories, prompts.tolist(), strict=True):
-            earlier.add(trajectory["sequence", "tokens"][prompt_length:].cpu().numpy())
     return Replay(ends - prompts, rounds)
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from aurora_rl.adaptation.recorded_stream import RecordedPhase, record_plain_decoding
+from aurora_rl.adaptation.recorded_stream import Parts, RecordedPhase, record_plain_decoding
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import Request, SamplingParams
 from aurora_rl.testing import tiny_target
+from aurora_rl.trajectories import validate
 
 LAYERS = (0, 1)
 BUDGETS = (12, 3, 7, 2, 9)  # so that requests end in another order than they came
@@ -60,3 +61,29 @@ def test_features_of_some_layers_are_those_of_a_recording_of_these_layers(
         a, b = alone[index], some[index]
         assert torch.equal(a["sequence", "tokens"], b["sequence", "tokens"])
         torch.testing.assert_close(a["sequence", "features"], b["sequence", "features"], rtol=0, atol=1e-10)
+
+
+def test_parts_are_the_requests_cut_and_every_token_is_new_in_one_of_them(recorded: Path) -> None:
+    phase = RecordedPhase(recorded, LAYERS, LAYERS)
+    parts = Parts(phase, 4)
+    sizes = [4, 4, 4, 3, 4, 3, 2, 4, 4, 1]  # of 12, 3, 7, 2 and 9 tokens
+    assert parts.positions == [0, 1, 2, 0, 0, 1, 0, 0, 1, 2] and len(parts) == len(sizes)
+    request, at = -1, 0
+    for index, size in enumerate(sizes):
+        if parts.positions[index] == 0:
+            request, at = request + 1, 3
+        whole, part = phase[request], parts[index]
+        width = whole["sequence", "features"].shape[-1]
+        validate(part, vocab_size=tiny_target().config.vocab_size, feature_size=width, hidden_size=width // 2)
+        sequence = part["sequence"]
+        assert int(part["request"]) == request and int(sequence["prompt_length"]) == at
+        assert torch.equal(sequence["tokens"], whole["sequence", "tokens"][: at + size])
+        assert torch.equal(sequence["features"], whole["sequence", "features"][: at + size - 1])
+        assert torch.equal(sequence["hidden"], whole["sequence", "hidden"][at - 3 : at - 3 + size])
+        assert part["rounds", "anchor"].tolist() == list(range(at - 1, at + size - 1))
+        at += size
+        ended = parts.ended(index)
+        if at == 3 + BUDGETS[request]:
+            assert ended is not None and torch.equal(ended["sequence", "tokens"], whole["sequence", "tokens"])
+        else:
+            assert ended is None

@@ -132,3 +132,28 @@ def test_a_stream_without_shifts_has_no_table_of_them(folder: Path) -> None:
 def test_a_folder_without_results_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no arm of the scenario has a result in"):
         report.collect(tmp_path, SCENARIO)
+
+
+def test_parts_of_answers_count_by_request_and_by_position(folder: Path) -> None:
+    path = folder / "arms" / "scratch-0" / "result.json"
+    whole = json.loads(path.read_text())
+    cut = {**whole, "positions": [0, 1] * 12}
+    for key in ("tokens", "rounds"):
+        cut[key] = [part for value in whole[key] for part in (value // 3, value - value // 3)]
+    for key in ("version", "steps"):
+        cut[key] = [part for value in whole[key] for part in (max(value - 1, 0), value)]
+    path.write_text(json.dumps(cut))
+    for name in ("lookup-0", "scratch-1", "left-out-0"):
+        shutil.rmtree(folder / "arms" / name)
+    shutil.rmtree(folder / "live")
+    [by_part] = report.collect(folder, SCENARIO)["runs"]
+    path.write_text(json.dumps(whole))
+    [expected] = report.collect(folder, SCENARIO)["runs"]
+    lengths = by_part.pop("by_position")
+    assert by_part == expected
+    early = sum(value // 3 for value in whole["rounds"])
+    assert lengths == pytest.approx([48 / early, 96 / (sum(whole["rounds"]) - early)])
+    results = report.collect(folder, SCENARIO) | {"part_tokens": 250}
+    results["runs"][0]["by_position"] = lengths
+    assert f"| scratch | 0 | {lengths[0]:.2f} | {lengths[1]:.2f} |" in report.markdown(results)
+    assert "| to 250 | to 500 |" in report.markdown(results)

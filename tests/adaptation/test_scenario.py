@@ -37,6 +37,12 @@ def test_a_scenario_of_the_package_has_its_prompts(name: str, tmp_path: Path) ->
         (PHASES + "arms: {a: {learn: true}}\n", "learn"),
         (PHASES + "seeds: many\n" + ARMS, "many"),
         (PHASES + "seeds: 0\n" + ARMS, "seeds must be at least 1, got 0"),
+        (PHASES + "part_tokens: -1\nlive: {requests: 0}\n" + ARMS, "part_tokens must be at least 0, got -1"),
+        (
+            PHASES + "part_tokens: 4\nlive: {requests: 2}\n" + ARMS,
+            "a scenario with part_tokens needs live.requests of 0",
+        ),
+        (PHASES + "arms: {a: {learns: true, by_part: false}}\n", "arm a has by_part: false, and the scenario has no"),
         (PHASES + "pace: 0\n" + ARMS, "pace must be above 0, got 0"),
         (PHASES.replace("[sql]", "[cooking]") + ARMS, "unknown domain 'cooking'; there are code, sql"),
         (PHASES.replace("domains: [sql]", "path: a.jsonl, domains: [sql]") + ARMS, "give domains, or the path"),
@@ -89,3 +95,11 @@ def test_mixing_keeps_every_prompt_and_no_order() -> None:
     changes = sum(a != b for a, b in zip(domains, domains[1:], strict=False))
     assert changes > len(mixed) / 2
     assert phase_prompts(scenario, seed=1)[0][0] != mixed
+
+
+def test_answers_that_go_on_to_the_budget_say_so_in_every_request(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(PHASES.replace("[sql]", "[sql], ignore_eos: true") + ARMS)
+    (code, sql), _ = phase_prompts(read_scenario(path), seed=0)
+    assert [prompt.sampling for prompt in code] == [{}] * 12
+    assert [prompt.sampling for prompt in sql] == [{"ignore_eos": True}] * 12

@@ -13,6 +13,7 @@ from tiny_streams import drafter_and_loss, stream
 from torch import Tensor
 
 from aurora_rl.adaptation import simulation
+from aurora_rl.adaptation.recorded_stream import Parts
 from aurora_rl.adaptation.simulation import ArmRun, LocalWire, simulate
 from aurora_rl.policies import Eagle3Drafter, TreeShape
 from aurora_rl.policies.lookup import EarlierAnswers
@@ -162,3 +163,37 @@ def test_an_interrupted_arm_goes_on_as_if_it_had_not_been(
     assert rest == whole
     for name, tensor in learned.state_dict().items():
         assert torch.equal(relearned.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("by_part", [True, False])
+def test_parts_of_requests_are_learned_from_at_once_or_when_all_of_a_request_is_there(
+    requests: list[TensorDict], tmp_path: Path, by_part: bool
+) -> None:
+    wire, parts, lessons = LocalWire(), Parts(requests, 2), []
+    learner, drafter = learner_and_drafter(tmp_path, wire)
+    poll = wire.poll
+
+    def noting(timeout_s: float = 0.0) -> list[TensorDict]:
+        taken = poll(timeout_s)
+        lessons.extend((int(t["request"]), int(t["sequence", "prompt_length"])) for t in taken)
+        return taken
+
+    wire.poll = noting  # type: ignore[method-assign]
+    earlier = EarlierAnswers(60)
+    run = simulate(
+        parts, drafter.serving_copy(torch.float32), SHAPE, learner=learner, wire=wire, earlier=earlier,
+        by_part=by_part, num_slots=1,
+    )  # fmt: skip
+    starts = [(int(part["request"]), int(part["sequence", "prompt_length"])) for part in parts]
+    assert len(starts) > 24
+    assert lessons == (
+        starts if by_part else [start for start, p in zip(starts, parts.positions, strict=True) if p == 0]
+    )
+    assert len(run.tokens) == len(run.version) == len(run.steps) == len(parts)
+    # Lookup has whole answers, however they were cut.
+    expected = EarlierAnswers(60)
+    for trajectory in requests:
+        expected.add(trajectory["sequence", "tokens"][int(trajectory["sequence", "prompt_length"]) :].numpy())
+    assert vars(earlier).keys() == vars(expected).keys()
+    for key, value in vars(expected).items():
+        assert repr(vars(earlier)[key]) == repr(value), key
