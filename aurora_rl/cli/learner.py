@@ -25,13 +25,14 @@ from aurora_rl.collectors.weights import WeightPublisher
 from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.memory import return_freed_memory
 from aurora_rl.models.target_head import TargetHead
-from aurora_rl.objectives import SumLoss, make_objectives
+from aurora_rl.objectives import Objective, SumLoss, make_objectives
 from aurora_rl.policies import Drafter
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.engine_canary import EngineCanary, EngineTrialRules
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.learner import Learner
+from aurora_rl.training.moving_vocab import MovingVocab
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.parallel import ParallelLoss, Ranks, start_alike
 from aurora_rl.training.replay import trajectory_buffer
@@ -175,6 +176,11 @@ def assembled(
 ) -> Learner:
     """Return the learner of a spec, with the loss and the optimizers of :func:`learning` and a wire."""
     config, settings = spec.config, spec.config.learner
+    vocab = None
+    if spec.vocab_follows and (drafter.vocab_tables or config.drafter.vocab_follows):
+        head = next(each.head for each in loss.modules() if isinstance(each, Objective))
+        with naming("drafter.vocab_follows"):
+            vocab = MovingVocab(drafter, head, optimizers)
     return Learner(
         drafter=drafter,
         loss=loss,
@@ -197,4 +203,5 @@ def assembled(
         once=config.privacy.zero_retention,
         outputs=outputs,
         canary=canary,
+        vocab=vocab,
     )

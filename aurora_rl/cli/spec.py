@@ -38,6 +38,7 @@ class RunSpec:
         drafter_name: Name of the drafter's architecture.
         drafter_class: Architecture of the drafter.
         sampling_params: Parameters of a request that says nothing of its own. The seed is the first request's.
+        vocab_follows: Whether the draft vocabulary follows the traffic, if the drafter can.
     """
 
     config: Config
@@ -49,6 +50,7 @@ class RunSpec:
     drafter_name: str
     drafter_class: type[Drafter]
     sampling_params: SamplingParams
+    vocab_follows: bool
 
 
 def resolve(config: Config) -> RunSpec:
@@ -81,7 +83,7 @@ def resolve(config: Config) -> RunSpec:
     dtype = default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     budget = config.max_new_tokens or _MAX_NEW_TOKENS
     sampling = SamplingParams(config.temperature, config.top_k, config.top_p, config.seed, budget, min_p=config.min_p)
-    return RunSpec(config, device, dtype, engine_class, rule, tree, name, kind, sampling)
+    return RunSpec(config, device, dtype, engine_class, rule, tree, name, kind, sampling, _vocab_follows(config))
 
 
 def _engine_class(config: Config) -> type[Engine] | None:
@@ -97,6 +99,22 @@ def _engine_class(config: Config) -> type[Engine] | None:
             )
     with naming("engine.name"):
         return get_engine(settings.name)
+
+
+def _vocab_follows(config: Config) -> bool:
+    """Return whether the draft vocabulary is to follow the traffic."""
+    asked, mode, adapters = config.drafter.vocab_follows, config.drafter.mode, list(config.drafter.adapters)
+    reasons = {
+        f"engine.name={config.engine.name}, whose map of draft tokens is read once": config.engine.remote,
+        # Rewards need the rows of all tokens that were drawn.
+        f"drafter.mode={mode}, whose draws would lose their rows": mode != "topk",
+        f"drafter.adapters={adapters}, which share the rows": bool(adapters),
+        f"learner.parallel={config.learner.parallel}, whose ranks share them": config.learner.parallel is not None,
+        "privacy.zero_retention=true, which keeps no answers": config.privacy.zero_retention,
+    }
+    if asked and (found := [reason for reason, holds in reasons.items() if holds]):
+        raise ConfigError(f"drafter.vocab_follows=true does not go with {found[0]}; leave it out, or set it to false")
+    return not any(reasons.values()) if asked is None else asked
 
 
 def _rule(config: Config) -> str:

@@ -288,6 +288,14 @@ class Drafter(HubMixin, nn.Module, ABC):
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
+    @property
+    def vocab_tables(self) -> tuple[Tensor, ...]:
+        """Parameters ``[Vd, H]`` that start as the target's rows of the draft vocabulary, whose tokens may change.
+
+        Empty for a drafter whose vocabulary stays as it is.
+        """
+        return ()
+
     def serving_copy(self, dtype: torch.dtype, device: torch.device | None = None) -> Self:
         """Return a copy that serves or replays: in ``dtype`` and on ``device``, or where this is; without gradients."""
         return copy.deepcopy(self).to(device, dtype).eval().requires_grad_(False)

@@ -107,6 +107,11 @@ class Eagle3Drafter(RecurrentDrafter):
         drafter._start_from(parts)
         return drafter
 
+    @property
+    @override
+    def vocab_tables(self) -> tuple[Tensor, ...]:
+        return (self.lm_head.weight,)
+
     @torch.no_grad()
     def _start_from(self, parts: TargetParts) -> None:
         size = self.config.hidden_size

@@ -136,6 +136,11 @@ class MedusaDrafter(Drafter):
                 parameter.copy_(parts.head.rows(draft_vocab))
         return drafter
 
+    @property
+    @override
+    def vocab_tables(self) -> tuple[Tensor, ...]:
+        return tuple(self.lm_heads.parameters())
+
     # ---- serving ----------------------------------------------------------------------------------------------------
 
     @override

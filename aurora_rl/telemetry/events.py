@@ -264,7 +264,10 @@ EVENTS: dict[str, Event] = {
             "steps": _SEEN["steps"],
         },
     ),
-    "candidate": Event("The gate holds back the next requests, to decide about a candidate.", _SEEN),
+    "candidate": Event(
+        "The gate holds back the next requests, to decide about a candidate.",
+        {"tokens_entered": "Tokens that took the rows of others in its draft vocabulary.", **_SEEN},
+    ),
     "gate": Event(
         "The gate has decided about a candidate.",
         {

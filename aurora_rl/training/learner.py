@@ -29,6 +29,7 @@ from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.checkpoint import newest_training_state, save_training_state
 from aurora_rl.training.engine_canary import EngineCanary
 from aurora_rl.training.gate import Gate
+from aurora_rl.training.moving_vocab import MovingVocab
 from aurora_rl.training.replay import NewestTrajectories
 from aurora_rl.training.retention import AgeLimit, is_deleted
 from aurora_rl.training.served_weights import StartCheck, WeightAudit, with_weights
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _STATE = "the training state"
 _STREAM = "stream.pt"  # file of a training state: replay buffer and other state from trajectories
+_ELSEWHERE = ("drafter", "draft_vocab", "optimizers", "serving")  # parts of a training state that are not in it
 _MAX_TOLD = 64  # engines that reject a version: a peer may make up ever new names
 _COUNTS = "seen steps skipped version _skipped_in_a_row _credit _since_candidate _decided_steps".split()
 
@@ -73,6 +75,7 @@ class Learner:
         once: Whether a trajectory is dropped after the gradient step that it was taken for.
         outputs: Writes the training state.
         canary: Tries new weights at a share of the engines first; None publishes them to all at once.
+        vocab: Lets the draft vocabulary follow what the requests in the replay buffer say; None leaves it as it is.
 
     Attributes:
         seen: Trajectories learned from.
@@ -105,6 +108,7 @@ class Learner:
         once: bool = False,
         outputs: Outputs,
         canary: EngineCanary | None = None,
+        vocab: MovingVocab | None = None,
     ) -> None:
         self._drafter, self._loss, self._optimizers = drafter, loss, optimizers
         self._buffer, self._collector, self._publisher, self._gate = buffer, collector, publisher, gate
@@ -114,6 +118,8 @@ class Learner:
         self._max_skipped, self._skipped_in_a_row, self._canary = max_skipped, 0, canary
         self.outputs, self._keep, self._versions = outputs, keep, self._states.parent / "versions"
         self._keep_states, self._save_buffer = keep_states, save_buffer
+        self._vocab, self._first_vocab = vocab, checksum({"draft_vocab": drafter.draft_vocab})
+        self._adapters = [] if drafter.adapters is None else list(drafter.adapters.names)
         self._new: list[TensorDictBase] = []
         self._notes = WireNotes(collector, publisher, log)
         self._sound: TensorDictBase | None = None  # the last new trajectory on which a step was taken
@@ -144,16 +150,15 @@ class Learner:
         """
         state, skipped = newest_training_state(folder)
         progress, serving = state.progress, state.weights("serving")
-        if (names := progress.get("adapters", [])) != self._adapters():
+        if (names := progress.get("adapters", [])) != self._adapters:
             raise CheckpointError(
-                f"{folder} was trained with drafter.adapters={names}, and this run has {self._adapters()}; set the "
+                f"{folder} was trained with drafter.adapters={names}, and this run has {self._adapters}; set the "
                 "same, or start from the drafter of that run (drafter.path) to have others"
             )
-        put = state.stage(self._drafter, self._optimizers)
-        if progress.get("draft_vocab") != self._draft_vocab():
-            raise CheckpointError(
-                f"{folder} was trained with another draft vocabulary; set drafter.path to the drafter of that run"
-            )
+        put, own = state.stage(self._drafter, self._optimizers), self._drafter.draft_vocab
+        vocab = (state.weights("draft_vocab") or {}).get("now", own)
+        if self._first_vocab not in (progress.get("draft_vocab"), checksum({"draft_vocab": vocab})):
+            raise CheckpointError(f"{folder} is of another draft vocabulary; set drafter.path to that run's drafter")
         if serving is not None:
             try:
                 check_weights(self._serving, serving)
@@ -168,6 +173,7 @@ class Learner:
                     f"{len(self._objectives())}; set checkpoint.buffer=false to go on without its replay buffer"
                 )
         put()
+        self._drafter.draft_vocab = vocab.to(own)
         if stream is not None:
             self._load_stream(stream)
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
@@ -201,7 +207,8 @@ class Learner:
         if learned and not waits and self._since_candidate >= self._publish_every:
             self._since_candidate = 0
             self._gate.hold()
-            self._log.write("candidate", seen=self.seen, steps=self.steps)
+            entered = 0 if self._vocab is None else self._vocab.follow(self._replayed)
+            self._log.write("candidate", tokens_entered=entered, seen=self.seen, steps=self.steps)
         if len(self._new) >= self._batch_size:
             batch, self._new = self._new[: self._batch_size], self._new[self._batch_size :]
             self._credit = min(self._credit + self._replay, 4 * self._replay)
@@ -381,12 +388,13 @@ class Learner:
 
     def _write_state(self, folder: Path) -> None:
         counts = {"seen": self.seen, "steps": self.steps, "decided_steps": self._decided_steps, "version": self.version}
-        progress = {**counts, "draft_vocab": self._draft_vocab(), "adapters": self._adapters()}
-        weights = {"serving": self._serving, **({} if self._replaced is None else {"replaced": self._replaced})}
+        progress = {**counts, "draft_vocab": self._first_vocab, "adapters": self._adapters}
+        vocab = {"now": self._drafter.draft_vocab}
+        weights = {"serving": self._serving, "replaced": self._replaced or {}, "draft_vocab": vocab}
         save_training_state(folder, self._drafter, self._optimizers, progress, weights)
         self._save_drafter(folder / "drafter")
         if self._save_buffer:
-            stream = {key: v for key, v in self.state_dict().items() if key not in ("drafter", "optimizers", "serving")}
+            stream = {key: v for key, v in self.state_dict().items() if key not in _ELSEWHERE}
             torch.save(stream, folder / _STREAM)
 
     def state_dict(self) -> dict[str, Any]:
@@ -396,6 +404,7 @@ class Learner:
         """
         return {
             "drafter": self._drafter.state_dict(),
+            "draft_vocab": self._drafter.draft_vocab,
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "serving": self._serving,
             "buffer": self._buffer.state_dict(),
@@ -412,6 +421,7 @@ class Learner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where a learner of the same settings was, whose :meth:`state_dict` this is."""
         self._drafter.load_state_dict(state["drafter"])
+        self._drafter.draft_vocab = state["draft_vocab"]
         for optimizer, values in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         self._serving = state["serving"]
@@ -432,12 +442,6 @@ class Learner:
         torch.set_rng_state(state["random"])
         for name, value in state["counts"].items():
             setattr(self, name, value)
-
-    def _draft_vocab(self) -> str:
-        return checksum({"draft_vocab": self._drafter.draft_vocab})
-
-    def _adapters(self) -> list[str]:
-        return [] if self._drafter.adapters is None else list(self._drafter.adapters.names)
 
     def close(self) -> None:
         """Close the wire."""

@@ -196,6 +196,23 @@ def test_lookup_is_on_where_trees_can_take_it(config: Config) -> None:
     assert lookup("drafter.lookup=3", "drafter.name=ngram") == 3
 
 
+def test_the_draft_vocabulary_follows_where_all_else_allows_it() -> None:
+    def follows(*pairs: str) -> bool:
+        return spec.resolve(load_config(overrides=["device=cpu", "drafter.name=eagle3", *pairs])).vocab_follows
+
+    assert follows() and follows("drafter.vocab_follows=true") and not follows("drafter.vocab_follows=false")
+    for pair, told in {
+        "engine.name=sglang": "engine.name=sglang, whose map of draft tokens is read once",
+        "drafter.mode=sampled": "drafter.mode=sampled, whose draws would lose their rows",
+        "drafter.adapters=[acme]": r"drafter.adapters=\['acme'\], which share the rows",
+        "learner.parallel=ddp": "learner.parallel=ddp, whose ranks share them",
+        "privacy.zero_retention=true": "privacy.zero_retention=true, which keeps no answers",
+    }.items():
+        assert not follows(pair) and not follows(pair, "drafter.vocab_follows=false")
+        with pytest.raises(ConfigError, match=f"drafter.vocab_follows=true does not go with {told}; leave it out"):
+            follows(pair, "drafter.vocab_follows=true")
+
+
 def test_traffic_without_a_budget_gets_one() -> None:
     assert spec.resolve(load_config(overrides=["device=cpu"])).sampling_params.max_tokens == 96
     assert spec.resolve(load_config(overrides=["device=cpu", "max_new_tokens=7"])).sampling_params.max_tokens == 7

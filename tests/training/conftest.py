@@ -29,6 +29,7 @@ from aurora_rl.testing import serve
 from aurora_rl.training.engine_canary import EngineCanary, EngineTrialRules
 from aurora_rl.training.gate import Gate
 from aurora_rl.training.learner import Learner
+from aurora_rl.training.moving_vocab import MovingVocab
 from aurora_rl.training.optimizers import drafter_optimizers
 from aurora_rl.training.replay import trajectory_buffer
 
@@ -69,7 +70,8 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
 
         def build(
             *,
-            vocab: int = 32,
+            vocab: range = range(32),
+            follows: bool = False,
             dtype: torch.dtype = torch.float32,
             buffer: int = 100,
             gate: int = 4,
@@ -97,10 +99,11 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
             receiver = WeightReceiver(publisher.address, handshake=engine, version=version, checksum=checksum)
             loss = Loss(drafter)
             scratch = copy.deepcopy(drafter).to(dtype).requires_grad_(False)
+            optimizers = drafter_optimizers(drafter, muon_lr=muon_lr, adam_lr=adam_lr)
             learner = Learner(
                 drafter=drafter,
                 loss=loss,  # type: ignore[arg-type]
-                optimizers=drafter_optimizers(drafter, muon_lr=muon_lr, adam_lr=adam_lr),
+                optimizers=optimizers,
                 buffer=trajectory_buffer(buffer, batch_size),
                 collector=collector,
                 publisher=publisher,
@@ -117,6 +120,7 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
                 once=once,
                 outputs=Outputs(log),
                 canary=None if canary is None else EngineCanary(publisher, canary, log),
+                vocab=MovingVocab(drafter, PARTS.head, optimizers) if follows else None,
             )
             for close in (sink.close, receiver.close, learner.close):
                 stack.callback(close)

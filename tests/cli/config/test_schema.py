@@ -29,7 +29,7 @@ def test_the_keys_are_frozen() -> None:
         *("traffic.path", "traffic.limit", "traffic.shuffle", "traffic.requests"),
         *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "rule", "generation_config", "seed"),
         *("drafter.name", "drafter.options", "drafter.path", "drafter.trained_for"),
-        *("drafter.vocab_size", "drafter.feature_layers"),
+        *("drafter.vocab_size", "drafter.vocab_follows", "drafter.feature_layers"),
         *(
             "drafter.depth",
             "drafter.width",
