@@ -169,7 +169,7 @@ ELSEWHERE = {
         "SampledGrowth": "aurora_rl.policies.tree_search.SampledSearch",
     },
     "policies.hybrid": {
-        "HybridDrafter": "aurora_rl.policies.DrafterPolicy", "merge_chain": "aurora_rl.policies.lookup.merge_trees",
+        "HybridDrafter": "aurora_rl.policies.DrafterPolicy", "merge_chain": "aurora_rl.policies.merging.TreeMerger",
     },
     "policies.length": {"LengthController": "aurora_rl.policies.tree_controller.TreeController"},
     "policies.recorded": {"RecordedTrees": "aurora_rl.tree_index.TreeIndex"},

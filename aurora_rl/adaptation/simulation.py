@@ -17,6 +17,7 @@ from aurora_rl.adaptation.metrics import StreamCounts
 from aurora_rl.adaptation.recorded_stream import Parts
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.lookup import EarlierAnswers
+from aurora_rl.policies.merging import Chances
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.telemetry.engine_counts import EngineCounts
 from aurora_rl.training.gate import replay
@@ -139,10 +140,11 @@ def simulate(
         save: Called every 40 requests with what is needed to go on from there, to be written at once.
         state: What ``save`` got, if the arm goes on; all other arguments are as at its start.
     """
-    run, version, owed = ArmRun(), 0, 0.0
+    run, version, owed, chances = ArmRun(), 0, 0.0, Chances()
     if state is not None:
         run, version, owed = ArmRun(**state["run"]), state["version"], state["owed"]
         torch.set_rng_state(state["random"])
+        chances.load_state_dict(state["chances"])
         if learner is not None:
             learner.load_state_dict(state["learner"])
             serving.install(state["learner"]["serving"])
@@ -155,7 +157,7 @@ def simulate(
         if not pending:
             return
         first = len(run.tokens)
-        replayed = replay(serving, pending, shape, earlier)
+        replayed = replay(serving, pending, shape, earlier, chances)
         run.tokens += replayed.tokens.tolist()
         run.rounds += replayed.rounds.tolist()
         pending.clear()
@@ -185,7 +187,12 @@ def simulate(
             keep(done, serving.published())
         if done - saved >= _SAVED_EVERY and not pending:  # a flush of its own would change what lookup finds
             saved, learned = done, None if learner is None else learner.state_dict()
-            save(dict(run=asdict(run), version=version, owed=owed, random=torch.get_rng_state(), learner=learned))
+            save(
+                dict(
+                    run=asdict(run), version=version, owed=owed, random=torch.get_rng_state(), learner=learned,
+                    chances=chances.state_dict(),
+                )
+            )  # fmt: skip
     flush()
     tell(len(stream), run)
     return run

@@ -32,8 +32,7 @@ from aurora_rl.tree_index import TreeIndex
 _LONGEST, _OWN, _PRIOR, _COUNTED = 8, 16.0, 8.0, 512
 # Chance of being accepted below which no row of a round pays, on any machine that was measured.
 _LEAST = 0.05
-# What a chance is worth that lookup or a drafter states of a node whose parent is accepted: both are too sure, the more
-# so the deeper. With this factor the likeliest nodes delivered most; others were tried (docs/results.md).
+# What a chance is worth that lookup states of a node whose parent is accepted: it is too sure, the more so the deeper.
 _WORTH = 0.75
 _END = -1  # stands after every earlier answer
 _NOTHING = np.empty(0, dtype=np.int32)
@@ -166,13 +165,11 @@ class Tree(NamedTuple):
         )
 
 
-def ngram_tree(
-    text: Sequence[int] | np.ndarray, shape: TreeShape, earlier: np.ndarray | None = None, least: float = 0.0
-) -> Tree:
+def ngram_tree(text: Sequence[int] | np.ndarray, shape: TreeShape, earlier: np.ndarray | None = None) -> Tree:
     """Return the likeliest nodes after a request's text so far, by :func:`continuations` of it and of each path.
 
     The nodes come by falling chance of their path. A chance that is stated of a token is worth three quarters of it,
-    since it is too sure. Paths with a chance below ``least``, or below 0.05, are left out.
+    since it is too sure. Paths with a chance below 0.05 are left out.
 
     Example:
         >>> ngram_tree([1, 2, 3, 1, 2, 4, 5, 1, 2], TreeShape(2, 2, 3)).tokens
@@ -185,7 +182,7 @@ def ngram_tree(
 
     def grow(parent: int, path: float, before: np.ndarray) -> None:
         for token, stated in list(continuations(before, earlier).items())[: shape.width]:
-            if (chance := path * stated * _WORTH) >= max(least, _LEAST):
+            if (chance := path * stated * _WORTH) >= _LEAST:
                 heapq.heappush(open_nodes, (-chance, next(arrivals), parent, token, stated, before))
 
     if shape.depth:
@@ -198,45 +195,6 @@ def ngram_tree(
         if len(before) + 1 - len(tokens) < shape.depth and len(tree.tokens) < shape.num_nodes:
             grow(len(tree.tokens) - 1, -path, np.append(before, token))
     return tree
-
-
-def merge_trees(tree: Tree, found: Tree, num_nodes: int, least: float = 0.0) -> Tree:
-    """Merge a tree that was looked up with a drafter's ``tree``, whose nodes come first, sharing those that both have.
-
-    The ``num_nodes`` likeliest paths are kept, whichever of the two says so, and none with a chance below ``least``.
-    Nodes that were only looked up have a log-probability of −inf.
-
-    Example:
-        >>> found = Tree([7, 8], [-1, 0], [-0.1, -0.1])
-        >>> merge_trees(Tree([5, 7, 6], [-1, -1, 0], [-0.9, -0.5, -2.0]), found, num_nodes=3)
-        Tree(tokens=[5, 7, 8], parents=[-1, -1, 1], log_probs=[-0.9, -0.5, -inf])
-    """
-    both = Tree(tree.tokens.copy(), tree.parents.copy(), tree.log_probs.copy())
-    index = {pair: node for node, pair in enumerate(zip(both.parents, both.tokens, strict=True))}
-    joint = _joint(tree)
-    place = {-1: -1}  # looked-up node -> its index in the result
-    for node, chance in enumerate(_joint(found)):
-        pair = place[found.parents[node]], found.tokens[node]
-        place[node] = index.setdefault(pair, len(both.tokens))
-        if place[node] == len(both.tokens):
-            both.tokens.append(found.tokens[node])
-            both.parents.append(pair[0])
-            both.log_probs.append(-math.inf)
-            joint.append(chance)
-        else:
-            joint[place[node]] = max(joint[place[node]], chance)
-    # A node is no likelier than its parent and comes after it, so what is kept is a tree.
-    best = sorted(range(len(both.tokens)), key=lambda node: -joint[node])[:num_nodes]
-    return both.kept(sorted(node for node in best if joint[node] >= least))
-
-
-def _joint(tree: Tree) -> list[float]:
-    """Return the chance of the path to each node."""
-    joint: list[float] = []
-    for parent, log_prob in zip(tree.parents, tree.log_probs, strict=True):
-        # Rounding may lift a sure token a little above 0, and a node is not to be likelier than its parent.
-        joint.append(_WORTH * math.exp(min(log_prob, 0.0)) * (joint[parent] if parent >= 0 else 1.0))
-    return joint
 
 
 def padded(trees: Sequence[Tree], width: int, device: torch.device) -> Proposal:

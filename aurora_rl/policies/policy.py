@@ -16,9 +16,10 @@ from aurora_rl.models.inference_modules import prepare_for_inference
 from aurora_rl.models.weight_watch import WeightWatch
 from aurora_rl.plausible import implausible
 from aurora_rl.policies.drafter import Drafter, Proposal
-from aurora_rl.policies.lookup import EarlierAnswers, Tree, merge_trees, ngram_tree, padded
+from aurora_rl.policies.lookup import EarlierAnswers, Tree, ngram_tree, padded
+from aurora_rl.policies.merging import TreeMerger
 from aurora_rl.policies.row_budget import RowBudget
-from aurora_rl.policies.tree_shape import TreeShape
+from aurora_rl.policies.tree_shape import CANDIDATES, TreeShape
 from aurora_rl.prefix_cache import PrefixCache
 from aurora_rl.tenants import tenant_of_salt
 from aurora_rl.trajectories import DRAFT_MODES
@@ -72,6 +73,7 @@ class DrafterPolicy(TensorDictModuleBase):
             drafter failed their requests or has not read all of them, or the shape is ``lookup_only``.
         earlier: Answers in which lookup searches next to the request's own text, those of its salt; whoever gets
             completions adds them. None, the default, has none.
+        merger: Merges what is looked up into the drafter's trees, and learns how likely the nodes of both are.
         prefix_cache: Rows of the drafter's cache of finished requests, by which it is filled where a request of
             the same salt begins alike. A swap empties it. None, the default, keeps none.
         rebuild_on_install: Whether a swap drops the caches, so that every row in them is of the new weights.
@@ -114,6 +116,7 @@ class DrafterPolicy(TensorDictModuleBase):
         self.prefix_cache: PrefixCache | None = None
         self.notices_writes = True
         self.earlier: EarlierAnswers | None = None
+        self.merger = TreeMerger()
         self._budget = RowBudget()
         self._read = torch.zeros_like(store.tokens)  # tokens in the drafter's cache: the slot may hold the next request
         self._salts: list[str | None] = [None] * store.num_slots  # salts of the requests in the cache
@@ -224,7 +227,7 @@ class DrafterPolicy(TensorDictModuleBase):
             self.drafter.slot_adapters = self.drafter.adapters.places(store.adapters)
         # An empty cache has no older rows: all rows that it gets now are of these weights.
         self._cache_version[self.drafter.cached == 0] = self.version
-        shape = (store.num_slots, self.num_nodes)
+        shape = (store.num_slots, self.num_nodes * (CANDIDATES if self.shape.lookup else 1))
         empty = {"tokens": 0, "parents": -1, "mask": False}
         draft = {name: torch.full(shape, value, device=device) for name, value in empty.items()}
         draft["log_probs"] = torch.zeros(shape, dtype=torch.float32, device=device)
@@ -245,6 +248,8 @@ class DrafterPolicy(TensorDictModuleBase):
                 self.looked_up = ready & ~self.drafted  # with the slots that the drafter failed just now
             if self.shape.lookup or (self.min_path_probability and self.shape.mode == "topk"):
                 self._finish(draft)
+        # Without lookup they are that wide.
+        draft |= {name: draft[name][:, : self.num_nodes] for name in ("tokens", "parents", "log_probs", "mask")}
         return TensorDict(draft, batch_size=shape[:1])
 
     def renew(self, fresh: Tensor) -> None:
@@ -255,6 +260,7 @@ class DrafterPolicy(TensorDictModuleBase):
             self._failed_slots &= ~fresh
             slots, adapters = fresh.nonzero().flatten(), self.drafter.adapters
             self._forget(slots)
+            self.merger.forget(slots.tolist())
             if adapters is not None:
                 salts = [self._store.cache_salts[slot] for slot in slots.tolist()]
                 self._store.adapters[slots] = adapters.codes([tenant_of_salt(salt) for salt in salts])
@@ -268,7 +274,8 @@ class DrafterPolicy(TensorDictModuleBase):
         self._forget(self._store.occupied)  # the others are forgotten when they get a request
 
     def delete(self, tenant: str) -> None:
-        """Drop the rows that a tenant's requests left, and those of such requests that ended since the last round."""
+        """Drop what a tenant's requests left: rows, those of requests that ended since the last round, and chances."""
+        self.merger.delete(tenant)
         if self.prefix_cache is not None:
             self.prefix_cache.delete(tenant)
         self._unsaved &= torch.tensor([tenant_of_salt(salt) != tenant for salt in self._salts])
@@ -280,7 +287,7 @@ class DrafterPolicy(TensorDictModuleBase):
         """
         try:
             if len(level := self._catch_up(slots, rows)):
-                self._write(draft, level, self.drafter.propose(level, self.shape, self._generator))
+                self._write(draft, level, self.drafter.propose(level, self.shape.candidates, self._generator))
         except Exception as error:  # whatever a drafter does, the requests are served
             if len(slots) == 1 or self.on_fault is None:
                 self._fail(slots, error)
@@ -293,31 +300,26 @@ class DrafterPolicy(TensorDictModuleBase):
                 # It fails only slots together, which would come again each round and cost all their caches.
                 self._fail(slots, error)
 
-    def _look_up(self, slots: list[int]) -> dict[int, Tree]:
-        """Return what is looked up for slots."""
-        shape, texts, lengths = self.shape, self._store.tokens.cpu().numpy(), self._store.lengths.tolist()
-        if not shape.lookup:
-            return dict.fromkeys(slots, Tree([], [], []))
-        wanted = shape if shape.lookup_only else shape.without_drafter(min(shape.lookup, shape.num_nodes))
-        found: dict[int, Tree] = {}
-        for slot in slots:
-            earlier = None if self.earlier is None else self.earlier.tokens(self._store.cache_salts[slot])
-            found[slot] = ngram_tree(texts[slot, : lengths[slot]], wanted, earlier, self.min_path_probability)
-        return found
-
     def _finish(self, draft: dict[str, Tensor]) -> None:
         """Merge what is looked up for each slot into its tree, which is empty if the drafter did not draft."""
-        shape, slots = self.shape, (self.drafted | self.looked_up).nonzero().flatten().tolist()
-        found = {slot: tree for slot, tree in self._look_up(slots).items() if tree.tokens or self.min_path_probability}
-        if not found:
+        shape, store, slots = self.shape, self._store, (self.drafted | self.looked_up).nonzero().flatten().tolist()
+        if not slots:
             return
-        device = draft["tokens"].device
-        rows, trees = torch.tensor(list(found), device=device), []
+        texts, lengths, device = store.tokens.cpu().numpy(), store.lengths.tolist(), draft["tokens"].device
+        rows, trees = torch.tensor(slots, device=device), []
         held = zip(*(draft[name][rows].tolist() for name in ("tokens", "parents", "log_probs", "mask")), strict=True)
-        for tree, (tokens, parents, log_probs, mask) in zip(found.values(), held, strict=True):
+        for slot in slots:
+            self.merger.learn(slot, texts[slot, : lengths[slot]])
+        for slot, (tokens, parents, log_probs, mask) in zip(slots, held, strict=True):
             drafted = Tree(tokens, parents, log_probs).kept([node for node, there in enumerate(mask) if there])
-            trees.append(merge_trees(drafted, tree, shape.num_nodes, self.min_path_probability))
-        both = padded(trees, self.num_nodes, device)
+            text, found = texts[slot, : lengths[slot]], Tree([], [], [])
+            if shape.lookup:
+                earlier = None if self.earlier is None else self.earlier.tokens(store.cache_salts[slot])
+                wanted = shape if shape.lookup_only else shape.without_drafter(shape.lookup)
+                found = ngram_tree(text, wanted, earlier)
+            least, salt = self.min_path_probability, store.cache_salts[slot]
+            trees.append(self.merger.merge(slot, len(text), drafted, found, shape.num_nodes, least, salt))
+        both = padded(trees, draft["tokens"].shape[1], device)
         for name in ("tokens", "parents", "log_probs", "mask"):
             draft[name][rows] = getattr(both, name)
 
@@ -325,9 +327,9 @@ class DrafterPolicy(TensorDictModuleBase):
         """Write the trees to the rows of ``draft``; ValueError, and none is written, if one cannot be verified."""
         tokens, parents, log_probs, q, mask = proposal
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        shapes = [tuple(part.shape) for part in (tokens, parents, log_probs, mask)]
-        if len(set(shapes)) > 1 or shapes[0] not in [(len(slots), nodes) for nodes in range(self.num_nodes + 1)]:
-            wanted = f"[{len(slots)}, 0..{self.num_nodes}]"
+        shapes, most = [tuple(part.shape) for part in (tokens, parents, log_probs, mask)], draft["tokens"].shape[1]
+        if len(set(shapes)) > 1 or shapes[0] not in [(len(slots), nodes) for nodes in range(most + 1)]:
+            wanted = f"[{len(slots)}, 0..{most}]"
             raise ValueError(f"tokens, parents, log_probs and mask are {shapes}, not {wanted}")
         dtypes = (tokens.dtype, parents.dtype, mask.dtype)
         if dtypes != (torch.int64, torch.int64, torch.bool) or not log_probs.is_floating_point():

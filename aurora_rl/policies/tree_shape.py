@@ -8,6 +8,8 @@ from aurora_rl.trajectories import DRAFT_MODES
 
 # Longest path, and most children of a node, in trees that are looked up.
 _DEEPEST_LOOKUP, _WIDEST_LOOKUP = 6, 4
+CANDIDATES = 3
+"""Times as many nodes as are kept, which the drafter is asked for where lookup proposes some, too."""
 USUAL_LOOKUP = 8
 """Most nodes that are looked up where nobody says how many."""
 
@@ -69,6 +71,16 @@ class TreeShape:
         values = {"depth": depth, "width": width, "num_nodes": nodes, "mode": mode, "lookup": lookup}
         for name, value in {**values, "lookup_only": lookup_only}.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def candidates(self) -> TreeShape:
+        """Shape that the drafter is asked for: with lookup more nodes than are kept, to choose from.
+
+        Example:
+            >>> TreeShape(2, width=4, num_nodes=4, lookup=8).candidates.num_nodes
+            12
+        """
+        return replace(self, num_nodes=CANDIDATES * self.num_nodes) if self.lookup else self
 
     @property
     def max_nodes(self) -> int:

@@ -18,6 +18,7 @@ from aurora_rl.context import ContextStore
 from aurora_rl.envs.verification.rules import require_replayable, rule_of_code
 from aurora_rl.policies.drafter import Drafter
 from aurora_rl.policies.lookup import EarlierAnswers
+from aurora_rl.policies.merging import Chances, TreeMerger
 from aurora_rl.policies.policy import DrafterPolicy, not_finite
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.statistics import mean_interval
@@ -58,6 +59,7 @@ def replay(
     trajectories: Sequence[TensorDictBase],
     shape: TreeShape,
     earlier: EarlierAnswers | None = None,
+    chances: Chances | None = None,
 ) -> Replay:
     """Compute the acceptance that a drafter would have had on recorded requests, exactly.
 
@@ -69,6 +71,7 @@ def replay(
         trajectories: Recorded requests.
         shape: The tree to draft at every round.
         earlier: Answers in which lookup searches.
+        chances: What is known of the drafter's and lookup's nodes, which learns on; None starts anew.
 
     Raises:
         ValueError: The features were recorded for another drafter, or a request was served under a rule whose text
@@ -91,7 +94,7 @@ def replay(
     # The same draws for every drafter that is replayed, where the shape's mode samples.
     generator = torch.Generator(device).manual_seed(0)
     policy = DrafterPolicy(drafter, store, num_nodes=shape.num_nodes, shape=shape, generator=generator)
-    policy.earlier = earlier
+    policy.earlier, policy.merger = earlier, TreeMerger(chances)
     td = TensorDict({"is_init": torch.zeros(n, 1, dtype=torch.bool)}, batch_size=[n])
     rounds = torch.zeros(n, dtype=torch.int64)
     # What follows a text is a token that no drafter proposes.

@@ -1,21 +1,18 @@
-"""Lookup against a search written as its definition: the trees made of it, and how they go into a drafter's."""
+"""Lookup against a search written as its definition, and the trees made of it."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterable
 from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tensordict import TensorDict
 
 from aurora_rl.envs import Request, SamplingParams, SpecDecodeEnv, TransformersEngine
 from aurora_rl.policies import DrafterPolicy, NgramDrafter, TargetParts, TreeShape, get_drafter
-from aurora_rl.policies.lookup import EarlierAnswers, Tree, continuations, merge_trees, ngram_tree
+from aurora_rl.policies.lookup import EarlierAnswers, continuations, ngram_tree
 from aurora_rl.testing import tiny_target
 
 texts = st.lists(st.integers(0, 2), max_size=20)  # few tokens, so that runs come again
@@ -103,11 +100,9 @@ def test_the_newest_answers_are_kept(answers: list[tuple[str | None, list[int]]]
         assert sum(map(len, arrays)) <= 2 * capacity
 
 
-@given(texts, st.integers(0, 3), st.integers(1, 3), st.integers(3, 9), st.sampled_from([0.0, 0.3]))
-def test_the_tree_holds_the_likeliest_paths(
-    text: list[int], depth: int, width: int, num_nodes: int, least: float
-) -> None:
-    tree = ngram_tree(text, TreeShape(depth, width, num_nodes), least=least)
+@given(texts, st.integers(0, 3), st.integers(1, 3), st.integers(3, 9))
+def test_the_tree_holds_the_likeliest_paths(text: list[int], depth: int, width: int, num_nodes: int) -> None:
+    tree = ngram_tree(text, TreeShape(depth, width, num_nodes))
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(tree.tokens, tree.parents, strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
@@ -117,7 +112,7 @@ def test_the_tree_holds_the_likeliest_paths(
         for path in [p for p in chance if len(p) == length]:
             best = sorted(search([*text, *path]).items(), key=lambda item: -item[1])[:width]
             found = {(*path, token): chance[path] * p * Fraction(3, 4) for token, p in best}
-            chance |= {path: p for path, p in found.items() if p >= max(Fraction(1, 20), Fraction(least))}
+            chance |= {path: p for path, p in found.items() if p >= Fraction(1, 20)}
     del chance[()]
     assert len(set(paths)) == len(paths) == min(len(chance), TreeShape(depth, width, num_nodes).num_nodes)
     # By falling chance, so that fewer nodes are the first of more; of equal ones any may be there.
@@ -140,104 +135,6 @@ def test_a_slot_without_a_match_has_no_nodes() -> None:
 def test_sampled_trees_are_refused(mode: str) -> None:
     with pytest.raises(ValueError, match="no distribution over all tokens"):
         NgramDrafter(10).propose(torch.tensor([0]), TreeShape(1, mode=mode))
-
-
-# ---- merged into a drafter's tree -----------------------------------------------------------------------------------
-
-Paths = dict[tuple[int, ...], float]
-
-
-@st.composite
-def trees(draw: st.DrawFn, most: int = 8) -> Paths:
-    """Paths with their log-probabilities, siblings differ."""
-    paths: Paths = {}
-    for _ in range(draw(st.integers(0, most))):
-        parent = draw(st.sampled_from([(), *paths]))
-        paths.setdefault((*parent, draw(st.integers(0, 3))), draw(st.floats(-5, 0)))
-    return paths
-
-
-def as_tree(paths: Paths) -> Tree:
-    index = {path: i for i, path in enumerate(paths)}
-    return Tree([p[-1] for p in paths], [index.get(p[:-1], -1) for p in paths], list(paths.values()))
-
-
-def as_paths(tokens: Iterable[int], parents: Iterable[int], log_probs: Iterable[float]) -> Paths:
-    paths: list[tuple[int, ...]] = []
-    for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-        assert -1 <= parent < node
-        paths.append((*(paths[parent] if parent >= 0 else ()), token))
-    assert len(set(paths)) == len(paths)
-    return dict(zip(paths, log_probs, strict=True))
-
-
-def merged_by_definition(drafted: Paths, found: Paths, num_nodes: int, least: float = 0.0) -> Paths:
-    """The likeliest paths of both, by the one of the two that makes a path likelier; of equal ones the drafter's."""
-
-    def joint(path: tuple[int, ...]) -> float:
-        return max(
-            math.prod(0.75 * math.exp(tree[path[:end]]) for end in range(1, len(path) + 1))
-            for tree in (drafted, found)
-            if path in tree
-        )
-
-    every = [*drafted, *(path for path in found if path not in drafted)]
-    best = sorted(every, key=lambda path: -joint(path))[:num_nodes]
-    return {path: drafted.get(path, -math.inf) for path in best if joint(path) >= least}
-
-
-@given(trees(), trees(), st.integers(0, 12), st.sampled_from([0.0, 0.1, 0.4]))
-def test_the_likeliest_paths_of_both_are_kept(drafted: Paths, found: Paths, num_nodes: int, least: float) -> None:
-    both = as_paths(*merge_trees(as_tree(drafted), as_tree(found), num_nodes, least))
-    assert both == merged_by_definition(drafted, found, num_nodes, least)
-
-
-def test_a_drafter_s_rounding_makes_no_node_likelier_than_its_parent() -> None:
-    tree = merge_trees(Tree([5, 6], [-1, 0], [-0.5, 0.0005]), Tree([7], [-1], [-0.1]), 2)
-    assert tree.tokens == [5, 7]
-
-
-SHAPES = [(4, 4, 4), (1, 1, 3), (1, 1, 1), (3, 2, 6), (2, 3, None)]
-
-
-@pytest.mark.parametrize(
-    ("name", "lookup"), [*((name, 2) for name in ("eagle3", "eagle", "dflash", "standalone", "ngram")), ("medusa", 1),
-                         ("medusa", 3), ("medusa", 8)]
-)  # fmt: skip
-def test_the_policy_merges_lookup_into_any_drafters_tree(name: str, lookup: int) -> None:
-    """Round by round, on texts that repeat themselves, against the trees of the drafter alone and the definitions."""
-    target = tiny_target(vocab_size=8)
-    torch.manual_seed(0)
-    drafter = get_drafter(name).from_target(TargetParts.of(target), draft_vocab=torch.arange(0, 8, 2)).double()
-    engine = TransformersEngine(target, num_slots=3, max_length=50, feature_layers=drafter.feature_layers)
-    queue = [
-        Request(i, torch.tensor([1, 2, 3] * (i + 1))[: 5 * i + 1], SamplingParams(max_tokens=14 + i)) for i in range(4)
-    ]
-    env = SpecDecodeEnv(engine, lambda: queue.pop(0) if queue else None, num_nodes=15)
-    policies = [DrafterPolicy(copy.deepcopy(drafter), engine.store, num_nodes=15, shape=TreeShape(1)) for _ in range(2)]
-    td, merges = env.reset(), 0
-    while env.num_active:
-        drafts: dict[tuple, tuple[TensorDict, TensorDict]] = {}
-        for depth, width, nodes in SHAPES:
-            alone, shape = (TreeShape(depth, width, nodes, lookup=tokens) for tokens in (0, lookup))
-            for policy, each in zip(policies, (alone, shape), strict=True):
-                policy.shape = each
-            drafts[depth, width, shape.num_nodes] = tuple(policy(td.clone())["draft"] for policy in policies)
-        for slot in engine.store.occupied.tolist():
-            text = engine.store.tokens[slot, : engine.store.lengths[slot]].tolist()
-            for (_, _, nodes), pair in drafts.items():
-                before, after = (
-                    as_paths(
-                        *(draft[key][slot][draft["mask"][slot]].tolist() for key in ("tokens", "parents", "log_probs"))
-                    )
-                    for draft in pair
-                )
-                found = ngram_tree(text, TreeShape(6, 4, lookup=lookup).without_drafter(min(lookup, nodes)))
-                looked_up = as_paths(*found) if len(text) > 1 else {}
-                assert after == merged_by_definition(before, looked_up, nodes)
-                merges += after != before
-        _, td = env.step_and_maybe_reset(policies[1](td))
-    assert merges > 20 or name == "ngram"  # whose own trees hold most of it
 
 
 @pytest.mark.parametrize("depth", [1, 3])

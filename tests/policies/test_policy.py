@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
@@ -179,7 +180,9 @@ def test_nodes_that_do_not_earn_their_rows_are_left_out() -> None:
     serving.round()
     init = serving.td["is_init"]
     whole = serving.policy.draft(init)
-    joint = whole["log_probs"].exp() * 0.75
+    stated = whole["log_probs"].exp().double().numpy()
+    of = serving.policy.merger.chances().of
+    joint = torch.tensor(np.stack([of(row, np.full(row.shape, np.nan)) for row in stated]))
     for node in range(1, 6):
         parent = whole["parents"][:, node]
         above = joint.gather(1, parent.clamp(min=0)[:, None])[:, 0]
