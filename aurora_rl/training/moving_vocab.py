@@ -8,8 +8,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from aurora_rl.collectors.codec import checksum
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.drafter import Drafter, draft_rows
+from aurora_rl.storage import CheckpointError
+from aurora_rl.training.checkpoint import TrainingState
 
 
 def vocab_of_traffic(vocab: Tensor, counts: Tensor) -> Tensor:
@@ -29,6 +32,27 @@ def vocab_of_traffic(vocab: Tensor, counts: Tensor) -> Tensor:
     rank = 2 * counts
     rank[vocab] += 1
     return rank.argsort(descending=True, stable=True)[: len(vocab)].sort().values
+
+
+def vocab_of_state(state: TrainingState, own: Tensor, *, follows: bool) -> Tensor:
+    """Return the draft vocabulary of the weights in a training state, ``[Vd]`` int64.
+
+    Args:
+        state: State of a learner, or of ``aurora-rl train``, which has the vocabulary that it started with.
+        own: Draft vocabulary of the drafter that takes the weights, ``[Vd]`` int64.
+        follows: Whether the drafter may take another one.
+
+    Raises:
+        CheckpointError: The state has another one, and the drafter may not take it or the state does not hold it.
+    """
+    saved = (state.weights("draft_vocab") or {}) if follows else {}
+    vocab = saved.get("draft_vocab", own)
+    if state.progress.get("draft_vocab") != checksum({"draft_vocab": vocab}):
+        raise CheckpointError(
+            f"{state.folder} is of another draft vocabulary; set drafter.path to that run's drafter, or, if its "
+            "vocabulary followed the traffic, drafter.vocab_follows=true"
+        )
+    return vocab.to(own)
 
 
 class MovingVocab:
