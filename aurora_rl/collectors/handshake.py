@@ -16,8 +16,8 @@ _CURES = {
     "target": "set the same model on both sides",
     "head_checksum": "set the same model and dtype on both sides",
     "feature_layers": _SAME_DRAFTER,
-    "draft_map_checksum": f"their draft vocabularies differ; {_SAME_DRAFTER}, or the same drafter.vocab_size, and set the "
-    "same engine.name on both sides",
+    "draft_map_checksum": f"their draft vocabularies differ; {_SAME_DRAFTER}, or the same drafter.vocab_size, and the "
+    "same engine.name",
     "drafter": "set the same drafter.name on both sides",
     "adapters": "set the same drafter.adapters, in one order, and drafter.adapter_rank on both sides",
 }
