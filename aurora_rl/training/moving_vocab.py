@@ -68,7 +68,8 @@ class MovingVocab:
         optimizers: Optimizers of the drafter's parameters.
 
     Raises:
-        ValueError: The drafter has no :attr:`~aurora_rl.policies.drafter.Drafter.vocab_tables`.
+        ValueError: The drafter has no :attr:`~aurora_rl.policies.drafter.Drafter.vocab_tables`, or one whose rows are
+            not as wide as the target's.
 
     Example:
         >>> from aurora_rl.testing import tiny_batch
@@ -82,7 +83,16 @@ class MovingVocab:
 
     def __init__(self, drafter: Drafter, head: TargetHead, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         if not drafter.vocab_tables:
-            raise ValueError(f"{type(drafter).__name__} has no rows that could be another token's")
+            raise ValueError(
+                f"{type(drafter).__name__} has no rows that could be another token's; leave drafter.vocab_follows out"
+            )
+        wanted = (len(drafter.draft_vocab), head.weight.shape[1])
+        for table in drafter.vocab_tables:
+            if table.shape != wanted:
+                raise ValueError(
+                    f"a table in vocab_tables of {type(drafter).__name__} is {tuple(table.shape)}, and the target's "
+                    f"rows of its draft vocabulary are {wanted}; leave the table out of vocab_tables"
+                )
         self._drafter, self._head, self._optimizers = drafter, head, optimizers
 
     @torch.no_grad()

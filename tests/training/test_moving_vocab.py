@@ -94,6 +94,17 @@ def test_a_drafter_whose_rows_are_no_tables_is_refused() -> None:
         MovingVocab(NgramDrafter(32), PARTS.head, [])
 
 
+def test_a_table_that_cannot_take_the_targets_rows_is_refused_at_the_start() -> None:
+    class Narrow(Eagle3Drafter):
+        @property
+        def vocab_tables(self) -> tuple[torch.Tensor, ...]:
+            return (*super().vocab_tables, torch.nn.Parameter(torch.zeros(len(self.draft_vocab), 3)))
+
+    drafter = Narrow.from_target(PARTS, draft_vocab=torch.tensor(FIRST))
+    with pytest.raises(ValueError, match=r"a table in vocab_tables of Narrow is \(16, 3\), and the target's rows"):
+        MovingVocab(drafter, PARTS.head, [])
+
+
 def test_what_could_never_be_drafted_is_drafted_by_the_next_weights(make: Make, served: list[TensorDict]) -> None:
     loop = make(vocab=FIRST, follows=True, batch_size=2, gate=2, publish_every=4)
     send(loop, served[:4])
