@@ -105,7 +105,10 @@ def _check_declared(drafter: Drafter) -> None:
     own = {id(parameter) for parameter in drafter.parameters()}
     for table in drafter.vocab_tables:
         require(id(table) in own, "an entry of vocab_tables is no parameter of the drafter")
-        require(table.dim() == 2 and len(table) == len(vocab), f"a table of vocab_tables is {tuple(table.shape)}")
+        require(
+            table.dim() == 2 and len(table) == len(drafter.draft_vocab),
+            f"a table of vocab_tables is {tuple(table.shape)}",
+        )
     size = getattr(drafter, "vocab_size", None)
     require(type(size) is int, f"vocab_size is no integer, but {size!r}")
 
