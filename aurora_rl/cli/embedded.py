@@ -51,7 +51,7 @@ def embedded_server(
     if second_drafter is not None:
         layers = tuple(sorted({*layers, *second_drafter[1].feature_layers}))
     num_nodes = max(run.tree.max_nodes for run, _ in drafters)
-    handshake = Handshake.of(target.parts, drafter, spec.drafter_name)
+    handshake = Handshake.of(target.parts, drafter, spec.drafter_name, takes_map=True)
     stop_tokens = stop_token_ids(target.model, target.tokenizer)
     # A prompt with a budget of its own may leave less room than the configuration's.
     max_length = slot_length(config, target)

@@ -49,7 +49,7 @@ def build_learner(spec: RunSpec, log: MetricsLog, run_dir: Path, ranks: Ranks | 
     keys = wire_keys(config, learner_keys)  # raises before a model is loaded
     parts = load_alone(spec)
     drafter = drafter_from_parts(spec, parts)
-    handshake = Handshake.of(parts, drafter, spec.drafter_name)
+    handshake = Handshake.of(parts, drafter, spec.drafter_name, takes_map=not config.engine.remote)
     loss, optimizers = learning(spec, drafter.to(spec.device), parts.head)
     shared = loss if ranks is None else ParallelLoss(loss, ranks, optimizers)
     vocab_size, width = parts.head.weight.shape

@@ -16,7 +16,8 @@ _CURES = {
     "target": "set the same model on both sides",
     "head_checksum": "set the same model and dtype on both sides",
     "feature_layers": _SAME_DRAFTER,
-    "draft_map_checksum": f"their draft vocabularies differ; {_SAME_DRAFTER}, or the same drafter.vocab_size",
+    "draft_map_checksum": f"their draft vocabularies differ; {_SAME_DRAFTER}, or the same drafter.vocab_size, and the "
+    "same engine.name",
     "drafter": "set the same drafter.name on both sides",
     "adapters": "set the same drafter.adapters, in one order, and drafter.adapter_rank on both sides",
 }
@@ -37,7 +38,8 @@ class Handshake:
         target: Digest of the target's configuration, and one of rows of its weights: two fine-tunes of a model differ.
         head_checksum: `codec.checksum` of the target's output head, with which the learner makes logits of ``hidden``.
         feature_layers: Layers whose residual stream is recorded, in order of concatenation.
-        draft_map_checksum: `codec.checksum` of the reduced draft vocabulary; empty if the drafter uses all of it.
+        draft_map_checksum: `codec.checksum` of the reduced draft vocabulary. Its size alone, as "8192 rows", if it may
+            follow the traffic: whichever it is, the next weights bring the learner's.
         drafter: Registered name of the drafter's architecture.
         adapters: Digest of the names of its adapters and of their rank; empty if it has none.
 
@@ -56,14 +58,18 @@ class Handshake:
     adapters: str = ""
 
     @classmethod
-    def of(cls, parts: TargetParts, drafter: Drafter, name: str) -> Handshake:
-        """Return the handshake of a target and a drafter whose architecture is registered under ``name``."""
+    def of(cls, parts: TargetParts, drafter: Drafter, name: str, *, takes_map: bool = False) -> Handshake:
+        """Return the handshake of a target and a drafter whose architecture is registered under ``name``.
+
+        ``takes_map`` says that the engine takes another draft vocabulary with new weights, as an embedded one does.
+        """
+        vocab, moves = drafter.draft_vocab, takes_map and bool(drafter.vocab_tables)
         return cls(
             schema=SCHEMA,
             target=f"{parts.digest}-{parts.fingerprint}",
             head_checksum=checksum(parts.head.tensors()),
             feature_layers=tuple(drafter.feature_layers),
-            draft_map_checksum=checksum({"draft_vocab": drafter.draft_vocab}),
+            draft_map_checksum=f"{len(vocab)} rows" if moves else checksum({"draft_vocab": vocab}),
             drafter=name,
             adapters="" if drafter.adapters is None else _digest(asdict(drafter.adapters)),
         )

@@ -14,12 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aurora_rl.policies import Drafter, DrafterPolicy, Proposal, TargetParts, TreeShape
+from aurora_rl.policies.drafter import draft_rows
 from aurora_rl.policies.formats.files import load_drafter, save_drafter
 from aurora_rl.storage import CheckpointError
 from aurora_rl.testing.asserts import RECORDED, close, require
 from aurora_rl.testing.drafter_serving import filled
 from aurora_rl.testing.tiny import dtype_of, serve
+from aurora_rl.training.moving_vocab import MovingVocab
 from aurora_rl.trajectories import pack
+from aurora_rl.tree_index import TreeIndex
 
 
 def check_weight_loading(drafter: Drafter, trajectories: list[TensorDict], generator: torch.Generator) -> None:
@@ -114,6 +117,29 @@ def check_swap(
             gap <= RECORDED[dtype_of(drafter)],
             f"drafts made {'after' if number else 'before'} a swap differ by {gap:.2g} nats from those weights' scores",
         )
+
+
+def check_moving_vocab(drafter: Drafter, parts: TargetParts, trajectories: list[TensorDict]) -> None:
+    """Check that rows which become other tokens' leave the logits of all other tokens as they were."""
+    if not drafter.vocab_tables:
+        return
+    batch, old, kept = pack(trajectories), drafter.draft_vocab, copy.deepcopy(drafter)
+    trees = TreeIndex.of(batch)
+    wanted = (trees.root >= 0) & (trees.depth < drafter.max_depth)
+    said = {"tokens": torch.arange(drafter.vocab_size), "prompt_length": torch.tensor(0)}
+    said["tokens"] = said["tokens"][
+        ~torch.isin(said["tokens"], old[len(old) // 2 :])
+    ]  # half of the rows become others'
+    MovingVocab(kept, parts.head, []).follow([TensorDict({"sequence": TensorDict(said)})])
+    with torch.no_grad():
+        before, after = (each.context_logits(batch, trees, wanted) + 0 for each in (drafter, kept))
+    stay = old[torch.isin(old, kept.draft_vocab)]
+    same = close(before[:, draft_rows(old, stay)], after[:, draft_rows(kept.draft_vocab, stay)], 1e-4)
+    require(
+        same,
+        "logits of tokens that stay change when the rows of vocab_tables become other tokens'; name all parameters "
+        "that have a row for each token, or return () from vocab_tables",
+    )
 
 
 def check_saved(drafter: Drafter, parts: TargetParts, trajectories: list[TensorDict]) -> None:

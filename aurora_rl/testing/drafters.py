@@ -14,7 +14,14 @@ from aurora_rl.policies import Drafter, TargetParts, TreeShape
 from aurora_rl.testing.asserts import COMPUTED, require
 from aurora_rl.testing.drafter_serving import check_cache, check_draws, check_proposals
 from aurora_rl.testing.drafter_training import check_gradients, check_packing, check_paths, check_recorded, check_unroll
-from aurora_rl.testing.drafter_weights import check_saved, check_staging, check_swap, check_weight_loading, moved
+from aurora_rl.testing.drafter_weights import (
+    check_moving_vocab,
+    check_saved,
+    check_staging,
+    check_swap,
+    check_weight_loading,
+    moved,
+)
 from aurora_rl.testing.tiny import cast, dtype_of, serve
 
 
@@ -75,6 +82,7 @@ def check_drafter(
         check_gradients(drafter, trajectories, without_gradient)
         check_weight_loading(drafter, trajectories, generator)
         check_staging(drafter, trajectories, generator)
+        check_moving_vocab(drafter, TargetParts.of(target), trajectories)
     check_saved(drafter, TargetParts.of(target), trajectories)
     # What serves anew comes last: it takes as long as all of the above.
     for shape in shapes:

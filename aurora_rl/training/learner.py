@@ -29,7 +29,7 @@ from aurora_rl.telemetry.outputs import Outputs
 from aurora_rl.training.checkpoint import newest_training_state, save_training_state
 from aurora_rl.training.engine_canary import EngineCanary
 from aurora_rl.training.gate import Gate
-from aurora_rl.training.moving_vocab import MovingVocab
+from aurora_rl.training.moving_vocab import MovingVocab, vocab_of_state
 from aurora_rl.training.replay import NewestTrajectories
 from aurora_rl.training.retention import AgeLimit, is_deleted
 from aurora_rl.training.served_weights import StartCheck, WeightAudit, with_weights
@@ -118,8 +118,7 @@ class Learner:
         self._max_skipped, self._skipped_in_a_row, self._canary = max_skipped, 0, canary
         self.outputs, self._keep, self._versions = outputs, keep, self._states.parent / "versions"
         self._keep_states, self._save_buffer = keep_states, save_buffer
-        self._vocab, self._first_vocab = vocab, checksum({"draft_vocab": drafter.draft_vocab})
-        self._adapters = [] if drafter.adapters is None else list(drafter.adapters.names)
+        self._vocab, self._adapters = vocab, [] if drafter.adapters is None else list(drafter.adapters.names)
         self._new: list[TensorDictBase] = []
         self._notes = WireNotes(collector, publisher, log)
         self._sound: TensorDictBase | None = None  # the last new trajectory on which a step was taken
@@ -156,9 +155,7 @@ class Learner:
                 "same, or start from the drafter of that run (drafter.path) to have others"
             )
         put, own = state.stage(self._drafter, self._optimizers), self._drafter.draft_vocab
-        vocab = (state.weights("draft_vocab") or {}).get("now", own)
-        if self._first_vocab not in (progress.get("draft_vocab"), checksum({"draft_vocab": vocab})):
-            raise CheckpointError(f"{folder} is of another draft vocabulary; set drafter.path to that run's drafter")
+        vocab = vocab_of_state(state, own, follows=self._vocab is not None)
         if serving is not None:
             try:
                 check_weights(self._serving, serving)
@@ -173,7 +170,7 @@ class Learner:
                     f"{len(self._objectives())}; set checkpoint.buffer=false to go on without its replay buffer"
                 )
         put()
-        self._drafter.draft_vocab = vocab.to(own)
+        self._drafter.draft_vocab = vocab
         if stream is not None:
             self._load_stream(stream)
         self.seen, self.steps, self.version = progress["seen"], progress["steps"], progress["version"]
@@ -388,8 +385,8 @@ class Learner:
 
     def _write_state(self, folder: Path) -> None:
         counts = {"seen": self.seen, "steps": self.steps, "decided_steps": self._decided_steps, "version": self.version}
-        progress = {**counts, "draft_vocab": self._first_vocab, "adapters": self._adapters}
-        vocab = {"now": self._drafter.draft_vocab}
+        vocab = {"draft_vocab": self._drafter.draft_vocab}
+        progress = {**counts, "draft_vocab": checksum(vocab), "adapters": self._adapters}
         weights = {"serving": self._serving, "replaced": self._replaced or {}, "draft_vocab": vocab}
         save_training_state(folder, self._drafter, self._optimizers, progress, weights)
         self._save_drafter(folder / "drafter")

@@ -8,8 +8,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from aurora_rl.collectors.codec import checksum
 from aurora_rl.models.target_head import TargetHead
 from aurora_rl.policies.drafter import Drafter, draft_rows
+from aurora_rl.storage import CheckpointError
+from aurora_rl.training.checkpoint import TrainingState
 
 
 def vocab_of_traffic(vocab: Tensor, counts: Tensor) -> Tensor:
@@ -31,6 +34,27 @@ def vocab_of_traffic(vocab: Tensor, counts: Tensor) -> Tensor:
     return rank.argsort(descending=True, stable=True)[: len(vocab)].sort().values
 
 
+def vocab_of_state(state: TrainingState, own: Tensor, *, follows: bool) -> Tensor:
+    """Return the draft vocabulary of the weights in a training state, ``[Vd]`` int64.
+
+    Args:
+        state: State of a learner, or of ``aurora-rl train``, which has the vocabulary that it started with.
+        own: Draft vocabulary of the drafter that takes the weights, ``[Vd]`` int64.
+        follows: Whether the drafter may take another one.
+
+    Raises:
+        CheckpointError: The state has another one, and the drafter may not take it or the state does not hold it.
+    """
+    saved = (state.weights("draft_vocab") or {}) if follows else {}
+    vocab = saved.get("draft_vocab", own)
+    if state.progress.get("draft_vocab") != checksum({"draft_vocab": vocab}):
+        raise CheckpointError(
+            f"{state.folder} is of another draft vocabulary; set drafter.path to that run's drafter, or, if its "
+            "vocabulary followed the traffic, drafter.vocab_follows=true"
+        )
+    return vocab.to(own)
+
+
 class MovingVocab:
     """Moves rows of a drafter's tables to the tokens that requests say.
 
@@ -44,7 +68,8 @@ class MovingVocab:
         optimizers: Optimizers of the drafter's parameters.
 
     Raises:
-        ValueError: The drafter has no :attr:`~aurora_rl.policies.drafter.Drafter.vocab_tables`.
+        ValueError: The drafter has no :attr:`~aurora_rl.policies.drafter.Drafter.vocab_tables`, or one whose rows are
+            not as wide as the target's.
 
     Example:
         >>> from aurora_rl.testing import tiny_batch
@@ -58,7 +83,16 @@ class MovingVocab:
 
     def __init__(self, drafter: Drafter, head: TargetHead, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         if not drafter.vocab_tables:
-            raise ValueError(f"{type(drafter).__name__} has no rows that could be another token's")
+            raise ValueError(
+                f"{type(drafter).__name__} has no rows that could be another token's; leave drafter.vocab_follows out"
+            )
+        wanted = (len(drafter.draft_vocab), head.weight.shape[1])
+        for table in drafter.vocab_tables:
+            if table.shape != wanted:
+                raise ValueError(
+                    f"a table in vocab_tables of {type(drafter).__name__} is {tuple(table.shape)}, and the target's "
+                    f"rows of its draft vocabulary are {wanted}; leave the table out of vocab_tables"
+                )
         self._drafter, self._head, self._optimizers = drafter, head, optimizers
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from aurora_rl.cli.learner import build_learner, steps_depend_on
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.envs import SampleAndMatch
 from aurora_rl.policies import Eagle3Drafter, TargetParts
+from aurora_rl.policies.formats.files import save_drafter
 from aurora_rl.storage import CheckpointError
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.testing import tiny_target, tiny_trajectory
@@ -152,3 +153,22 @@ def test_ranks_compare_what_their_steps_depend_on(
 ) -> None:
     before, after = (steps_depend_on(spec.resolve(configured(*pairs))) for pairs in ([], [pair]))
     assert [key for key in before if before[key] != after[key]] == keys
+
+
+def test_a_learner_of_an_embedded_engine_is_met_whatever_its_draft_vocabulary_became(
+    configured: Callable[..., Config], tmp_path: Path
+) -> None:
+    """A learner that is started again starts from the drafter that is served, and an engine may have started before."""
+
+    def met(*pairs: str, vocab: range) -> str:
+        run = spec.resolve(configured("drafter.name=eagle3", *pairs))
+        parts = assembly.load_alone(run)
+        drafter = Eagle3Drafter.from_target(parts, draft_vocab=torch.tensor(vocab), feature_layers=(1, 2))
+        save_drafter(drafter, tmp_path / "drafter")
+        config = configured("drafter.name=eagle3", f"drafter.path={tmp_path / 'drafter'}", *pairs)
+        with learner(config, tmp_path) as built:
+            return built._collector._handshake.draft_map_checksum
+
+    assert met(vocab=range(16)) == met(vocab=range(1, 17)) == "16 rows" != met(vocab=range(15))
+    fixed = met("engine.name=sglang", vocab=range(16))
+    assert fixed != met("engine.name=sglang", vocab=range(1, 17)) and fixed != "16 rows"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -21,7 +21,7 @@ TARGET = tiny_target(dtype=torch.float32, seed=1)
 PARTS = TargetParts.of(TARGET)
 
 
-def day0(vocab: range = range(32)) -> Eagle3Drafter:
+def day0(vocab: Sequence[int] = range(32)) -> Eagle3Drafter:
     torch.manual_seed(0)
     return Eagle3Drafter.from_target(PARTS, draft_vocab=torch.tensor(vocab))
 

@@ -60,9 +60,28 @@ class LosesItsOptions(MedusaDrafter):
         return drafter
 
 
+class AddsByRow(MedusaDrafter):
+    """Has a number for each row, which `vocab_tables` of its base class does not name."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self.by_row = torch.nn.Parameter(torch.zeros(len(self.draft_vocab)))
+
+    def _log_probs(self, head: int, features: Tensor) -> Tensor:
+        return (self.lm_heads[head](self._states(head, features)) + self.by_row).log_softmax(-1)
+
+    def context_logits(self, batch, trees, wanted) -> Tensor:
+        return super().context_logits(batch, trees, wanted) + self.by_row
+
+    def unroll(self, batch, steps: int):
+        unrolled = super().unroll(batch, steps)
+        return unrolled._replace(logits=[each + self.by_row for each in unrolled.logits])
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (AddsByRow, "logits of tokens that stay change when the rows of vocab_tables become other tokens'"),
         (TakesAnyMap, "install takes weights whose tensor 'd2t' is missing, misshapen, unknown or false"),
         (InstallsWhileItStages, "proposals change when weights are staged, and not only when they are installed"),
         (KeepsTheCallersTensors, "proposals change with the tensors that were given to stage"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ def make(tmp_path: Path, quick_heartbeats: None) -> Iterator[Make]:
 
         def build(
             *,
-            vocab: range = range(32),
+            vocab: Sequence[int] = range(32),
             follows: bool = False,
             dtype: torch.dtype = torch.float32,
             buffer: int = 100,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -12,8 +13,10 @@ from learner_loops import PARTS, TARGET, Make, day0, drain, send, step_until
 from processes import wait
 from tensordict import TensorDict
 
+from aurora_rl.collectors.codec import checksum
 from aurora_rl.policies import Drafter, Eagle3Drafter, MedusaDrafter, NgramDrafter, TreeShape
 from aurora_rl.policies.formats.files import load_drafter
+from aurora_rl.storage import CheckpointError
 from aurora_rl.testing import serve
 from aurora_rl.training.moving_vocab import MovingVocab, vocab_of_traffic
 from aurora_rl.training.optimizers import drafter_optimizers
@@ -91,6 +94,17 @@ def test_a_drafter_whose_rows_are_no_tables_is_refused() -> None:
         MovingVocab(NgramDrafter(32), PARTS.head, [])
 
 
+def test_a_table_that_cannot_take_the_targets_rows_is_refused_at_the_start() -> None:
+    class Narrow(Eagle3Drafter):
+        @property
+        def vocab_tables(self) -> tuple[torch.Tensor, ...]:
+            return (*super().vocab_tables, torch.nn.Parameter(torch.zeros(len(self.draft_vocab), 3)))
+
+    drafter = Narrow.from_target(PARTS, draft_vocab=torch.tensor(FIRST))
+    with pytest.raises(ValueError, match=r"a table in vocab_tables of Narrow is \(16, 3\), and the target's rows"):
+        MovingVocab(drafter, PARTS.head, [])
+
+
 def test_what_could_never_be_drafted_is_drafted_by_the_next_weights(make: Make, served: list[TensorDict]) -> None:
     loop = make(vocab=FIRST, follows=True, batch_size=2, gate=2, publish_every=4)
     send(loop, served[:4])
@@ -152,6 +166,37 @@ def test_a_learner_that_resumes_has_the_vocabulary_in_training_and_the_one_that_
     # The drafter next to the state has the vocabulary that is served, and a run may start from it.
     kept = load_drafter(states(moved.states)[0] / "drafter", PARTS)
     assert torch.equal(kept.draft_vocab, served_vocab)
+
+
+def test_a_learner_that_is_started_again_from_the_drafter_that_is_served_goes_on(
+    make: Make, moved: SimpleNamespace
+) -> None:
+    # `--resume`, and a server whose learner died, start from the drafter that was served last, see `go_on`.
+    kept = load_drafter(states(moved.states)[0] / "drafter", PARTS)
+    second = make(vocab=kept.draft_vocab.tolist(), follows=True)
+    second.learner.resume(moved.states)
+    assert torch.equal(second.drafter.draft_vocab, moved.drafter.draft_vocab)
+    assert torch.equal(second.drafter.lm_head.weight, moved.drafter.lm_head.weight)
+    second.learner.save()
+    again = make(vocab=FIRST, follows=True)
+    again.learner.resume(second.states)
+    assert torch.equal(again.drafter.draft_vocab, moved.drafter.draft_vocab)
+
+
+def test_a_learner_whose_vocabulary_stays_takes_no_state_of_another(make: Make, moved: SimpleNamespace) -> None:
+    second = make(vocab=FIRST)
+    before = {name: value.clone() for name, value in second.drafter.published().items()}
+    with pytest.raises(CheckpointError, match="is of another draft vocabulary.* drafter.vocab_follows=true"):
+        second.learner.resume(moved.states)
+    assert all(torch.equal(value, before[name]) for name, value in second.drafter.published().items())
+    third = make(vocab=moved.drafter.draft_vocab.tolist())
+    third.learner.resume(moved.states)
+    assert torch.equal(third.drafter.lm_head.weight, moved.drafter.lm_head.weight)
+
+
+def test_training_on_recordings_takes_no_state_whose_rows_are_of_other_tokens(moved: SimpleNamespace) -> None:
+    progress = json.loads((states(moved.states)[0] / "progress.json").read_text())
+    assert progress["draft_vocab"] == checksum({"draft_vocab": moved.drafter.draft_vocab})
 
 
 @pytest.mark.parametrize("kind", [Eagle3Drafter, MedusaDrafter])

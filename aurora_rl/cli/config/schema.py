@@ -90,8 +90,8 @@ class DrafterConfig:
     vocab_size: int = 8192
     """Rows of the draft head."""
     vocab_follows: bool | None = None
-    """Whether the draft vocabulary follows the traffic: tokens that requests say take the rows of tokens that none
-    says. null does so with an engine in this process, where the drafter and the other settings allow it."""
+    """Whether the draft vocabulary follows the traffic: tokens that answers say most often take the rows of those that
+    they say least. null does so with an engine in this process, where the drafter and the other settings allow it."""
     feature_layers: tuple[int, ...] | None = None
     """Target layers that make the features; null takes the architecture's default."""
     depth: int = 4
