@@ -208,3 +208,9 @@ def test_a_drafter_of_day_0_that_moves_is_one_that_started_there(kind: type[Draf
     started = kind.from_target(PARTS, draft_vocab=drafter.draft_vocab)
     for name, value in started.published().items():
         assert torch.equal(drafter.published()[name], value), name
+
+
+def test_a_learner_goes_on_from_the_state_of_one_whose_vocabulary_has_moved(make: Make, moved: SimpleNamespace) -> None:
+    second = make(vocab=FIRST, follows=True)
+    second.learner.load_state_dict(moved.learner.state_dict())
+    assert torch.equal(second.drafter.draft_vocab, moved.drafter.draft_vocab)
