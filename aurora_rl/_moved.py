@@ -86,6 +86,7 @@ MOVED = {
     "collectors.trajectory_buffer": "training.replay.trajectory_buffer",
     "objectives.objective.SumLoss": "objectives.sum_loss.SumLoss",
     "policies.HybridDrafter": "policies.policy.DrafterPolicy",
+    "policies.lookup.merge_trees": "policies.merging.TreeMerger",
     **{f"{home}.available_drafters": "policies.registry.DRAFTERS" for home in ("policies", "policies.registry")},
     "trajectories.ContextStore": "context.ContextStore", "trajectories.Sampling": "sampling_params.SamplingParams",
     "trajectories.TrajectoryRecorder": "context.TrajectoryRecorder",

@@ -12,8 +12,8 @@ from aurora_rl.policies.lookup import Tree
 from aurora_rl.tenants import tenant_of_salt
 
 # The chance of a token is a logistic function of what is stated of it: by the drafter alone (constant, log-odds), by
-# lookup alone (the same), or by both (constant, log-odds of each). These weights are its start, near to what was
-# learned on several streams (docs/results.md).
+# lookup alone (the same), or by both (constant, log-odds of each). These weights are its start: both are thought too
+# sure, and a token that both name likelier than either says.
 _START = np.array([-0.6, 0.8, -0.6, 0.6, 0.9, 0.6, 0.6])
 # Precision of the weights at the start, below which it never falls, and what is left of it after an observation.
 _PRECISION = np.diag([20.0, 10.0, 20.0, 10.0, 20.0, 10.0, 10.0])
@@ -181,9 +181,9 @@ class TreeMerger:
         """
         candidates, learned = Candidates.of(tree, found), self.chances(salt)
         self._asked[slot] = length, candidates, learned
+        given_parent = learned.of(candidates.drafted, candidates.looked_up).tolist()
         joint: list[float] = []
-        chances = learned.of(candidates.drafted, candidates.looked_up).tolist()
-        for parent, chance in zip(candidates.tree.parents, chances, strict=True):
+        for parent, chance in zip(candidates.tree.parents, given_parent, strict=True):
             joint.append(chance * (joint[parent] if parent >= 0 else 1.0))
         # A node is no likelier than its parent and comes after it, so what is kept is a tree.
         best = sorted(range(len(joint)), key=lambda node: -joint[node])[:num_nodes]

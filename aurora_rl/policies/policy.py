@@ -248,7 +248,7 @@ class DrafterPolicy(TensorDictModuleBase):
                 self.looked_up = ready & ~self.drafted  # with the slots that the drafter failed just now
             if self.shape.lookup or (self.min_path_probability and self.shape.mode == "topk"):
                 self._finish(draft)
-        # Without lookup they are that wide.
+        # Candidates are merged into trees of at most so many nodes.
         draft |= {name: draft[name][:, : self.num_nodes] for name in ("tokens", "parents", "log_probs", "mask")}
         return TensorDict(draft, batch_size=shape[:1])
 

@@ -146,7 +146,7 @@ def test_an_interrupted_arm_goes_on_as_if_it_had_not_been(
                 raise KeyboardInterrupt
 
         run = simulate(
-            requests, drafter.serving_copy(torch.float32), SHAPE, learner=learner, wire=wire,
+            requests, drafter.serving_copy(torch.float32), TreeShape(3, 2, 3, lookup=3), learner=learner, wire=wire,
             earlier=EarlierAnswers(60), pace=pace, num_slots=2, tell=tell, save=save, state=state,
         )  # fmt: skip
         return run, drafter

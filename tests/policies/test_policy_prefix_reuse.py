@@ -120,7 +120,8 @@ class Chats:
 def check_equal(found: TensorDict, expected: TensorDict) -> None:
     """Two trajectories: the same rounds, tokens, trees and versions, and float32 that differs by rounding.
 
-    Log-probabilities by more, as the drafter's wide weights make more of what its features differ by.
+    Log-probabilities by more, as the drafter's wide weights make more of what its features differ by, most at the less
+    likely of its candidates.
     """
     for key in found.keys(include_nested=True, leaves_only=True):
         first, second = found[key], expected[key]

@@ -47,3 +47,13 @@ def step_until(loop: SimpleNamespace, condition: Callable[[], object]) -> None:
 def drain(loop: SimpleNamespace) -> None:
     while loop.learner.step(wait_s=0.1):
         pass
+
+
+def publish_first(loop: SimpleNamespace, trajectories: list[TensorDict]) -> None:
+    """Publish version 1 after two trajectories, by a gate of the next two, and have no candidate after that."""
+    send(loop, trajectories[:2])
+    step_until(loop, lambda: loop.events("candidate"))
+    send(loop, trajectories[2:4])
+    step_until(loop, lambda: loop.learner.version == 1)
+    loop.learner._publish_every = 10_000
+    drain(loop)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from learner_loops import PARTS, SHAPE, Make, day0, drain, send, step_until
+from learner_loops import PARTS, SHAPE, Make, day0, drain, publish_first, send, step_until
 from processes import wait
 from safetensors.torch import load_file
 from tensordict import TensorDict
@@ -47,12 +47,7 @@ def received(loop: SimpleNamespace, version: int) -> dict[str, Tensor]:
 def first(make: Make, served: list[TensorDict]) -> SimpleNamespace:
     """A learner that has published version 1, learned on, and saved."""
     loop = make(batch_size=2, gate=2, publish_every=2)
-    send(loop, served[:2])
-    step_until(loop, lambda: loop.events("candidate"))
-    send(loop, served[2:4])
-    step_until(loop, lambda: loop.learner.version == 1)
-    loop.learner._publish_every = 10_000
-    drain(loop)
+    publish_first(loop, served)
     send(loop, served[4:8])
     drain(loop)
     loop.learner.save()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from learner_loops import PARTS, TARGET, Make, day0, drain, send, step_until
+from learner_loops import PARTS, TARGET, Make, day0, drain, publish_first, send, step_until
 from processes import wait
 from tensordict import TensorDict
 
@@ -139,12 +139,7 @@ def test_without_it_the_vocabulary_stays(make: Make, served: list[TensorDict]) -
 def moved(make: Make, served: list[TensorDict]) -> SimpleNamespace:
     """A learner whose vocabulary has moved before it was published, and again after that, and which has saved."""
     loop = make(vocab=FIRST, follows=True, batch_size=2, gate=2, publish_every=2)
-    send(loop, served[:2])
-    step_until(loop, lambda: loop.events("candidate"))
-    send(loop, served[2:4])
-    step_until(loop, lambda: loop.learner.version == 1)
-    loop.learner._publish_every = 10_000
-    drain(loop)
+    publish_first(loop, served)
     send(loop, served[4:40])
     drain(loop)
     assert loop.learner._vocab.follow(served[:40]) > 0
