@@ -99,7 +99,7 @@ class ContextStore:
 
 
 class TrajectoryRecorder:
-    """Collect the rounds of each slot of a store, and cut one packed trajectory when its request ends."""
+    """Collect the rounds of each slot of a store, and make packed trajectories of them."""
 
     def __init__(self, store: ContextStore) -> None:
         self._store = store
@@ -143,19 +143,26 @@ class TrajectoryRecorder:
             nodes = (keep, *(c[i, keep] for c in columns))
             self._rounds[slot].append((anchors[i], policy_versions[i], cache_versions[i], nodes))
 
-    def cut(self, slot: int, request: int, sampling_params: SamplingParams, rule: str, draft_mode: str) -> TensorDict:
-        """Return the packed trajectory of the slot's request, in memory of its own, on the CPU, and forget its rounds.
+    def forget(self, slot: int) -> None:
+        """Drop the record of the slot's request."""
+        del self._rounds[slot]
 
-        The other arguments are those of :func:`~aurora_rl.trajectories.make_trajectory`.
+    def written(
+        self, slot: int, first: int, request: int, sampling_params: SamplingParams, rule: str, draft_mode: str
+    ) -> TensorDict:
+        """Return the packed trajectory of the slot's request so far, in memory of its own, on the CPU.
+
+        Its completion begins at token ``first``, the prompt's length or where an earlier round ended; what comes before
+        is its prompt. The other arguments are those of :func:`~aurora_rl.trajectories.make_trajectory`.
         """
-        store, rounds = self._store, self._rounds.pop(slot)
-        length, prompt = int(store.lengths[slot]), int(store.prompt_lengths[slot])
+        store, length = self._store, int(self._store.lengths[slot])
+        rounds = [each for each in self._rounds[slot] if each[0] >= first - 1]
         return make_trajectory(
             request=request,
             tokens=store.tokens[slot, :length].cpu().clone(),
-            prompt_length=prompt,
+            prompt_length=first,
             features=store.features[slot, : length - 1].cpu().clone(),
-            target={"hidden": store.hidden[slot, prompt - 1 : length - 1].cpu().clone()},
+            target={"hidden": store.hidden[slot, first - 1 : length - 1].cpu().clone()},
             anchors=[anchor for anchor, *_ in rounds],
             trees=[_pack_tree(*nodes) for *_, nodes in rounds],
             policy_versions=[version for _, version, *_ in rounds],

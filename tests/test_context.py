@@ -9,6 +9,7 @@ from torch import Tensor
 from aurora_rl.context import ContextStore, TrajectoryRecorder
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.trajectories import acceptance_length, accepted_per_round, validate
+from aurora_rl.trajectory_parts import part_of
 
 
 def store_of_two() -> ContextStore:
@@ -47,7 +48,7 @@ def test_store_appends_at_each_slots_end() -> None:
     assert store.cache_salts == [None, None]
 
 
-def test_a_request_is_cut_into_the_documented_layout() -> None:
+def test_a_request_has_the_documented_layout() -> None:
     store, slots = store_of_two(), torch.tensor([1])
     recorder = TrajectoryRecorder(store)
     recorder.start(1)
@@ -70,9 +71,13 @@ def test_a_request_is_cut_into_the_documented_layout() -> None:
         policy_versions=[7], cache_versions=[7],
     )  # fmt: skip
     store.append(slots, torch.tensor([[30]]), torch.tensor([1]), *committed(5, 1, 1))
-    trajectory = recorder.cut(
-        1, request=4, sampling_params=SamplingParams(0.5, 3, 0.9, 11), rule="sample_and_match", draft_mode="topk"
-    )
+    said = {
+        "request": 4,
+        "sampling_params": SamplingParams(0.5, 3, 0.9, 11),
+        "rule": "sample_and_match",
+        "draft_mode": "topk",
+    }
+    trajectory, second = recorder.written(1, first=3, **said), recorder.written(1, first=6, **said)
 
     validate(trajectory, vocab_size=32, feature_size=1, hidden_size=1)
     flat = {".".join(k): trajectory[k].tolist() for k in trajectory.keys(True, True) if isinstance(k, tuple)}
@@ -98,6 +103,12 @@ def test_a_request_is_cut_into_the_documented_layout() -> None:
         "sampling.draft_mode": 0,
     }
     assert int(trajectory["request"]) == 4
+
+    # From the second round on.
+    expected = part_of(trajectory, 6)
+    assert second["rounds", "anchor"].tolist() == [5] and second["sequence", "hidden"].tolist() == [[50.0]]
+    assert set(second.keys(True, True)) == set(expected.keys(True, True))
+    assert all(torch.equal(second[key], expected[key]) for key in second.keys(True, True))
 
     # Memory of its own: the slot may be used again.
     before = trajectory.clone()

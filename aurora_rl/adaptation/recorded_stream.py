@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tensordict import TensorDict
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -17,6 +16,7 @@ from aurora_rl.policies.lookup import NgramDrafter
 from aurora_rl.policies.tree_shape import TreeShape
 from aurora_rl.serving.recorded_requests import record_requests
 from aurora_rl.training.offline import Trajectories
+from aurora_rl.trajectory_parts import part_of
 
 
 class RecordedPhase(Dataset[TensorDict]):
@@ -49,9 +49,7 @@ class RecordedPhase(Dataset[TensorDict]):
 
 
 class Parts(Dataset[TensorDict]):
-    """A stream's requests in parts of so many new tokens; the prompt of a part is all that comes before it.
-
-    A round that reaches into the next part is cut at its end, which takes one round in a part at most.
+    """A stream's requests in parts of so many new tokens, see :mod:`aurora_rl.trajectory_parts`.
 
     Args:
         stream: Recorded requests, whose rounds drafted nothing.
@@ -78,17 +76,7 @@ class Parts(Dataset[TensorDict]):
     def __getitem__(self, index: int) -> TensorDict:
         """Return a part, as the trajectory of a request of its own."""
         request, first, end = self._bounds[index]
-        part = self._stream[request].clone()
-        sequence, rounds = part["sequence"], part["rounds"]
-        skipped = first - int(sequence["prompt_length"])
-        for key in set(sequence.keys()) - {"tokens", "prompt_length", "features", "adapter"}:  # the target's outputs
-            sequence[key] = sequence[key][skipped : skipped + end - first]
-        sequence["tokens"], sequence["features"] = sequence["tokens"][:end], sequence["features"][: end - 1]
-        sequence["prompt_length"] = torch.tensor(first)
-        inside = (rounds["anchor"] >= first - 1) & (rounds["anchor"] < end - 1)
-        part["rounds"] = TensorDict({key: rounds[key][inside] for key in set(rounds.keys()) - {"offset"}})
-        part["rounds", "offset"] = torch.zeros(int(inside.sum()) + 1, dtype=torch.int64)
-        return part
+        return part_of(self._stream[request], first, end)
 
     def ended(self, index: int) -> TensorDict | None:
         """Return the whole request that ends with a part; None where it goes on."""

@@ -133,6 +133,7 @@ def embedded_server(
         watched=True,
         note=requests.completed,
         captures=Capture(config.engine.capture_rate, config.privacy.opt_out, config.seed),
+        part_tokens=config.engine.part_tokens,
     )
     for version, fault in faults:
         which = "every request is" if second_drafter is None else f"in the turns of version {version} every request is"

@@ -190,6 +190,8 @@ class SpecDecodeEnv(EnvBase):
 
     def _release(self, slot: int) -> None:
         del self._active[slot]
+        if self._recorder:
+            self._recorder.forget(slot)
         self.engine.release(slot)
 
     def _set_seed(self, seed: int | None) -> None:
@@ -408,13 +410,24 @@ class SpecDecodeEnv(EnvBase):
         )
         self.recording_seconds += time.perf_counter() - began
 
+    def written(self, slot: int, first: int) -> TensorDict:
+        """Return the trajectory of an occupied slot so far, as that of a request whose completion begins at ``first``.
+
+        That is the prompt's length, or the length of the text after an earlier round.
+        """
+        assert self._recorder is not None, "an environment with record=False has no trajectories"
+        began, request = time.perf_counter(), self._active[slot].request
+        trajectory = self._recorder.written(
+            slot, first, request.id, request.sampling_params, self.rule.name, self.draft_mode
+        )
+        self.recording_seconds += time.perf_counter() - began
+        return trajectory
+
     def _finish(self, slot: int, ended: bool) -> None:
         held, store = self._active[slot], self.engine.store
         request, trajectory = held.request, None
         if self._recorder:
-            began = time.perf_counter()
-            trajectory = self._recorder.cut(slot, request.id, request.sampling_params, self.rule.name, self.draft_mode)
-            self.recording_seconds += time.perf_counter() - began
+            trajectory = self.written(slot, int(store.prompt_lengths[slot]))
         tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()
         cached = int(store.cached_lengths[slot])
         self._release(slot)

@@ -28,6 +28,7 @@ from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import BaselineWindows, Round
 from aurora_rl.telemetry.stats import Stats
 from aurora_rl.trajectories import acceptance_length, accepted_per_round
+from aurora_rl.trajectory_parts import part_is_due, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +96,10 @@ class InferenceServer:
         second_controller: Chooses the shape of the second drafter's drafts.
         watched: Whether the drafter is checked while it serves.
         note: Called with each completion; returns its domain.
-        captures: Called with each request that ended; returns whether it is captured. None captures
-            all whose ``learn`` is true.
+        captures: Called with each request that ended, or of which a part is written; returns whether it is captured.
+            None captures all whose ``learn`` is true.
+        part_tokens: Tokens of an answer after which what is written of it is handed on, while it goes on, see
+            :mod:`aurora_rl.trajectory_parts`; None hands requests on when they have ended.
 
     Attributes:
         stats: Statistics of the run so far.
@@ -119,6 +122,7 @@ class InferenceServer:
         watched: bool = False,
         note: Callable[[Completion], str] = lambda completion: "",
         captures: Callable[[Request], bool] | None = None,
+        part_tokens: int | None = None,
     ) -> None:
         self.env, self.stats = env, Stats(policy.version)
         self.versions = Versions(
@@ -134,11 +138,13 @@ class InferenceServer:
         )
         env.on_completion = self.completed
         self._windows, self._log, self._sink, self._note = windows, log, sink, note
-        self._receiver, self._captures = receiver, captures or Capture()
+        self._receiver, self._captures, self._part_tokens = receiver, captures or Capture(), part_tokens
         self._td: TensorDictBase | None = None
         self._recording = 0.0
-        # Of the requests in flight: in which rounds drafts were asked for, and the time of the first round.
+        # Of the requests in flight: in which rounds drafts were asked for, where the part begins that is written now,
+        # and the time of its first round.
         self._asked: dict[int, list[bool]] = {}
+        self._first: dict[int, int] = {}
         self._began: dict[int, float] = {}
         for each in self.versions.policies:
             each.on_fault = self._fault
@@ -214,9 +220,11 @@ class InferenceServer:
             speculative |= request.speculative
             counted |= request.counted
             self._asked.setdefault(request.id, []).append(bool(asked[slot]))
+            self._first.setdefault(request.id, int(env.engine.store.prompt_lengths[slot]))
             self._began.setdefault(request.id, began)
             drafted += bool(asked[slot])
         done, self._td = env.step_and_maybe_reset(action)
+        self._hand_on_parts()
         # Recording is a cost of speculation, in whichever round it happens.
         recording = self._recording + env.recording_seconds - recorded
         seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill)
@@ -251,13 +259,26 @@ class InferenceServer:
                 acceptance=acceptance, occupied=occupied,
             )  # fmt: skip
 
+    def _hand_on_parts(self) -> None:
+        """Hand on what is written of requests that go on, if it is enough."""
+        if self._sink is None or self._part_tokens is None:
+            return
+        store = self.env.engine.store
+        for slot in store.occupied.tolist():
+            request, length = self.env.request_of(slot), int(store.lengths[slot])
+            first = self._first.get(request.id, length)  # one that has just entered has none
+            if part_is_due(length, first, self._part_tokens) and request.counted and self._captures(request):
+                now = time.perf_counter()
+                self._sink.extend(self.env.written(slot, first), request.tenant, now - self._began[request.id])
+                self._first[request.id], self._began[request.id] = length, now
+
     def completed(self, completion: Completion) -> None:
-        """Record a request that ended and hand its trajectory on."""
+        """Record a request that ended and hand its trajectory on, or what has been written since its last part."""
         began = time.perf_counter()
         domain, trajectory = self._note(completion), completion.trajectory
         assert trajectory is not None, "the server's environment records"
         asked = torch.tensor(self._asked.pop(completion.request.id))
-        decoding = began - self._began.pop(completion.request.id)
+        decoding, first = began - self._began.pop(completion.request.id), self._first.pop(completion.request.id)
         if not completion.request.counted:
             return
         tokens, rounds = acceptance_length(trajectory, asked)
@@ -280,7 +301,7 @@ class InferenceServer:
             if self.policy.earlier is not None:
                 self.policy.earlier.add(completion.tokens.numpy(), completion.request.salt)
             if self._sink is not None:
-                self._sink.extend(trajectory, completion.request.tenant, decoding)
+                self._sink.extend(part_of(trajectory, first), completion.request.tenant, decoding)
         self._recording += time.perf_counter() - began
 
     def delete(self, tenant: str) -> Deleted:
@@ -298,8 +319,8 @@ class InferenceServer:
     def cancel(self, request: int) -> None:
         """Drop a request between two rounds, and its record with it; its slot is free for the next."""
         if self.env.cancel(request):
-            self._asked.pop(request, None)
-            self._began.pop(request, None)
+            for kept in (self._asked, self._first, self._began):
+                kept.pop(request, None)
             if self._td is not None:  # the policy checks that both stand at the same place
                 self._td["observation", "position"].copy_(self.env.engine.store.lengths - 1)
 

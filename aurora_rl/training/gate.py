@@ -124,6 +124,11 @@ def replay(
     return Replay(ends - prompts, rounds)
 
 
+def _request_of(trajectory: TensorDictBase) -> tuple[str, int]:
+    """Return the engine and the number of a trajectory's request, which all of its parts have."""
+    return engine_of(trajectory), int(trajectory["request"])
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """The gate's decision about a candidate.
@@ -150,7 +155,8 @@ class Decision:
 class Gate:
     """Holds back arrivals, and compares a candidate with the serving weights on them.
 
-    What decides was seen by neither: arrivals that are held back are learned from only after the decision. Each of the
+    What decides was seen by neither: arrivals that are held back are learned from only after the decision. Later parts
+    of a request of which a part is held are held as well, however many. Each of the
     engines that sent the last ``8 * requests`` arrivals has an equal share of them, rounded up. A decision takes
     ``2 * requests`` arrivals at most: in time for that, places that are open go to any engine, those with a share left
     first.
@@ -181,12 +187,14 @@ class Gate:
         passed: list[TensorDictBase] = []
         self._recent.extend(map(engine_of, arrivals))
         share = math.ceil(self._requests / max(len(set(self._recent)), 1))
-        held = Counter(map(engine_of, self._held))
+        held, requests = Counter(map(engine_of, self._held)), set(map(_request_of, self._held))
         for each in arrivals:
             engine = engine_of(each)
-            if self.holding and len(self._held) < self._requests and held[engine] < share:
+            room = len(self._held) < self._requests and held[engine] < share
+            if self.holding and (room or _request_of(each) in requests):
                 self._held.append(each)
                 held[engine] += 1
+                requests.add(_request_of(each))
             else:
                 passed.append(each)
         if not self.holding:

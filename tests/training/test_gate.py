@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
+from itertools import count, islice
 
 import pytest
 import torch
@@ -154,8 +154,22 @@ def test_arrivals_pass_until_the_gate_holds() -> None:
     assert numbers(gate.admit(arrivals(8))) == [8]
 
 
+_NUMBERS = count()
+
+
 def of_engines(*engines: str) -> list[TensorDict]:
-    return [TensorDict({"request": torch.tensor(0)}).set_non_tensor("source", engine) for engine in engines]
+    """One request of each."""
+    return [TensorDict({"request": torch.tensor(next(_NUMBERS))}).set_non_tensor("source", e) for e in engines]
+
+
+def test_later_parts_of_a_request_that_decides_are_not_learned_from_before() -> None:
+    gate = small_gate(requests=2)
+    assert numbers(gate.admit(arrivals(1, 2))) == [1, 2]
+    gate.hold()
+    assert numbers(gate.admit(arrivals(1, 1, 3, 1))) == [3]  # both places are of request 1, whose last part waits too
+    assert gate.ready and numbers(gate._held) == [1, 1, 1]
+    elsewhere = arrivals(1)[0].set_non_tensor("source", "another engine")
+    assert gate.admit([elsewhere]) == [elsewhere]  # another request: engines number their own
 
 
 def test_each_engine_that_sends_has_an_equal_share_of_a_decision() -> None:

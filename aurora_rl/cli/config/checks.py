@@ -34,7 +34,8 @@ _ADDRESS = re.compile(r"tcp://[^\s/]+:\d+|ipc://.+").fullmatch
 _RULES: dict[str, tuple[str, Callable[[Any], object]]] = {
     **dict.fromkeys(_POSITIVE.split(), ("be at least 1", lambda value: value >= 1)),
     **dict.fromkeys(
-        ("traffic.limit", "max_new_tokens"), ("be at least 1 or null", lambda value: value is None or value >= 1)
+        ("traffic.limit", "max_new_tokens", "engine.part_tokens"),
+        ("be at least 1 or null", lambda value: value is None or value >= 1),
     ),
     **dict.fromkeys(("canary.share", "canary.engines"), ("lie in [0, 0.5]", lambda value: 0 <= value <= 0.5)),
     "canary.window": ("be at least 2, as the first round of a window is not measured", lambda value: value >= 2),

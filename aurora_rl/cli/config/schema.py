@@ -44,6 +44,9 @@ class EngineConfig:
     """More arguments of ``sglang.launch_server``, or of ``vllm serve``."""
     capture_rate: float = 1.0
     """Share of the requests that are captured: that go to the learner, and whose answers lookup searches."""
+    part_tokens: int | None = 256
+    """Tokens of an answer after which what is written of it goes to the learner, while it goes on; null sends requests
+    when they have ended."""
     batch_invariant: bool = False
     """Compute a token's logits to the same bits whatever else is in the pass, so that speculative text is plain text in
     bfloat16 too. It takes time (docs/batch_invariance.md). For the embedded engine. SGLang has an option of its own,

@@ -21,7 +21,7 @@ def test_the_keys_are_frozen() -> None:
     assert keys(Config()) == [
         *("model", "device", "dtype"),
         *("engine.name", "engine.slots", "engine.max_length", "engine.prefix_cache_tokens", "engine.threads"),
-        *("engine.url", "engine.plugin_address", "engine.arguments", "engine.capture_rate"),
+        *("engine.url", "engine.plugin_address", "engine.arguments", "engine.capture_rate", "engine.part_tokens"),
         "engine.batch_invariant",
         *("http.host", "http.port", "http.api_keys", "http.served_model_name"),
         *("http.max_body", "http.max_waiting", "http.timeout"),
