@@ -21,7 +21,7 @@ from aurora_rl.models.kv_cache import SlotCache
 
 
 class PackedLinear(nn.Module):
-    """A bf16 linear layer whose weight is stored in oneDNN's blocked layout, reordered once and not at every call.
+    """A linear layer whose weight is stored in oneDNN's blocked layout, reordered once and not at every call.
 
     ``keep_weight`` keeps the plain weight too, so that :func:`stage` can replace it. The packed one follows it at once
     when a state dict is loaded and when the module is copied, cast or moved, so that no round waits for that. It
@@ -110,7 +110,12 @@ def writes_to(tensor: Tensor) -> int:
 
 
 def _is_packable(weight: Tensor) -> bool:
-    return (weight.dtype, weight.device.type) == (torch.bfloat16, "cpu")
+    """Return whether oneDNN multiplies weights of this dtype natively on this CPU."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 @torch.no_grad()
@@ -287,15 +292,15 @@ def _outputs(layer: nn.Module, projections: Sequence[nn.Module], x: Tensor, argu
 def prepare_for_inference(model: nn.Module, *, keep_weights: bool = False) -> None:
     """Replace modules by their faster forms, in place.
 
-    RMSNorms are fused on every device; linear layers are packed where the CPU multiplies bf16 natively. The plain
-    weights of packed layers are dropped, unless ``keep_weights`` keeps them to be replaced by :func:`stage`.
+    RMSNorms are fused on every device; linear layers are packed on a CPU, in float32, and in bfloat16 where it
+    multiplies that natively. The plain weights of packed layers are dropped, unless ``keep_weights`` keeps them to be
+    replaced by :func:`stage`.
     """
-    pack = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for name, child in list(model.named_children()):
         if (norm := _fused_norm(child)) is not None:
             setattr(model, name, norm)
         # Not subclasses, which may return more than a product, as routers do.
-        elif pack and type(child) is nn.Linear and _is_packable(child.weight):
+        elif type(child) is nn.Linear and _is_packable(child.weight):
             setattr(model, name, PackedLinear(child, keep_weight=keep_weights))
         else:
             prepare_for_inference(child, keep_weights=keep_weights)

@@ -86,14 +86,21 @@ def test_staged_weights_are_copies_in_the_models_own_dtype() -> None:
 
 
 @native_bf16
-def test_only_bf16_layers_are_packed() -> None:
-    model = nn.ModuleDict({"packed": linear(False), "single": nn.Linear(4, 4), "deep": nn.Sequential(linear(False))})
+def test_layers_of_dtypes_that_the_cpu_multiplies_natively_are_packed() -> None:
+    layers = {"bf16": linear(False), "fp32": nn.Linear(4, 4), "fp64": nn.Linear(4, 4).double()}
+    model = nn.ModuleDict({**layers, "deep": nn.Sequential(linear(False))})
     prepare_for_inference(model)
-    assert [type(m) for m in (model["packed"], model["single"], model["deep"][0])] == [
-        PackedLinear,
-        nn.Linear,
-        PackedLinear,
-    ]
+    packed = [isinstance(layer, PackedLinear) for layer in (*map(model.get_submodule, layers), model["deep"][0])]
+    assert packed == [True, True, False, True]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 9, 100])
+def test_a_packed_layer_in_float32_multiplies_in_float32(rows: int) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(96, 40), torch.randn(rows, 96)
+    with torch.inference_mode():
+        got, exact = PackedLinear(layer, keep_weight=False)(x), layer.double()(x.double())
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 # ---- norms ------------------------------------------------------------------------------------------------------

@@ -52,12 +52,12 @@ WAYS: dict[str, Callable[[nn.Module, nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=native_bf16)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, pytest.param(torch.bfloat16, marks=native_bf16)])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_writing_is_noticed_once(way: str, dtype: torch.dtype) -> None:
     module, x = model(dtype), torch.randn(3, 32, dtype=dtype)
     prepare_for_inference(module, keep_weights=True)
-    assert isinstance(module[0], PackedLinear) == (dtype == torch.bfloat16)
+    assert isinstance(module[0], PackedLinear) == (dtype != torch.float64)
     watch = WeightWatch(module)
     for seed in (1, 2):  # the parameters that took the place of others are watched, too
         assert not watch.written()
