@@ -83,7 +83,9 @@ def resolve(config: Config) -> RunSpec:
     dtype = default_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     budget = config.max_new_tokens or _MAX_NEW_TOKENS
     sampling = SamplingParams(config.temperature, config.top_k, config.top_p, config.seed, budget, min_p=config.min_p)
-    return RunSpec(config, device, dtype, engine_class, rule, tree, name, kind, sampling, _vocab_follows(config))
+    return RunSpec(
+        config, device, dtype, engine_class, rule, tree, name, kind, sampling, _vocab_follows(config, name, kind)
+    )
 
 
 def _engine_class(config: Config) -> type[Engine] | None:
@@ -101,7 +103,7 @@ def _engine_class(config: Config) -> type[Engine] | None:
         return get_engine(settings.name)
 
 
-def _vocab_follows(config: Config) -> bool:
+def _vocab_follows(config: Config, name: str, kind: type[Drafter]) -> bool:
     """Return whether the draft vocabulary is to follow the traffic."""
     asked, mode, adapters = config.drafter.vocab_follows, config.drafter.mode, list(config.drafter.adapters)
     reasons = {
@@ -112,6 +114,11 @@ def _vocab_follows(config: Config) -> bool:
         f"learner.parallel={config.learner.parallel}, whose ranks share them": config.learner.parallel is not None,
         "privacy.zero_retention=true, which keeps no answers": config.privacy.zero_retention,
     }
+    if asked and kind.vocab_tables is Drafter.vocab_tables:
+        raise ConfigError(
+            f"drafter.vocab_follows=true: drafter.name={name} has no rows that could be another token's; leave it out, "
+            "or set it to false"
+        )
     if asked and (found := [reason for reason, holds in reasons.items() if holds]):
         raise ConfigError(f"drafter.vocab_follows=true does not go with {found[0]}; leave it out, or set it to false")
     return not any(reasons.values()) if asked is None else asked

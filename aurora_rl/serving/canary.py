@@ -34,7 +34,7 @@ class RoundTrialVerdict:
     rounds: int
     pairs: int  # of windows that were compared
     acceptance_length: FigurePair  # tokens per round and slot in these windows
-    tokens_per_second: FigurePair
+    tokens_per_second: FigurePair | None  # None if the clock is so coarse that one version's windows took no time
     evidence: dict[str, float]  # of a loss, by figure, see LossTest.evidence
 
 
@@ -111,5 +111,5 @@ class RoundTrial:
 
     def _verdict(self, promote: bool, reason: str) -> RoundTrialVerdict:
         test, both = self._test, figure_pairs(*self._totals)
-        length, speed = (both[name] for name in FIGURES)
+        length, speed = both["acceptance_length"], both.get("tokens_per_second")
         return RoundTrialVerdict(promote, reason, self.rounds, test.pairs, length, speed, test.evidence)

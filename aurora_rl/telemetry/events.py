@@ -146,7 +146,8 @@ EVENTS: dict[str, Event] = {
             "rounds": "Rounds of the trial.",
             "pairs": "Pairs of windows that were compared.",
             "acceptance_length": "Tokens per round and slot in these windows, of the old and of the new weights.",
-            "tokens_per_second": "Throughput in them, of the old and of the new weights.",
+            "tokens_per_second": "Throughput in them, of the old and of the new weights; null if the clock is too "
+            "coarse to time them.",
             "evidence": "Evidence of a loss of either figure: 1 is none; weights are rolled back at 2 over "
             "`canary.false_alarm_rate`.",
         },

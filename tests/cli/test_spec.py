@@ -213,6 +213,14 @@ def test_the_draft_vocabulary_follows_where_all_else_allows_it() -> None:
             follows(pair, "drafter.vocab_follows=true")
 
 
+def test_a_drafter_without_rows_that_move_is_refused_before_anything_is_loaded() -> None:
+    pairs = ["device=cpu", "drafter.name=ngram", "drafter.vocab_follows=true", "learner.spawn=false"]
+    told = "^drafter.vocab_follows=true: drafter.name=ngram has no rows that could be another token's; leave it out"
+    with pytest.raises(ConfigError, match=told):
+        spec.resolve(load_config(overrides=pairs))
+    spec.resolve(load_config(overrides=[*pairs[:2], "drafter.vocab_follows=false"]))
+
+
 def test_traffic_without_a_budget_gets_one() -> None:
     assert spec.resolve(load_config(overrides=["device=cpu"])).sampling_params.max_tokens == 96
     assert spec.resolve(load_config(overrides=["device=cpu", "max_new_tokens=7"])).sampling_params.max_tokens == 7

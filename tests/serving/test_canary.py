@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from aurora_rl.serving.canary import RoundTrial, RoundTrialRules, RoundTrialVerdict
+from aurora_rl.statistics import rounded_verdict
 
 Rounds = Callable[[bool], tuple[int, float]]
 """Tokens and seconds of a round, by whether the new weights draft it."""
@@ -88,6 +89,14 @@ def test_a_drafter_that_is_slow_is_rolled_back_though_as_much_is_accepted() -> N
 def test_a_drafter_that_is_fast_is_rolled_back_though_if_less_is_accepted() -> None:
     verdict, _ = decided(RoundTrialRules(), served(0.8, 0.3, seed=0, seconds_new=0.3))
     assert verdict is not None and not verdict.promote and verdict.reason == "acceptance length fell"
+
+
+@pytest.mark.parametrize("takes", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+def test_a_clock_too_coarse_for_a_round_leaves_the_tokens_per_round_to_decide(takes: tuple[float, float]) -> None:
+    verdict, _ = decided(RoundTrialRules(), lambda new: (1 if new else 3, takes[new]))
+    assert verdict is not None and not verdict.promote and verdict.reason == "acceptance length fell"
+    assert (verdict.acceptance_length.old, verdict.acceptance_length.new) == (3, 1)
+    assert verdict.tokens_per_second is None and rounded_verdict(verdict)["tokens_per_second"] is None
 
 
 def test_a_better_drafter_is_promoted_before_the_last_round() -> None:

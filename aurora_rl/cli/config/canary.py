@@ -54,6 +54,10 @@ def check_trials(config: Config) -> None:
     for name in ("resume", "recording"):
         if (value := getattr(config.learner, name)) is not None:
             raise ConfigError(f"learner.{name}={value} has no effect with compare, as nobody learns; leave it out")
+    if config.drafter.vocab_follows:
+        raise ConfigError(
+            "drafter.vocab_follows=true has no effect with compare, as nobody learns; leave it out, or set it to false"
+        )
     if config.drafter.name is not None or config.drafter.path is not None:
         raise ConfigError(f"{compare} names the drafters; leave drafter.name and drafter.path out")
 

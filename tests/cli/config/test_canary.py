@@ -31,6 +31,10 @@ def test_sglang_takes_new_weights_at_once_and_refuses_a_trial_by_name() -> None:
         ([BOTH, "learner.spawn=true"], "compare is of two drafters that stay what they are, got learner.spawn=true"),
         ([BOTH, "learner.resume=old"], "learner.resume=old has no effect with compare, as nobody learns; leave it out"),
         ([BOTH, "learner.recording=new"], "learner.recording=new has no effect with compare, as nobody learns; leave"),
+        (
+            [BOTH, "drafter.vocab_follows=true"],
+            "drafter.vocab_follows=true has no effect with compare, as nobody learns;",
+        ),
         ([BOTH, "drafter.name=medusa"], "compare=['ngram', 'eagle3'] names the drafters; leave drafter.name and"),
         (["canary.engines=0.6"], "canary.engines must lie in [0, 0.5], got 0.6"),
         (["canary.max_requests=4"], "canary.max_requests=4 is less than a window of canary.requests=8 requests; set"),
