@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from aurora_rl.envs.remote.assembler import (
     EngineRound,
-    FeatureStore,
     TrajectoryAssembler,
     parents_of,
     request_number,
@@ -329,18 +328,6 @@ def test_parents_come_back_from_links(choices, seed):
     random.seed(seed)  # some other tree has other links
     another = [random.randrange(-1, node) if node else -1 for node in range(len(parents))]
     assert (links(another) == (child, sibling)) == (another == parents)
-
-
-def test_the_store_forgets_the_least_recently_used():
-    store = FeatureStore(2 * 3 * 4 * 4)
-    texts = [torch.tensor([n, 1, 2]) for n in range(3)]
-    for version, text in enumerate(texts[:2]):
-        store.put(text, torch.zeros(3, 4), version)
-    assert store.get(texts[0][:1]) is not None
-    store.put(texts[2], torch.zeros(3, 4), 2)
-    assert [store.get(text) is not None for text in texts] == [True, False, True]
-    store.put(texts[2], torch.zeros(3, 4), 7)  # once more: counted once
-    assert store.get(texts[2])[1] == 7 and store.get(texts[0]) is not None
 
 
 def test_ids_become_request_numbers():

@@ -13,7 +13,7 @@ import torch
 from attach_fields import FIELDS
 from tensordict import TensorDict
 
-from aurora_rl.envs.remote.assembler import FeatureStore, RecordedTotals, TrajectoryAssembler
+from aurora_rl.envs.remote.assembler import RecordedTotals, TrajectoryAssembler
 from aurora_rl.envs.remote.session import Session
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.tenants import joint_salt, tenant_of_salt
@@ -71,14 +71,6 @@ def test_features_of_a_tenants_texts_are_dropped_and_of_no_others(assembler: Tra
     assembler.close()
     found = [assembler._store.get(torch.tensor([request, 1, 2])) is not None for request in (6, 7)]
     assert found == [False, True] and not assembler._records
-
-
-def test_the_stores_size_is_that_of_what_it_keeps() -> None:
-    store = FeatureStore(1 << 10)
-    for number, tenant in enumerate("aab"):
-        store.put(torch.tensor([number]), torch.zeros(1, 4), 0, tenant)
-    store.delete("a")
-    assert store._bytes == 16 and list(store._texts.values())[0][3] == "b"
 
 
 def test_a_session_deletes_from_its_queue_and_bounds_the_age_of_what_waits() -> None:
