@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from aurora_kernels.trees import reorder_depth_first
 from aurora_rl.envs.remote.feature_store import FeatureStore
+from aurora_rl.envs.remote.recorded_totals import RecordedTotals
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.tenants import MAX_DELETIONS
-from aurora_rl.trajectories import acceptance_length, accepted_per_round, make_trajectory
+from aurora_rl.trajectories import make_trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -67,41 +68,6 @@ class _Record:
     first: TargetRows | None = None
     rounds: list[EngineRound] = field(default_factory=list)
     nbytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedTotals:
-    """Sums over recorded requests."""
-
-    requests: int = 0
-    terminated: int = 0  # ended by themselves, not by their budget
-    prompt_tokens: int = 0
-    tokens: int = 0  # tokens of completions
-    speculative_tokens: int = 0  # tokens from speculative rounds, bonus tokens included
-    speculative_rounds: int = 0
-    drafted_tokens: int = 0
-    accepted: Mapping[int, int] = field(default_factory=dict)  # rounds by the number of drafts that they accepted
-
-    @property
-    def acceptance_length(self) -> float | None:
-        """Tokens per speculative round; None before the first."""
-        return self.speculative_tokens / self.speculative_rounds if self.speculative_rounds else None
-
-    def plus(self, trajectory: TensorDict, terminated: bool) -> RecordedTotals:
-        """Return the sums with one more request."""
-        tokens, rounds = acceptance_length(trajectory)
-        accepted, drafted = accepted_per_round(trajectory)
-        prompt = int(trajectory["sequence", "prompt_length"])
-        return RecordedTotals(
-            requests=self.requests + 1,
-            terminated=self.terminated + terminated,
-            prompt_tokens=self.prompt_tokens + prompt,
-            tokens=self.tokens + len(trajectory["sequence", "tokens"]) - prompt,
-            speculative_tokens=self.speculative_tokens + tokens,
-            speculative_rounds=self.speculative_rounds + rounds,
-            drafted_tokens=self.drafted_tokens + int(drafted.sum()),
-            accepted=dict(Counter(self.accepted) + Counter(accepted[drafted > 0].tolist())),
-        )
 
 
 class TrajectoryAssembler:

@@ -13,7 +13,8 @@ import torch
 from attach_fields import FIELDS
 from tensordict import TensorDict
 
-from aurora_rl.envs.remote.assembler import RecordedTotals, TrajectoryAssembler
+from aurora_rl.envs.remote.assembler import TrajectoryAssembler
+from aurora_rl.envs.remote.recorded_totals import RecordedTotals
 from aurora_rl.envs.remote.session import Session
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.tenants import joint_salt, tenant_of_salt

@@ -9,8 +9,8 @@ from attach_fields import DRAFT_VOCAB, FIELDS, HANDSHAKE, HEAD
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs.remote.assembler import RecordedTotals
 from aurora_rl.envs.remote.plugin_server import PluginError
+from aurora_rl.envs.remote.recorded_totals import RecordedTotals
 from aurora_rl.envs.sglang import plugin as plugin_module
 from aurora_rl.envs.sglang.plugin import Plugin
 from aurora_rl.envs.sglang.ranks import EngineRanks, Order
