@@ -38,13 +38,13 @@ def assembler(emitted: Emitted) -> TrajectoryAssembler:
 
 def begin(assembler: TrajectoryAssembler, request: int, tenant: str | None) -> None:
     """A prompt of three tokens, of which the first is the request's own."""
-    assert assembler.begin(str(request), [request, 1, 2], 0, 0, tenant)
+    assert assembler.begin(str(request), [request, 1, 2], 0, 0, SamplingParams(), tenant)
     assembler.prompt(str(request), torch.zeros(3, 4), {"hidden": torch.zeros(1, 2)})
 
 
 def end(assembler: TrajectoryAssembler, request: int) -> None:
     """One token came, by no round."""
-    assembler.finish(str(request), [5], SamplingParams(), terminated=True)
+    assembler.finish(str(request), [5], terminated=True)
 
 
 def test_requests_that_have_begun_leave_nothing_and_later_ones_do(
