@@ -117,6 +117,7 @@ def remote_server(
                 trajectories=config.wire.trajectories,
                 weights=config.wire.weights,
                 capture_rate=settings.capture_rate,
+                part_tokens=settings.part_tokens,
                 queue=config.wire.queue,
                 queue_bytes=config.wire.queue_bytes,
                 max_age=config.privacy.max_age,

@@ -17,9 +17,9 @@ from typing import Any
 from typing_extensions import override
 
 from aurora_rl.envs import Completion, Request
-from aurora_rl.envs.remote.assembler import RecordedTotals
 from aurora_rl.envs.remote.client import EngineClient, EngineCompletion, EngineError
 from aurora_rl.envs.remote.plugin_server import PluginError
+from aurora_rl.envs.remote.recorded_totals import RecordedTotals
 from aurora_rl.serving.server import note_request
 from aurora_rl.telemetry.log import MetricsLog
 from aurora_rl.telemetry.rates import Round

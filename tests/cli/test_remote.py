@@ -16,7 +16,7 @@ from aurora_rl.cli.config import load_config, to_yaml
 from aurora_rl.cli.errors import ConfigError
 from aurora_rl.cli.remote import remote_server, served_config
 from aurora_rl.envs.remote import plugin_server
-from aurora_rl.envs.remote.plugin_server import PluginServer
+from aurora_rl.envs.remote.plugin_server import PluginError, PluginServer
 from aurora_rl.envs.sglang.client import SGLangClient, SGLangError, reserved_context
 from aurora_rl.telemetry.log import MetricsLog
 
@@ -101,6 +101,25 @@ def test_settings_that_keep_clients_requests_from_the_records_are_told(
     with pytest.raises(ConfigError, match="engine.name=sglang: "):  # nobody is there to attach to
         remote_server(run, target, None, drafter, log, tmp_path)
     assert "sets repetition_penalty=1.1; requests that SGLang serves with that are not recorded" in caplog.text
+
+
+def test_the_plugin_is_told_what_to_capture(
+    tiny_folder: Path, tmp_path: Path, attaching: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+
+    def attach(client: SGLangClient, **fields: Any) -> None:
+        told.update(fields)
+        raise PluginError("that is all")
+
+    monkeypatch.setattr(SGLangClient, "attach", attach)
+    small = [f"model={tiny_folder}", "dtype=float32", "device=cpu", "drafter.vocab_size=64", "drafter.name=eagle3"]
+    run = attaching_run([*attaching, *small, "engine.part_tokens=8", "engine.capture_rate=0.5"])
+    target = assembly.load(run)
+    drafter, log = assembly.start_drafter(run, target, []), MetricsLog(tmp_path / "metrics.jsonl", "test")
+    with pytest.raises(ConfigError, match="that is all"):
+        remote_server(run, target, None, drafter, log, tmp_path)
+    assert (told["part_tokens"], told["capture_rate"]) == (8, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoTokenizer
 
 from aurora_rl.envs import Request, SamplingParams
-from aurora_rl.envs.remote.assembler import RecordedTotals
 from aurora_rl.envs.remote.client import EngineCompletion, EngineError
 from aurora_rl.envs.remote.plugin_server import PluginError
+from aurora_rl.envs.remote.recorded_totals import RecordedTotals
 from aurora_rl.serving import attached as attached_module
 from aurora_rl.serving.attached import AttachedServer, DrivenServer
 from aurora_rl.serving.requests import RequestQueue

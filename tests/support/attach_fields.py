@@ -23,4 +23,5 @@ FIELDS = {
     "top_k": 8,
     "max_bytes": 1 << 20,
     "store_bytes": 1 << 20,
+    "part_tokens": 0,
 }

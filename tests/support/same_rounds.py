@@ -7,6 +7,7 @@ import torch
 
 from aurora_rl.collectors.dataset import TrajectoryDataset
 from aurora_rl.serving.recorded_requests import record_requests
+from aurora_rl.trajectory_parts import part_of
 
 
 def without_end(request):
@@ -42,6 +43,16 @@ def assert_same_rounds(remote, embedded):
             torch.testing.assert_close(remote["nodes", key][nodes], embedded["nodes", key][own], atol=tolerance, rtol=0)
         compared += 1
     return compared
+
+
+def assert_parts_of(embedded, parts, part_tokens):
+    """Parts make up the text one after the other, each long enough; return how many of their rounds were compared."""
+    ends = [len(part["sequence", "tokens"]) for part in parts]
+    firsts = [int(embedded["sequence", "prompt_length"]), *ends[:-1]]
+    assert [int(part["sequence", "prompt_length"]) for part in parts] == firsts
+    assert all(end - first >= part_tokens for first, end in zip(firsts[:-1], ends[:-1], strict=True))
+    bounds = zip(parts, firsts, ends, strict=True)
+    return sum(assert_same_rounds(part, part_of(embedded, first, end)) for part, first, end in bounds)
 
 
 def assert_same_sequence(remote, embedded):

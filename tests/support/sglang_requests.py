@@ -33,7 +33,7 @@ class Learner:
     """The learner's ends of the wire."""
 
     def __init__(self, handshake):
-        self.handshake, self.got = handshake, {}
+        self.handshake, self.got, self.parts = handshake, {}, {}
         self.collector = ZMQCollector("tcp://127.0.0.1:*", handshake=handshake, validate=self.check)
         self.publisher = WeightPublisher("tcp://127.0.0.1:*", handshake=handshake)
         self.trajectories, self.weights = self.collector.address, self.publisher.address
@@ -50,14 +50,27 @@ class Learner:
         self.publisher = WeightPublisher(self.weights, handshake=self.handshake)
 
     def take(self, *requests, timeout=20.0):
-        """The trajectories of these requests."""
+        """The trajectories of these requests, of each the latest that came; `parts` has all."""
         deadline = time.monotonic() + timeout
         while not set(requests) <= set(self.got):
             assert time.monotonic() < deadline, f"only {sorted(self.got)} of {requests} came"
             for trajectory in self.collector.poll(timeout_s=0.1):
-                self.got[int(trajectory["request"])] = trajectory
+                self._keep(trajectory)
         assert self.collector.rejected == 0
         return [self.got[request] for request in requests]
+
+    def take_parts(self, request, length):
+        """The parts of a request, once they make up so many tokens."""
+        deadline = time.monotonic() + 20.0
+        while len(self.take(request)[0]["sequence", "tokens"]) < length:
+            assert time.monotonic() < deadline, f"only {len(self.parts[request])} parts of {request} came"
+            for trajectory in self.collector.poll(timeout_s=0.1):
+                self._keep(trajectory)
+        return self.parts[request]
+
+    def _keep(self, trajectory):
+        self.got[int(trajectory["request"])] = trajectory
+        self.parts.setdefault(int(trajectory["request"]), []).append(trajectory)
 
     def publish(self, version, weights, engines=1):
         self.publisher.publish(version, weights)

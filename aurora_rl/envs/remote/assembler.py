@@ -8,19 +8,23 @@ import math
 import queue
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from aurora_kernels.trees import reorder_depth_first
+from aurora_rl.envs.remote.feature_store import FeatureStore
+from aurora_rl.envs.remote.recorded_totals import RecordedTotals
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.tenants import MAX_DELETIONS
-from aurora_rl.trajectories import acceptance_length, accepted_per_round, make_trajectory
+from aurora_rl.trajectories import make_trajectory
+from aurora_rl.trajectory_parts import part_is_due
 
 logger = logging.getLogger(__name__)
 
@@ -58,106 +62,60 @@ class _Record:
     prompt: Tensor
     cached: int  # tokens of the prompt that the engine had in its prefix cache
     cache_version: int
+    sampling_params: SamplingParams
     tenant: str | None
     name: str  # the client's id
-    began: float  # monotonic seconds, as are those of its end
+    began: float  # monotonic seconds, as are the others here
     ended: float = math.inf
     features: list[Tensor] = field(default_factory=list)
     first: TargetRows | None = None
     rounds: list[EngineRound] = field(default_factory=list)
     nbytes: int = 0
+    dropped: bool = False
+    most: int = 0  # tokens that the rounds may have delivered, by the shapes of their paths: values may be on their way
+    before_last: tuple[int, int] = (0, 0)  # rounds before the last pass, and the most tokens of those
+    asked: bool = False  # whether the thread has been asked for a part and has not answered
+    # What follows is written by the thread alone.
+    part_first: int = field(init=False)  # place where the part begins that is written now
+    part_began: float = field(init=False)
+    excess: int = field(init=False)  # difference of `most` and the text's length, where the thread last read both
+    totals: RecordedTotals = RecordedTotals()  # over the parts that were emitted
+    prefix: Tensor | None = None  # features of the cached tokens, once they are found
+
+    def __post_init__(self) -> None:
+        self.part_first, self.part_began = len(self.prompt), self.began
+        self.excess = -len(self.prompt) - 1  # the first token comes from prefill
 
 
-class FeatureStore:
-    """Features of served texts, for prompts whose beginning an engine takes from its prefix cache and does not run.
+class _Due(NamedTuple):
+    """A part that may be due: what is written up to the root of a round."""
 
-    Least recently used texts are dropped beyond ``max_bytes``.
-
-    Example:
-        >>> store = FeatureStore(1 << 20)
-        >>> store.put(torch.tensor([5, 6, 7]), torch.zeros(3, 4), version=2)
-        >>> features, version = store.get(torch.tensor([5, 6]))
-        >>> features.shape, version
-        (torch.Size([2, 4]), 2)
-        >>> store.get(torch.tensor([5, 9])) is None
-        True
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes, self._bytes = max_bytes, 0
-        self._texts: OrderedDict[bytes, tuple[Tensor, Tensor, int, str | None]] = OrderedDict()
-
-    def put(self, tokens: Tensor, features: Tensor, version: int, tenant: str | None = None) -> None:
-        """Keep the features ``[n, F]`` of a tenant's tokens ``[n]``, with the version of the weights that drafted."""
-        key = tokens.numpy().tobytes()
-        if key in self._texts:
-            self._bytes -= self._texts.pop(key)[1].nbytes
-        self._texts[key] = tokens, features, version, tenant
-        self._bytes += features.nbytes
-        while self._bytes > self._max_bytes:
-            self._bytes -= self._texts.popitem(last=False)[1][1].nbytes
-
-    def get(self, prefix: Tensor) -> tuple[Tensor, int] | None:
-        """Return the features and version of a text that begins with ``prefix`` ``[k]``; None if there is none."""
-        k = len(prefix)
-        for key in reversed(self._texts):
-            tokens, features, version, _ = self._texts[key]
-            if len(tokens) >= k and torch.equal(tokens[:k], prefix):
-                self._texts.move_to_end(key)
-                return features[:k], version
-        return None
-
-    def delete(self, tenant: str) -> None:
-        """Drop a tenant's texts."""
-        for key in [key for key, (*_, whose) in self._texts.items() if whose == tenant]:
-            self._bytes -= self._texts.pop(key)[1].nbytes
+    record: _Record
+    round: int  # place of that round
+    most: int  # tokens that the rounds before it may have delivered
+    time: float
 
 
-@dataclass(frozen=True, slots=True)
-class RecordedTotals:
-    """Sums over recorded requests."""
+class _Ended(NamedTuple):
+    """A request that has ended."""
 
-    requests: int = 0
-    terminated: int = 0  # ended by themselves, not by their budget
-    prompt_tokens: int = 0
-    tokens: int = 0  # tokens of completions
-    speculative_tokens: int = 0  # tokens from speculative rounds, bonus tokens included
-    speculative_rounds: int = 0
-    drafted_tokens: int = 0
-    accepted: Mapping[int, int] = field(default_factory=dict)  # rounds by the number of drafts that they accepted
-
-    @property
-    def acceptance_length(self) -> float | None:
-        """Tokens per speculative round; None before the first."""
-        return self.speculative_tokens / self.speculative_rounds if self.speculative_rounds else None
-
-    def plus(self, trajectory: TensorDict, terminated: bool) -> RecordedTotals:
-        """Return the sums with one more request."""
-        tokens, rounds = acceptance_length(trajectory)
-        accepted, drafted = accepted_per_round(trajectory)
-        prompt = int(trajectory["sequence", "prompt_length"])
-        return RecordedTotals(
-            requests=self.requests + 1,
-            terminated=self.terminated + terminated,
-            prompt_tokens=self.prompt_tokens + prompt,
-            tokens=self.tokens + len(trajectory["sequence", "tokens"]) - prompt,
-            speculative_tokens=self.speculative_tokens + tokens,
-            speculative_rounds=self.speculative_rounds + rounds,
-            drafted_tokens=self.drafted_tokens + int(drafted.sum()),
-            accepted=dict(Counter(self.accepted) + Counter(accepted[drafted > 0].tolist())),
-        )
+    record: _Record
+    completion: list[int]
+    terminated: bool
 
 
 class TrajectoryAssembler:
-    """Collect the rounds of each request; a thread of its own makes the trajectory when the request has ended.
+    """Collect the rounds of each request; a thread of its own makes trajectories of them.
 
-    All methods may be called on the serving path: they only append to lists.
+    All methods may be called on the serving path: they only append to lists and add integers.
 
     Args:
-        emit: Called with each trajectory, the tenant of its request, None if it has none, and the seconds from the
-            request's first batch to its end.
+        emit: Called with each trajectory, the tenant of its request, None if it has none, and the seconds in which its
+            completion was written: from the request's first batch or its last part on.
         max_bytes: Memory that requests on their way may hold; one that begins beyond it is served without a record.
         store_bytes: Host memory of the store of prefix features.
+        part_tokens: Tokens of an answer after which what is written of it is emitted, while it goes on, see
+            :mod:`aurora_rl.trajectory_parts`; None emits requests when they have ended.
 
     Attributes:
         counts: Number of requests that were "recorded", and of others by reason ("prefix", "memory", "incomplete",
@@ -166,9 +124,14 @@ class TrajectoryAssembler:
     """
 
     def __init__(
-        self, emit: Callable[[TensorDict, str | None, float], None], *, max_bytes: int, store_bytes: int
+        self,
+        emit: Callable[[TensorDict, str | None, float], None],
+        *,
+        max_bytes: int,
+        store_bytes: int,
+        part_tokens: int | None = None,
     ) -> None:
-        self._emit, self._max_bytes = emit, max_bytes
+        self._emit, self._max_bytes, self._part_tokens = emit, max_bytes, part_tokens
         # Bytes, each number written by one thread: reserved on the serving path, released by the thread here.
         self._reserved = self._released = 0
         self._records: dict[str, _Record] = {}
@@ -177,8 +140,8 @@ class TrajectoryAssembler:
         self.totals = RecordedTotals()
         self._emitting = threading.Lock()
         self._deletions: dict[str, float] = {}  # tenant -> monotonic time of its latest deletion; latest last
-        self._ended: queue.SimpleQueue[tuple[_Record, list[int], SamplingParams, bool] | str | None]
-        self._ended = queue.SimpleQueue()
+        # For the thread: what to assemble, or a tenant whose texts are to be dropped; None ends it.
+        self._tasks: queue.SimpleQueue[_Due | _Ended | str | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="trajectories", daemon=True)
         self._thread.start()
 
@@ -191,6 +154,7 @@ class TrajectoryAssembler:
         prompt: Sequence[int],
         cached: int,
         version: int,
+        sampling_params: SamplingParams,
         tenant: str | None = None,
         name: str | None = None,
     ) -> bool:
@@ -202,7 +166,9 @@ class TrajectoryAssembler:
         if self._reserved - self._released > self._max_bytes:
             self.counts["memory"] += 1
             return False
-        self._records[rid] = _Record(torch.tensor(prompt), cached, version, tenant, name or rid, time.monotonic())
+        self._records[rid] = _Record(
+            torch.tensor(prompt), cached, version, sampling_params, tenant, name or rid, time.monotonic()
+        )
         return True
 
     def prompt(self, rid: str, features: Tensor, first: TargetRows | None) -> None:
@@ -218,26 +184,38 @@ class TrajectoryAssembler:
         record = self._records[rid]
         return record.cached + sum(len(part) for part in record.features)
 
-    def round(self, rid: str, drafted: EngineRound) -> None:
-        """Take in a round of a recorded request."""
+    def round(self, rid: str, *drafted: EngineRound) -> None:
+        """Take in a pass over a recorded request: its round, or its rounds if it is decoded plainly."""
         record = self._records[rid]
-        record.rounds.append(drafted)
-        record.nbytes += drafted.nbytes
-        self._reserved += drafted.nbytes
+        (rounds, most), record.before_last = record.before_last, (len(record.rounds), record.most)
+        for each in drafted:
+            record.rounds.append(each)
+            record.most += len(each.path)
+            record.nbytes += each.nbytes
+            self._reserved += each.nbytes
+        # An engine with an overlapping schedule starts a pass before it has read the last one, which may end the text.
+        # What came before the last one did not end it.
+        if self._part_tokens is None or record.asked or not rounds:
+            return
+        if part_is_due(most - record.excess, record.part_first, self._part_tokens):
+            record.asked = True
+            self._tasks.put(_Due(record, rounds, most, time.monotonic()))
 
     def drop(self, rid: str, reason: str) -> None:
-        """Forget a request that cannot be learned from."""
-        self._reserved -= self._records.pop(rid).nbytes
+        """Forget a request that cannot be learned from; parts that were emitted stay."""
+        record = self._records.pop(rid)
+        record.dropped = True
+        self._reserved -= record.nbytes
         self.counts[reason] += 1
 
-    def finish(self, rid: str, completion: Sequence[int], sampling_params: SamplingParams, *, terminated: bool) -> None:
+    def finish(self, rid: str, completion: Sequence[int], *, terminated: bool) -> None:
         """End a recorded request, with the token ids of its completion, a stop token included.
 
         It is ``terminated`` if the text ended by itself, not by its budget.
         """
         record = self._records.pop(rid)
         record.ended = time.monotonic()
-        self._ended.put((record, list(completion), sampling_params, terminated))
+        self._tasks.put(_Ended(record, list(completion), terminated))
 
     def delete(self, tenant: str) -> None:
         """Drop what is kept of a tenant's texts, and make no trajectory of its requests that have begun until now."""
@@ -246,82 +224,117 @@ class TrajectoryAssembler:
             self._deletions[tenant] = time.monotonic()
         if len(self._deletions) > MAX_DELETIONS:
             del self._deletions[next(iter(self._deletions))]
-        self._ended.put(tenant)  # the store is the thread's
+        self._tasks.put(tenant)  # the store is the thread's
 
     def _deleted(self, record: _Record) -> bool:
         return record.tenant is not None and record.began <= self._deletions.get(record.tenant, -math.inf)
 
     def close(self) -> None:
         """End, after the trajectories of requests that have ended."""
-        self._ended.put(None)
+        self._tasks.put(None)
         self._thread.join(5.0)
 
     def _work(self) -> None:
-        while (ended := self._ended.get()) is not None:
-            if isinstance(ended, str):
-                self._store.delete(ended)
-                continue
-            record, completion, sampling_params, terminated = ended
-            try:
-                trajectory = "deleted" if self._deleted(record) else self._assemble(record, completion, sampling_params)
-                if self._deleted(record):  # meanwhile
-                    trajectory = "deleted"
-            except Exception:
-                logger.exception("a request's trajectory could not be assembled")
-                self.counts["error"] += 1
-            else:
-                if isinstance(trajectory, str):
-                    self.counts[trajectory] += 1
-                else:
-                    self.counts["recorded"] += 1
-                    self.totals = self.totals.plus(trajectory, terminated)
-                    with self._emitting:
-                        if not self._deleted(record):
-                            self._emit(trajectory, record.tenant, record.ended - record.began)
-            finally:
-                self._released += record.nbytes
+        while (task := self._tasks.get()) is not None:
+            match task:
+                case str():
+                    self._store.delete(task)
+                case _Due():
+                    self._hand_on_part(task)
+                case _Ended():
+                    self._hand_on_rest(*task)
 
-    def _assemble(self, record: _Record, completion: list[int], sampling_params: SamplingParams) -> TensorDict | str:
-        """Return the trajectory, or why there is none."""
-        prompt, version = record.prompt, record.cache_version
+    def _hand_on_part(self, due: _Due) -> None:
+        """Emit what is written of a request, if it is enough. What cannot be assembled is not asked for again."""
+        record, (*rounds, root) = due.record, due.record.rounds[: due.round + 1]
+        try:
+            if record.dropped or self._deleted(record):
+                return
+            root.ready()
+            length = int(root.anchor) + 1
+            if part_is_due(length, record.part_first, self._part_tokens or 0):
+                for each in rounds:
+                    each.ready()
+                written = [token for each in rounds for token in each.tokens[_path_of(each)].tolist()]
+                written.append(int(root.tokens[0]))
+                if len(record.prompt) + len(written) != length:  # a round is missing
+                    return
+                trajectory = self._assemble(record, rounds, written)
+                if isinstance(trajectory, str) or record.dropped:  # meanwhile
+                    return
+                self._emit_of(record, trajectory, due.time)
+                record.totals = record.totals.plus(RecordedTotals.of(trajectory))
+                record.part_first, record.part_began = length, due.time
+            record.excess = due.most - length
+            record.asked = False
+        except Exception:
+            logger.exception("a part of a request could not be assembled")
+
+    def _hand_on_rest(self, record: _Record, completion: list[int], terminated: bool) -> None:
+        """Emit what has been written of a request since its last part, and count it."""
+        try:
+            trajectory = "deleted" if self._deleted(record) else self._assemble(record, record.rounds, completion)
+            if self._deleted(record):  # meanwhile
+                trajectory = "deleted"
+        except Exception:
+            logger.exception("a request's trajectory could not be assembled")
+            self.counts["error"] += 1
+        else:
+            if isinstance(trajectory, str):
+                self.counts[trajectory] += 1
+            else:
+                tokens, features = trajectory["sequence", "tokens"], trajectory["sequence", "features"]
+                self._store.put(tokens[:-1].clone(), features, record.cache_version, record.tenant)
+                self.counts["recorded"] += 1
+                prompt_tokens, sums = len(record.prompt), record.totals.plus(RecordedTotals.of(trajectory))
+                sums = replace(sums, requests=1, terminated=int(terminated), prompt_tokens=prompt_tokens)
+                self.totals = self.totals.plus(sums)
+                self._emit_of(record, trajectory, record.ended)
+        finally:
+            self._released += record.nbytes
+
+    def _emit_of(self, record: _Record, trajectory: TensorDict, until: float) -> None:
+        with self._emitting:
+            if not self._deleted(record):
+                self._emit(trajectory, record.tenant, until - record.part_began)
+
+    def _assemble(self, record: _Record, rounds: Sequence[EngineRound], completion: list[int]) -> TensorDict | str:
+        """Return the trajectory of a completion since its last part, or why there is none."""
+        prompt, first = record.prompt, record.part_first
         tokens = torch.cat([prompt, torch.tensor(completion, dtype=torch.int64)])
-        features = list(record.features)
-        if record.cached:
-            known = self._prefix(prompt[: record.cached])
-            if known is None:
+        if record.cached and record.prefix is None:
+            if (known := self._prefix(prompt[: record.cached])) is None:
                 return "prefix"
-            features.insert(0, known[0])
-            version = min(version, known[1])
-        if record.first is None or not completion:
+            record.prefix, record.cache_version = known[0], min(record.cache_version, known[1])
+        if record.first is None or len(tokens) <= first:
             return "incomplete"
         last = len(tokens) - 1
-        for each in record.rounds:
+        for each in rounds:
             each.ready()
         # With overlapping schedules an engine starts one round more than the request turns out to need.
-        rounds = [each for each in record.rounds if int(each.anchor) < last]
-        paths = [each.path[: int(each.path_length)].long() for each in rounds]
-        features += [each.features[path] for each, path in zip(rounds, paths, strict=True)]
-        sequence_features = torch.cat(features)
+        rounds = [each for each in rounds if int(each.anchor) < last]
+        paths = [_path_of(each) for each in rounds]
+        features = [*record.features, *(each.features[path] for each, path in zip(rounds, paths, strict=True))]
+        sequence_features = torch.cat(features if record.prefix is None else [record.prefix, *features])
         places = accumulate((len(path) for path in paths), initial=len(prompt))
         follow = all(int(each.anchor) == place for each, place in zip(rounds, places, strict=False))
         if len(sequence_features) < last or not follow or not all(map(len, paths)):
             return "incomplete"
         visited = [{k: v[path] for k, v in r.target.items()} for r, path in zip(rounds, paths, strict=True)]
-        sequence = [record.first, *visited]
-        sequence_features = sequence_features[:last].clone()
-        self._store.put(tokens[:last].clone(), sequence_features, version, record.tenant)
+        target = {k: torch.cat([part[k] for part in (record.first, *visited)]) for k in record.first}
+        since = [(each, path) for each, path in zip(rounds, paths, strict=True) if int(each.anchor) >= first - 1]
         return make_trajectory(
             request=request_number(record.name),
             tokens=tokens,
-            prompt_length=len(prompt),
-            features=sequence_features,
-            target={k: torch.cat([part[k] for part in sequence])[: len(completion)].clone() for k in record.first},
-            anchors=[int(r.anchor) for r in rounds],
+            prompt_length=first,
+            features=sequence_features[:last].clone(),
+            target={k: rows[first - len(prompt) : len(completion)].clone() for k, rows in target.items()},
+            anchors=[int(each.anchor) for each, _ in since],
             # An engine that does not always keep scores has kept none that a loss could use: they are left out then.
-            trees=[_tree(each, path, last) for each, path in zip(rounds, paths, strict=True)],
-            policy_versions=[r.policy_version for r in rounds],
-            cache_versions=[version] * len(rounds),
-            sampling_params=sampling_params,
+            trees=[_tree(each, path, last) for each, path in since],
+            policy_versions=[each.policy_version for each, _ in since],
+            cache_versions=[record.cache_version] * len(since),
+            sampling_params=record.sampling_params,
             rule="sample_and_match",  # the law of the engines' own rules, by other noise
         )
 
@@ -370,6 +383,11 @@ def parents_of(first_child: Sequence[int], next_sibling: Sequence[int]) -> list[
         if parent[node] >= 0 and sibling >= 0:
             parent[sibling] = parent[node]
     return [above - 1 for above in parent[1:]]
+
+
+def _path_of(drafted: EngineRound) -> Tensor:
+    """Return the places of a round's root and accepted nodes, whose copies have arrived."""
+    return drafted.path[: int(drafted.path_length)].long()
 
 
 def _tree(drafted: EngineRound, path: Tensor, last: int) -> dict[str, Tensor]:

@@ -251,6 +251,7 @@ class EngineClient:
         top_k: int = 64,
         max_bytes: int = 1 << 30,
         store_bytes: int = 1 << 28,
+        part_tokens: int | None = 256,
     ) -> dict[str, Any]:
         """Record from now on and take weights, after one request has shown that the hooks are in force.
 
@@ -268,6 +269,8 @@ class EngineClient:
                 (SGLang under CUDA graphs).
             max_bytes: Host memory of requests on their way; further ones are served without a record.
             store_bytes: Host memory of features of earlier texts, for prompts with a cached prefix.
+            part_tokens: Tokens of an answer after which what is written of it is sent, while it goes on, see
+                :mod:`aurora_rl.trajectory_parts`; None sends requests when they have ended.
 
         Returns:
             The plugin's status.
@@ -279,7 +282,7 @@ class EngineClient:
         fields = {"trajectories": trajectories, "weights": weights, "version": version, "capture_rate": capture_rate}
         fields["keys"] = self._keys is not None
         limits = {"queue": queue, "queue_bytes": queue_bytes, "max_age": max_age or 0, "max_message": max_message}
-        limits |= {"top_k": top_k, "max_bytes": max_bytes, "store_bytes": store_bytes}
+        limits |= {"top_k": top_k, "max_bytes": max_bytes, "store_bytes": store_bytes, "part_tokens": part_tokens or 0}
         return self._ask("attach", {"handshake": handshake.to_meta(), **fields, **limits})
 
     def probe(self, status: dict[str, Any]) -> None:

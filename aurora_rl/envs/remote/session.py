@@ -40,6 +40,7 @@ ATTACH: dict[str, type | tuple[type, ...]] = {
     "top_k": int,  # recorded entries of the target's distribution if the head's input is out of reach
     "max_bytes": int,  # most bytes that unfinished requests hold
     "store_bytes": int,  # most bytes of features kept for prompts with a cached prefix
+    "part_tokens": int,  # tokens of an answer after which a part of it is sent; 0 sends whole requests
 }
 """Fields of an ``attach`` request and their types."""
 
@@ -75,6 +76,8 @@ class Session:
             raise PluginError(f"attach knows no {sorted(unknown)}; it knows {sorted(ATTACH)}")
         if not 0 <= fields["capture_rate"] <= 1:
             raise PluginError(f"capture_rate must lie in [0, 1], got {fields['capture_rate']}")
+        if fields["part_tokens"] < 0:
+            raise PluginError(f"part_tokens must be 0, for whole requests, or more, got {fields['part_tokens']}")
         if fields["keys"] != (keys is not None):
             has, lacks = ("learner", "engine") if keys is None else ("engine", "learner")
             raise PluginError(
@@ -96,7 +99,7 @@ class Session:
         self.sink = TrajectorySink(fields["trajectories"], **wire, **queue)
         self.receiver = WeightReceiver(fields["weights"], **wire, version=self.version)
         memory = {name: fields[name] for name in ("max_bytes", "store_bytes")}
-        self.assembler = TrajectoryAssembler(self.sink.extend, **memory)
+        self.assembler = TrajectoryAssembler(self.sink.extend, **memory, part_tokens=fields["part_tokens"] or None)
         self.swap_ms: list[float] = []
         self.faults: list[dict[str, Any]] = []
         self._digests: dict[int, str] = {}  # checksums of the versions loaded here

@@ -272,8 +272,10 @@ class Plugin(RecorderPlugin):
                 reason = unwanted(req, capture_rate=session.capture_rate, greedy_only=self._device == "cpu")
                 if reason is not None:
                     assembler.counts[reason] += 1
-                begun = req.origin_input_ids, cached, session.version, tenant_of_salt(req.cache_salt)
-                if reason is not None or not assembler.begin(req.rid, *begun):
+                begun = req.origin_input_ids, cached, session.version
+                if reason is not None or not assembler.begin(
+                    req.rid, *begun, sampling_of(req), tenant_of_salt(req.cache_salt)
+                ):
                     setattr(req, _LEFT_OUT, True)
                     continue
             if assembler.prefilled(req.rid) != cached:  # run a second time, after the engine had to put it back
@@ -347,4 +349,4 @@ class Plugin(RecorderPlugin):
                     session.assembler.drop(req.rid, "aborted")
                     continue
                 ended, terminated = req.output_ids_through_stop, reason != "FINISH_LENGTH"
-                session.assembler.finish(req.rid, ended, sampling_of(req), terminated=terminated)
+                session.assembler.finish(req.rid, ended, terminated=terminated)

@@ -93,9 +93,9 @@ def assemble_part(
         assembler.drop(part.rid, "retracted")
         return
 
-    def take_chain(step: int, tokens: Sequence[int], path_length: int, joint_log_probs: Tensor | None) -> None:
+    def chain(step: int, tokens: Sequence[int], path_length: int, joint_log_probs: Tensor | None) -> EngineRound:
         rows = slice(step, step + len(tokens))
-        chain = EngineRound(
+        return EngineRound(
             anchor=torch.tensor(part.start + step),
             tokens=torch.tensor(tokens),
             first_child=torch.tensor([*range(1, len(tokens)), -1]),
@@ -108,11 +108,10 @@ def assemble_part(
             policy_version=draft.version,
             ready=ready,
         )
-        assembler.round(part.rid, chain)
 
     if draft.filler:  # decoded plainly, a token a round
-        for step, token in enumerate([part.root, *said[:-1]]):
-            take_chain(step, [token], 1, None)
+        tokens = [part.root, *said[:-1]]
+        assembler.round(part.rid, *(chain(step, [token], 1, None) for step, token in enumerate(tokens)))
     else:
         joint = None if draft.joint_log_probs is None else draft.joint_log_probs[: len(part.drafts)]
-        take_chain(0, [part.root, *part.drafts], len(said), joint)
+        assembler.round(part.rid, chain(0, [part.root, *part.drafts], len(said), joint))

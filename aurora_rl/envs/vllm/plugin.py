@@ -57,7 +57,7 @@ class Plugin(RecorderPlugin):
         self._loader: DraftLoader | None = None
         self._between = threading.RLock()  # held while a half of a batch runs, and while weights are loaded
         self._kept: list[_Kept] = []
-        self._params: dict[str, Any] = {}  # vLLM's sampling parameters of recorded requests, by id
+        self._stopping: set[str] = set()  # ids of recorded requests that have stop strings
         self._drafts: dict[str, Draft] = {}  # drafts of recorded requests, verified next
         self._scores: list[Tensor] | None = None  # log-probabilities of each drafting step; None where nobody asks
         self._fits = True  # whether the batch has room for drafts after it
@@ -142,7 +142,7 @@ class Plugin(RecorderPlugin):
     @override
     def _attach(self, fields: dict[str, Any]) -> None:
         super()._attach(fields)
-        self._params, self._drafts = {}, {}  # they belong to another session
+        self._stopping, self._drafts = set(), {}  # they belong to another session
 
     # ---- swaps ------------------------------------------------------------------------------------------------------
 
@@ -204,15 +204,15 @@ class Plugin(RecorderPlugin):
         assembler = session.assembler
         for rid in batch.finished_req_ids:
             self._drafts.pop(rid, None)
-            params = self._params.pop(rid, None)
+            stops = rid in self._stopping
+            self._stopping.discard(rid)
             if rid not in assembler:
                 continue
             tokens, status = notes.ended.get(rid, ([], ""))
-            how = how_it_ended(status, stops=bool(params is not None and params.stop))
-            if params is None or how == "aborted":
+            if (how := how_it_ended(status, stops=stops)) == "aborted":
                 assembler.drop(rid, "aborted")
             else:
-                assembler.finish(rid, tokens, sampling_of(params), terminated=how == "terminated")
+                assembler.finish(rid, tokens, terminated=how == "terminated")
         for new in batch.scheduled_new_reqs if session.recording else ():
             reason = unwanted(new, capture_rate=session.capture_rate)
             if reason is not None:
@@ -221,11 +221,10 @@ class Plugin(RecorderPlugin):
             if new.req_id in assembler:  # the next part of an input that its client streams
                 assembler.drop(new.req_id, "aborted")
                 continue
-            begun = new.prompt_token_ids, new.num_computed_tokens, session.version
-            if assembler.begin(
-                new.req_id, *begun, tenant_of_salt(notes.salts.get(new.req_id)), name=client_id(new.req_id)
-            ):
-                self._params[new.req_id] = new.sampling_params
+            begun = new.prompt_token_ids, new.num_computed_tokens, session.version, sampling_of(new.sampling_params)
+            salt, name = notes.salts.get(new.req_id), client_id(new.req_id)
+            if assembler.begin(new.req_id, *begun, tenant_of_salt(salt), name) and new.sampling_params.stop:
+                self._stopping.add(new.req_id)
 
     def _sample(self, original: Callable, runner: Any, *args: Any, **kwargs: Any) -> Any:
         with self._between:

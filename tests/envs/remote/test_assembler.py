@@ -6,16 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engine_rounds import assert_same, links, rounds_of, sampling_of, without_first_round
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aurora_rl.envs.remote.assembler import (
-    EngineRound,
-    FeatureStore,
-    TrajectoryAssembler,
-    parents_of,
-    request_number,
-)
+from aurora_rl.envs.remote.assembler import TrajectoryAssembler, parents_of, request_number
 from aurora_rl.policies import Eagle3Drafter, TargetParts, TreeShape
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.testing import tiny_target, tiny_trajectory
@@ -31,52 +26,6 @@ def drafter():
 
 def served(drafter, request=7, **kwargs):
     return tiny_trajectory(drafter, shape=TreeShape(3, 2, 5), max_new_tokens=20, request=request, **kwargs)
-
-
-def links(parents):
-    """First child and next sibling of each node, the root first, as SGLang has them."""
-    size = len(parents) + 1
-    child, sibling = [-1] * size, [-1] * size
-    for node in range(size - 1, 0, -1):
-        above = parents[node - 1] + 1
-        sibling[node], child[above] = child[above], node
-    return child, sibling
-
-
-def rounds_of(trajectory, *, version=0, joint=True):
-    """The rounds of a trajectory but the first, whose token an engine makes in prefill."""
-    offset, anchor = trajectory["rounds", "offset"], trajectory["rounds", "anchor"]
-    length, prompt = len(trajectory["sequence", "tokens"]), int(trajectory["sequence", "prompt_length"])
-    features, hidden = trajectory["sequence", "features"], trajectory["sequence", "hidden"]
-    for r in range(1, len(anchor)):
-        nodes = slice(int(offset[r]), int(offset[r + 1]))
-        at, n = int(anchor[r]), nodes.stop - nodes.start
-        parents = trajectory["nodes", "parents"][nodes].tolist()
-        accepted = trajectory["nodes", "accepted"][nodes]
-        path = [0, *(accepted.nonzero().flatten() + 1).tolist()]
-        log_probs = trajectory["nodes", "log_probs"][nodes].tolist()
-        total = []
-        for node, parent in enumerate(parents):
-            total.append(log_probs[node] + (total[parent] if parent >= 0 else 0.0))
-        child, sibling = links(parents)
-        rows = torch.zeros(n + 1, features.shape[1], dtype=features.dtype)
-        for step, place in enumerate(path):
-            if at + step < length - 1:
-                rows[place] = features[at + step]
-        root = hidden[at - (prompt - 1)][None]
-        yield EngineRound(
-            anchor=torch.tensor(at),
-            tokens=torch.cat([trajectory["sequence", "tokens"][at : at + 1], trajectory["nodes", "tokens"][nodes]]),
-            first_child=torch.tensor(child),
-            next_sibling=torch.tensor(sibling),
-            path=torch.tensor([*path, *([-1] * (4 - len(path)))]),
-            path_length=torch.tensor(len(path)),
-            joint_log_probs=torch.tensor(total) if joint else None,
-            features=rows,
-            target={"hidden": torch.cat([root, trajectory["nodes", "hidden"][nodes]])},
-            policy_version=version,
-            ready=lambda: None,
-        )
 
 
 def chain_start(drafter, request=7):
@@ -103,7 +52,7 @@ def new_assembler(out, **kwargs):
 def play(assembler, trajectory, *, rid=None, cached=0, chunks=1, version=0, rounds=None, finish=True, terminated=False):
     tokens, prompt = trajectory["sequence", "tokens"], int(trajectory["sequence", "prompt_length"])
     rid = rid or str(int(trajectory["request"]))
-    assert assembler.begin(rid, tokens[:prompt].tolist(), cached, version)
+    assert assembler.begin(rid, tokens[:prompt].tolist(), cached, version, sampling_of(trajectory))
     parts = trajectory["sequence", "features"][cached:prompt].chunk(chunks)
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
@@ -111,12 +60,7 @@ def play(assembler, trajectory, *, rid=None, cached=0, chunks=1, version=0, roun
     for drafted in rounds if rounds is not None else rounds_of(trajectory, version=version):
         assembler.round(rid, drafted)
     if finish:
-        assembler.finish(rid, tokens[prompt:].tolist(), sampling_of(trajectory), terminated=terminated)
-
-
-def sampling_of(trajectory):
-    s = trajectory["sampling"]
-    return SamplingParams(float(s["temperature"]), int(s["top_k"]), float(s["top_p"]), int(s["seed"]))
+        assembler.finish(rid, tokens[prompt:].tolist(), terminated=terminated)
 
 
 def await_count(assembler, reason, count=1):
@@ -124,27 +68,6 @@ def await_count(assembler, reason, count=1):
     while assembler.counts[reason] < count:
         assert time.monotonic() < deadline, dict(assembler.counts)
         time.sleep(0.005)
-
-
-def without_first_round(trajectory):
-    """What remains where prefill makes the first token."""
-    out = trajectory.clone()
-    offset = out["rounds", "offset"]
-    first = int(offset[1])
-    for key in ("anchor", "policy_version", "cache_version"):
-        out["rounds", key] = out["rounds", key][1:]
-    out["rounds", "offset"] = offset[1:] - first
-    for key in list(out["nodes"].keys()):
-        out["nodes", key] = out["nodes", key][first:]
-    return out
-
-
-def assert_same(recorded, expected):
-    assert set(recorded.keys(True, True)) == set(expected.keys(True, True))
-    for key in expected.keys(True, True):
-        torch.testing.assert_close(
-            recorded[key], expected[key].to(recorded[key].dtype), msg=lambda m, key=key: f"{key}: {m}"
-        )
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
@@ -204,7 +127,7 @@ def test_acceptance_ends_with_the_text(drafter, out):
     assembler = new_assembler(out)
     rid = "1"
     play(assembler, trajectory, rid=rid, rounds=list(rounds_of(trajectory))[:long], finish=False)
-    assembler.finish(rid, trajectory["sequence", "tokens"][prompt:end].tolist(), SamplingParams(), terminated=True)
+    assembler.finish(rid, trajectory["sequence", "tokens"][prompt:end].tolist(), terminated=True)
     assembler.close()
     assert len(out[0]["sequence", "tokens"]) == end and len(out[0]["sequence", "features"]) == end - 1
     last = slice(*out[0]["rounds", "offset"][-2:].tolist())
@@ -303,10 +226,10 @@ def test_beyond_the_memory_requests_are_served_without_a_record(drafter, out):
     trajectory = chain_start(drafter)
     assembler = new_assembler(out, max_bytes=100)
     play(assembler, trajectory, rid="1", finish=False)
-    assert not assembler.begin("2", [1, 2], 0, 0)
+    assert not assembler.begin("2", [1, 2], 0, 0, SamplingParams())
     assert assembler.counts == {"memory": 1}
     assembler.drop("1", "aborted")
-    assert assembler.begin("3", [1, 2], 0, 0)
+    assert assembler.begin("3", [1, 2], 0, 0, SamplingParams())
     assembler.close()
     assert assembler.counts == {"memory": 1, "aborted": 1}
 
@@ -329,18 +252,6 @@ def test_parents_come_back_from_links(choices, seed):
     random.seed(seed)  # some other tree has other links
     another = [random.randrange(-1, node) if node else -1 for node in range(len(parents))]
     assert (links(another) == (child, sibling)) == (another == parents)
-
-
-def test_the_store_forgets_the_least_recently_used():
-    store = FeatureStore(2 * 3 * 4 * 4)
-    texts = [torch.tensor([n, 1, 2]) for n in range(3)]
-    for version, text in enumerate(texts[:2]):
-        store.put(text, torch.zeros(3, 4), version)
-    assert store.get(texts[0][:1]) is not None
-    store.put(texts[2], torch.zeros(3, 4), 2)
-    assert [store.get(text) is not None for text in texts] == [True, False, True]
-    store.put(texts[2], torch.zeros(3, 4), 7)  # once more: counted once
-    assert store.get(texts[2])[1] == 7 and store.get(texts[0]) is not None
 
 
 def test_ids_become_request_numbers():

@@ -13,7 +13,8 @@ import torch
 from attach_fields import FIELDS
 from tensordict import TensorDict
 
-from aurora_rl.envs.remote.assembler import FeatureStore, RecordedTotals, TrajectoryAssembler
+from aurora_rl.envs.remote.assembler import TrajectoryAssembler
+from aurora_rl.envs.remote.recorded_totals import RecordedTotals
 from aurora_rl.envs.remote.session import Session
 from aurora_rl.sampling_params import SamplingParams
 from aurora_rl.tenants import joint_salt, tenant_of_salt
@@ -37,13 +38,13 @@ def assembler(emitted: Emitted) -> TrajectoryAssembler:
 
 def begin(assembler: TrajectoryAssembler, request: int, tenant: str | None) -> None:
     """A prompt of three tokens, of which the first is the request's own."""
-    assert assembler.begin(str(request), [request, 1, 2], 0, 0, tenant)
+    assert assembler.begin(str(request), [request, 1, 2], 0, 0, SamplingParams(), tenant)
     assembler.prompt(str(request), torch.zeros(3, 4), {"hidden": torch.zeros(1, 2)})
 
 
 def end(assembler: TrajectoryAssembler, request: int) -> None:
     """One token came, by no round."""
-    assembler.finish(str(request), [5], SamplingParams(), terminated=True)
+    assembler.finish(str(request), [5], terminated=True)
 
 
 def test_requests_that_have_begun_leave_nothing_and_later_ones_do(
@@ -71,14 +72,6 @@ def test_features_of_a_tenants_texts_are_dropped_and_of_no_others(assembler: Tra
     assembler.close()
     found = [assembler._store.get(torch.tensor([request, 1, 2])) is not None for request in (6, 7)]
     assert found == [False, True] and not assembler._records
-
-
-def test_the_stores_size_is_that_of_what_it_keeps() -> None:
-    store = FeatureStore(1 << 10)
-    for number, tenant in enumerate("aab"):
-        store.put(torch.tensor([number]), torch.zeros(1, 4), 0, tenant)
-    store.delete("a")
-    assert store._bytes == 16 and list(store._texts.values())[0][3] == "b"
 
 
 def test_a_session_deletes_from_its_queue_and_bounds_the_age_of_what_waits() -> None:

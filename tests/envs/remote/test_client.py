@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from attach_fields import HANDSHAKE
 
 from aurora_rl.envs import Request
 from aurora_rl.envs.remote.client import EngineClient, EngineCompletion, EngineError, free_ports
 from aurora_rl.envs.remote.plugin_server import PluginError
+from aurora_rl.envs.remote.session import ATTACH
 
 
 class Silent(EngineClient):
@@ -95,6 +97,17 @@ def test_hooks_that_saw_nothing_are_named():
     with pytest.raises(PluginError, match=r"the hooks \['verify'\] saw nothing of it: Bare drafts or verifies"):
         client.probe({"seen": {"prefill": 0, "verify": 1}})
     client.probe({"seen": {}})
+
+
+@pytest.mark.parametrize(("options", "told"), [({}, 256), ({"part_tokens": 8}, 8), ({"part_tokens": None}, 0)])
+def test_attaching_tells_after_how_many_tokens_a_part_is_sent(
+    options: dict[str, Any], told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, sent = Silent("http://127.0.0.1:9"), dict[str, Any]()
+    monkeypatch.setattr(client, "probe", lambda status: None)
+    monkeypatch.setattr(client, "_ask", lambda kind, fields: sent.update(fields))
+    client.attach(handshake=HANDSHAKE, trajectories="tcp://a:1", weights="tcp://a:2", **options)
+    assert sent["part_tokens"] == told and set(sent) == set(ATTACH)
 
 
 def test_free_ports_are_free() -> None:

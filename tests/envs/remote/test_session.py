@@ -21,6 +21,15 @@ def test_a_field_that_is_missing_or_of_another_type_is_named(name):
             Session(fields, engine="SGLang", exact=True)
 
 
+@pytest.mark.parametrize(("told", "part_tokens"), [(0, None), (7, 7)])
+def test_zero_tokens_of_a_part_are_whole_requests(told, part_tokens):
+    session = Session({**FIELDS, "part_tokens": told}, engine="SGLang", exact=True)
+    session.close()
+    assert session.assembler._part_tokens == part_tokens
+    with pytest.raises(PluginError, match="^part_tokens must be 0, for whole requests, or more, got -1$"):
+        Session({**FIELDS, "part_tokens": -1}, engine="SGLang", exact=True)
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_target_is_kept_by_its_head_or_by_its_likeliest_tokens(exact):
     session = Session(FIELDS, engine="SGLang", exact=exact)

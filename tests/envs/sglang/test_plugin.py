@@ -9,12 +9,13 @@ from attach_fields import DRAFT_VOCAB, FIELDS, HANDSHAKE, HEAD
 
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.handshake import Handshake
-from aurora_rl.envs.remote.assembler import RecordedTotals
 from aurora_rl.envs.remote.plugin_server import PluginError
+from aurora_rl.envs.remote.recorded_totals import RecordedTotals
 from aurora_rl.envs.sglang import plugin as plugin_module
 from aurora_rl.envs.sglang.plugin import Plugin
 from aurora_rl.envs.sglang.ranks import EngineRanks, Order
 from aurora_rl.envs.sglang.swaps import Swaps
+from aurora_rl.sampling_params import SamplingParams
 
 BETWEEN_BATCHES = "sglang.srt.managers.scheduler.Scheduler.process_input_requests"
 
@@ -204,7 +205,7 @@ def test_a_fault_of_ours_switches_recording_off_and_the_engine_has_its_answer(en
     engine._answer("attach", FIELDS)
     batch = SimpleNamespace(forward_mode=SimpleNamespace(is_idle=lambda: False), reqs=[SimpleNamespace(rid="1")])
     session = engine._session
-    session.assembler.begin("1", [1, 2], 0, 0)
+    session.assembler.begin("1", [1, 2], 0, 0, SamplingParams())
     engine._head = torch.zeros(1, 2), torch.zeros(1, 6)
     # An engine whose functions give something else than the recorder knows.
     answer = engine._verify(

@@ -78,12 +78,13 @@ def play(assembler: TrajectoryAssembler, step: Step) -> None:
 
 def begin(assembler: TrajectoryAssembler, trajectory: TensorDict, rid: str, cached: int = 0) -> None:
     prompt = int(trajectory["sequence", "prompt_length"])
-    assert assembler.begin(rid, trajectory["sequence", "tokens"][:prompt].tolist(), cached, 0)
+    asked = trajectory["sequence", "tokens"][:prompt].tolist()
+    assert assembler.begin(rid, asked, cached, 0, SamplingParams(max_tokens=20))
 
 
 def end(assembler: TrajectoryAssembler, trajectory: TensorDict, rid: str) -> None:
     tokens, prompt = trajectory["sequence", "tokens"], int(trajectory["sequence", "prompt_length"])
-    assembler.finish(rid, tokens[prompt:].tolist(), SamplingParams(max_tokens=20), terminated=False)
+    assembler.finish(rid, tokens[prompt:].tolist(), terminated=False)
 
 
 def without_first_round(trajectory: TensorDict) -> TensorDict:

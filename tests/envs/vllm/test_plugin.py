@@ -185,6 +185,23 @@ def test_fillers_are_no_drafts(plugin):
     assert len(trajectory["sequence", "features"]) == 7
 
 
+def test_a_part_has_no_filler_that_may_be_past_the_end(plugin):
+    plugin._session.assembler._part_tokens = 1
+    run(plugin, {"1": prefill([4])}, begins=[new("1", [1, 2, 3])])
+    run(plugin, {"1": round_at(3, 4, [0, 1], [0, 5])})
+    plugin._runner.fits = False
+    run(plugin, {"1": round_at(5, 5, [0, 1], [0, 2])})
+    # Fillers, both of which the target happened to say; the text may end at the first.
+    run(plugin, {"1": round_at(7, 2, [0, 0], [0, 0, 3])})
+    assert await_recorded(plugin)["sequence", "tokens"].tolist() == [1, 2, 3, 4, 0, 5]
+    run(plugin, {}, ends={"1": Ended([4, 0, 5, 0, 2, 0], "FINISHED_STOPPED")})
+    last = await_recorded(plugin, 2)
+    assert last["sequence", "tokens"].tolist() == [1, 2, 3, 4, 0, 5, 0, 2, 0]
+    assert last["sequence", "prompt_length"] == 6 and last["rounds", "anchor"].tolist() == [5, 7]
+    status = plugin._answer("status", {})
+    assert (status["recorded"], status["served"]["tokens"], status["served"]["prompt_tokens"]) == (1, 6, 3)
+
+
 def test_who_is_left_out_is_counted_by_reason(plugin):
     begins = [new("1", [1, 2, 3]), new("2", [1, 2, 3], min_p=0.5), new("3", [1, 2, 3], stop=["x"]), new("4", [1, 2, 3])]
     run(plugin, {rid: prefill([4]) for rid in "1234"}, begins=begins)
@@ -277,10 +294,10 @@ def test_further_workers_do_not_answer():
 
 
 def test_a_second_learner_is_refused_and_changes_nothing_of_the_first_one_s_requests(plugin):
-    plugin._params["a"], plugin._drafts["a"] = object(), Draft(1)
+    plugin._stopping, plugin._drafts["a"] = {"a"}, Draft(1)
     with pytest.raises(PluginError, match="attached already"):
         plugin._answer("attach", FIELDS)
-    assert list(plugin._params) == list(plugin._drafts) == ["a"]
+    assert list(plugin._stopping) == list(plugin._drafts) == ["a"]
 
 
 def test_a_fault_of_the_scores_stays_ours(plugin):
