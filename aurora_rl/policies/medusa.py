@@ -48,6 +48,9 @@ class MedusaDrafter(Drafter):
     nodes of depth ``d`` from the feature just before the root, and reads neither the root's token nor the path. All
     nodes of a depth share one distribution, so a tree is a Cartesian product of top tokens.
 
+    The heads of one that starts here have blocks of their own and share one vocabulary matrix, as vLLM's
+    ``original_lm_head`` has it: reading a matrix for each was most of what drafting took on a CPU.
+
     Args:
         hidden_size: Hidden size ``H`` of the target.
         vocab_size: Size of the target's vocabulary.
@@ -55,6 +58,7 @@ class MedusaDrafter(Drafter):
         feature_layers: Layer id of the one feature.
         num_heads: Number of heads, which is the largest depth.
         num_layers: Residual blocks of each head.
+        shared_head: Whether all heads share one vocabulary matrix.
 
     Raises:
         ValueError: ``feature_layers`` is no single id, or there are no heads.
@@ -83,6 +87,7 @@ class MedusaDrafter(Drafter):
         feature_layers: tuple[int, ...],
         num_heads: int = 4,
         num_layers: int = 1,
+        shared_head: bool = True,
     ) -> None:
         if len(feature_layers) != 1 or num_heads < 1:
             found = f"layers {feature_layers} and {num_heads} heads"
@@ -94,7 +99,8 @@ class MedusaDrafter(Drafter):
         self.blocks = nn.ModuleList(MedusaBlock(hidden_size, num_layers) for _ in range(num_heads))
         self.max_depth = self.num_heads = num_heads
         self.unroll_depth = num_heads  # a head learns from its own depth alone
-        self.lm_heads = nn.ModuleList(nn.Linear(hidden_size, len(draft_vocab), bias=False) for _ in range(num_heads))
+        heads = (nn.Linear(hidden_size, len(draft_vocab), bias=False) for _ in range(1 if shared_head else num_heads))
+        self.lm_heads = nn.ModuleList(heads)
         self.register_buffer("draft_vocab", draft_vocab.clone(), persistent=False)
 
     @classmethod
@@ -107,6 +113,7 @@ class MedusaDrafter(Drafter):
         feature_layers: tuple[int, ...] | None = None,
         num_heads: int = 4,
         num_layers: int = 1,
+        shared_head: bool = True,
     ) -> Self:
         """Start a day-0 drafter in float32, every head the target's own: its rows, after residual blocks at zero.
 
@@ -127,8 +134,9 @@ class MedusaDrafter(Drafter):
             feature_layers=last,
             num_heads=num_heads,
             num_layers=num_layers,
+            shared_head=shared_head,
         )
-        drafter.options = {"num_heads": num_heads, "num_layers": num_layers}
+        drafter.options = {"num_heads": num_heads, "num_layers": num_layers, "shared_head": shared_head}
         with torch.no_grad():
             for parameter in drafter.blocks.parameters():
                 parameter.zero_()
@@ -163,20 +171,29 @@ class MedusaDrafter(Drafter):
     @torch.inference_mode()
     @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
-        features = self._state[slots.to(self._state.device), None]
+        features, depths = self._state[slots.to(self._state.device), None], min(shape.depth, self.num_heads)
+        by_depth = self._log_probs(features, depths)
         search = grow(self.draft_vocab, shape, generator)
-        search.add(self._log_probs(0, features))
-        for depth in range(1, min(shape.depth, self.num_heads)):
+        search.add(by_depth[0])
+        for depth in range(1, depths):
             tokens, _ = search.frontier()
-            search.add(self._log_probs(depth, features).expand(-1, tokens.shape[1], -1))
+            search.add(by_depth[depth].expand(-1, tokens.shape[1], -1))
         return search.proposal()
 
     def _states(self, head: int, features: Tensor) -> Tensor:
         """Return the input ``[..., H]`` of head ``head`` (from 0) at features ``[..., H]``."""
         return self.blocks[head](features.to(next(self.lm_heads.parameters()).dtype))
 
-    def _log_probs(self, head: int, features: Tensor) -> Tensor:
-        return log_softmax(self.lm_heads[head](self._states(head, features)))
+    def _log_probs(self, features: Tensor, depths: int) -> list[Tensor]:
+        """Return the distribution of each depth, ``[b, 1, Vd]``, at features ``[b, 1, H]``."""
+        states = [self._states(head, features) for head in range(depths)]
+        if len(self.lm_heads) == 1:  # one product: the matrix is read once
+            return list(log_softmax(self.lm_heads[0](torch.cat(states, 1))).split(1, dim=1))
+        return [log_softmax(self.lm_heads[head](state)) for head, state in enumerate(states)]
+
+    def _weights(self) -> list[Tensor]:
+        """Return the vocabulary matrix of each head, or the one that they share."""
+        return [head.get_parameter("weight") for head in self.lm_heads]
 
     # ---- training ---------------------------------------------------------------------------------------------------
 
@@ -188,19 +205,21 @@ class MedusaDrafter(Drafter):
         depths = range(min(steps, self.num_heads))
         states = [self._states(step, features[first + (pair - step).clamp(min=0)]) for step in depths]
         valid = torch.stack([(column >= step) & (pair >= step) for step in depths])
-        heads = (head.get_parameter("weight") for head in self.lm_heads)
-        return Unroll([HeadLogits(state, head) for state, head in zip(states, heads, strict=False)], valid, states)
+        weights = self._weights()
+        return Unroll([HeadLogits(s, weights[step % len(weights)]) for step, s in enumerate(states)], valid, states)
 
     @override
     def context_logits(self, batch: TensorDictBase, trees: TreeIndex, wanted: Tensor) -> Tensor:
         # A context predicts by its root and depth only.
         request, root, depth = trees.request[wanted], trees.root[wanted].clamp(min=0), trees.depth[wanted]
         features = batch["sequence", "features"][_first_pair(batch)[request] + root]
-        weights = [head.get_parameter("weight") for head in self.lm_heads]
+        weights = self._weights()
         states = features.new_zeros(len(depth), weights[0].shape[1], dtype=weights[0].dtype)
         for head in range(self.num_heads):
             here = (depth == head).nonzero()[:, 0]
             states = states.index_copy(0, here, self._states(head, features[here]).to(states.dtype))
+        if len(weights) == 1:
+            return HeadLogits(states, weights[0])
         return HeadLogits(states, weights, depth.clamp(max=self.num_heads - 1))  # deeper states are zero
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
@@ -226,6 +245,9 @@ class MedusaDrafter(Drafter):
             # Heads that other programs trained read the input of the target's output head.
             tensors, config = from_vllm(*checkpoint)
             checkpoint = Checkpoint(tensors, {"feature_layers": [parts.config.num_hidden_layers], **config})
+        # A checkpoint of an earlier release does not say it: each of its heads has a matrix.
+        written = {"shared_head": False, **checkpoint.config["options"]}
+        checkpoint = Checkpoint(checkpoint.tensors, {**checkpoint.config, "options": written})
         return super().read(checkpoint, parts, "aurora_rl", **options)
 
 

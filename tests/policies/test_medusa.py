@@ -61,8 +61,11 @@ def test_score_gives_nothing_that_could_not_be_drafted() -> None:
     torch.testing.assert_close(scores, torch.tensor([infinite, peak, rest, rest, infinite, infinite]))
 
 
-def test_a_head_is_residual_blocks_and_a_linear_layer() -> None:
-    drafter = MedusaDrafter(4, 10, draft_vocab=torch.arange(3), feature_layers=(1,), num_heads=2, num_layers=2)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_head_is_residual_blocks_and_a_linear_layer(shared: bool) -> None:
+    options = {"num_heads": 2, "num_layers": 2, "shared_head": shared}
+    drafter = MedusaDrafter(4, 10, draft_vocab=torch.arange(3), feature_layers=(1,), **options)
+    assert len(drafter.lm_heads) == (1 if shared else 2)
     feature = torch.randn(4)
     drafter.allocate(1, 8)
     drafter.extend(torch.tensor([0]), torch.tensor([[1, 5]]), feature[None, None], torch.tensor([1]))
@@ -71,7 +74,8 @@ def test_a_head_is_residual_blocks_and_a_linear_layer() -> None:
         block = drafter.blocks[depth]
         hidden = feature + silu(block.layers[0].weight @ feature)
         hidden = hidden + silu(block.layers[1].weight @ hidden)
-        best = (drafter.lm_heads[depth].weight @ hidden).log_softmax(-1).max(-1)
+        head = drafter.lm_heads[0 if shared else depth]
+        best = (head.weight @ hidden).log_softmax(-1).max(-1)
         assert int(proposal.tokens[0, depth]) == int(best.indices)
         torch.testing.assert_close(proposal.log_probs[0, depth], best.values)
 
@@ -92,15 +96,40 @@ def test_depth_ends_with_the_heads_and_width_with_the_vocabulary() -> None:
     torch.testing.assert_close(pruned.log_probs, torch.tensor([[a, a - 1, a, a - 1]]))
 
 
-def test_day_0_is_the_targets_own_head() -> None:
+def test_a_shared_matrix_is_one_that_all_heads_have() -> None:
+    """Logits and scores are those of heads that each have the matrix; what they have in common gets all gradients."""
+    parts, vocab = TargetParts.of(tiny_target()), torch.arange(8)
+    one, each = (MedusaDrafter.from_target(parts, draft_vocab=vocab, shared_head=s).double() for s in (True, False))
+    with torch.no_grad():
+        for parameter, other in zip(one.blocks.parameters(), each.blocks.parameters(), strict=True):
+            other.copy_(parameter.normal_(std=0.3))
+    batch = pack([tiny_trajectory(each, prompt_length=3, max_new_tokens=12, shape=TreeShape(3, 2))])
+    torch.testing.assert_close(one.score(batch), each.score(batch))
+    totals = []
+    for drafter in (one, each):
+        logits, valid, _ = drafter.unroll(batch, 4)
+        (sum((step + 0).log_softmax(-1)[ok].square().sum() for step, ok in zip(logits, valid, strict=True))).backward()
+        totals.append(sum(head.weight.grad for head in drafter.lm_heads))
+    torch.testing.assert_close(*totals)
+
+
+def test_a_checkpoint_of_an_earlier_release_has_a_matrix_for_each_head() -> None:
+    parts = TargetParts.of(tiny_target())
+    written = MedusaDrafter.from_target(parts, draft_vocab=torch.arange(8), shared_head=False).write("aurora_rl")
+    del written.config["options"]["shared_head"]
+    assert len(MedusaDrafter.read(written, parts, "aurora_rl").lm_heads) == 4
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_day_0_is_the_targets_own_head(shared: bool) -> None:
     target = tiny_target()
     parts = TargetParts.of(target)
     vocab = torch.tensor([4, 30, 2])
-    drafter = MedusaDrafter.from_target(parts, draft_vocab=vocab, num_heads=3)
+    drafter = MedusaDrafter.from_target(parts, draft_vocab=vocab, num_heads=3, shared_head=shared)
     assert drafter.feature_layers == (3,) and drafter.num_heads == 3
     assert {name: tuple(t.shape) for name, t in drafter.published().items()} == {
         **{f"blocks.{h}.layers.0.weight": (16, 16) for h in range(3)},
-        **{f"lm_heads.{h}.weight": (3, 16) for h in range(3)},
+        **{f"lm_heads.{h}.weight": (3, 16) for h in range(1 if shared else 3)},
         "d2t": (3,),
     }
     feature = torch.randn(16)

@@ -88,13 +88,27 @@ def eagle3(target: LlamaForCausalLM, draft_vocab: Tensor) -> Eagle3Drafter:
 def medusa(target: LlamaForCausalLM, draft_vocab: Tensor) -> MedusaDrafter:
     """Drafts like the target: a head says the token whose partner's partner, and so on, was said last."""
     torch.manual_seed(3)
-    drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=draft_vocab, num_heads=DEPTH, num_layers=2)
+    options = {"num_heads": DEPTH, "num_layers": 2, "shared_head": False}
+    drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=draft_vocab, **options)
     said_by = PARTNERS
     for block, head in zip(drafter.blocks, drafter.lm_heads, strict=True):
         said_by = PARTNERS[said_by]
         head.weight.copy_(target.model.embed_tokens.weight[said_by[draft_vocab]])
         for parameter in block.parameters():
             parameter.normal_(std=0.05)
+    return drafter
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def shared_medusa(target: LlamaForCausalLM, draft_vocab: Tensor) -> MedusaDrafter:
+    """Heads that share the matrix of the next token, so that the deeper ones are seldom right."""
+    torch.manual_seed(3)
+    drafter = MedusaDrafter.from_target(TargetParts.of(target), draft_vocab=draft_vocab, num_heads=DEPTH, num_layers=2)
+    (head,) = drafter.lm_heads
+    head.weight.copy_(target.model.embed_tokens.weight[PARTNERS[PARTNERS][draft_vocab]])
+    for parameter in drafter.blocks.parameters():
+        parameter.normal_(std=0.05)
     return drafter
 
 
@@ -178,3 +192,9 @@ def test_a_medusa_checkpoint_drafts_in_vllm_as_here(medusa, target, prompts, vll
     equal = agreement(served, medusa, target, prompts)
     assert len(equal) > 50 and all(equal)
     assert {len(each["said"]) for rounds in served["rounds"] for each in rounds} == set(range(1, DEPTH + 2))
+
+
+def test_heads_that_share_a_matrix_draft_in_vllm_as_here(shared_medusa, target, prompts, vllm_serves, tmp_path):
+    save_drafter(shared_medusa, tmp_path / "exported", "vllm")
+    equal = agreement(vllm_serves("medusa", tmp_path / "exported"), shared_medusa, target, prompts)
+    assert len(equal) > 50 and all(equal)

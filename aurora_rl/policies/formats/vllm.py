@@ -28,7 +28,7 @@ def to_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[d
     in ``eagle_config``, and names it by the layer that it leaves. A drafter with a row for every token has no ``d2t``.
 
     Medusa's heads get a row for every token, since vLLM 0.32 cannot load fewer. Each missing row becomes the mean of
-    the others, which is never the greatest: the drafts stay the same.
+    the others, which is never the greatest: the drafts stay the same. Heads that share a matrix are "original_lm_head".
 
     Args:
         tensors: Tensors of ``model.safetensors``.
@@ -65,7 +65,7 @@ def from_vllm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple
         >>> published = {"architectures": ["MedusaModel"], "vocab_size": 3, "hidden_size": 2, "num_heads": 1}
         >>> read, ours = from_vllm({**heads, "token_map": torch.tensor([0, 2])}, {**published, "num_hidden_layers": 1})
         >>> read["lm_heads.0.weight"].shape, read["d2t"].tolist(), ours["options"]
-        (torch.Size([2, 2]), [0, 1], {'num_heads': 1, 'num_layers': 1})
+        (torch.Size([2, 2]), [0, 1], {'num_heads': 1, 'num_layers': 1, 'shared_head': False})
     """
     _check(tensors, config)
     return (_medusa_from_vllm if _is_medusa(config) else _eagle3_from_vllm)(dict(tensors), config)
@@ -110,6 +110,7 @@ def _medusa_to_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> _F
         "vocab_size": config["vocab_size"],
         "num_heads": config["options"]["num_heads"],
         "num_hidden_layers": config["options"]["num_layers"],
+        "original_lm_head": config["options"].get("shared_head", False),
         "feature_layers": config["feature_layers"],
     }
     for name, head in tensors.items():
@@ -127,7 +128,11 @@ def _medusa_from_vllm(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> 
         "architectures": ["MedusaDrafter"],
         "vocab_size": config["vocab_size"],
         "draft_vocab_size": len(ids),
-        "options": {"num_heads": config["num_heads"], "num_layers": config["num_hidden_layers"]},
+        "options": {
+            "num_heads": config["num_heads"],
+            "num_layers": config["num_hidden_layers"],
+            "shared_head": config.get("original_lm_head", False),
+        },
         **{name: value for name, value in config.items() if name == "feature_layers"},
     }
     heads = {name: head[ids] for name, head in tensors.items() if name.startswith("lm_heads.")}
@@ -205,5 +210,6 @@ def _medusa_shapes(config: Mapping[str, Any]) -> tuple[_Shapes, set[str]]:
     hidden, shapes = config["hidden_size"], _Shapes()
     for head in range(config["num_heads"]):
         shapes |= {f"blocks.{head}.layers.{i}.weight": (hidden, hidden) for i in range(config["num_hidden_layers"])}
-        shapes[f"lm_heads.{head}.weight"] = (config["vocab_size"], hidden)
+        if not head or not config.get("original_lm_head"):  # else all share the first
+            shapes[f"lm_heads.{head}.weight"] = (config["vocab_size"], hidden)
     return shapes, {"token_map"}

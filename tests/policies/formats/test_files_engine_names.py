@@ -141,7 +141,7 @@ def vllm_medusa_of(folder: Path) -> Draft:
         assert config["architectures"] == ["MedusaModel"] and config["model_type"] == "medusa"
         heads = range(config["num_heads"])
         blocks = {f"blocks.{h}.layers.{i}.weight" for h in heads for i in range(config["num_hidden_layers"])}
-        return blocks | {f"lm_heads.{h}.weight" for h in heads}
+        return blocks | {f"lm_heads.{h}.weight" for h in heads if not h or not config["original_lm_head"]}
 
     parameters, config = load(folder, lambda name: None if name == "token_map" else name, wanted)
     target = Target()
@@ -150,7 +150,7 @@ def vllm_medusa_of(folder: Path) -> Draft:
         hidden, head = target.states(text)[-1][-2], len(path)
         for i in range(config["num_hidden_layers"]):
             hidden = hidden + F.silu(hidden @ parameters[f"blocks.{head}.layers.{i}.weight"].T)
-        return hidden @ parameters[f"lm_heads.{head}.weight"].T
+        return hidden @ parameters[f"lm_heads.{0 if config['original_lm_head'] else head}.weight"].T
 
     return draft
 
@@ -195,9 +195,11 @@ def test_sglang_drafts_as_the_exported_eagle(vocab: Tensor, tmp_path: Path) -> N
     assert_drafts_alike(drafter.double(), sglang_eagle_of(tmp_path / "drafter", mapped=len(vocab) < 32))
 
 
+@pytest.mark.parametrize("shared_head", [True, False])
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_vllm_drafts_as_the_exported_medusa(num_layers: int, tmp_path: Path) -> None:
-    drafter, reader = exported("medusa in vllm", tmp_path / "drafter", num_heads=3, num_layers=num_layers)
+def test_vllm_drafts_as_the_exported_medusa(num_layers: int, shared_head: bool, tmp_path: Path) -> None:
+    options = {"num_heads": 3, "num_layers": num_layers, "shared_head": shared_head}
+    drafter, reader = exported("medusa in vllm", tmp_path / "drafter", **options)
     assert isinstance(drafter, MedusaDrafter)
     assert_drafts_alike(drafter, reader(tmp_path / "drafter"))
 
@@ -235,6 +237,7 @@ def test_another_theta_drafts_differently(engine: str, tmp_path: Path) -> None:
 )
 def test_swapped_tensors_draft_differently(engine: str, first: str, second: str, tmp_path: Path) -> None:
     options = {"fc_norm": True} if engine.startswith("eagle3") else {}
+    options |= {"shared_head": False} if engine.startswith("medusa") else {}
     drafter, reader = exported(engine, tmp_path / "drafter", **options)
     tensors = load_file(tmp_path / "drafter" / "model.safetensors")
     change(tmp_path / "drafter", {**tensors, first: tensors[second], second: tensors[first]})
@@ -250,7 +253,7 @@ def test_a_name_too_many_or_too_few_is_an_error(engine: str, tmp_path: Path) -> 
     change(folder, {**tensors, "rotary_emb.inv_freq": torch.ones(2)})
     with pytest.raises(KeyError, match="rotary_emb.inv_freq is unknown"):
         reader(folder)
-    gone = next(name for name in tensors if name.endswith(("o_proj.weight", "lm_heads.1.weight")))
+    gone = next(name for name in tensors if name.endswith(("o_proj.weight", "lm_heads.0.weight")))
     change(folder, {name: t for name, t in tensors.items() if name != gone})
     with pytest.raises(KeyError, match="is missing"):
         reader(folder)

@@ -32,17 +32,27 @@ def eagle3(deep_parts, tmp_path) -> Files:
     return read_folder(tmp_path / "drafter", "config.json")
 
 
-@pytest.fixture
-def medusa(deep_parts) -> Files:
-    drafter = MedusaDrafter.from_target(deep_parts, draft_vocab=torch.tensor([2, 7, 30]), num_heads=2, num_layers=1)
+def medusa_of(parts: TargetParts, shared_head: bool) -> Files:
+    options = {"num_heads": 2, "num_layers": 1, "shared_head": shared_head}
+    drafter = MedusaDrafter.from_target(parts, draft_vocab=torch.tensor([2, 7, 30]), **options)
     config = {
         "architectures": ["MedusaDrafter"],
         "vocab_size": 32,
         "draft_vocab_size": 3,
         "feature_layers": [8],
-        "options": {"num_heads": 2, "num_layers": 1},
+        "options": options,
     }
     return drafter.published(), config
+
+
+@pytest.fixture
+def medusa(deep_parts) -> Files:
+    return medusa_of(deep_parts, shared_head=False)
+
+
+@pytest.fixture
+def shared_medusa(deep_parts) -> Files:
+    return medusa_of(deep_parts, shared_head=True)
 
 
 def assert_same(files: Files, expected: Files) -> None:
@@ -50,7 +60,7 @@ def assert_same(files: Files, expected: Files) -> None:
     assert all(torch.equal(files[0][name], expected[0][name]) for name in files[0])
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "medusa"])
+@pytest.mark.parametrize("kind", ["eagle3", "medusa", "shared_medusa"])
 def test_what_goes_to_vllm_comes_back(kind, request):
     checkpoint = request.getfixturevalue(kind)
     assert_same(from_vllm(*to_vllm(*checkpoint)), checkpoint)
@@ -89,7 +99,8 @@ def test_a_full_vocabulary_has_no_map_and_its_rows_in_order(eagle3):
 def test_medusa_rows_that_vllm_asks_for_are_never_drafted(medusa):
     tensors, config = to_vllm(*medusa)
     expected = {"model_type": "medusa", "architectures": ["MedusaModel"], "hidden_size": 16, "vocab_size": 32}
-    assert config == expected | {"num_heads": 2, "num_hidden_layers": 1, "feature_layers": [8]}
+    shape = {"num_heads": 2, "num_hidden_layers": 1, "original_lm_head": False}
+    assert config == expected | shape | {"feature_layers": [8]}
     logits = torch.randn(100, 16) @ tensors["lm_heads.1.weight"].T
     assert logits.argmax(-1).unique().tolist() == [2, 7, 30]
 
@@ -114,6 +125,8 @@ def _with(**tensors: Tensor):
         ("eagle3", lambda t, c: (t, {**c, "architectures": ["LlamaForCausalLM"]}), "names 'LlamaForCausalLM'"),
         ("medusa", _without("lm_heads.0.weight"), "'lm_heads.0.weight' is missing"),
         ("medusa", _with(new=torch.zeros(1)), "'new' is unknown"),
+        ("shared_medusa", _without("lm_heads.0.weight"), "'lm_heads.0.weight' is missing"),
+        ("shared_medusa", _with(**{"lm_heads.1.weight": torch.zeros(3, 16)}), "'lm_heads.1.weight' is unknown"),
     ],
 )
 def test_what_vllm_would_not_serve_as_it_was_is_refused(kind, spoil, message, request):
