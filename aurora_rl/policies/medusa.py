@@ -172,7 +172,7 @@ class MedusaDrafter(Drafter):
     @override
     def propose(self, slots: Tensor, shape: TreeShape, generator: torch.Generator | None = None) -> Proposal:
         features, depths = self._state[slots.to(self._state.device), None], min(shape.depth, self.num_heads)
-        by_depth = self._log_probs(features, depths)
+        by_depth = self._log_probs(features, max(depths, 1))
         search = grow(self.draft_vocab, shape, generator)
         search.add(by_depth[0])
         for depth in range(1, depths):

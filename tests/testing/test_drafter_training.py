@@ -53,7 +53,7 @@ class ReadsPadding(MedusaDrafter):
 
 class OneHeadForAll(MedusaDrafter):
     def _states(self, head: int, features: Tensor) -> Tensor:
-        return super()._states(0, features)
+        return (1 + head) * super()._states(0, features)  # depths differ, else all would tie
 
 
 class ScoresWithoutGradient(MedusaDrafter):

@@ -67,8 +67,8 @@ class AddsByRow(MedusaDrafter):
         super().__init__(*args, **options)
         self.by_row = torch.nn.Parameter(torch.zeros(len(self.draft_vocab)))
 
-    def _log_probs(self, head: int, features: Tensor) -> Tensor:
-        return (self.lm_heads[head](self._states(head, features)) + self.by_row).log_softmax(-1)
+    def _log_probs(self, features: Tensor, depths: int) -> list[Tensor]:
+        return [(each + self.by_row).log_softmax(-1) for each in super()._log_probs(features, depths)]
 
     def context_logits(self, batch, trees, wanted) -> Tensor:
         return super().context_logits(batch, trees, wanted) + self.by_row
@@ -99,11 +99,13 @@ def test_check_names_what_a_drafter_breaks(kind: type[Drafter], message: str) ->
 class DraftsWithTheOldWeights(MedusaDrafter):
     """Serves with the heads that it began with, whatever is installed."""
 
-    def _log_probs(self, head: int, features: Tensor) -> Tensor:
-        if torch.is_inference_mode_enabled():
-            (first,) = self.__dict__.setdefault("_first", (copy.deepcopy(self.lm_heads),))  # in a tuple: no submodule
-            return first[head](features.to(first[head].weight.dtype)).log_softmax(-1)
-        return super()._log_probs(head, features)
+    def _log_probs(self, features: Tensor, depths: int) -> list[Tensor]:
+        (first,) = self.__dict__.setdefault("_first", (copy.deepcopy(self.lm_heads),))  # in a tuple: no submodule
+        installed, self.lm_heads = self.lm_heads, first
+        try:
+            return super()._log_probs(features, depths)
+        finally:
+            self.lm_heads = installed
 
 
 def test_drafts_of_replaced_weights_are_caught() -> None:
