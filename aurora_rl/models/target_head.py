@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -68,7 +69,9 @@ class TargetHead(nn.Module):
         heads = cls.candidates(weight.detach(), bias, model.config.get_text_config())
         # The nearest and not the first that is near: a cap changes small logits by less than bfloat16 rounds.
         gaps = [float((head(hidden) - logits).abs().max()) for head in heads]
-        if min(gaps) <= 4 * torch.finfo(logits.dtype).eps * float(logits.abs().max()):
+        # A packed head, of a model in inference form, adds up in another order.
+        sums = math.sqrt(weight.shape[1]) * torch.finfo(torch.promote_types(logits.dtype, torch.float32)).eps
+        if min(gaps) <= 4 * (torch.finfo(logits.dtype).eps + sums) * float(logits.abs().max()):
             return heads[gaps.index(min(gaps))]
         raise ValueError(
             f"{name} does more to make its logits than a linear head with a bias, a scale and a cap, "

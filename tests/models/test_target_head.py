@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from families import random_family
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from aurora_rl.models.inference_modules import prepare_for_inference
 from aurora_rl.models.target_head import TargetHead, context_length, decoder_layers
 
 
@@ -31,6 +33,21 @@ def test_the_head_of_a_family(
     torch.testing.assert_close(head(hidden, some), head(hidden)[..., some])
     torch.testing.assert_close(head.rows(some), scale * head.weight[some])
     assert len(head) == 48
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_head_of_a_model_in_inference_form_is_found_again(dtype: torch.dtype) -> None:
+    """A second engine on the same model: its head adds up 1,024 products in another order than a plain one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=5000
+    )
+    model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.lm_head.weight)
+    first = TargetHead.of(model).weight.clone()
+    with torch.inference_mode():
+        prepare_for_inference(model)
+        assert torch.equal(TargetHead.of(model).weight, first)
 
 
 def test_a_head_that_does_more_is_refused() -> None:
