@@ -245,9 +245,11 @@ class MedusaDrafter(Drafter):
             # Heads that other programs trained read the input of the target's output head.
             tensors, config = from_vllm(*checkpoint)
             checkpoint = Checkpoint(tensors, {"feature_layers": [parts.config.num_hidden_layers], **config})
-        # A checkpoint of an earlier release does not say it: each of its heads has a matrix.
-        written = {"shared_head": False, **checkpoint.config["options"]}
-        checkpoint = Checkpoint(checkpoint.tensors, {**checkpoint.config, "options": written})
+        options_written = checkpoint.config["options"]
+        said = checkpoint.config["options"]
+        if "lm_heads.1.weight" in checkpoint.tensors and "shared_head" not in said:  # of an earlier release
+            config = {**checkpoint.config, "options": {**said, "shared_head": False}}
+            checkpoint = Checkpoint(checkpoint.tensors, config)
         return super().read(checkpoint, parts, "aurora_rl", **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from starlette.routing import Route
 from aurora_rl.collectors.codec import checksum
 from aurora_rl.collectors.keys import plugin_server_keys
 from aurora_rl.envs.remote.plugin_server import PluginError, PluginServer
+from aurora_rl.envs.remote.recorded_totals import RecordedTotals
 from aurora_rl.envs.remote.session import Session
 from aurora_rl.models.loading import load_target
 from aurora_rl.policies import TargetParts, TreeShape
@@ -95,7 +97,7 @@ class RecordedSGLang:
             if self.session is not None:
                 self._swap(self.session)
                 assembler = self.session.assembler
-                assembler.totals = assembler.totals.plus(text, False)
+                assembler.totals = assembler.totals.plus(replace(RecordedTotals.of(text), requests=1))
                 self.session.sink.extend(text)
         choice = {"index": 0, "text": "text", "finish_reason": "length"}
         return JSONResponse({"choices": [choice], "usage": {"completion_tokens": TOKENS}})

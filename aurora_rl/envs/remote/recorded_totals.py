@@ -51,15 +51,15 @@ class RecordedTotals:
             accepted=dict(Counter(accepted[drafted > 0].tolist())),
         )
 
-    def plus(self, other: RecordedTotals) -> RecordedTotals:
+    def plus(self, added: RecordedTotals) -> RecordedTotals:
         """Return the sums of both."""
         return RecordedTotals(
-            requests=self.requests + other.requests,
-            terminated=self.terminated + other.terminated,
-            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
-            tokens=self.tokens + other.tokens,
-            speculative_tokens=self.speculative_tokens + other.speculative_tokens,
-            speculative_rounds=self.speculative_rounds + other.speculative_rounds,
-            drafted_tokens=self.drafted_tokens + other.drafted_tokens,
-            accepted=dict(Counter(self.accepted) + Counter(other.accepted)),
+            requests=self.requests + added.requests,
+            terminated=self.terminated + added.terminated,
+            prompt_tokens=self.prompt_tokens + added.prompt_tokens,
+            tokens=self.tokens + added.tokens,
+            speculative_tokens=self.speculative_tokens + added.speculative_tokens,
+            speculative_rounds=self.speculative_rounds + added.speculative_rounds,
+            drafted_tokens=self.drafted_tokens + added.drafted_tokens,
+            accepted=dict(Counter(self.accepted) + Counter(added.accepted)),
         )
