@@ -245,7 +245,6 @@ class MedusaDrafter(Drafter):
             # Heads that other programs trained read the input of the target's output head.
             tensors, config = from_vllm(*checkpoint)
             checkpoint = Checkpoint(tensors, {"feature_layers": [parts.config.num_hidden_layers], **config})
-        options_written = checkpoint.config["options"]
         said = checkpoint.config["options"]
         if "lm_heads.1.weight" in checkpoint.tensors and "shared_head" not in said:  # of an earlier release
             config = {**checkpoint.config, "options": {**said, "shared_head": False}}
