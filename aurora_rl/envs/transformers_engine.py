@@ -61,8 +61,8 @@ class TransformersEngine(Engine):
     disagrees is switched off; a model that disagrees in every form is refused.
 
     Args:
-        model: Target, put into inference form in place (see :func:`prepare_for_inference`): on a CPU its linear layers are
-            packed, and their plain weights dropped. Give a copy if it is to be trained on.
+        model: Target, put into inference form in place (see :func:`prepare_for_inference`): on a CPU its linear layers
+            are packed, and their plain weights dropped. Give a copy if it is to be trained on.
         num_slots: Number of slots ``B``, each with its own KV cache and length.
         max_length: Most tokens of a slot, prompt, completion and tree; at most the model's context.
         feature_layers: Layer ids whose inputs are concatenated into a feature: ``l`` is the residual stream that
