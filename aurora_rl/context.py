@@ -147,7 +147,7 @@ class TrajectoryRecorder:
         """Drop the record of the slot's request."""
         del self._rounds[slot]
 
-    def written(
+    def trajectory_from(
         self, slot: int, first: int, request: int, sampling_params: SamplingParams, rule: str, draft_mode: str
     ) -> TensorDict:
         """Return the packed trajectory of the slot's request so far, in memory of its own, on the CPU.

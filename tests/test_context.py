@@ -77,7 +77,7 @@ def test_a_request_has_the_documented_layout() -> None:
         "rule": "sample_and_match",
         "draft_mode": "topk",
     }
-    trajectory, second = recorder.written(1, first=3, **said), recorder.written(1, first=6, **said)
+    trajectory, second = recorder.trajectory_from(1, first=3, **said), recorder.trajectory_from(1, first=6, **said)
 
     validate(trajectory, vocab_size=32, feature_size=1, hidden_size=1)
     flat = {".".join(k): trajectory[k].tolist() for k in trajectory.keys(True, True) if isinstance(k, tuple)}

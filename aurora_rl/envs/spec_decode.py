@@ -410,14 +410,15 @@ class SpecDecodeEnv(EnvBase):
         )
         self.recording_seconds += time.perf_counter() - began
 
-    def written(self, slot: int, first: int) -> TensorDict:
+    def trajectory_from(self, slot: int, first: int) -> TensorDict:
         """Return the trajectory of an occupied slot so far, as that of a request whose completion begins at ``first``.
 
-        That is the prompt's length, or the length of the text after an earlier round.
+        ``first`` is the length of the prompt, or of the text after an earlier round. Layout and dtypes are those of
+        :func:`~aurora_rl.trajectories.make_trajectory`.
         """
         assert self._recorder is not None, "an environment with record=False has no trajectories"
         began, request = time.perf_counter(), self._active[slot].request
-        trajectory = self._recorder.written(
+        trajectory = self._recorder.trajectory_from(
             slot, first, request.id, request.sampling_params, self.rule.name, self.draft_mode
         )
         self.recording_seconds += time.perf_counter() - began
@@ -427,7 +428,7 @@ class SpecDecodeEnv(EnvBase):
         held, store = self._active[slot], self.engine.store
         request, trajectory = held.request, None
         if self._recorder:
-            trajectory = self.written(slot, int(store.prompt_lengths[slot]))
+            trajectory = self.trajectory_from(slot, int(store.prompt_lengths[slot]))
         tokens = store.tokens[slot, int(store.prompt_lengths[slot]) : int(store.lengths[slot])].cpu().clone()
         cached = int(store.cached_lengths[slot])
         self._release(slot)

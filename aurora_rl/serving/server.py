@@ -98,8 +98,8 @@ class InferenceServer:
         note: Called with each completion; returns its domain.
         captures: Called with each request that ended, or of which a part is written; returns whether it is captured.
             None captures all whose ``learn`` is true.
-        part_tokens: Tokens of an answer after which what is written of it is handed on, while it goes on, see
-            :mod:`aurora_rl.trajectory_parts`; None hands requests on when they have ended.
+        part_tokens: Tokens of an answer after which what is written of it is sent to the learner, while it goes on, see
+            :mod:`aurora_rl.trajectory_parts`; None sends requests when they have ended.
 
     Attributes:
         stats: Statistics of the run so far.
@@ -224,7 +224,7 @@ class InferenceServer:
             self._began.setdefault(request.id, began)
             drafted += bool(asked[slot])
         done, self._td = env.step_and_maybe_reset(action)
-        self._hand_on_parts()
+        self._send_parts()
         # Recording is a cost of speculation, in whichever round it happens.
         recording = self._recording + env.recording_seconds - recorded
         seconds = time.perf_counter() - began - (env.engine.prefill_seconds - prefill)
@@ -259,8 +259,8 @@ class InferenceServer:
                 acceptance=acceptance, occupied=occupied,
             )  # fmt: skip
 
-    def _hand_on_parts(self) -> None:
-        """Hand on what is written of requests that go on, if it is enough."""
+    def _send_parts(self) -> None:
+        """Send the learner what is written of requests that go on, if it is enough for a part."""
         if self._sink is None or self._part_tokens is None:
             return
         store = self.env.engine.store
@@ -269,11 +269,11 @@ class InferenceServer:
             first = self._first.get(request.id, length)  # one that has just entered has none
             if part_is_due(length, first, self._part_tokens) and request.counted and self._captures(request):
                 now = time.perf_counter()
-                self._sink.extend(self.env.written(slot, first), request.tenant, now - self._began[request.id])
+                self._sink.extend(self.env.trajectory_from(slot, first), request.tenant, now - self._began[request.id])
                 self._first[request.id], self._began[request.id] = length, now
 
     def completed(self, completion: Completion) -> None:
-        """Record a request that ended and hand its trajectory on, or what has been written since its last part."""
+        """Record a request that ended, and send its trajectory, or what has been written since its last part."""
         began = time.perf_counter()
         domain, trajectory = self._note(completion), completion.trajectory
         assert trajectory is not None, "the server's environment records"

@@ -156,10 +156,9 @@ class Gate:
     """Holds back arrivals, and compares a candidate with the serving weights on them.
 
     What decides was seen by neither: arrivals that are held back are learned from only after the decision. Later parts
-    of a request of which a part is held are held as well, however many. Each of the
-    engines that sent the last ``8 * requests`` arrivals has an equal share of them, rounded up. A decision takes
-    ``2 * requests`` arrivals at most: in time for that, places that are open go to any engine, those with a share left
-    first.
+    of a request of which a part is held are held as well, however many. Each of the engines that sent the last
+    ``8 * requests`` arrivals has an equal share of them, rounded up. A decision takes ``2 * requests`` arrivals at
+    most: in time for that, places that are open go to any engine, those with a share left first.
 
     Args:
         requests: ``K``, arrivals of a decision.
@@ -203,7 +202,9 @@ class Gate:
         wanted = self._requests - len(self._held)
         late = max(wanted - max(_LATEST * self._requests - self._arrived, 0), 0)  # more than what is still to arrive
         self._held += passed[:late]
-        return passed[late:]
+        requests.update(map(_request_of, passed[:late]))
+        self._held += [each for each in passed[late:] if _request_of(each) in requests]
+        return [each for each in passed[late:] if _request_of(each) not in requests]
 
     def drop(self, gone: Callable[[TensorDictBase], bool]) -> list[TensorDictBase]:
         """Hold the arrivals that meet a condition no longer, and return them; others take their place."""

@@ -17,7 +17,7 @@ from aurora_rl.models.weight_watch import WatchedParameter, WeightWatch
 
 native_bf16 = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
-    reason="this CPU does not multiply bf16 natively, so nothing is packed on it",
+    reason="this CPU does not multiply bf16 natively, so it packs float32 alone",
 )
 
 

@@ -133,7 +133,7 @@ def test_windows_hold_for_whole_rounds_of_all_slots(tmp_path: Path) -> None:
     assert sum(tokens for tokens, _ in server.stats.finished) == 6 * 24 - sum(r.tokens for r in plain)
 
 
-@pytest.mark.parametrize("where", ["note", "written", "round"])
+@pytest.mark.parametrize("where", ["note", "trajectory_from", "round"])
 def test_recording_is_charged_to_speculation(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nap, count = 0.02, 3
     if where != "note":

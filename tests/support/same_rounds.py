@@ -55,6 +55,21 @@ def assert_parts_of(embedded, parts, part_tokens):
     return sum(assert_same_rounds(part, part_of(embedded, first, end)) for part, first, end in bounds)
 
 
+def assert_served_in_parts(engine, learner, model, drafter, asked, shape, tmp_path, part_tokens):
+    """Two requests side by side come in parts that are those of the embedded engine, and are counted once each."""
+    answers = ask_all(engine, asked)
+    own = recorded_here(model, drafter, asked, shape, tmp_path)
+    for answer in answers:
+        embedded = own[answer.request.id]
+        parts = learner.take_parts(answer.request.id, len(embedded["sequence", "tokens"]))
+        assert len(parts) >= 4 and sum(len(part["rounds", "anchor"]) for part in parts) == answer.rounds
+        assert assert_parts_of(embedded, parts, part_tokens) > 10
+    status = engine.status()
+    assert (status["recorded"], status["sent"]) == (2, sum(map(len, learner.parts.values())))
+    assert status["served"]["speculative_rounds"] == sum(answer.rounds for answer in answers)
+    assert status["served"]["tokens"] == sum(len(answer.tokens) for answer in answers)
+
+
 def assert_same_sequence(remote, embedded):
     """Both engines said the same, by the same states."""
     assert torch.equal(remote["sequence", "tokens"], embedded["sequence", "tokens"])

@@ -172,6 +172,17 @@ def test_later_parts_of_a_request_that_decides_are_not_learned_from_before() -> 
     assert gate.admit([elsewhere]) == [elsewhere]  # another request: engines number their own
 
 
+def test_later_parts_of_a_request_that_takes_an_open_place_wait_too() -> None:
+    gate = small_gate(requests=4)
+    gate.admit(of_engines("few"))
+    gate.hold()
+    gate.admit(of_engines(*["many"] * 6))  # two are held, the share of this engine
+    (first, other), (few,) = of_engines("many", "many"), of_engines("few")
+    # One place is open, and nothing more may arrive in time: the first part takes it, and the second one waits.
+    assert gate.admit([first, first.copy(), other, few]) == [other]
+    assert numbers(gate._held[-3:]) == numbers([few, first, first])
+
+
 def test_each_engine_that_sends_has_an_equal_share_of_a_decision() -> None:
     gate = small_gate(requests=4)
     gate.admit(of_engines("few"))

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from processes import wait
-from same_rounds import ask_all, assert_parts_of, assert_same_rounds, recorded_here
+from same_rounds import ask_all, assert_same_rounds, assert_served_in_parts, recorded_here
 from sglang_requests import Learner, _numbers, other_weights, requests
 
 from aurora_rl.collectors.codec import checksum
@@ -75,17 +75,7 @@ def test_long_answers_come_in_parts_while_they_are_written(chain, model, drafter
     chain.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights, part_tokens=24)
     try:
         asked = requests(5, 20, new=150, seed=3)
-        answers = ask_all(chain, asked)
-        own = recorded_here(model, drafter, asked, SHAPES["chain"], tmp_path)
-        for answer in answers:
-            embedded = own[answer.request.id]
-            parts = learner.take_parts(answer.request.id, len(embedded["sequence", "tokens"]))
-            assert len(parts) >= 4 and sum(len(part["rounds", "anchor"]) for part in parts) == answer.rounds
-            assert assert_parts_of(embedded, parts, 24) > 10
-        status = chain.status()
-        assert (status["recorded"], status["sent"]) == (2, sum(map(len, learner.parts.values())))
-        assert status["served"]["speculative_rounds"] == sum(answer.rounds for answer in answers)
-        assert status["served"]["tokens"] == sum(len(answer.tokens) for answer in answers)
+        assert_served_in_parts(chain, learner, model, drafter, asked, SHAPES["chain"], tmp_path, 24)
     finally:
         chain.detach()
 

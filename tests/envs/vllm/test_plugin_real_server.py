@@ -7,7 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from same_rounds import ask_all, assert_parts_of, assert_same_rounds, assert_same_sequence, recorded_here, without_end
+from same_rounds import (
+    ask_all,
+    assert_same_rounds,
+    assert_same_sequence,
+    assert_served_in_parts,
+    recorded_here,
+    without_end,
+)
 from sglang_requests import _numbers, other_weights, requests
 
 from aurora_rl.cli import main as cli
@@ -84,17 +91,7 @@ def test_long_answers_come_in_parts_while_they_are_written(server, model, drafte
     server.attach(handshake=handshake, trajectories=learner.trajectories, weights=learner.weights, part_tokens=24)
     try:
         asked = list(map(without_end, requests(5, 20, new=150, seed=3)))
-        answers = ask_all(server, asked)
-        own = recorded_here(model, drafter, asked, CHAIN, tmp_path)
-        for answer in answers:
-            embedded = own[answer.request.id]
-            parts = learner.take_parts(answer.request.id, len(embedded["sequence", "tokens"]))
-            assert len(parts) >= 4 and sum(len(part["rounds", "anchor"]) for part in parts) == answer.rounds
-            assert assert_parts_of(embedded, parts, 24) > 10
-        status = server.status()
-        assert (status["recorded"], status["sent"]) == (2, sum(map(len, learner.parts.values())))
-        assert status["served"]["speculative_rounds"] == sum(answer.rounds for answer in answers)
-        assert status["served"]["tokens"] == sum(len(answer.tokens) for answer in answers)
+        assert_served_in_parts(server, learner, model, drafter, asked, CHAIN, tmp_path, 24)
     finally:
         server.detach()
 
